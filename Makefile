@@ -1,0 +1,40 @@
+# `make help` lists the targets. Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint audit bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else "Python " + v + " is too old: fastsfvae needs 3.10 or newer (make PYTHON=python3.12 ...)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(INSTALLED) ## Create .venv with everything that the other targets need
+
+train: $(INSTALLED) ## Train a sampling-free VAE on the bundled digits; results go to runs/
+	$(BIN)/fastsfvae train
+
+test: $(INSTALLED) ## Run the tests, then the Triton kernels' again in the interpreter
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastsfvae
+
+audit: $(INSTALLED) ## Compile every kernel configuration for sm_75 to sm_120 and print its resources
+	$(BIN)/python -m fastsfvae.kernels.audit
+
+bench: $(INSTALLED) ## Time the operations against their peers on this machine
+	$(BIN)/python -m pytest bench --benchmark-only
+
+clean: ## Remove caches and builds (never runs/ or .venv)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,1 @@
+"""Benchmarks: one suite per operation, peers interleaved in the same run."""

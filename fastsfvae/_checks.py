@@ -1,0 +1,117 @@
+"""Checks of public arguments: one clear line that quotes what was given and says what to do."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Likelihood: TypeAlias = Literal["precision", "mixture", "normalized", "expected"]
+LIKELIHOODS: tuple[Likelihood, ...] = ("precision", "mixture", "normalized", "expected")
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "torch", "triton", "reference")
+
+
+def choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `options`."""
+    if value not in options:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, options))}")
+
+
+def _number(name: str, value: float | Tensor) -> bool:
+    """Whether `value` is a Python number, which can be range-checked without a host sync."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}: give a number or a 0-d tensor"
+            )
+        if not value.dtype.is_floating_point:
+            raise ValueError(f"{name} has dtype {value.dtype}: give a floating-point tensor")
+        return False
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is not a number: give a float or a 0-d tensor")
+    return True
+
+
+def noise_var(value: float | Tensor) -> None:
+    """Raise unless c is a 0-d tensor or a finite positive number."""
+    if _number("noise_var", value) and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"noise_var={value!r} must be finite and positive (it is c, a variance)")
+
+
+def gamma(value: float | Tensor) -> None:
+    """Raise unless gamma is a 0-d tensor or a number in [0, 1]."""
+    if _number("gamma", value) and not 0 <= value <= 1:
+        raise ValueError(f"gamma={value!r} must lie in [0, 1]")
+
+
+def kl_weight(value: float | Tensor) -> None:
+    """Raise unless kl_weight is a 0-d tensor or a finite number >= 0."""
+    if _number("kl_weight", value) and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"kl_weight={value!r} must be finite and not negative")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is a real floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}: convert it to a floating-point dtype"
+            + (" (images: x.float() / 255)" if tensor.dtype == torch.uint8 else "")
+        )
+
+
+def same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) -> None:
+    """Raise ValueError unless all the named tensors lie on the first one's device."""
+    for name, tensor in others:
+        if tensor.device != first[1].device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first[0]} is on {first[1].device}: "
+                "move them to one device"
+            )
+
+
+def latent(mean: Tensor, log_var: Tensor) -> None:
+    """Raise unless mean and log_var are floating [B, m] of one shape with B, m >= 1."""
+    floating("mean", mean)
+    floating("log_var", log_var)
+    if mean.dim() != 2 or mean.shape != log_var.shape:
+        raise ValueError(
+            f"mean {tuple(mean.shape)} and log_var {tuple(log_var.shape)} must both be [B, m]"
+        )
+    if 0 in mean.shape:
+        raise ValueError(f"mean has shape {tuple(mean.shape)}: the batch is empty")
+    same_device(("mean", mean), ("log_var", log_var))
+
+
+def batch(x: Tensor, mean: Tensor) -> None:
+    """Raise unless x is floating, on mean's device, with mean's batch size."""
+    floating("x", x)
+    if x.dim() < 2 or x.shape[0] != mean.shape[0]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and mean {tuple(mean.shape)} must share their batch axis: "
+            "x is [B, *out], mean is [B, m]"
+        )
+    same_device(("mean", mean), ("x", x))
+
+
+def low_rank(residual: Tensor, jacobian: Tensor, latent_var: Tensor) -> None:
+    """Raise unless residual [B, n], jacobian [B, m, n] and latent_var [B, m] fit together."""
+    named = ("residual", residual), ("jacobian", jacobian), ("latent_var", latent_var)
+    for name, tensor in named:
+        floating(name, tensor)
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
+    if [t.dim() for _, t in named] != [2, 3, 2]:
+        raise ValueError(f"{shapes}: give residual [B, n], jacobian [B, m, n], latent_var [B, m]")
+    B, m, n = jacobian.shape
+    if residual.shape != (B, n) or latent_var.shape != (B, m):
+        raise ValueError(
+            f"{shapes} do not fit together: give residual [B, n], jacobian [B, m, n] "
+            "(tangent-major), latent_var [B, m]"
+        )
+    if 0 in jacobian.shape:
+        raise ValueError(f"{shapes}: the batch, m or n is empty")
+    same_device(*named)

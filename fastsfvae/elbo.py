@@ -1,0 +1,153 @@
+"""The sampling-free objective of a decoder, and the log-density that it rests on."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastsfvae import _checks
+from fastsfvae._checks import Likelihood
+from fastsfvae.jacobian.backend import resolve_backend
+from fastsfvae.likelihood import likelihood_terms
+
+
+class Elbo(NamedTuple):
+    """The sampling-free objective and its parts, each ``[B]``, in nats unless said otherwise.
+
+    Attributes:
+        elbo: the objective, log_likelihood - kl_weight * kl. A surrogate: by Jensen's inequality it
+            lies above the evidence lower bound and may exceed log p(x) (only
+            `likelihood="expected"` with a linear decoder gives the exact bound).
+        log_likelihood: see `fastsfvae.likelihood`; holds the constant -(n/2) log(2 pi c).
+        kl: KL(N(mean, h) || N(0, I)) = 1/2 sum(h + mean^2 - 1 - log h).
+        squared_error: |x - f(mean)|^2, in squared units of x.
+        log_det: the log-determinant term that the likelihood uses.
+        explained: the part of `squared_error` that the latent variance explains, in its units.
+    """
+
+    elbo: Tensor
+    log_likelihood: Tensor
+    kl: Tensor
+    squared_error: Tensor
+    log_det: Tensor
+    explained: Tensor
+
+
+def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_var)) || N(0, I)) per sample, ``[B]``, in nats."""
+    return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
+
+
+def check_settings(
+    noise_var: float | Tensor,
+    gamma: float | Tensor,
+    kl_weight: float | Tensor,
+    likelihood: str,
+) -> None:
+    """Raise one clear error for a setting out of range; warn where one loses its meaning."""
+    _checks.noise_var(noise_var)
+    _checks.gamma(gamma)
+    _checks.kl_weight(kl_weight)
+    _checks.choice("likelihood", likelihood, _checks.LIKELIHOODS)
+    weak = likelihood in ("mixture", "normalized") and not isinstance(gamma, Tensor)
+    if weak and gamma < 0.5:
+        warnings.warn(
+            f'likelihood="{likelihood}" with gamma={gamma!r} hardly penalises the decoder\'s noise '
+            'and trains an auto-encoder: use gamma >= 0.5, or likelihood="precision"',
+            stacklevel=3,
+        )
+
+
+def sampling_free_elbo(
+    decoder,
+    x: Tensor,
+    mean: Tensor,
+    log_var: Tensor,
+    *args,
+    noise_var: float | Tensor = 0.5,
+    gamma: float | Tensor = 0.5,
+    kl_weight: float | Tensor = 1.0,
+    likelihood: Likelihood = "precision",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    **kwargs,
+) -> Elbo:
+    """Evaluate the sampling-free objective: the decoder is linearised at `mean` (paper, eq. 20, 21).
+
+    Args:
+        decoder: f, an ``nn.Module`` (or callable) ``z [B, m] -> [B, *out]``.
+        x: data ``[B, *out]``, floating point, in the decoder's range.
+        mean: mu ``[B, m]``.
+        log_var: log h ``[B, m]``.
+        *args: passed to the decoder after z; tensors whose first axis is B are chunked with it.
+        noise_var: c, variance of the observation noise in squared units of x.
+        gamma: weight of the low-rank precision, in [0, 1].
+        kl_weight: factor of the KL divergence.
+        likelihood: "precision", "mixture", "normalized" or "expected" (`fastsfvae.likelihood`).
+        backend: "auto", "torch", "triton" or "reference".
+        chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
+        **kwargs: passed to the decoder, chunked like `args`.
+
+    Returns:
+        `Elbo`, each field ``[B]``, differentiable in every tensor and in the decoder's parameters.
+
+    Raises:
+        TypeError: for tensors that are not floating point.
+        ValueError: for shapes, devices or settings that do not fit, in one line that quotes them.
+        RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
+    """
+    check_settings(noise_var, gamma, kl_weight, likelihood)
+    _checks.latent(mean, log_var)
+    _checks.batch(x, mean)
+    kl = gaussian_kl(mean, log_var)
+    terms = _decoder_terms(
+        decoder, x, mean, log_var, args, kwargs, noise_var, gamma, likelihood, backend, chunk_size
+    )
+    objective = terms.log_likelihood - kl_weight * kl
+    return Elbo(
+        objective, terms.log_likelihood, kl, terms.squared_error, terms.log_det, terms.explained
+    )
+
+
+def low_rank_log_prob(
+    residual: Tensor,
+    jacobian: Tensor,
+    latent_var: Tensor,
+    *,
+    noise_var: float | Tensor,
+    gamma: float | Tensor = 1.0,
+    likelihood: Likelihood = "precision",
+    backend: str = "auto",
+) -> Tensor:
+    """Log-density of a residual under N(0, J diag(h) J^T + cI), gamma-regularised (eq. 19, 21).
+
+    Args:
+        residual: r = x - f(mu), ``[B, n]``.
+        jacobian: J, tangent-major ``[B, m, n]``, any strides.
+        latent_var: h >= 0, ``[B, m]``.
+        noise_var: c > 0.
+        gamma: in [0, 1]; 1 is the Gaussian itself.
+        likelihood: as in `sampling_free_elbo`.
+        backend: as in `sampling_free_elbo`.
+
+    Returns:
+        ``[B]``, in nats; differentiable in every tensor.
+
+    Raises:
+        TypeError: for tensors that are not floating point.
+        ValueError: for shapes, devices or settings that do not fit.
+        RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
+    """
+    check_settings(noise_var, gamma, 1.0, likelihood)
+    _checks.low_rank(residual, jacobian, latent_var)
+    return likelihood_terms(
+        jacobian,
+        residual,
+        latent_var,
+        noise_var=noise_var,
+        gamma=gamma,
+        likelihood=likelihood,
+        backend=resolve_backend(backend, jacobian),
+    ).log_likelihood

@@ -1,0 +1,127 @@
+"""The sampling-free objective as a loss module for a user's own training loop."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastsfvae import _checks
+from fastsfvae._checks import Likelihood
+from fastsfvae.elbo import Elbo, check_settings, sampling_free_elbo
+from fastsfvae.jacobian import refuse_wrapped
+
+
+class SamplingFreeLoss(nn.Module):
+    """Negative sampling-free objective of a decoder (paper, eq. 20 with the precision of eq. 21).
+
+        loss = sf.SamplingFreeLoss(decoder)
+        mean, log_var = encoder(x)
+        loss(x, mean, log_var).backward()
+
+    The decoder is referred to, not registered: `parameters()` and `state_dict()` hold only what is
+    the loss's own, a learned `noise_var`. The attributes `noise_var`, `gamma`, `kl_weight` may be
+    changed between steps.
+
+    Args:
+        decoder: f, an ``nn.Module`` ``z [B, m] -> [B, *out]``; not wrapped in DDP or FSDP (wrap the
+            module that computes the loss).
+        noise_var: c, a number, a 0-d tensor, or a Parameter to be learned.
+        gamma: weight of the low-rank precision in [0, 1], a number or a 0-d tensor.
+        kl_weight: factor of the KL divergence, a number or a 0-d tensor.
+        likelihood: "precision", "mixture", "normalized" or "expected".
+        reduction: "mean", "sum" or "none" (``[B]``).
+        backend: "auto", "torch", "triton" or "reference".
+        chunk_size: samples whose tangents exist at one time; None chooses.
+
+    Raises:
+        TypeError, ValueError: for a setting out of range or a wrapped decoder, in one line.
+    """
+
+    def __init__(
+        self,
+        decoder,
+        *,
+        noise_var: float | Tensor = 0.5,
+        gamma: float | Tensor = 0.5,
+        kl_weight: float | Tensor = 1.0,
+        likelihood: Likelihood = "precision",
+        reduction: str = "mean",
+        backend: str = "auto",
+        chunk_size: int | None = None,
+    ):
+        super().__init__()
+        check_settings(noise_var, gamma, kl_weight, likelihood)
+        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        _checks.choice("backend", backend, _checks.BACKENDS)
+        refuse_wrapped(decoder)
+        # A plain entry of __dict__ is not registered as a submodule.
+        self.__dict__["decoder"] = decoder
+        self.noise_var = noise_var
+        self.gamma = gamma
+        self.kl_weight = kl_weight
+        self.likelihood: Likelihood = likelihood
+        self.reduction = reduction
+        self.backend = backend
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        log_var: Tensor,
+        *args,
+        sample_weight: Tensor | None = None,
+        return_terms: bool = False,
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, Elbo]:
+        """Return the loss, and with `return_terms` also the detached `Elbo` of each sample.
+
+        Args:
+            x: data ``[B, *out]``, floating point.
+            mean: mu ``[B, m]``.
+            log_var: log h ``[B, m]``.
+            *args: passed to the decoder after z; tensors whose first axis is B are chunked with it.
+            sample_weight: ``[B]``, multiplies each sample's loss; "mean" divides by its sum.
+            return_terms: also return the terms, for logging at no second pass.
+            **kwargs: passed to the decoder, chunked like `args`.
+
+        Returns:
+            A 0-d tensor, or ``[B]`` with reduction "none"; with `return_terms`, a pair.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `sampling_free_elbo`, in one line.
+        """
+        if sample_weight is not None and sample_weight.shape != mean.shape[:1]:
+            raise ValueError(
+                f"sample_weight has shape {tuple(sample_weight.shape)}: "
+                f"give [B] = {tuple(mean.shape[:1])}"
+            )
+        terms = sampling_free_elbo(
+            self.decoder,
+            x,
+            mean,
+            log_var,
+            *args,
+            noise_var=self.noise_var,
+            gamma=self.gamma,
+            kl_weight=self.kl_weight,
+            likelihood=self.likelihood,
+            backend=self.backend,
+            chunk_size=self.chunk_size,
+            **kwargs,
+        )
+        loss = self._reduce(-terms.elbo, sample_weight)
+        return (loss, Elbo(*(t.detach() for t in terms))) if return_terms else loss
+
+    def _reduce(self, losses: Tensor, sample_weight: Tensor | None) -> Tensor:
+        if sample_weight is not None:
+            losses = losses * sample_weight
+        if self.reduction == "none":
+            return losses
+        if self.reduction == "sum":
+            return losses.sum()
+        return losses.mean() if sample_weight is None else losses.sum() / sample_weight.sum()
+
+    def extra_repr(self) -> str:
+        """The settings, as they would be written in a call."""
+        names = ("noise_var", "gamma", "kl_weight", "likelihood", "reduction", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

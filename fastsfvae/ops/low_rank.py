@@ -1,0 +1,231 @@
+"""The primitive (J, r, h, c) -> (log_det, explained, rr), with closed-form adjoints.
+
+Notation, per sample (J is stored tangent-major, [m, n]; the formulas treat it so):
+
+    G = J J^T, p = J r, rr = r^T r, s = sqrt(h), S = diag(s), A = S G S, C = cI + A
+    v = S p, w = C^-1 v, y = S w, K = S C^-1 S, q = diag(A C^-1)
+    log_det = logdet(I + A/c)            explained = v^T w, with 0 <= explained <= rr
+
+With cotangents g_ld, g_ex, g_rr of the three results:
+
+    dJ = M J + u r^T   and   dr = J^T u + 2 g_rr r,   M = 2 (g_ld K - g_ex y y^T),   u = 2 g_ex y
+    dh = g_ld q / h + g_ex c (w / s)^2
+    dc = -g_ld sum(q) / c - g_ex |w|^2           since tr C^-1 - m/c = -tr(A C^-1) / c
+
+The likelihood `normalized` needs a second log-determinant, at other latent variances and the same
+J: it shares G and its cotangent joins M, so that J is still read once forward and once backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsfvae import reference
+from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
+from fastsfvae.ops.woodbury_native import Woodbury, woodbury_native
+
+# The largest m that the Triton factorisation holds in registers without spilling.
+_TRITON_MAX_M = 64
+
+
+class LowRankTerms(NamedTuple):
+    """Results of `low_rank_terms`, each ``[B]``.
+
+    Attributes:
+        log_det: logdet(I + A/c), in nats.
+        explained: v^T C^-1 v, in squared units of the residual; between 0 and `squared_error`.
+        squared_error: r^T r.
+        second_log_det: logdet(I + A'/c) at `second_var`, or None when that was not given.
+        lost: bool, True where a pivot could not be resolved against c, so that the result rests on
+            the floor of the pivot rule (after the float64 rescue, where there is one).
+    """
+
+    log_det: Tensor
+    explained: Tensor
+    squared_error: Tensor
+    second_log_det: Tensor | None
+    lost: Tensor
+
+
+def low_rank_terms(
+    jacobian: Tensor,
+    residual: Tensor,
+    latent_var: Tensor,
+    noise_var: Tensor,
+    second_var: Tensor | None = None,
+    *,
+    backend: str = "torch",
+) -> LowRankTerms:
+    """Evaluate the primitive on validated inputs.
+
+    Args:
+        jacobian: J, ``[B, m, n]``, any strides.
+        residual: r, ``[B, n]``.
+        latent_var: h >= 0, ``[B, m]``.
+        noise_var: c > 0, ``[B]``.
+        second_var: other latent variances ``[B, m]`` for `second_log_det`.
+        backend: "torch", "triton" or "reference" (resolved: not "auto").
+
+    Returns:
+        `LowRankTerms`; differentiable in every tensor, to second order unless `backend` is
+        "triton".
+    """
+    # The factorisation and everything behind it is at least float32, whatever J is stored in.
+    dtype = torch.promote_types(jacobian.dtype, torch.float32)
+    latent_var, noise_var = latent_var.to(dtype), noise_var.to(dtype)
+    second_var = None if second_var is None else second_var.to(dtype)
+    if backend == "reference":
+        return _plain_terms(jacobian, residual, latent_var, noise_var, second_var)
+    log_det, explained, rr, second, lost, *_ = _LowRankTerms.apply(
+        jacobian, residual, latent_var, noise_var, second_var, backend
+    )
+    return LowRankTerms(log_det, explained, rr, second, lost)
+
+
+def _plain_terms(jacobian, residual, latent_var, noise_var, second_var) -> LowRankTerms:
+    jacobian, residual = jacobian.to(latent_var.dtype), residual.to(latent_var.dtype)
+    log_det, explained, rr = reference.low_rank_terms(jacobian, residual, latent_var, noise_var)
+    second = None
+    if second_var is not None:
+        second = reference.low_rank_terms(jacobian, residual, second_var, noise_var)[0]
+    return LowRankTerms(log_det, explained, rr, second, torch.zeros_like(rr, dtype=torch.bool))
+
+
+class _LowRankTerms(torch.autograd.Function):
+    """The boundary between autograd and kernels; outputs after the fifth feed the backward."""
+
+    @staticmethod
+    def forward(jacobian, residual, latent_var, noise_var, second_var, backend):
+        gram, projection, rr = gram_project_forward(jacobian, residual, backend)
+        factorise = _factoriser(gram, projection, rr, noise_var, jacobian, residual, backend)
+        first = factorise(latent_var)
+        saved = (gram, projection, first.K, first.y, first.q, first.w)
+        if second_var is None:
+            return first.log_det, first.explained, rr, None, first.lost, *saved, None, None
+        second = factorise(second_var)
+        lost = first.lost | second.lost
+        return (
+            *(first.log_det, first.explained, rr, second.log_det, lost),
+            *(*saved, second.K, second.q),
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        jacobian, residual, latent_var, noise_var, second_var, backend = inputs
+        hidden = [t for t in output[4:] if t is not None]
+        ctx.mark_non_differentiable(*hidden)
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        ctx.save_for_backward(jacobian, residual, latent_var, noise_var, second_var, *output[5:])
+
+    @staticmethod
+    def backward(ctx, g_ld, g_ex, g_rr, g_second, *_):
+        J, r, h, c, h2, G, p, K, y, q, w, K2, q2 = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # create_graph=True: differentiate the plain formulas instead, which autograd can redo.
+            if ctx.backend != "torch":
+                raise RuntimeError(
+                    f'backend="{ctx.backend}" has first derivatives only; '
+                    'second order needs backend="torch" (or "reference")'
+                )
+            return _plain_backward(
+                ctx.needs_input_grad, (J, r, h, c, h2), (g_ld, g_ex, g_rr, g_second)
+            )
+
+        zero = torch.zeros_like(c)
+        g_ld, g_ex, g_rr = (zero if g is None else g for g in (g_ld, g_ex, g_rr))
+        needs_J, needs_r, needs_h, needs_c, needs_h2, _ = ctx.needs_input_grad
+
+        dJ = dr = dh = dh2 = dc = None
+        if needs_J or needs_r:
+            M = 2 * g_ld[:, None, None] * K
+            M -= (2 * g_ex[:, None, None] * y.unsqueeze(-1)) * y.unsqueeze(-2)
+            if g_second is not None:
+                M += 2 * g_second[:, None, None] * K2
+            u = 2 * g_ex.unsqueeze(-1) * y
+            dJ, dr = gram_project_backward(J, r, M, u, g_rr, ctx.backend)
+        if needs_h:
+            dh = g_ld.unsqueeze(-1) * _q_over_h(q, h, G, K, c)
+            dh += (g_ex * c).unsqueeze(-1) * _w_over_s(w, h, G, p, y, c).square()
+        if needs_h2 and g_second is not None:
+            dh2 = g_second.unsqueeze(-1) * _q_over_h(q2, h2, G, K2, c)
+        if needs_c:
+            dc = -g_ld * q.sum(-1) / c - g_ex * w.square().sum(-1)
+            if g_second is not None:
+                dc = dc - g_second * q2.sum(-1) / c
+        return dJ, dr, dh, dc, dh2, None
+
+
+def _has_zero(h: Tensor) -> bool:
+    # On CUDA the answer would synchronise with the host, so both forms are evaluated there.
+    return h.device.type != "cpu" or not bool(h.all())
+
+
+def _q_over_h(q: Tensor, h: Tensor, G: Tensor, K: Tensor, c: Tensor) -> Tensor:
+    """D log_det / dh; its limit at h_i = 0 is (G - G K G)_ii / c, which would cancel elsewhere."""
+    if not _has_zero(h):
+        return q / h
+    limit = (G.diagonal(dim1=-2, dim2=-1) - ((G @ K) * G).sum(-1)) / c.unsqueeze(-1)
+    return torch.where(h > 0, q / h, limit)
+
+
+def _w_over_s(w: Tensor, h: Tensor, G: Tensor, p: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    """C^-1 v / s; its limit at h_i = 0 is (p - G y)_i / c, which would cancel elsewhere."""
+    ratio = w / h.sqrt()
+    if not _has_zero(h):
+        return ratio
+    limit = (p - (G @ y.unsqueeze(-1)).squeeze(-1)) / c.unsqueeze(-1)
+    return torch.where(h > 0, ratio, limit)
+
+
+def _plain_backward(needs, inputs, cotangents):
+    with torch.enable_grad():
+        terms = _plain_terms(*inputs)[:4]
+    pairs = [(t, g) for t, g in zip(terms, cotangents, strict=True) if g is not None]
+    wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
+    grads = iter(
+        torch.autograd.grad(
+            [t for t, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return *(next(grads) if need else None for need in needs[:5]), None
+
+
+def _factoriser(gram, projection, rr, noise_var, jacobian, residual, backend):
+    """The function h -> Woodbury for one Gram, with the float64 rescue of lost samples on the CPU.
+
+    A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c. Products of float32 numbers
+    are exact in float64, so a lost sample's Gram is formed again there; only those samples pay. On
+    CUDA the choice would synchronise with the host, so there the flag alone is returned.
+    """
+
+    def factorise(latent_var: Tensor) -> Woodbury:
+        if backend == "triton" and gram.shape[-1] <= _TRITON_MAX_M:
+            from fastsfvae.ops.woodbury import woodbury_triton
+
+            solved = woodbury_triton(gram, projection, rr, latent_var, noise_var)
+        else:
+            solved = woodbury_native(gram, projection, rr, latent_var, noise_var)
+        if jacobian.dtype != torch.float32 or jacobian.device.type != "cpu":
+            return solved
+        if not bool(solved.lost.any()):
+            return solved
+        lost = solved.lost.nonzero().squeeze(-1)
+        gram64, projection64, rr64 = reference.gram_project(
+            jacobian[lost].double(), residual[lost].double()
+        )
+        redone = woodbury_native(
+            gram64, projection64, rr64, latent_var[lost].double(), noise_var[lost].double()
+        )
+        for whole, part in zip(solved, redone, strict=True):
+            whole[lost] = part.to(whole.dtype)
+        return solved
+
+    return factorise

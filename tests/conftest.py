@@ -1,0 +1,20 @@
+"""Fixtures and the summary of the largest errors that the tests saw."""
+
+import pytest
+
+_LARGEST: dict[str, float] = {}
+
+
+@pytest.fixture
+def largest_error():
+    """Record an error under a name; the largest of each name is printed after the run."""
+
+    def record(name: str, value: float) -> None:
+        _LARGEST[name] = max(value, _LARGEST.get(name, 0.0))
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, value in sorted(_LARGEST.items()):
+        terminalreporter.write_line(f"largest error: {name}: {value:.2e}")
