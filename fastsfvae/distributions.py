@@ -83,7 +83,7 @@ class LinearizedGaussian(Distribution):
         return self.jacobian.mT @ scaled + self.noise_var * eye
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
-        """Reparameterised draws, f(mu) + J^T (sqrt(h) e1) + sqrt(c) e2: ``[*sample_shape, ..., n]``."""
+        """Draws f(mu) + J^T (sqrt(h) e1) + sqrt(c) e2, ``[*sample_shape, ..., n]``."""
         shape = torch.Size(sample_shape)
         latent_noise = self.latent_var.new_empty(shape + self.latent_var.shape).normal_()
         noise = self.loc.new_empty(shape + self.loc.shape).normal_()

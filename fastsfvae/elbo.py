@@ -46,7 +46,7 @@ def check_settings(
     kl_weight: float | Tensor,
     likelihood: str,
 ) -> None:
-    """Raise one clear error for a setting out of range; warn where one loses its meaning."""
+    """Raise one clear error for a setting out of range; warn where one is pointless."""
     _checks.noise_var(noise_var)
     _checks.gamma(gamma)
     _checks.kl_weight(kl_weight)

@@ -1,1 +1,1 @@
-"""Operations: torch.library ops over the kernels, their torch twins, and the autograd boundaries."""
+"""Operations: torch.library ops, their torch twins, and the autograd boundaries."""
