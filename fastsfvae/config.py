@@ -1,0 +1,140 @@
+"""The configuration of a training run: one typed dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastsfvae import _checks
+from fastsfvae.models import Init, ModelConfig, OutputActivation
+
+Method = Literal["sampling-free", "sampling"]
+METHODS: tuple[Method, ...] = ("sampling-free", "sampling")
+
+# What a resumed run may change: how long and where it runs, not what is trained.
+CHANGEABLE = ("steps", "device", "backend")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a Gaussian VAE on the bundled MNIST digits (9,000 to train on, 1,000 to test)."""
+
+    method: Method = "sampling-free"
+    """Linearise the decoder at the posterior mean, or draw one sample of the posterior."""
+
+    model: str = "mlp"
+    """mlp, tanh, conv (digits padded to 32x32), or package.module:function for your own."""
+
+    latent_dim: int = 16
+    """Number of latent dimensions m; 2 adds a figure of the latent plane."""
+
+    batch_size: int = 64
+    """Images per step."""
+
+    steps: int = 2_000
+    """Optimiser steps in all, those before a resume included."""
+
+    lr: float = 1e-3
+    """Learning rate of Adam."""
+
+    gamma: float = 0.5
+    """Weight of the low-rank precision in [0, 1] (sampling-free)."""
+
+    likelihood: _checks.Likelihood = "precision"
+    """Which reading of the objective (sampling-free)."""
+
+    noise_var: float = 0.5
+    """Variance c of the observation noise, for pixels in [0, 1]."""
+
+    kl_weight: float = 1.0
+    """Factor of the KL divergence."""
+
+    seed: int = 0
+    """Seeds the weights, the data order and the sampling noise, each on its own."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA when there is one."""
+
+    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
+    """Implementation of the sampling-free loss."""
+
+    output_activation: OutputActivation = "none"
+    """Last operation of the decoder."""
+
+    init: Init = "torch"
+    """Initial weights: the layers' own, He-normal or Glorot-uniform with zero bias."""
+
+    def __post_init__(self) -> None:
+        _checks.choice("method", self.method, METHODS)
+        _checks.choice("likelihood", self.likelihood, _checks.LIKELIHOODS)
+        _checks.choice("backend", self.backend, _checks.BACKENDS)
+        _checks.gamma(self.gamma)
+        _checks.noise_var(self.noise_var)
+        _checks.kl_weight(self.kl_weight)
+        for name in ("batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr={self.lr!r} must be finite and positive")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2**63)")
+        self.model_config  # noqa: B018 - its own checks
+
+    @property
+    def padding(self) -> int:
+        """Black pixels added on each side of a digit: the convolutional model takes 32x32."""
+        return 2 if self.model == "conv" else 0
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The part that says what is built."""
+        size = 28 + 2 * self.padding
+        return ModelConfig(
+            name=self.model,
+            latent_dim=self.latent_dim,
+            image_shape=(1, size, size),
+            output_activation=self.output_activation,
+            init=self.init,
+        )
+
+    def resolve_device(self) -> torch.device:
+        """The device that `device` names, or RuntimeError / ValueError where there is none."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device={self.device!r} is not a device: give auto, cpu or cuda"
+            ) from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(
+                f"device={self.device!r}: no CUDA device is usable; give cpu or auto"
+            )
+        return device
+
+    def to_json(self) -> str:
+        """Serialise."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Parse what `to_json` wrote.
+
+        Raises:
+            ValueError: for text that is not JSON, or fields that are not this class's.
+        """
+        fields = json.loads(text)
+        known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or fields.keys() != known.keys():
+            raise ValueError("its fields are not those of a training configuration")
+        for name, value in fields.items():
+            # JSON does not tell 1 from 1.0.
+            if type(value) is not known[name] and (type(value), known[name]) != (int, float):
+                raise ValueError(f"{name}={value!r} is not of type {known[name].__name__}")
+        return cls(**fields)

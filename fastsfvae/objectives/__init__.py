@@ -1,0 +1,8 @@
+"""Training objectives: one file each, one call, one result type."""
+
+from __future__ import annotations
+
+from fastsfvae.objectives.sampling import Sampling as Sampling
+from fastsfvae.objectives.sampling_free import SamplingFree as SamplingFree
+from fastsfvae.objectives.terms import Objective as Objective
+from fastsfvae.objectives.terms import Terms as Terms

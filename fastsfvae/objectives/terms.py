@@ -1,0 +1,40 @@
+"""What every training objective takes and returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Terms(NamedTuple):
+    """One evaluation of an objective.
+
+    Attributes:
+        loss: 0-d, to be minimised; the only field that carries a graph.
+        objective: ``[B]``, what is maximised, in nats. Named so on purpose: it need not be a lower
+            bound of log p(x).
+        log_likelihood: ``[B]``, in nats, with the constant -(n/2) log(2 pi c).
+        kl: ``[B]``, KL(q(z|x) || N(0, I)) in nats.
+        squared_error: ``[B]``, |x - f(z)|^2 at the z that the objective decodes.
+    """
+
+    loss: Tensor
+    objective: Tensor
+    log_likelihood: Tensor
+    kl: Tensor
+    squared_error: Tensor
+
+
+class Objective(Protocol):
+    """An objective of a decoder, built once and called with every batch."""
+
+    def __call__(
+        self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
+    ) -> Terms:
+        """Evaluate on data ``[B, *out]`` and its posterior N(mean, diag(exp(log_var))), ``[B, m]``.
+
+        `generator` is the source of whatever noise the objective draws.
+        """
+        ...
