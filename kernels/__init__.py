@@ -1,0 +1,11 @@
+"""Triton kernels and their launchers: tensors in, tensors out, no autograd.
+
+| module | what it computes |
+|---|---|
+| `gram_project` | G = J J^T, p = J r, rr = r^T r, and their pullback |
+| `woodbury` | log-determinant and inverse of cI + S G S, one factorisation a sample |
+| `tangent_activation` | phi(a) and phi'(a) T, and their pullback |
+| `audit` | compiles every configuration for every supported GPU, without one |
+
+Nothing here imports the rest of the package, and importing this package does not import Triton.
+"""

@@ -1,0 +1,85 @@
+"""The Triton launchers as torch.library operators, and the check that they can run.
+
+Operators allocate their results, mutate nothing and carry no derivative of their own: the
+autograd.Functions in this package's other modules call them. Each fake allocates exactly as its
+launcher does. Kernels are imported at the first call, so that `import fastsfvae` needs no Triton.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+
+def require_triton(tensor: Tensor) -> None:
+    """Raise unless the Triton kernels can run on this tensor.
+
+    Raises:
+        RuntimeError: the tensor is on a device that Triton cannot reach.
+        ValueError: the tensor is float64.
+    """
+    if tensor.dtype == torch.float64:
+        raise ValueError(
+            'backend="triton" has no float64 kernels: use backend="torch", or float32 tensors'
+        )
+    if tensor.is_cuda:
+        return
+    if tensor.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f'backend="triton" needs CUDA tensors, got one on "{tensor.device}": move it to a GPU, '
+            'use backend="torch", or set TRITON_INTERPRET=1 before Python starts (slow, CPU)'
+        )
+
+
+def _rows_dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+@torch.library.custom_op("fastsfvae::gram_project", mutates_args=())
+def gram_project(J: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """J ``[B, m, n]``, r ``[B, n]`` -> float32 G ``[B, m, m]``, p ``[B, m]``, rr ``[B]``."""
+    from fastsfvae.kernels.gram_project import gram_project_fwd
+
+    return gram_project_fwd(J, r)
+
+
+@gram_project.register_fake
+def _(J, r):
+    B, m, _ = J.shape
+    shapes = (B, m, m), (B, m), (B,)
+    return tuple(torch.empty(shape, dtype=torch.float32, device=J.device) for shape in shapes)
+
+
+@torch.library.custom_op("fastsfvae::gram_project_bwd", mutates_args=())
+def gram_project_bwd(
+    J: Tensor, r: Tensor, M: Tensor, u: Tensor, g_rr: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pull M = dG + dG^T ``[B, m, m]``, u = dp ``[B, m]`` and g_rr ``[B]`` back to (dJ, dr)."""
+    from fastsfvae.kernels.gram_project import gram_project_bwd
+
+    return gram_project_bwd(J, r, M, u, g_rr)
+
+
+@gram_project_bwd.register_fake
+def _(J, r, M, u, g_rr):
+    return torch.empty_like(_rows_dense(J)), torch.empty(r.shape, dtype=r.dtype, device=r.device)
+
+
+@torch.library.custom_op("fastsfvae::woodbury", mutates_args=())
+def woodbury(
+    G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One factorisation a sample -> (log_det, explained, K, y, q, w, lost); m <= 64."""
+    from fastsfvae.kernels.woodbury import woodbury_fwd
+
+    return tuple(woodbury_fwd(G, p, rr, h, c))
+
+
+@woodbury.register_fake
+def _(G, p, rr, h, c):
+    B, m = h.shape
+    sample, vector = (lambda: c.new_empty((B,))), (lambda: h.new_empty((B, m)))
+    lost = h.new_empty((B,), dtype=torch.bool)
+    return sample(), sample(), h.new_empty((B, m, m)), vector(), vector(), vector(), lost

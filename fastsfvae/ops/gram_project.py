@@ -1,0 +1,100 @@
+"""Gram matrix and projection of a tangent-major Jacobian: G = J J^T, p = J r, rr = r^T r.
+
+J is [B, m, n] and often a transposed view of [m, B, n] storage: nothing here copies it, except
+to float32 from a half dtype on the torch backend. Sums and results are at least float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastsfvae.ops import _library
+
+
+def gram_project(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable ``(G [B, m, m], p [B, m], rr [B])``.
+
+    Args:
+        J: ``[B, m, n]``, tangent-major, any strides.
+        r: ``[B, n]``.
+        backend: "torch" (any order of derivative) or "triton" (first order).
+
+    Raises:
+        RuntimeError: "triton" on a device it cannot reach; a second derivative through "triton".
+        ValueError: "triton" with float64.
+    """
+    if backend == "triton":
+        _library.require_triton(J)
+        return _GramProject.apply(J, r)
+    return _forward(J, r)
+
+
+def gram_project_forward(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`gram_project` for use inside an autograd.Function: the same values, no graph of its own."""
+    if backend == "triton":
+        _library.require_triton(J)
+        return _library.gram_project(J, r)
+    return _forward(J, r)
+
+
+def gram_project_backward(
+    J: Tensor, r: Tensor, M: Tensor, u: Tensor, g_rr: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Pullback: dJ = M J + u r^T and dr = J^T u + 2 g_rr r, in the dtypes of J and r.
+
+    Args:
+        J: ``[B, m, n]`` as in the forward.
+        r: ``[B, n]`` as in the forward.
+        M: dG + dG^T, ``[B, m, m]``.
+        u: dp, ``[B, m]``.
+        g_rr: d rr, ``[B]``.
+        backend: "torch" or "triton".
+
+    Returns:
+        ``(dJ [B, m, n], dr [B, n])``, dJ in J's order of strides.
+    """
+    if backend == "triton":
+        _library.require_triton(J)
+        return _library.gram_project_bwd(J, r, M, u, g_rr)
+    dtype = _compute_dtype(J, r)
+    dJ = torch.empty_like(J, dtype=dtype)
+    with torch.autocast(J.device.type, enabled=False):
+        J32, r32, M, u, g_rr = (t.to(dtype) for t in (J, r, M, u, g_rr))
+        # Written in place: J's order of strides is kept, and no product of J's size is allocated.
+        torch.mul(u.unsqueeze(-1), r32.unsqueeze(-2), out=dJ)
+        dJ.baddbmm_(M, J32)
+        dr = torch.bmm(u.unsqueeze(-2), J32).squeeze(-2)
+        dr.addcmul_(g_rr.unsqueeze(-1), r32, value=2)
+    return dJ.to(J.dtype), dr.to(r.dtype)
+
+
+def _compute_dtype(J: Tensor, r: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(J.dtype, r.dtype), torch.float32)
+
+
+def _forward(J: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(J, r)
+    # Autocast would round G to half precision, which cannot hold the ratio of its eigenvalues to c.
+    with torch.autocast(J.device.type, enabled=False):
+        J, r = J.to(dtype), r.to(dtype)
+        G = torch.bmm(J, J.mT)
+        p = torch.bmm(J, r.unsqueeze(-1)).squeeze(-1)
+        return G, p, r.square().sum(-1)
+
+
+class _GramProject(torch.autograd.Function):
+    @staticmethod
+    def forward(J, r):
+        return _library.gram_project(J, r)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_G, g_p, g_rr):
+        J, r = ctx.saved_tensors
+        return _library.gram_project_bwd(J, r, g_G + g_G.mT, g_p, g_rr)

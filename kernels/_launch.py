@@ -1,0 +1,83 @@
+"""What every launcher shares: device limits, and the description of a compilation for the audit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# The interpreter computes tl.dot on bf16 operands from their bit patterns; kernels upcast there.
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What launch choices depend on besides shapes.
+
+    Attributes:
+        sm_count: streaming multiprocessors of the device.
+    """
+
+    sm_count: int
+
+
+@functools.cache
+def _cuda_limits(index: int) -> DeviceLimits:
+    return DeviceLimits(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def device_limits(tensor: torch.Tensor) -> DeviceLimits:
+    """Limits of the device that holds `tensor`; a small fixed device for the interpreter."""
+    if not tensor.is_cuda:
+        return DeviceLimits(sm_count=4)
+    return _cuda_limits(tensor.get_device())
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling division."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compilation that a launcher can ask for, as the audit compiles it.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        label: what distinguishes this configuration in the audit's table.
+        types: the type of each runtime argument that is not a 32-bit integer, by name: ``"*fp32"``.
+        constexprs: every constexpr argument, by name.
+        num_warps: warps per program.
+        num_stages: software pipeline stages.
+        unaligned: integer arguments that are not divisible by 16 in this configuration.
+    """
+
+    kernel: Any
+    label: str
+    types: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 3
+    unaligned: tuple[str, ...] = field(default=())
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """Triton's name of a pointer to `dtype`, as a signature spells it."""
+    return "*" + _TRITON_NAMES[dtype]
+
+
+def check_dtypes(**tensors: torch.Tensor) -> None:
+    """Raise TypeError unless each tensor is float32, bfloat16 or float16."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TRITON_NAMES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}: the Triton kernels take float32, bfloat16 or "
+                'float16; use backend="torch" for others'
+            )

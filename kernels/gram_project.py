@@ -1,0 +1,387 @@
+"""Gram matrix and projection of a tangent-major Jacobian, and their pullback.
+
+    forward     G = J J^T          p = J r          rr = r^T r
+    backward    dJ = M J + u r^T   dr = J^T u + 2 g_rr r      with M = dG + dG^T, u = dp
+
+per sample, J [m, n] and r [n]; sums in float32, results G, p, rr in float32.
+
+Floor, per sample, with e bytes an element: the forward reads (m + 1) n e bytes, the backward reads
+the same and writes as much; each does 2 m^2 n flops. For m <= 64 both kernels move only that.
+Above, J is cut into row tiles of 64 and read once per tile, mostly from L2.
+
+The forward cuts n into `splits` parts that are summed in a fixed order by a second kernel (or by
+the factorisation): the same bits on every run, and a full chip when the batch is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import (
+    INTERPRET,
+    Configuration,
+    DeviceLimits,
+    cdiv,
+    check_dtypes,
+    device_limits,
+    pointer,
+)
+
+_SUM_BLOCK = 1024
+
+
+@triton.jit
+def _gram_project_fwd_kernel(
+    j_ptr,  # [B, m, n], unit stride in n
+    r_ptr,  # [B, n], unit stride in n
+    g_ptr,  # [splits, B, m, m]
+    p_ptr,  # [splits, B, m]
+    rr_ptr,  # [splits, B]
+    B,
+    m,
+    n,
+    splits,
+    n_per_split,
+    tiles,
+    stride_j_b,
+    stride_j_m,
+    stride_r_b,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Tile pairs of one part of one sample are neighbours in launch order: they share J through L2.
+    pid = tl.program_id(0)
+    row_tile = pid % tiles
+    col_tile = (pid // tiles) % tiles
+    split = (pid // (tiles * tiles)) % splits
+    b = (pid // (tiles * tiles * splits)).to(tl.int64)
+
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ptrs = j_ptr + b * stride_j_b + rows.to(tl.int64)[:, None] * stride_j_m
+    col_ptrs = j_ptr + b * stride_j_b + cols.to(tl.int64)[:, None] * stride_j_m
+    first = split * n_per_split
+    last = tl.minimum(first + n_per_split, n)
+
+    G = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    # p is summed over its lanes once, after the loop: a reduction in each step costs more.
+    p_lanes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    rr_lanes = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        ks = start + tl.arange(0, BLOCK_N)
+        inside = ks < last
+        J = tl.load(row_ptrs + ks[None, :], mask=(rows < m)[:, None] & inside[None, :], other=0.0)
+        r = tl.load(r_ptr + b * stride_r_b + ks, mask=inside, other=0.0).to(tl.float32)
+        if ONE_TILE:
+            J_cols = J
+        else:
+            J_cols = tl.load(
+                col_ptrs + ks[None, :], mask=(cols < m)[:, None] & inside[None, :], other=0.0
+            )
+        if INTERPRET:
+            G = tl.dot(J.to(tl.float32), tl.trans(J_cols.to(tl.float32)), G, input_precision="ieee")
+        else:
+            G = tl.dot(J, tl.trans(J_cols), G, input_precision=PRECISION)
+        p_lanes += J.to(tl.float32) * r[None, :]
+        rr_lanes += r * r
+
+    part = split * B + b
+    g_ptrs = g_ptr + (part * m + rows[:, None]) * m + cols[None, :]
+    tl.store(g_ptrs, G, mask=(rows < m)[:, None] & (cols < m)[None, :])
+    first_col = col_tile == 0
+    tl.store(p_ptr + part * m + rows, tl.sum(p_lanes, 1), mask=(rows < m) & first_col)
+    tl.store(rr_ptr + part, tl.sum(rr_lanes, 0), mask=first_col & (row_tile == 0))
+
+
+@triton.jit
+def _gram_project_sum_kernel(
+    g_part_ptr,  # [splits, B, m, m]
+    p_part_ptr,  # [splits, B, m]
+    rr_part_ptr,  # [splits, B]
+    g_ptr,  # [B, m, m]
+    p_ptr,  # [B, m]
+    rr_ptr,  # [B]
+    B,
+    m,
+    splits,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    b = (pid // blocks).to(tl.int64)
+    # The lanes of a sample run over G, then p, then rr.
+    at_g = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    at_p = at_g - m * m
+    is_g = at_p < 0
+    is_p = (at_p >= 0) & (at_p < m)
+    is_rr = at_p == m
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(0, splits):
+        part = split * B + b
+        total += tl.load(g_part_ptr + part * m * m + at_g, mask=is_g, other=0.0)
+        total += tl.load(p_part_ptr + part * m + at_p, mask=is_p, other=0.0)
+        total += tl.load(rr_part_ptr + part + at_p - m, mask=is_rr, other=0.0)
+    tl.store(g_ptr + b * m * m + at_g, total, mask=is_g)
+    tl.store(p_ptr + b * m + at_p, total, mask=is_p)
+    tl.store(rr_ptr + b + at_p - m, total, mask=is_rr)
+
+
+@triton.jit
+def _gram_project_bwd_kernel(
+    j_ptr,  # [B, m, n], unit stride in n
+    r_ptr,  # [B, n], unit stride in n
+    m_ptr,  # M [B, m, m]
+    u_ptr,  # [B, m]
+    g_rr_ptr,  # [B]
+    dj_ptr,  # [B, m, n], unit stride in n
+    dr_ptr,  # [B, n]
+    m,
+    n,
+    tiles,
+    n_blocks,
+    stride_j_b,
+    stride_j_m,
+    stride_r_b,
+    stride_dj_b,
+    stride_dj_m,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row_tile = pid % tiles
+    n_block = (pid // tiles) % n_blocks
+    b = (pid // (tiles * n_blocks)).to(tl.int64)
+
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    ks = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.load(r_ptr + b * stride_r_b + ks, mask=ks < n, other=0.0).to(tl.float32)
+    u_rows = tl.load(u_ptr + b * m + rows, mask=rows < m, other=0.0)
+
+    dJ = u_rows[:, None] * r[None, :]
+    dr = 2.0 * tl.load(g_rr_ptr + b) * r
+    for first_col in range(0, m, BLOCK_M):
+        cols = first_col + tl.arange(0, BLOCK_M)
+        J = tl.load(
+            j_ptr + b * stride_j_b + cols.to(tl.int64)[:, None] * stride_j_m + ks[None, :],
+            mask=(cols < m)[:, None] & (ks < n)[None, :],
+            other=0.0,
+        )
+        M = tl.load(
+            m_ptr + (b * m + rows[:, None]) * m + cols[None, :],
+            mask=(rows < m)[:, None] & (cols < m)[None, :],
+            other=0.0,
+        )
+        u_cols = tl.load(u_ptr + b * m + cols, mask=cols < m, other=0.0)
+        J32 = J.to(tl.float32)
+        if J.dtype == tl.bfloat16 and not INTERPRET:
+            # M as the sum of two bf16 numbers keeps 16 of its bits on the bf16 tensor cores.
+            high = M.to(tl.bfloat16)
+            low = (M - high.to(tl.float32)).to(tl.bfloat16)
+            dJ = tl.dot(high, J, dJ)
+            dJ = tl.dot(low, J, dJ)
+        else:
+            dJ = tl.dot(M, J32, dJ, input_precision=PRECISION)
+        dr += tl.sum(u_cols[:, None] * J32, 0)
+
+    dj_ptrs = dj_ptr + b * stride_dj_b + rows.to(tl.int64)[:, None] * stride_dj_m + ks[None, :]
+    tl.store(dj_ptrs, dJ, mask=(rows < m)[:, None] & (ks < n)[None, :])
+    tl.store(dr_ptr + b * n + ks, dr, mask=(ks < n) & (row_tile == 0))
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Block sizes of either kernel: the tile is a constant number of elements, whatever m is."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def _fwd_tile(m: int) -> _Tile:
+    block_m = min(max(16, triton.next_power_of_2(m)), 64)
+    return _Tile(block_m, 4096 // block_m, num_warps=4, num_stages=2)
+
+
+def _bwd_tile(m: int) -> _Tile:
+    block_m = min(max(16, triton.next_power_of_2(m)), 64)
+    return _Tile(block_m, min(4096 // block_m, 128), num_warps=4, num_stages=1)
+
+
+def _splits(B: int, n: int, pairs: int, block_n: int, limits: DeviceLimits) -> tuple[int, int]:
+    """Parts of n and columns per part: about three programs an SM, at least two blocks a part."""
+    wanted = max(1, 3 * limits.sm_count // (B * pairs))
+    blocks = cdiv(n, block_n)
+    blocks_per_split = cdiv(blocks, max(1, min(wanted, blocks // 2)))
+    return cdiv(blocks, blocks_per_split), blocks_per_split * block_n
+
+
+def _rows_dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def gram_project_partials(
+    J: Tensor, r: Tensor, input_precision: str = "ieee"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over parts of n, in a fixed split.
+
+    Args:
+        J: ``[B, m, n]``, float32, bfloat16 or float16; any strides, copied only where n's is not 1.
+        r: ``[B, n]``, one of the same dtypes.
+        input_precision: how float32 products are formed: "ieee", "tf32x3" or "tf32".
+
+    Returns:
+        Float32 ``(G [S, B, m, m], p [S, B, m], rr [S, B])``; their sums over S are G, p and rr.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    check_dtypes(J=J, r=r)
+    J, r = _rows_dense(J), _rows_dense(r)
+    B, m, n = J.shape
+    tile = _fwd_tile(m)
+    tiles = cdiv(m, tile.block_m)
+    splits, n_per_split = _splits(B, n, tiles * tiles, tile.block_n, device_limits(J))
+    G = torch.empty((splits, B, m, m), dtype=torch.float32, device=J.device)
+    p = torch.empty((splits, B, m), dtype=torch.float32, device=J.device)
+    rr = torch.empty((splits, B), dtype=torch.float32, device=J.device)
+    with torch.cuda.device_of(J):
+        _gram_project_fwd_kernel[(B * splits * tiles * tiles,)](
+            *(J, r, G, p, rr, B, m, n, splits, n_per_split, tiles),
+            *(J.stride(0), J.stride(1), r.stride(0)),
+            **_fwd_constexprs(m, input_precision),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return G, p, rr
+
+
+def gram_project_fwd(
+    J: Tensor, r: Tensor, input_precision: str = "ieee"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return float32 ``(G [B, m, m], p [B, m], rr [B])``; arguments as `gram_project_partials`."""
+    parts = gram_project_partials(J, r, input_precision)
+    splits, B, m = parts[1].shape
+    if splits == 1:
+        G, p, rr = parts
+        return G.squeeze(0), p.squeeze(0), rr.squeeze(0)
+    sums = tuple(torch.empty(part.shape[1:], dtype=part.dtype, device=J.device) for part in parts)
+    blocks = cdiv(m * m + m + 1, _SUM_BLOCK)
+    with torch.cuda.device_of(J):
+        _gram_project_sum_kernel[(B * blocks,)](
+            *parts, *sums, B, m, splits, blocks, BLOCK=_SUM_BLOCK, num_warps=4
+        )
+    return sums
+
+
+def gram_project_bwd(
+    J: Tensor, r: Tensor, M: Tensor, u: Tensor, g_rr: Tensor, input_precision: str = "ieee"
+) -> tuple[Tensor, Tensor]:
+    """Pull cotangents of G, p and rr back to J and r.
+
+    Args:
+        J: ``[B, m, n]`` as in the forward.
+        r: ``[B, n]`` as in the forward.
+        M: dG + dG^T, ``[B, m, m]`` float32.
+        u: dp, ``[B, m]`` float32.
+        g_rr: d rr, ``[B]`` float32.
+        input_precision: as in `gram_project_partials`; bfloat16 J always runs on bfloat16 products,
+            with M in two terms.
+
+    Returns:
+        ``(dJ [B, m, n], dr [B, n])`` in the dtypes of J and r; dJ has J's order of strides.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    check_dtypes(J=J, r=r)
+    J, r = _rows_dense(J), _rows_dense(r)
+    M, u, g_rr = (t.to(torch.float32).contiguous() for t in (M, u, g_rr))
+    B, m, n = J.shape
+    tile = _bwd_tile(m)
+    tiles, n_blocks = cdiv(m, tile.block_m), cdiv(n, tile.block_n)
+    dJ = torch.empty_like(J)
+    dr = torch.empty((B, n), dtype=r.dtype, device=r.device)
+    with torch.cuda.device_of(J):
+        _gram_project_bwd_kernel[(B * tiles * n_blocks,)](
+            *(J, r, M, u, g_rr, dJ, dr, m, n, tiles, n_blocks),
+            *(J.stride(0), J.stride(1), r.stride(0), dJ.stride(0), dJ.stride(1)),
+            **_bwd_constexprs(m, input_precision),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return dJ, dr
+
+
+def _fwd_constexprs(m: int, precision: str) -> dict:
+    tile = _fwd_tile(m)
+    one_tile = m <= tile.block_m
+    return {
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+        **{"ONE_TILE": one_tile, "PRECISION": precision},
+    }
+
+
+def _bwd_constexprs(m: int, precision: str) -> dict:
+    tile = _bwd_tile(m)
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": precision}
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every compilation of these kernels: m's buckets, dtypes of J and r, aligned and odd sizes."""
+    f32 = "*fp32"
+    half = (torch.bfloat16, torch.float16)
+    dtypes = [(torch.float32, torch.float32), *((j, r) for j in half for r in (j, torch.float32))]
+    for m, (j, r), odd in product((16, 32, 64, 128), dtypes, (False, True)):
+        label = f"m={'>64' if m > 64 else m} J={pointer(j)[1:]} r={pointer(r)[1:]}"
+        label += " odd n" if odd else ""
+        data = {"j_ptr": pointer(j), "r_ptr": pointer(r)}
+        strides = ("stride_j_b", "stride_j_m", "stride_r_b")
+        small = ("B", "m", "splits", "tiles")
+        fwd, bwd = _fwd_tile(m), _bwd_tile(m)
+        yield Configuration(
+            _gram_project_fwd_kernel,
+            label,
+            {**data, "g_ptr": f32, "p_ptr": f32, "rr_ptr": f32},
+            _fwd_constexprs(m, "ieee"),
+            fwd.num_warps,
+            fwd.num_stages,
+            unaligned=(*small, *(("n", *strides) if odd else ())),
+        )
+        yield Configuration(
+            _gram_project_bwd_kernel,
+            label,
+            {
+                **data,
+                **{"m_ptr": f32, "u_ptr": f32, "g_rr_ptr": f32},
+                **{"dj_ptr": pointer(j), "dr_ptr": pointer(r)},
+            },
+            _bwd_constexprs(m, "ieee"),
+            bwd.num_warps,
+            bwd.num_stages,
+            unaligned=(
+                *("m", "tiles", "n_blocks"),
+                *(("n", *strides, "stride_dj_b", "stride_dj_m") if odd else ()),
+            ),
+        )
+    yield Configuration(
+        _gram_project_sum_kernel,
+        "any m",
+        {
+            **{"g_part_ptr": f32, "p_part_ptr": f32, "rr_part_ptr": f32},
+            **{"g_ptr": f32, "p_ptr": f32, "rr_ptr": f32},
+        },
+        {"BLOCK": _SUM_BLOCK},
+        num_warps=4,
+        unaligned=("B", "m", "splits", "blocks"),
+    )
