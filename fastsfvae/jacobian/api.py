@@ -1,0 +1,164 @@
+"""Public functions on a decoder's Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsfvae.jacobian.backend import resolve_backend
+from fastsfvae.jacobian.linearize import Linearizer
+from fastsfvae.jacobian.reference import reference_jacobian
+from fastsfvae.jacobian.validate import check_chunk_size, check_target
+
+
+class Pullback(NamedTuple):
+    """What the sampling-free objective needs of a decoder at z.
+
+    Attributes:
+        output: f(z), [B, *out].
+        gram: G = J^T J, [B, m, m].
+        projection: p = J^T (x - f(z)), [B, m]; None without x.
+        squared_error: |x - f(z)|^2, [B]; None without x.
+    """
+
+    output: Tensor
+    gram: Tensor
+    projection: Tensor | None
+    squared_error: Tensor | None
+
+
+def decode_with_jacobian(
+    decoder: Callable[..., Tensor],
+    z: Tensor,
+    *args: Any,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Decode and differentiate: f(z) and J = df/dz, in one pass with m tangents.
+
+    Both results are differentiable in z, in the decoder's parameters and in the further tensors;
+    with backend "torch" any number of times. The decoder must treat its samples one by one.
+
+    Args:
+        decoder: an nn.Module, a method of one, or any callable; called as
+            decoder(z, *args, **kwargs). Modules are traced once and the plan is kept until
+            something that it depends on changes; other callables are traced at each call.
+        z: latents [B, m].
+        *args: further decoder inputs; tensors with leading extent B go with their samples.
+        backend: "auto", "torch", "triton" or "reference" (torch.func.jacrev per sample).
+        chunk_size: samples that are processed together; None for as many as a memory budget
+            allows. Changes results by rounding only.
+        **kwargs: further decoder inputs by name.
+
+    Returns:
+        output: f(z), [B, *out].
+        jacobian: [B, m, *out], a view of tangent-major storage.
+
+    Raises:
+        TypeError: z or the output is not floating point, the decoder returns no single tensor, or
+            is wrapped for data-parallel training.
+        ValueError: shapes, devices, dtypes, backend or chunk_size that do not fit.
+        RuntimeError: batch statistics or dropout in training mode, control flow that depends on
+            tensor values, or an operation that cannot be differentiated.
+    """
+    check_chunk_size(chunk_size)
+    if backend == "reference":
+        return reference_jacobian(decoder, z, *args, **kwargs)
+    linearizer = Linearizer(decoder, z, args, kwargs, resolve_backend(backend, z))
+    parts = [linearizer.run(*bounds) for bounds in linearizer.chunks(chunk_size)]
+    if len(parts) == 1:
+        output, tangents = parts[0]
+    else:
+        output = torch.cat([output for output, _ in parts])
+        tangents = torch.cat([tangents for _, tangents in parts], dim=1)
+    return output, tangents.transpose(0, 1)
+
+
+def pullback(
+    decoder: Callable[..., Tensor],
+    z: Tensor,
+    x: Tensor | None = None,
+    *args: Any,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> Pullback:
+    """The m x m quantities G = J^T J, p = J^T r and r^T r at z, with r = x - f(z).
+
+    The Jacobian is held for one chunk of samples at a time; where gradients are needed and there
+    are several chunks, it is computed again in the backward. Differentiable like
+    `decode_with_jacobian`.
+
+    Args:
+        decoder: see `decode_with_jacobian`.
+        z: latents [B, m].
+        x: data [B, *out], or None for the Gram matrix alone.
+        *args: further decoder inputs.
+        backend: "auto", "torch", "triton" or "reference".
+        chunk_size: samples that are processed together, None for a memory budget.
+        **kwargs: further decoder inputs by name.
+
+    Returns:
+        A `Pullback`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; x that is not floating
+            point or does not match the output.
+    """
+    from fastsfvae.ops.gram_project import gram_project
+
+    check_chunk_size(chunk_size)
+    check_target(x, z)
+    resolved = resolve_backend(backend, z)
+
+    def finish(output: Tensor, tangents: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        if x is None:
+            residual = torch.zeros_like(output)
+        else:
+            if x.shape[1:] != output.shape[1:]:
+                raise ValueError(
+                    f"x has shape {tuple(x.shape)} but the decoder returns "
+                    f"{(z.shape[0], *output.shape[1:])}"
+                )
+            residual = x[start:stop] - output
+        return output, *gram_project(*flatten_in_memory_order(tangents, residual), resolved)
+
+    if resolved == "reference":
+        output, jacobian = reference_jacobian(decoder, z, *args, **kwargs)
+        parts = [finish(output, jacobian.transpose(0, 1), 0, z.shape[0])]
+    else:
+        linearizer = Linearizer(decoder, z, args, kwargs, resolved)
+        bounds = list(linearizer.chunks(chunk_size))
+        if len(bounds) > 1 and linearizer.needs_grad(x):
+            parts = [linearizer.run_checkpointed(finish, *b) for b in bounds]
+        else:
+            parts = [finish(*linearizer.run(*b), *b) for b in bounds]
+    output, gram, projection, error = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts))
+    if x is None:
+        return Pullback(output, gram, None, None)
+    return Pullback(output, gram, projection, error)
+
+
+def flatten_in_memory_order(tangents: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """J [B, m, n] and r [B, n] with the order of n that makes J a view of the tangents.
+
+    G and p do not care about the order of n, so the small residual is permuted, never J.
+
+    Args:
+        tangents: [m, B, *out], in any memory format.
+        residual: [B, *out].
+
+    Returns:
+        (J, r): J is a view of `tangents` wherever its trailing axes are dense in some order.
+    """
+    ndim = tangents.ndim
+    if ndim == 3 or tangents.is_contiguous():
+        return tangents.flatten(2).transpose(0, 1), residual.flatten(1)
+    # Slowest axis first, as they lie in memory.
+    order = sorted(range(2, ndim), key=lambda axis: -tangents.stride(axis))
+    moved = tangents.permute(0, 1, *order).flatten(2)
+    return moved.transpose(0, 1), residual.permute(0, *(a - 1 for a in order)).flatten(1)

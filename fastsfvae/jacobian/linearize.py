@@ -1,0 +1,182 @@
+"""Run a decoder with its tangents: the plans' cache, validation and chunks of samples."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from fastsfvae.jacobian.fingerprint import Fingerprint, fingerprint, freeze
+from fastsfvae.jacobian.validate import check_inputs, unwrap
+
+# Plans per decoder; more than a training loop needs, few enough that a key which changes at every
+# call cannot fill the memory.
+_MAX_PLANS = 32
+# Bytes of tangents that one chunk may hold: measured on CPUs, a share of the memory on GPUs.
+_CPU_BUDGET = 256 * 2**20
+_CUDA_SHARE = 8
+
+_plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class Linearizer:
+    """A decoder prepared for one batch; `chunks` and `run` evaluate it.
+
+    Args:
+        decoder: an nn.Module or a callable, called as decoder(z, *args, **kwargs).
+        z: [B, m].
+        args: further positional arguments; tensors with leading extent B go with their samples.
+        kwargs: further keyword arguments, likewise.
+        backend: "torch" or "triton", already resolved.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`.
+    """
+
+    def __init__(
+        self,
+        decoder: Callable[..., Tensor],
+        z: Tensor,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
+    ):
+        self.decoder = unwrap(decoder)
+        self.z, self.backend = z, backend
+        leaves, self._spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+        self._leaves = leaves
+        self.extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        batch = z.shape[0]
+        self._batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
+        if isinstance(self.decoder, nn.Module):
+            self._print = fingerprint(self.decoder)
+        else:
+            self._print = Fingerprint((), [], [], [])
+        check_inputs(z, self._print.names, self._print.tensors)
+        self._key = self._whole_key()
+        self._local: dict[tuple, list] = {}
+        self._statics: dict[int, tuple] = {}
+
+    def run(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Decode samples start to stop: (output [b, *out], tangents [m, b, *out])."""
+        z, extras = self._slice(start, stop)
+        plan = self.plan(z.shape[0])
+        if id(plan) not in self._statics:
+            self._statics[id(plan)] = plan.prelude(self._print.tensors, self.extras)
+        return plan.run(z, self._print.tensors, extras, self._statics[id(plan)])
+
+    def run_checkpointed(self, finish: Callable[..., Any], start: int, stop: int) -> Any:
+        """`finish(output, tangents, start, stop)`, recomputed in the backward, not stored."""
+        plan = self.plan(stop - start)
+        if id(plan) not in self._statics:
+            self._statics[id(plan)] = plan.prelude(self._print.tensors, self.extras)
+
+        def compute() -> Any:
+            return finish(*self.run(start, stop), start, stop)
+
+        return checkpoint(compute, use_reentrant=False)
+
+    def needs_grad(self, *others: Tensor | None) -> bool:
+        """Whether a result would be part of an autograd graph.
+
+        A callable that is not a module may hold tensors that are not visible: then it is assumed.
+        """
+        tensors = (self.z, *self._print.tensors, *self.extras, *others)
+        hidden = not isinstance(self.decoder, nn.Module)
+        required = hidden or any(t is not None and t.requires_grad for t in tensors)
+        return required and torch.is_grad_enabled()
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[int, int]]:
+        """Bounds of near-equal chunks, of at most chunk_size samples or by a memory budget."""
+        batch = self.z.shape[0]
+        size = chunk_size or self._default_chunk()
+        count = -(-batch // max(1, min(size, batch)))
+        base, longer = divmod(batch, count)
+        start = 0
+        for index in range(count):
+            stop = start + base + (index < longer)
+            yield start, stop
+            start = stop
+
+    def plan(self, batch: int) -> Any:
+        """The plan for chunks of that many samples, traced if there is none yet."""
+        if isinstance(self.decoder, nn.Module):
+            plans = _plans.setdefault(self.decoder, {})
+        else:
+            plans = self._local
+        candidates = plans.setdefault(self._key, [])
+        for plan in candidates:
+            if plan.accepts(batch):
+                return plan
+        plan = self._trace(batch)
+        candidates.append(plan)
+        while len(plans) > _MAX_PLANS:
+            plans.pop(next(iter(plans)))
+        return plan
+
+    def _trace(self, batch: int) -> Any:
+        # Late: the tracer brings in sympy, which `import fastsfvae` must not.
+        from fastsfvae.jacobian.plan import build_plan
+        from fastsfvae.jacobian.trace import trace
+
+        def rebuild(tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
+            given = iter(tensors)
+            filled = [next(given) if isinstance(x, Tensor) else x for x in self._leaves]
+            return pytree.tree_unflatten(filled, self._spec)
+
+        z, extras = self._slice(0, batch)
+        traced = trace(
+            self.decoder,
+            self._print.names,
+            self._print.tensors,
+            z,
+            extras,
+            self._batched,
+            rebuild,
+        )
+        plan = build_plan(traced, self._print.names, self._batched, self.backend)
+        plan.anchors = [*self._print.anchors, *self._anchors]
+        return plan
+
+    def _slice(self, start: int, stop: int | None) -> tuple[Tensor, list[Tensor]]:
+        if start == 0 and (stop is None or stop == self.z.shape[0]):
+            return self.z, self.extras
+        extras = [
+            t[start:stop] if along else t
+            for t, along in zip(self.extras, self._batched, strict=True)
+        ]
+        return self.z[start:stop], extras
+
+    def _whole_key(self) -> tuple:
+        z = self.z
+        self._anchors: list[Any] = []
+        leaves = tuple(
+            (leaf.shape[1:] if self._batched[i] else leaf.shape, leaf.dtype, leaf.device)
+            for i, leaf in enumerate(self.extras)
+        )
+        plain = tuple(
+            freeze(leaf, self._anchors) for leaf in self._leaves if not isinstance(leaf, Tensor)
+        )
+        device = z.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return (
+            self._print.key,
+            (z.shape[1], z.dtype, z.device, self.backend, autocast),
+            (self._spec, leaves, tuple(self._batched), plain),
+        )
+
+    def _default_chunk(self) -> int:
+        plan = self.plan(self.z.shape[0])
+        budget = _CPU_BUDGET
+        if self.z.is_cuda:
+            properties = torch.cuda.get_device_properties(self.z.device)
+            budget = properties.total_memory // _CUDA_SHARE
+        # Without gradients only a layer's input and output are alive together.
+        elements = plan.total if self.needs_grad() else 2 * plan.widest
+        sample = max(1, elements * self.z.shape[1] * self.z.element_size())
+        return max(1, budget // sample)

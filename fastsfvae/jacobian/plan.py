@@ -1,0 +1,344 @@
+"""A plan: a traced decoder as straight-line Python that carries tangents.
+
+The prelude computes what depends on parameters and unbatched inputs only (the effective weights of
+weight_norm, an attention mask): once per call, outside the chunk loop. The body runs per chunk:
+operations on Jets through their rules, everything else as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import keyword
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastsfvae.jacobian.fallback import generic_rule
+from fastsfvae.jacobian.functionalize import functionalize, is_mutation
+from fastsfvae.jacobian.jet import Jet, full_tangent
+from fastsfvae.jacobian.registry import RULES
+from fastsfvae.jacobian.rules import NOT_DIFFERENTIABLE
+from fastsfvae.jacobian.trace import Trace
+
+_INDENT = "    "
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation of a plan, for reports.
+
+    Attributes:
+        op: the operation, such as "aten.conv2d.default".
+        path: the dotted path of the module that runs it, "" where unknown.
+        handled: "rule" or "fallback" where tangents pass; "plain" elsewhere.
+        shape: the result's shape, with the batch axis's traced extent.
+        node: the traced node.
+    """
+
+    op: str
+    path: str
+    handled: str
+    shape: tuple[int, ...]
+    node: fx.Node
+
+
+@dataclasses.dataclass
+class Plan:
+    """Runnable code for one decoder, one backend and one set of shapes.
+
+    Attributes:
+        source: the generated Python, readable.
+        prelude: (tensors, extras) -> what the body needs that no sample changes.
+        body: (z, tensors, extras, statics) -> Jet, or a Tensor where nothing depends on z.
+        steps: the operations in order.
+        accepts: whether the plan is right for a batch size.
+        widest: the largest tangent, in elements per sample and direction.
+        total: all tangents together, likewise.
+    """
+
+    source: str
+    prelude: Callable[..., tuple]
+    body: Callable[..., Any]
+    steps: list[Step]
+    accepts: Callable[[int], bool]
+    widest: int
+    total: int
+
+    def run(self, z: Tensor, tensors: list, extras: list, statics: tuple) -> tuple[Tensor, Tensor]:
+        """Decode a chunk: (output [B, *out], tangents [m, B, *out])."""
+        m = z.shape[1]
+        seed = torch.eye(m, dtype=z.dtype, device=z.device)[:, None, :]
+        result = self.body(Jet(z, seed), tensors, extras, statics)
+        if isinstance(result, Jet):
+            return result.primal, full_tangent(result)
+        return result, result.new_zeros(()).expand(m, *result.shape)
+
+
+def build_plan(trace: Trace, names: list[str], batched: list[bool], backend: str) -> Plan:
+    """Turn a trace into code for the resolved backend, "torch" or "triton".
+
+    Args:
+        trace: of the decoder.
+        names: the parameters' and buffers' names, in the order of the trace's inputs.
+        batched: for each further tensor input, whether it has the batch axis.
+        backend: chooses among a rule's implementations.
+    """
+    graph = trace.module.graph
+    params, rest = trace.inputs[: len(names)], trace.inputs[len(names) :]
+    z, extras = rest[0], rest[1:]
+    batch_inputs = {z, *(node for node, along in zip(extras, batched, strict=True) if along)}
+    functionalize(graph, batch_inputs)
+    return _Emitter(trace, params, z, extras, batch_inputs, backend).plan()
+
+
+class _Emitter:
+    """Classifies the nodes of a graph and writes prelude and body."""
+
+    def __init__(self, trace, params, z, extras, batch_inputs, backend):
+        self.trace, self.params, self.z, self.extras = trace, params, z, extras
+        self.backend = backend
+        self.dynamic: set[fx.Node] = set(batch_inputs)
+        self.jets: set[fx.Node] = {z}
+        self.namespace: dict[str, Any] = {
+            "torch": torch,
+            "device": torch.device,
+            "inf": float("inf"),
+            "nan": float("nan"),
+        }
+        self.names: dict[fx.Node, str] = {}
+        self.prelude: list[tuple[str, fx.Node]] = []
+        self.body: list[tuple[str, fx.Node]] = []
+        self.controls = 0
+        self.steps: list[Step] = []
+        self.widest = self.total = 0
+
+    def plan(self) -> Plan:
+        grad_enabled = True
+        used = _live_nodes(self.trace.module.graph)
+        result: fx.Node | None = None
+        for node in self.trace.module.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                (result,) = node.all_input_nodes
+            elif node not in used:
+                continue
+            elif node.op == "get_attr":
+                value = operator.attrgetter(node.target)(self.trace.module)
+                self.names[node] = self._bind(_identifier(node.target), value)
+            elif node.target is torch._C._set_grad_enabled:
+                grad_enabled = bool(node.args[0])
+                self._control(node, f"torch.set_grad_enabled({grad_enabled} and ambient)")
+            elif _is_autocast(node.target):
+                self._control(node, f"{node.name} = {self._plain_call(node)}")
+            else:
+                self._operation(node, grad_enabled)
+        assert result is not None
+        self._see(result)
+        return self._finish(result)
+
+    def _control(self, node: fx.Node, line: str) -> None:
+        self.controls += 1
+        self.prelude.append((line, node))
+        self.body.append((line, node))
+
+    def _operation(self, node: fx.Node, grad_enabled: bool) -> None:
+        inputs = node.all_input_nodes
+        if not any(arg in self.dynamic for arg in inputs):
+            self.prelude.append((f"{node.name} = {self._plain_call(node)}", node))
+            return
+        self.dynamic.add(node)
+        handled = "plain"
+        if grad_enabled and _differentiable(node) and any(arg in self.jets for arg in inputs):
+            self.jets.add(node)
+            call, handled = self._jet_call(node)
+        else:
+            call = self._plain_call(node)
+        self.body.append((f"{node.name} = {call}", node))
+        if isinstance(node.target, torch._ops.OpOverload):
+            self._see(node, handled)
+
+    def _see(self, node: fx.Node, handled: str | None = None) -> None:
+        value = node.meta.get("val")
+        if handled is not None:
+            shape = tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
+            path = self.trace.paths.get(node, "")
+            self.steps.append(Step(str(node.target), path, handled, shape, node))
+        if node in self.jets and isinstance(value, Tensor):
+            batch = int(self.z.meta["val"].shape[0])
+            elements = -(-int(value.numel()) // batch)
+            self.widest = max(self.widest, elements)
+            self.total += elements
+
+    def _jet_call(self, node: fx.Node) -> tuple[str, str]:
+        if node.target is operator.getitem:
+            return f"{self._text(node.args[0])}[{node.args[1]!r}]", "rule"
+        packet = _packet_name(node.target)
+        found = RULES.get(packet)
+        if found is not None:
+            function, handled = found.bind(self.backend), "rule"
+        else:
+            path = self.trace.paths.get(node, "")
+            function, handled = generic_rule(node.target, path), "fallback"
+            packet = node.name
+        name = self._bind(f"{packet}_{handled}", function)
+        return f"{name}({self._arguments(node, self._text)})", handled
+
+    def _plain_call(self, node: fx.Node) -> str:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            name = _identifier(str(target))
+        else:
+            name = "py_" + _identifier(getattr(target, "__name__", "function"))
+        name = self._bind(name, target)
+        return f"{name}({self._arguments(node, self._primal_text)})"
+
+    def _arguments(self, node: fx.Node, text: Callable[[Any], str]) -> str:
+        parts = [text(arg) for arg in node.args]
+        parts += [f"{key}={text(value)}" for key, value in node.kwargs.items()]
+        return ", ".join(parts)
+
+    def _primal_text(self, value: Any) -> str:
+        if isinstance(value, fx.Node) and value in self.jets:
+            return f"{self._text(value)}.primal"
+        return self._text(value, self._primal_text)
+
+    def _text(self, value: Any, inner: Callable[[Any], str] | None = None) -> str:
+        inner = inner or self._text
+        if isinstance(value, fx.Node):
+            return self.names.get(value, value.name)
+        if isinstance(value, list):
+            return f"[{', '.join(inner(item) for item in value)}]"
+        if isinstance(value, tuple):
+            return f"({''.join(inner(item) + ', ' for item in value)})"
+        if isinstance(value, slice):
+            return f"slice({inner(value.start)}, {inner(value.stop)}, {inner(value.step)})"
+        return repr(value)
+
+    def _bind(self, name: str, value: Any) -> str:
+        """Make a value reachable from the generated code under a free name."""
+        candidate, count = name, 0
+        while candidate in self.namespace and self.namespace[candidate] is not value:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.namespace[candidate] = value
+        return candidate
+
+    def _finish(self, result: fx.Node) -> Plan:
+        produced = {node for line, node in self.prelude if node not in self.dynamic}
+        wanted = {arg for _, node in self.body for arg in node.all_input_nodes} | {result}
+        carried = [n for n in dict.fromkeys(n for _, n in self.prelude) if n in produced & wanted]
+        statics = _tuple_text([self._text(node) for node in carried])
+        lines = ["def prelude(tensors, extras):"]
+        lines += self._unpack(self.prelude, None)
+        lines += self._statements(self.prelude, set(carried))
+        lines += [f"{_INDENT}return {statics}", "", "", "def body(z, tensors, extras, statics):"]
+        if carried:
+            lines.append(f"{_INDENT}{statics} = statics")
+        lines += self._unpack(self.body, result)
+        lines += self._statements(self.body, {result})
+        lines.append(f"{_INDENT}return {self._text(result)}")
+        source = "\n".join(lines) + "\n"
+        exec(compile(source, "<fastsfvae plan>", "exec"), self.namespace)
+        prelude, body = self.namespace["prelude"], self.namespace["body"]
+        if self.controls:
+            prelude, body = _keeping_modes(prelude), _keeping_modes(body)
+        return Plan(
+            source, prelude, body, self.steps, self.trace.accepts, self.widest, self.total
+        )
+
+    def _unpack(self, statements, result: fx.Node | None) -> list[str]:
+        wanted = {arg for _, node in statements for arg in node.all_input_nodes}
+        if result is not None:
+            wanted.add(result)
+        lines = [
+            f"{_INDENT}{node.name} = {source}[{index}]"
+            for source, nodes in (("tensors", self.params), ("extras", self.extras))
+            for index, node in enumerate(nodes)
+            if node in wanted
+        ]
+        if self.z in wanted and self.z.name != "z":
+            lines.append(f"{_INDENT}{self.z.name} = z")
+        return lines
+
+    def _statements(self, statements, kept: set[fx.Node]) -> list[str]:
+        """The lines, with `del` after a value's last use so that memory is returned early."""
+        mine = {node for line, node in statements}
+        last: dict[fx.Node, int] = {}
+        for index, (_, node) in enumerate(statements):
+            last[node] = index
+            for arg in node.all_input_nodes:
+                last[arg] = index
+        dying: dict[int, list[str]] = {}
+        for node, index in last.items():
+            if node in mine and node not in kept and not _is_control(node):
+                dying.setdefault(index, []).append(node.name)
+        lines = []
+        for index, (line, _) in enumerate(statements):
+            lines.append(_INDENT + line)
+            if index in dying:
+                lines.append(f"{_INDENT}del {', '.join(dying[index])}")
+        if self.controls:
+            lines.insert(0, f"{_INDENT}ambient = torch.is_grad_enabled()")
+        return lines
+
+
+def _differentiable(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        value = node.meta.get("val")
+        return isinstance(value, Tensor) and value.is_floating_point()
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if _packet_name(node.target) in NOT_DIFFERENTIABLE:
+        return False
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+
+
+def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the result needs, and those that act by side effect."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        needed = node.op == "output" or node in live or is_mutation(node) or _is_control(node)
+        if needed:
+            live.add(node)
+            live.update(node.all_input_nodes)
+    return live
+
+
+def _is_autocast(target: Any) -> bool:
+    return target in (
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+    )
+
+
+def _is_control(node: fx.Node) -> bool:
+    return node.target is torch._C._set_grad_enabled or _is_autocast(node.target)
+
+
+def _keeping_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Restore the gradient mode also where the decoder's own no_grad block raises."""
+
+    def guarded(*args: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return function(*args)
+
+    return guarded
+
+
+def _packet_name(target: Any) -> str:
+    return target._schema.name.partition("::")[2] if target.namespace == "aten" else str(target)
+
+
+def _identifier(text: str) -> str:
+    name = "".join(c if c.isalnum() or c == "_" else "_" for c in text)
+    return name + "_" if keyword.iskeyword(name) else name
+
+
+def _tuple_text(items: Iterable[str]) -> str:
+    return f"({''.join(item + ', ' for item in items)})"

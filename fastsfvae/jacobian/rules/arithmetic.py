@@ -1,0 +1,205 @@
+"""Sums, products, quotients, selections: operations on two or more broadcast values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsfvae.jacobian.jet import Jet, align, broadcast_jet, primal_of
+from fastsfvae.jacobian.registry import rule
+
+
+def scaled(x: Jet, factor: Any) -> Jet:
+    """The product with a number or a 0-d tensor that does not depend on z."""
+    return Jet(x.primal * factor, x.tangent * factor)
+
+
+def combine(primal: Tensor, *terms: tuple[Any, Any]) -> Jet:
+    """The Jet whose tangent is the sum of derivative * tangent over the Jets among the operands.
+
+    Args:
+        primal: the result, which the operands broadcast to.
+        *terms: (operand, partial derivative); the derivative is a tensor that broadcasts to the
+            primal or a number, and is called for first where it is a function.
+    """
+    total = None
+    for operand, derivative in terms:
+        if not isinstance(operand, Jet):
+            continue
+        if callable(derivative):
+            derivative = derivative()
+        tangent = align(operand, primal.ndim)
+        if not (isinstance(derivative, (int, float)) and derivative == 1):
+            tangent = tangent * derivative
+        total = tangent if total is None else total + tangent
+    assert total is not None
+    return broadcast_jet(primal, total)
+
+
+@rule("add", "__add__")
+def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    """a + alpha * b."""
+    primal = torch.add(primal_of(a), primal_of(b), alpha=alpha)
+    return combine(primal, (a, 1), (b, alpha))
+
+
+@rule("sub", "subtract")
+def sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    """a - alpha * b."""
+    primal = torch.sub(primal_of(a), primal_of(b), alpha=alpha)
+    return combine(primal, (a, 1), (b, -alpha))
+
+
+@rule("rsub")
+def rsub(a: Any, b: Any, alpha: float = 1) -> Jet:
+    """b - alpha * a."""
+    primal = torch.rsub(primal_of(a), primal_of(b), alpha=alpha)
+    return combine(primal, (a, -alpha), (b, 1))
+
+
+@rule("mul", "multiply")
+def mul(a: Any, b: Any) -> Jet:
+    """d(a b) = b da + a db."""
+    value_a, value_b = primal_of(a), primal_of(b)
+    return combine(torch.mul(value_a, value_b), (a, value_b), (b, value_a))
+
+
+@rule("div", "divide", "true_divide")
+def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
+    """d(a / b) = da / b - (a / b) db / b; zero where the quotient is rounded."""
+    value_a, value_b = primal_of(a), primal_of(b)
+    if rounding_mode is not None:
+        rounded = torch.div(value_a, value_b, rounding_mode=rounding_mode)
+        return combine(rounded, (a, 0.0), (b, 0.0))
+    quotient = torch.div(value_a, value_b)
+    return combine(quotient, (a, lambda: 1 / value_b), (b, lambda: -quotient / value_b))
+
+
+@rule("pow")
+def power(a: Any, b: Any) -> Jet:
+    """d(a^b) = b a^(b-1) da + a^b log(a) db."""
+    value_a, value_b = primal_of(a), primal_of(b)
+    primal = torch.pow(value_a, value_b)
+
+    def by_exponent() -> Tensor:
+        base = torch.as_tensor(value_a, dtype=primal.dtype, device=primal.device)
+        # 0^b is constant in b > 0; the logarithm must not turn that into 0 * inf.
+        return primal * torch.where(base == 0, torch.ones_like(base), base).log()
+
+    return combine(primal, (a, lambda: _base_derivative(value_a, value_b)), (b, by_exponent))
+
+
+def _base_derivative(base: Tensor, exponent: Any) -> Tensor:
+    if not isinstance(exponent, Tensor):
+        if exponent == 0:
+            return torch.zeros_like(base)
+        return exponent * base.pow(exponent - 1)
+    # The unused branch gets a harmless exponent, so that its own derivative is finite.
+    zero = exponent == 0
+    safe = torch.where(zero, torch.ones_like(exponent), exponent)
+    return torch.where(zero, 0.0, safe * base.pow(safe - 1))
+
+
+@rule("where")
+def where(condition: Tensor, a: Any, b: Any) -> Jet:
+    """The tangents of the branch taken."""
+    primal = torch.where(condition, primal_of(a), primal_of(b))
+    if isinstance(a, Jet) and isinstance(b, Jet):
+        chosen = torch.where(condition, align(a, primal.ndim), align(b, primal.ndim))
+        return broadcast_jet(primal, chosen)
+    if isinstance(a, Jet):
+        return broadcast_jet(primal, torch.where(condition, align(a, primal.ndim), 0.0))
+    return broadcast_jet(primal, torch.where(condition, 0.0, align(b, primal.ndim)))
+
+
+@rule("masked_fill")
+def masked_fill(x: Any, mask: Tensor, value: Any) -> Jet:
+    """x where the mask is False, a 0-d value elsewhere."""
+    return where(mask, value, x) if isinstance(value, Jet) else _filled(x, mask, value)
+
+
+def _filled(x: Jet, mask: Tensor, value: Any) -> Jet:
+    primal = torch.masked_fill(x.primal, mask, value)
+    return broadcast_jet(primal, torch.masked_fill(align(x, primal.ndim), mask, 0.0))
+
+
+@rule("maximum", "fmax")
+def maximum(a: Any, b: Any) -> Jet:
+    """The tangents of the larger value, their mean where both are equal."""
+    value_a, value_b = primal_of(a), primal_of(b)
+    share = _share(value_a, value_b)
+    return combine(torch.maximum(value_a, value_b), (a, share), (b, 1 - share))
+
+
+@rule("minimum", "fmin")
+def minimum(a: Any, b: Any) -> Jet:
+    """The tangents of the smaller value, their mean where both are equal."""
+    value_a, value_b = primal_of(a), primal_of(b)
+    share = _share(value_b, value_a)
+    return combine(torch.minimum(value_a, value_b), (a, share), (b, 1 - share))
+
+
+def _share(a: Tensor, b: Tensor) -> Tensor:
+    return (a > b).to(a.dtype) + 0.5 * (a == b).to(a.dtype)
+
+
+@rule("clamp", "clip")
+def clamp(x: Jet, min: Any = None, max: Any = None) -> Jet:  # noqa: A002
+    """The tangents where the value lies within the bounds, the bounds' own elsewhere."""
+    low, high = primal_of(min), primal_of(max)
+    value = primal_of(x)
+    primal = torch.clamp(value, low, high)
+    below = torch.zeros_like(primal, dtype=torch.bool) if low is None else value < low
+    above = torch.zeros_like(below) if high is None else value > high
+    if low is not None and high is not None:
+        # torch.clamp returns the upper bound where the bounds cross.
+        crossed = torch.as_tensor(low, device=value.device) > torch.as_tensor(high).to(value.device)
+        below, above = below & ~crossed, above | crossed
+    dtype = primal.dtype
+    inside = (~(below | above)).to(dtype)
+    return combine(primal, (x, inside), (min, below.to(dtype)), (max, above.to(dtype)))
+
+
+@rule("clamp_min")
+def clamp_min(x: Any, min: Any) -> Jet:  # noqa: A002
+    """Clamp from below."""
+    return clamp(x, min, None)
+
+
+@rule("clamp_max")
+def clamp_max(x: Any, max: Any) -> Jet:  # noqa: A002
+    """Clamp from above."""
+    return clamp(x, None, max)
+
+
+@rule("lerp")
+def lerp(a: Any, b: Any, weight: Any) -> Jet:
+    """a + weight * (b - a)."""
+    value_a, value_b, w = primal_of(a), primal_of(b), primal_of(weight)
+    primal = torch.lerp(value_a, value_b, w)
+    return combine(primal, (a, 1 - w), (b, w), (weight, lambda: value_b - value_a))
+
+
+@rule("addcmul")
+def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
+    """x + value * a * b."""
+    product = mul(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
+    return add(x, product, alpha=value)
+
+
+@rule("addcdiv")
+def addcdiv(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
+    """x + value * a / b."""
+    quotient = div(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a / b
+    return add(x, quotient, alpha=value)
+
+
+@rule("atan2", "arctan2")
+def atan2(a: Any, b: Any) -> Jet:
+    """The angle of (b, a)."""
+    y, x = primal_of(a), primal_of(b)
+    square = x * x + y * y
+    return combine(torch.atan2(y, x), (a, lambda: x / square), (b, lambda: -y / square))
+

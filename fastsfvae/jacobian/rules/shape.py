@@ -1,0 +1,303 @@
+"""Views, permutations, joins and splits: tangents move as values do, one axis further in.
+
+Tangents shared by all samples (extent 1) stay shared while axis 0 is the same batch before and
+after; otherwise they are expanded first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsfvae.jacobian.jet import Jet, align, fold, full_tangent, primal_of, unfold
+from fastsfvae.jacobian.registry import rule
+
+aten = torch.ops.aten
+
+
+def _tangent(x: Jet, keeps_batch: bool) -> Tensor:
+    return x.tangent if keeps_batch else full_tangent(x)
+
+
+def _front(dim: int, ndim: int) -> int:
+    return dim if dim >= 0 else dim + ndim
+
+
+def _reshape_rule(name: str) -> Callable[..., Jet]:
+    operation = getattr(aten, name)
+
+    @rule(name)
+    def reshaped(x: Jet, *args: Any, **kwargs: Any) -> Jet:
+        y = operation(x.primal, *map(primal_of, args), **kwargs)
+        m = x.tangent.shape[0]
+        if y.ndim and x.primal.ndim and y.shape[0] == x.primal.shape[0]:
+            # Row-major order: an equal leading extent means that each row maps onto itself.
+            return Jet(y, x.tangent.reshape(m, x.tangent.shape[1], *y.shape[1:]))
+        return Jet(y, full_tangent(x).reshape(m, *y.shape))
+
+    return reshaped
+
+
+for _name in (
+    "view reshape flatten unflatten ravel squeeze view_as reshape_as _unsafe_view "
+    "_reshape_alias atleast_1d atleast_2d atleast_3d"
+).split():
+    _reshape_rule(_name)
+unsqueeze = _reshape_rule("unsqueeze")
+
+
+@rule("permute")
+def permute(x: Jet, dims: list[int]) -> Jet:
+    """Reorder the axes."""
+    order = [_front(d, x.primal.ndim) for d in dims]
+    tangent = _tangent(x, order[:1] == [0])
+    return Jet(x.primal.permute(order), tangent.permute(0, *(d + 1 for d in order)))
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(x: Jet, dim0: int, dim1: int) -> Jet:
+    """Exchange two axes."""
+    a, b = _front(dim0, x.primal.ndim), _front(dim1, x.primal.ndim)
+    tangent = _tangent(x, a == b or 0 not in (a, b))
+    return Jet(x.primal.transpose(a, b), tangent.transpose(a + 1, b + 1))
+
+
+@rule("t", "numpy_T", "matrix_H", "mT", "adjoint", "mH")
+def matrix_transpose(x: Jet) -> Jet:
+    """Exchange the last two axes (real values)."""
+    return transpose(x, -1, -2) if x.primal.ndim > 1 else x
+
+
+@rule("movedim", "moveaxis")
+def movedim(x: Jet, source: Any, destination: Any) -> Jet:
+    """Move axes to new places."""
+    ndim = x.primal.ndim
+    sources = [source] if isinstance(source, int) else source
+    targets = [destination] if isinstance(destination, int) else destination
+    placed = {_front(t, ndim): _front(s, ndim) for s, t in zip(sources, targets, strict=True)}
+    rest = iter(a for a in range(ndim) if a not in placed.values())
+    return permute(x, [placed[i] if i in placed else next(rest) for i in range(ndim)])
+
+
+@rule("expand")
+def expand(x: Jet, size: list[int], *, implicit: bool = False) -> Jet:
+    """Broadcast to a larger shape."""
+    y = x.primal.expand(size)
+    keeps = y.ndim == x.primal.ndim and y.shape[0] == x.primal.shape[0]
+    tangent = x.tangent if keeps else align(x, y.ndim)
+    batch = tangent.shape[1] if keeps else y.shape[0]
+    return Jet(y, tangent.expand(tangent.shape[0], batch, *y.shape[1:]))
+
+
+@rule("expand_as", "broadcast_to")
+def expand_as(x: Jet, other: Any) -> Jet:
+    """Broadcast to another tensor's shape, or to a given one."""
+    other = primal_of(other)
+    return expand(x, list(other.shape) if isinstance(other, Tensor) else other)
+
+
+@rule("repeat", "tile")
+def repeat(x: Jet, repeats: list[int]) -> Jet:
+    """Tile along each axis."""
+    repeats = [1] * (x.primal.ndim - len(repeats)) + list(repeats)
+    if len(repeats) == x.primal.ndim and repeats[0] == 1:
+        return Jet(x.primal.repeat(repeats), x.tangent.repeat(1, *repeats))
+    tangent = align(Jet(x.primal, full_tangent(x)), len(repeats))
+    return Jet(x.primal.repeat(repeats), tangent.repeat(1, *repeats))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(x: Jet, repeats: Any, dim: int | None = None, **kwargs: Any) -> Jet:
+    """Repeat each entry along an axis."""
+    if dim is None:
+        x, dim = _flattened(x), 0
+    axis = _front(dim, x.primal.ndim)
+    return Jet(
+        x.primal.repeat_interleave(repeats, axis, **kwargs),
+        _tangent(x, axis != 0).repeat_interleave(repeats, axis + 1, **kwargs),
+    )
+
+
+def _flattened(x: Jet) -> Jet:
+    return Jet(x.primal.reshape(-1), full_tangent(x).flatten(1))
+
+
+def _pieces(primals: Any, tangents: Any) -> tuple[Jet, ...]:
+    return tuple(Jet(p, t) for p, t in zip(primals, tangents, strict=True))
+
+
+def _splitting_rule(*names: str) -> Callable[..., tuple[Jet, ...]]:
+    operation = getattr(aten, names[0])
+
+    @rule(*names)
+    def pieces(x: Jet, how: Any, dim: int = 0) -> tuple[Jet, ...]:
+        axis = _front(dim, x.primal.ndim)
+        tangent = _tangent(x, axis != 0)
+        return _pieces(operation(x.primal, how, axis), operation(tangent, how, axis + 1))
+
+    return pieces
+
+
+chunk = _splitting_rule("chunk", "unsafe_chunk")
+_splitting_rule("split", "unsafe_split")
+_splitting_rule("split_with_sizes", "unsafe_split_with_sizes")
+_splitting_rule("tensor_split")
+
+
+@rule("unbind")
+def unbind(x: Jet, dim: int = 0) -> tuple[Jet, ...]:
+    """Take an axis apart."""
+    axis = _front(dim, x.primal.ndim)
+    return _pieces(x.primal.unbind(axis), _tangent(x, axis != 0).unbind(axis + 1))
+
+
+@rule("select")
+def select(x: Jet, dim: int, index: int) -> Jet:
+    """One entry of an axis."""
+    axis = _front(dim, x.primal.ndim)
+    return Jet(x.primal.select(axis, index), _tangent(x, axis != 0).select(axis + 1, index))
+
+
+@rule("slice")
+def slice_(
+    x: Jet, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Jet:
+    """A range of an axis."""
+    axis = _front(dim, x.primal.ndim)
+    y = aten.slice(x.primal, axis, start, end, step)
+    if axis == 0 and y.shape[0] == x.primal.shape[0]:
+        return Jet(y, x.tangent)
+    return Jet(y, aten.slice(_tangent(x, axis != 0), axis + 1, start, end, step))
+
+
+@rule("narrow")
+def narrow(x: Jet, dim: int, start: int, length: int) -> Jet:
+    """A range of an axis, by its length."""
+    return slice_(x, dim, start, start + length)
+
+
+def zero_tangent(value: Tensor, like: Tensor) -> Tensor:
+    """Tangents [m, *value.shape] of a value that does not depend on z, without storage."""
+    return like.new_zeros(()).expand(like.shape[0], *value.shape)
+
+
+def _tangents_of(items: list[Any], keeps_batch: bool) -> list[Tensor]:
+    jets = [x for x in items if isinstance(x, Jet)]
+    shared = keeps_batch and all(x.tangent.shape[1] == 1 for x in jets if x.primal.ndim)
+    tangents = []
+    for x in items:
+        if isinstance(x, Jet):
+            tangents.append(x.tangent if shared else full_tangent(x))
+        else:
+            tangents.append(zero_tangent(x[:1] if shared else x, jets[0].tangent))
+    return tangents
+
+
+@rule("cat", "concat", "concatenate")
+def cat(tensors: list[Any], dim: int = 0) -> Jet:
+    """Join along an axis."""
+    # torch.cat lets empty vectors join anything.
+    items = [x for x in tensors if primal_of(x).shape != (0,)]
+    ndim = primal_of(items[0]).ndim
+    axis = _front(dim, ndim)
+    primal = torch.cat([primal_of(x) for x in tensors], axis)
+    tangent = torch.cat(_tangents_of(items, axis != 0), axis + 1)
+    return Jet(primal, tangent.to(primal.dtype))
+
+
+@rule("stack")
+def stack(tensors: list[Any], dim: int = 0) -> Jet:
+    """Join along a new axis."""
+    axis = _front(dim, primal_of(tensors[0]).ndim + 1)
+    primal = torch.stack([primal_of(x) for x in tensors], axis)
+    tangent = torch.stack(_tangents_of(tensors, axis != 0), axis + 1)
+    return Jet(primal, tangent.to(primal.dtype))
+
+
+@rule("flip")
+def flip(x: Jet, dims: list[int]) -> Jet:
+    """Reverse axes."""
+    axes = [_front(d, x.primal.ndim) for d in dims]
+    return Jet(x.primal.flip(axes), _tangent(x, 0 not in axes).flip([a + 1 for a in axes]))
+
+
+@rule("roll")
+def roll(x: Jet, shifts: Any, dims: Any = ()) -> Jet:
+    """Shift cyclically; over the flattened values where no axes are given."""
+    if not dims and dims != 0:
+        flat = roll(_flattened(x), shifts, [0])
+        shape = x.primal.shape
+        return Jet(flat.primal.view(shape), flat.tangent.view(flat.tangent.shape[0], *shape))
+    axes = [_front(d, x.primal.ndim) for d in ([dims] if isinstance(dims, int) else dims)]
+    tangent = _tangent(x, 0 not in axes)
+    return Jet(x.primal.roll(shifts, axes), tangent.roll(shifts, [a + 1 for a in axes]))
+
+
+@rule("pad")
+def pad(x: Jet, pad: list[int], mode: str = "constant", value: float | None = None) -> Jet:
+    """Pad the last axes; constants have tangent zero."""
+    primal = torch.nn.functional.pad(x.primal, pad, mode, value)
+    padded = len(pad) // 2
+    if mode == "constant":
+        tangent = _tangent(x, padded < x.primal.ndim)
+        return Jet(primal, torch.nn.functional.pad(tangent, pad))
+    if x.primal.ndim == padded + 1:
+        return Jet(primal, torch.nn.functional.pad(full_tangent(x), pad, mode))
+    moved = torch.nn.functional.pad(fold(x.tangent), pad, mode)
+    return Jet(primal, unfold(moved, x.tangent.shape[0]))
+
+
+@rule("constant_pad_nd")
+def constant_pad(x: Jet, pad_: list[int], value: float = 0.0) -> Jet:
+    """Pad the last axes with a constant."""
+    return pad(x, pad_, "constant", value)
+
+
+@rule("contiguous", "clone", "alias", "lift_fresh")
+def identity(x: Jet, *, memory_format: Any = None) -> Jet:
+    """The same values; a change to channels-last is carried over to the tangents."""
+    if memory_format in (torch.channels_last, torch.channels_last_3d):
+        folded = fold(x.tangent).contiguous(memory_format=memory_format)
+        primal = x.primal.contiguous(memory_format=memory_format)
+        return Jet(primal, unfold(folded, x.tangent.shape[0]))
+    return x
+
+
+@rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+def identity_in_evaluation(x: Jet, *args: Any) -> Jet:
+    """Dropout in evaluation; in training it is refused before it runs."""
+    return x
+
+
+@rule("to", "_to_copy", "type_as")
+def convert(x: Jet, *args: Any, **kwargs: Any) -> Jet:
+    """To another dtype, device or memory format."""
+    if len(args) == 1 and isinstance(primal_of(args[0]), Tensor):
+        args = (primal_of(args[0]).device, primal_of(args[0]).dtype)
+    primal = aten.to(x.primal, *args, **kwargs)
+    moved = identity(Jet(primal, x.tangent), memory_format=kwargs.get("memory_format"))
+    return Jet(moved.primal, moved.tangent.to(primal.device, primal.dtype))
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(x: Jet, factor: int) -> Jet:
+    """Channels into space."""
+    return Jet(torch.pixel_shuffle(x.primal, factor), torch.pixel_shuffle(x.tangent, factor))
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(x: Jet, factor: int) -> Jet:
+    """Space into channels."""
+    return Jet(torch.pixel_unshuffle(x.primal, factor), torch.pixel_unshuffle(x.tangent, factor))
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(x: Jet, groups: int) -> Jet:
+    """Interleave groups of channels (axis 1)."""
+    m, b, channels = x.tangent.shape[:3]
+    grouped = x.tangent.reshape(m, b, groups, channels // groups, *x.tangent.shape[3:])
+    mixed = grouped.transpose(2, 3).reshape(x.tangent.shape)
+    return Jet(torch.channel_shuffle(x.primal, groups), mixed)

@@ -1,0 +1,119 @@
+"""What a decoder and its latents must be, refused in one clear line otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WRAPPERS = {
+    "DistributedDataParallel": "wrap the module that computes the loss instead",
+    "FullyShardedDataParallel": "wrap the module that computes the loss instead",
+    "FSDPModule": "shard the module that computes the loss instead",
+    "DataParallel": "pass its .module and use DistributedDataParallel around the loss",
+}
+
+
+def unwrap(decoder: Callable[..., Any]) -> Callable[..., Any]:
+    """The decoder that torch.compile wraps, or the decoder itself.
+
+    Raises:
+        TypeError: not callable, or wrapped for data-parallel training: gradients taken past such
+            a wrapper would not be synchronised.
+    """
+    if not callable(decoder):
+        raise TypeError(f"decoder must be an nn.Module or a callable, got {type(decoder).__name__}")
+    if isinstance(decoder, nn.Module):
+        decoder = getattr(decoder, "_orig_mod", decoder)
+        for kind in type(decoder).__mro__:
+            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+                raise TypeError(
+                    f"the decoder is wrapped in {kind.__name__}, past which gradients are not "
+                    f"synchronised: {_WRAPPERS[kind.__name__]}"
+                )
+    return decoder
+
+
+def check_inputs(z: Tensor, names: list[str], tensors: list[Tensor]) -> None:
+    """Refuse latents that no decoder here can take.
+
+    Raises:
+        TypeError: z is not a floating point tensor.
+        ValueError: z is not a non-empty [B, m], or the decoder's parameters are on another device
+            or, outside autocast, of another dtype.
+    """
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        got = z.dtype if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(f"z must be a floating point tensor, got {got}")
+    if z.ndim != 2 or 0 in z.shape:
+        raise ValueError(f"z must be [B, m] with B, m >= 1, got shape {tuple(z.shape)}")
+    mixed = torch.is_autocast_enabled(z.device.type)
+    # The first one decides: what comes later may be converted on the way.
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.device != z.device:
+            raise ValueError(
+                f"z is on {z.device} but the decoder's {name} is on {tensor.device}; "
+                "move one of them"
+            )
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype != z.dtype and not mixed:
+            raise ValueError(
+                f"z is {z.dtype} but the decoder's {name} is {tensor.dtype}; "
+                "convert one of them, or use torch.autocast"
+            )
+        break
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Refuse a chunk size that is not None or an int >= 1.
+
+    Raises:
+        ValueError: anything else.
+    """
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (whole and chunk_size >= 1):
+        raise ValueError(f"chunk_size must be None or an int >= 1, got {chunk_size!r}")
+
+
+def check_output(output: Any, z: Tensor) -> None:
+    """Refuse what a decoder must not return.
+
+    Raises:
+        TypeError: not one floating point tensor.
+        ValueError: not [B, ...].
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the decoder must return one tensor, got {type(output).__name__}; wrap it in a "
+            "module that returns only the mean"
+        )
+    if not output.is_floating_point():
+        raise TypeError(f"the decoder must return real floating point, got {output.dtype}")
+    if output.ndim < 2 or output.shape[0] != z.shape[0]:
+        raise ValueError(
+            f"the decoder's output must be [B, ...] with B = {int(z.shape[0])}, "
+            f"got shape {tuple(int(size) for size in output.shape)}"
+        )
+
+
+def check_target(x: Tensor | None, z: Tensor) -> None:
+    """Refuse data that cannot be compared with a decoder's output at z.
+
+    Raises:
+        TypeError: x is not None or a floating point tensor.
+        ValueError: x has another batch size or device than z.
+    """
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating point tensor, got {got}; convert images with / 255")
+    if x.ndim < 2 or x.shape[0] != z.shape[0]:
+        raise ValueError(
+            f"x must be [B, *out] with z's B = {z.shape[0]}, got shape {tuple(x.shape)}"
+        )
+    if x.device != z.device:
+        raise ValueError(f"x is on {x.device} but z is on {z.device}; move one of them")
