@@ -1,2 +1,23 @@
-"""Sampling-free Gaussian VAEs."""
+"""Sampling-free Gaussian VAEs, fast.
+
+    import fastsfvae as sf
+    loss = sf.SamplingFreeLoss(decoder)
+    mean, log_var = encoder(x)
+    loss(x, mean, log_var).backward()
+
+A decoder f is linearised at each latent mean and the posterior's Gaussian pushed through it; the
+log-likelihood then has a closed form (the README has the method in a page).
+"""
+
+from fastsfvae import evaluate as evaluate
+from fastsfvae.checkpoint import load as load
+from fastsfvae.distributions import LinearizedGaussian as LinearizedGaussian
+from fastsfvae.elbo import Elbo as Elbo
+from fastsfvae.elbo import low_rank_log_prob as low_rank_log_prob
+from fastsfvae.elbo import sampling_free_elbo as sampling_free_elbo
+from fastsfvae.jacobian import Pullback as Pullback
+from fastsfvae.jacobian import decode_with_jacobian as decode_with_jacobian
+from fastsfvae.jacobian import pullback as pullback
+from fastsfvae.loss import SamplingFreeLoss as SamplingFreeLoss
+
 __version__ = "0.1.0"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
-from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.likelihood import likelihood_terms
+from fastsfvae.jacobian import flatten_in_memory_order, map_chunks, resolve_backend
+from fastsfvae.likelihood import LikelihoodTerms, likelihood_terms
 
 
 class Elbo(NamedTuple):
@@ -101,10 +101,33 @@ def sampling_free_elbo(
     check_settings(noise_var, gamma, kl_weight, likelihood)
     _checks.latent(mean, log_var)
     _checks.batch(x, mean)
-    kl = gaussian_kl(mean, log_var)
-    terms = _decoder_terms(
-        decoder, x, mean, log_var, args, kwargs, noise_var, gamma, likelihood, backend, chunk_size
+    resolved = resolve_backend(backend, mean)
+    latent_var = log_var.exp()
+
+    def finish(output: Tensor, tangents: Tensor, start: int, stop: int) -> LikelihoodTerms:
+        if x.shape[1:] != output.shape[1:]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} but the decoder returns "
+                f"{(x.shape[0], *output.shape[1:])}: they must match"
+            )
+        return likelihood_terms(
+            *flatten_in_memory_order(tangents, x[start:stop] - output),
+            latent_var[start:stop],
+            noise_var=noise_var,
+            gamma=gamma,
+            likelihood=likelihood,
+            backend=resolved,
+        )
+
+    terms = LikelihoodTerms(
+        *map_chunks(
+            *(finish, decoder, mean, args, kwargs),
+            backend=resolved,
+            chunk_size=chunk_size,
+            also=(x, log_var, noise_var, gamma),
+        )
     )
+    kl = gaussian_kl(mean, log_var)
     objective = terms.log_likelihood - kl_weight * kl
     return Elbo(
         objective, terms.log_likelihood, kl, terms.squared_error, terms.log_det, terms.explained

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
 from fastsfvae.elbo import Elbo, check_settings, sampling_free_elbo
-from fastsfvae.jacobian import refuse_wrapped
+from fastsfvae.jacobian.validate import unwrap
 
 
 class SamplingFreeLoss(nn.Module):
@@ -52,7 +52,7 @@ class SamplingFreeLoss(nn.Module):
         check_settings(noise_var, gamma, kl_weight, likelihood)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("backend", backend, _checks.BACKENDS)
-        refuse_wrapped(decoder)
+        unwrap(decoder)
         # A plain entry of __dict__ is not registered as a submodule.
         self.__dict__["decoder"] = decoder
         self.noise_var = noise_var

@@ -163,7 +163,7 @@ def test_no_bound_but_expected_is_exact_for_a_linear_decoder():
     exact = sf.sampling_free_elbo(linear, x, mean, log_var, noise_var=c, likelihood="expected").elbo
     surrogate = sf.sampling_free_elbo(linear, x, mean, log_var, noise_var=c, gamma=1.0).elbo
     assert torch.allclose(exact, log_p, rtol=1e-12)
-    assert float(surrogate) > float(log_p)
+    assert bool((surrogate > log_p).all())
 
 
 def test_a_nan_sample_leaves_the_other_terms_finite():
@@ -234,8 +234,8 @@ def call(**changes):
         ({"gamma": float("nan")}, ValueError, r"gamma=nan"),
         ({"kl_weight": -1}, ValueError, r"kl_weight=-1"),
         ({"likelihood": "elbo"}, ValueError, r"likelihood='elbo'.*'precision'"),
-        ({"backend": "cuda"}, ValueError, r"backend='cuda'.*'triton'"),
-        ({"chunk_size": 0}, ValueError, r"chunk_size=0"),
+        ({"backend": "cuda"}, ValueError, r"backend.*triton.*'cuda'"),
+        ({"chunk_size": 0}, ValueError, r"chunk_size.* 0"),
         ({"x": torch.zeros(5, 2, 4, dtype=torch.uint8)}, TypeError, r"uint8.*/ 255"),
         ({"x": torch.zeros(4, 2, 4).double()}, ValueError, r"x \(4, 2, 4\) and mean \(5, 3\)"),
         ({"x": torch.zeros(5, 3, 4).double()}, ValueError, r"\(5, 3, 4\).*\(5, 2, 4\)"),

@@ -1,11 +1,8 @@
 """A decoder's Jacobian by carrying m tangents through it."""
 
-from fastsfvae.jacobian.api import (
-    Pullback as Pullback,
-)
-from fastsfvae.jacobian.api import (
-    decode_with_jacobian as decode_with_jacobian,
-)
-from fastsfvae.jacobian.api import (
-    pullback as pullback,
-)
+from fastsfvae.jacobian.api import Pullback as Pullback
+from fastsfvae.jacobian.api import decode_with_jacobian as decode_with_jacobian
+from fastsfvae.jacobian.api import flatten_in_memory_order as flatten_in_memory_order
+from fastsfvae.jacobian.api import pullback as pullback
+from fastsfvae.jacobian.backend import resolve_backend as resolve_backend
+from fastsfvae.jacobian.chunked import map_chunks as map_chunks
