@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from fastsfvae.jacobian.fallback import generic_rule
 from fastsfvae.jacobian.functionalize import functionalize, is_mutation
 from fastsfvae.jacobian.jet import Jet, full_tangent
+from fastsfvae.jacobian.refuse import refuse_training_mode
 from fastsfvae.jacobian.registry import RULES
 from fastsfvae.jacobian.rules import NOT_DIFFERENTIABLE
 from fastsfvae.jacobian.trace import Trace
@@ -57,6 +58,7 @@ class Plan:
         accepts: whether the plan is right for a batch size.
         widest: the largest tangent, in elements per sample and direction.
         total: all tangents together, likewise.
+        anchors: objects whose identity is part of the plan's key, kept alive.
     """
 
     source: str
@@ -66,6 +68,7 @@ class Plan:
     accepts: Callable[[int], bool]
     widest: int
     total: int
+    anchors: list[Any] = dataclasses.field(default_factory=list)
 
     def run(self, z: Tensor, tensors: list, extras: list, statics: tuple) -> tuple[Tensor, Tensor]:
         """Decode a chunk: (output [B, *out], tangents [m, B, *out])."""
@@ -151,6 +154,8 @@ class _Emitter:
             self.prelude.append((f"{node.name} = {self._plain_call(node)}", node))
             return
         self.dynamic.add(node)
+        if isinstance(node.target, torch._ops.OpOverload):
+            refuse_training_mode(_packet_name(node.target), node, self.trace.paths.get(node, ""))
         handled = "plain"
         if grad_enabled and _differentiable(node) and any(arg in self.jets for arg in inputs):
             self.jets.add(node)

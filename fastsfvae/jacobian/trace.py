@@ -32,6 +32,7 @@ from torch.nn.modules.module import (
 )
 
 from fastsfvae.jacobian.fingerprint import modules_with_paths
+from fastsfvae.jacobian.refuse import refuse_custom_functions, warn_about_hooks
 from fastsfvae.jacobian.validate import check_output
 
 _DATA_DEPENDENT = (
@@ -82,6 +83,8 @@ def trace(
     Raises:
         RuntimeError: control flow that depends on tensor values.
     """
+    if isinstance(decoder, nn.Module):
+        warn_about_hooks(decoder)
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     def symbolic(tensor: Tensor) -> Tensor:
@@ -114,6 +117,7 @@ def trace(
             else:
                 output = decoder(z, *args, **kwargs)
         check_output(output, z)
+        refuse_custom_functions(output)
         return output
 
     paths: dict[fx.Node, str] = {}
