@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._contract import rows_dense
 from ._launch import (
     INTERPRET,
     Configuration,
@@ -95,7 +96,7 @@ def _gram_project_fwd_kernel(
         rr_lanes += r * r
 
     part = split * B + b
-    g_ptrs = g_ptr + (part * m + rows[:, None]) * m + cols[None, :]
+    g_ptrs = g_ptr + part * m * m + (rows[:, None] * m + cols[None, :])
     tl.store(g_ptrs, G, mask=(rows < m)[:, None] & (cols < m)[None, :])
     first_col = col_tile == 0
     tl.store(p_ptr + part * m + rows, tl.sum(p_lanes, 1), mask=(rows < m) & first_col)
@@ -177,7 +178,7 @@ def _gram_project_bwd_kernel(
             other=0.0,
         )
         M = tl.load(
-            m_ptr + (b * m + rows[:, None]) * m + cols[None, :],
+            m_ptr + b * m * m + (rows[:, None] * m + cols[None, :]),
             mask=(rows < m)[:, None] & (cols < m)[None, :],
             other=0.0,
         )
@@ -200,7 +201,7 @@ def _gram_project_bwd_kernel(
 
 @dataclass(frozen=True)
 class _Tile:
-    """Block sizes of either kernel: the tile is a constant number of elements, whatever m is."""
+    """Block sizes of either kernel: a tile has the same number of elements whatever m is."""
 
     block_m: int
     block_n: int
@@ -210,12 +211,14 @@ class _Tile:
 
 def _fwd_tile(m: int) -> _Tile:
     block_m = min(max(16, triton.next_power_of_2(m)), 64)
-    return _Tile(block_m, 4096 // block_m, num_warps=4, num_stages=2)
+    # Above one tile of rows, two tiles of J are held at a time.
+    elements = 4096 if m <= block_m else 2048
+    return _Tile(block_m, elements // block_m, num_warps=8 if block_m == 64 else 4, num_stages=2)
 
 
 def _bwd_tile(m: int) -> _Tile:
     block_m = min(max(16, triton.next_power_of_2(m)), 64)
-    return _Tile(block_m, min(4096 // block_m, 128), num_warps=4, num_stages=1)
+    return _Tile(block_m, 2048 // block_m, num_warps=8 if block_m == 64 else 4, num_stages=1)
 
 
 def _splits(B: int, n: int, pairs: int, block_n: int, limits: DeviceLimits) -> tuple[int, int]:
@@ -224,10 +227,6 @@ def _splits(B: int, n: int, pairs: int, block_n: int, limits: DeviceLimits) -> t
     blocks = cdiv(n, block_n)
     blocks_per_split = cdiv(blocks, max(1, min(wanted, blocks // 2)))
     return cdiv(blocks, blocks_per_split), blocks_per_split * block_n
-
-
-def _rows_dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def gram_project_partials(
@@ -247,7 +246,7 @@ def gram_project_partials(
         TypeError: another dtype.
     """
     check_dtypes(J=J, r=r)
-    J, r = _rows_dense(J), _rows_dense(r)
+    J, r = rows_dense(J), rows_dense(r)
     B, m, n = J.shape
     tile = _fwd_tile(m)
     tiles = cdiv(m, tile.block_m)
@@ -305,7 +304,7 @@ def gram_project_bwd(
         TypeError: another dtype.
     """
     check_dtypes(J=J, r=r)
-    J, r = _rows_dense(J), _rows_dense(r)
+    J, r = rows_dense(J), rows_dense(r)
     M, u, g_rr = (t.to(torch.float32).contiguous() for t in (M, u, g_rr))
     B, m, n = J.shape
     tile = _bwd_tile(m)

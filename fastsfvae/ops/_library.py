@@ -8,9 +8,12 @@ launcher does. Kernels are imported at the first call, so that `import fastsfvae
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fastsfvae.kernels._contract import empty_tangents, memory_format, rows_dense
 
 
 def require_triton(tensor: Tensor) -> None:
@@ -31,10 +34,6 @@ def require_triton(tensor: Tensor) -> None:
             f'backend="triton" needs CUDA tensors, got one on "{tensor.device}": move it to a GPU, '
             'use backend="torch", or set TRITON_INTERPRET=1 before Python starts (slow, CPU)'
         )
-
-
-def _rows_dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 @torch.library.custom_op("fastsfvae::gram_project", mutates_args=())
@@ -64,7 +63,7 @@ def gram_project_bwd(
 
 @gram_project_bwd.register_fake
 def _(J, r, M, u, g_rr):
-    return torch.empty_like(_rows_dense(J)), torch.empty(r.shape, dtype=r.dtype, device=r.device)
+    return torch.empty_like(rows_dense(J)), torch.empty(r.shape, dtype=r.dtype, device=r.device)
 
 
 @torch.library.custom_op("fastsfvae::woodbury", mutates_args=())
@@ -83,3 +82,35 @@ def _(G, p, rr, h, c):
     sample, vector = (lambda: c.new_empty((B,))), (lambda: h.new_empty((B, m)))
     lost = h.new_empty((B,), dtype=torch.bool)
     return sample(), sample(), h.new_empty((B, m, m)), vector(), vector(), vector(), lost
+
+
+@torch.library.custom_op("fastsfvae::tangent_activation", mutates_args=())
+def tangent_activation(
+    a: Tensor, T: Tensor, kind: str, params: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """A ``[B, *F]``, T ``[m, B or 1, *F]`` -> phi(a) ``[B, *F]``, phi'(a) T ``[m, B, *F]``."""
+    from fastsfvae.kernels.tangent_activation import tangent_activation_fwd
+
+    return tangent_activation_fwd(a, T, kind, params)
+
+
+@tangent_activation.register_fake
+def _(a, T, kind, params):
+    a = a.contiguous(memory_format=memory_format(a))
+    return torch.empty_like(a), empty_tangents(a, T)
+
+
+@torch.library.custom_op("fastsfvae::tangent_activation_bwd", mutates_args=())
+def tangent_activation_bwd(
+    a: Tensor, T: Tensor | None, g_out: Tensor, g_T: Tensor, kind: str, params: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Pull g_out ``[B, *F]`` and g_T ``[m, B, *F]`` back to a and, per sample, to T."""
+    from fastsfvae.kernels.tangent_activation import tangent_activation_bwd
+
+    return tangent_activation_bwd(a, T, g_out, g_T, kind, params)
+
+
+@tangent_activation_bwd.register_fake
+def _(a, T, g_out, g_T, kind, params):
+    a = a.contiguous(memory_format=memory_format(a))
+    return torch.empty_like(a), empty_tangents(a, g_T)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastsfvae import reference
 from fastsfvae.ops import _library
 
 
@@ -19,7 +20,7 @@ def gram_project(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Tensor, Te
     Args:
         J: ``[B, m, n]``, tangent-major, any strides.
         r: ``[B, n]``.
-        backend: "torch" (any order of derivative) or "triton" (first order).
+        backend: "torch" or "reference" (any order of derivative), or "triton" (first order).
 
     Raises:
         RuntimeError: "triton" on a device it cannot reach; a second derivative through "triton".
@@ -28,6 +29,8 @@ def gram_project(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Tensor, Te
     if backend == "triton":
         _library.require_triton(J)
         return _GramProject.apply(J, r)
+    if backend == "reference":
+        return reference.gram_project(J, r)
     return _forward(J, r)
 
 

@@ -1,0 +1,56 @@
+"""What launchers accept and allocate; without Triton, which the fakes of the operators do not need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The activations and their parameters, in the order in which `params` gives them.
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "relu": (),
+    "leaky_relu": ("negative_slope",),
+    "elu": ("alpha",),
+    "selu": (),
+    "silu": (),
+    "gelu": (),
+    "gelu_tanh": (),
+    "tanh": (),
+    "sigmoid": (),
+    "softplus": ("beta", "threshold"),
+    "hardtanh": ("min_val", "max_val"),
+}
+# Those whose second derivative is 0.
+PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu", "hardtanh"})
+
+
+def rows_dense(t: Tensor) -> Tensor:
+    """Return `t` itself where its last axis has unit stride, else a contiguous copy."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    """The format in which `t` is dense: contiguous, or channels-last (4-d or 5-d).
+
+    A tensor that is neither gets "contiguous", the format it will be copied to.
+    """
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if channels_last is None or t.is_contiguous():
+        return torch.contiguous_format
+    dense = t.is_contiguous(memory_format=channels_last)
+    return channels_last if dense else torch.contiguous_format
+
+
+def tangents_like(T: Tensor, fmt: torch.memory_format) -> Tensor:
+    """T ``[m, B, *F]`` with each T[i] dense in `fmt`, copied only where it is not.
+
+    The stride of the leading axis stays free.
+    """
+    if T[0].is_contiguous(memory_format=fmt):
+        return T
+    return T.flatten(0, 1).contiguous(memory_format=fmt).unflatten(0, (T.shape[0], T.shape[1]))
+
+
+def empty_tangents(a: Tensor, T: Tensor) -> Tensor:
+    """Uninitialised ``[m, *a.shape]`` tangents of T's dtype, each in dense a's memory order."""
+    strides = (a.numel(), *a.stride())
+    return torch.empty_strided((T.shape[0], *a.shape), strides, dtype=T.dtype, device=T.device)

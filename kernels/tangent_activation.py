@@ -1,0 +1,286 @@
+"""An activation on a value and on the m tangents it carries, and their pullback.
+
+    forward     out = phi(a)                                      out_T_i = phi'(a) T_i
+    backward    g_a = phi'(a) g_out + phi''(a) sum_i T_i g_T_i    g_T_in_i = phi'(a) g_T_i
+
+a is [B, *F]; T is tangent-major, [m, B, *F], or [m, 1, *F] where all samples share their tangents.
+
+Floor, in passes over T: the forward reads it once and writes as much, in place where the caller
+allows it; the backward reads T and g_T and writes g_T_in, and where phi'' = 0 it does not read T.
+A program keeps its part of a, and the derivatives, in registers for all the tangents it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._contract import (
+    PARAMETERS,
+    PIECEWISE_LINEAR,
+    empty_tangents,
+    memory_format,
+    tangents_like,
+)
+from ._launch import Configuration, DeviceLimits, cdiv, check_dtypes, device_limits, pointer
+from .activations import activation, activation_constexprs
+
+
+@triton.jit
+def _tangent_activation_fwd_kernel(
+    a_ptr,  # [B * F], in a's memory order
+    t_ptr,  # [m, B * F], or [m, F] with SHARED
+    out_ptr,  # [B * F]
+    out_t_ptr,  # [m, B * F]
+    numel,
+    sample_numel,
+    m,
+    blocks,
+    tangents_per_program,
+    stride_t_m,
+    stride_out_t_m,
+    KIND: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    at = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < numel
+    first = (pid // blocks) * tangents_per_program
+    last = tl.minimum(first + tangents_per_program, m)
+
+    a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    phi, d1, _ = activation(a, KIND, P0, P1)
+    tl.store(out_ptr + at, phi, mask=mask & (first == 0))
+    at_t = at % sample_numel if SHARED else at
+    for i in range(first, last):
+        tangent = tl.cast(i, tl.int64)
+        T = tl.load(t_ptr + tangent * stride_t_m + at_t, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_t_ptr + tangent * stride_out_t_m + at, d1 * T, mask=mask)
+
+
+@triton.jit
+def _tangent_activation_bwd_kernel(
+    a_ptr,  # [B * F], in a's memory order
+    t_ptr,  # [m, B * F], or [m, F] with SHARED; not read where phi'' = 0
+    g_out_ptr,  # [B * F]
+    g_t_ptr,  # [m, B * F]
+    g_a_ptr,  # [B * F]
+    g_t_in_ptr,  # [m, B * F]
+    numel,
+    sample_numel,
+    m,
+    stride_t_m,
+    stride_g_t_m,
+    stride_g_t_in_m,
+    KIND: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    SHARED: tl.constexpr,
+    CURVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < numel
+    a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    _, d1, d2 = activation(a, KIND, P0, P1)
+    at_t = at % sample_numel if SHARED else at
+    dot = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, m):
+        tangent = tl.cast(i, tl.int64)
+        g_T = tl.load(g_t_ptr + tangent * stride_g_t_m + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(g_t_in_ptr + tangent * stride_g_t_in_m + at, d1 * g_T, mask=mask)
+        if CURVED:
+            T = tl.load(t_ptr + tangent * stride_t_m + at_t, mask=mask, other=0.0).to(tl.float32)
+            dot += T * g_T
+    g_a = d1 * tl.load(g_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if CURVED:
+        g_a += d2 * dot
+    tl.store(g_a_ptr + at, g_a, mask=mask)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Elements of a and tangents that one program serves."""
+
+    block: int
+    tangents: int
+
+    @property
+    def num_warps(self) -> int:
+        return max(1, self.block // 256)
+
+
+def _fwd_launch(numel: int, m: int, limits: DeviceLimits) -> _Launch:
+    """Large blocks where they fill the chip; else small ones, and the tangents shared out too."""
+    programs = 4 * limits.sm_count
+    block = 1024 if numel >= 1024 * programs else 256
+    groups = min(m, max(1, programs // cdiv(numel, block)))
+    return _Launch(block, cdiv(m, groups))
+
+
+def _bwd_launch(numel: int, m: int, limits: DeviceLimits) -> _Launch:
+    """One program sees all tangents of its elements, so that their sum needs no atomic."""
+    return _Launch(1024 if numel >= 4096 * limits.sm_count else 256, m)
+
+
+def tangent_activation_fwd(
+    a: Tensor,
+    T: Tensor,
+    kind: str,
+    params: Sequence[float] = (),
+    *,
+    out: Tensor | None = None,
+    out_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``(phi(a) [B, *F], phi'(a) T [m, B, *F])``.
+
+    Args:
+        a: ``[B, *F]``, float32, bfloat16 or float16; copied only if neither contiguous nor
+            channels-last.
+        T: ``[m, B, *F]`` or ``[m, 1, *F]``; copied only if T[i] is not in a's memory order.
+        kind: a key of `PARAMETERS`.
+        params: that kind's parameters; compiled in.
+        out: where phi(a) goes, in a's memory order; may be a.
+        out_T: where the tangents go, each in a's memory order; may be T where T is [m, B, *F].
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: an unknown kind, a wrong number of parameters, or shapes that do not fit.
+    """
+    constexprs = activation_constexprs(kind, params)
+    _check(a, T)
+    fmt = memory_format(a)
+    a, T = a.contiguous(memory_format=fmt), tangents_like(T, fmt)
+    out = torch.empty_like(a) if out is None else out
+    out_T = empty_tangents(a, T) if out_T is None else out_T
+    for name, given, first in (("out", out, out), ("out_T", out_T, out_T[0])):
+        if first.shape != a.shape or not first.is_contiguous(memory_format=fmt):
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)} and strides {given.stride()}: "
+                f"give one in a's memory order, {tuple(a.shape)} with strides {a.stride()}"
+            )
+    m, numel = T.shape[0], a.numel()
+    launch = _fwd_launch(numel, m, device_limits(a))
+    blocks = cdiv(numel, launch.block)
+    with torch.cuda.device_of(a):
+        _tangent_activation_fwd_kernel[(blocks * cdiv(m, launch.tangents),)](
+            *(a, T, out, out_T, numel, numel // a.shape[0], m, blocks, launch.tangents),
+            *(T.stride(0), out_T.stride(0)),
+            **constexprs,
+            SHARED=T.shape[1] < a.shape[0],
+            BLOCK=launch.block,
+            num_warps=launch.num_warps,
+        )
+    return out, out_T
+
+
+def tangent_activation_bwd(
+    a: Tensor, T: Tensor | None, g_out: Tensor, g_T: Tensor, kind: str, params: Sequence[float] = ()
+) -> tuple[Tensor, Tensor]:
+    """Pull cotangents back: ``(g_a [B, *F], g_T_in [m, B, *F])``.
+
+    Args:
+        a: ``[B, *F]`` as in the forward.
+        T: as in the forward; may be None for a kind in `PIECEWISE_LINEAR`.
+        g_out: cotangent of phi(a), ``[B, *F]``.
+        g_T: cotangent of the tangents, ``[m, B, *F]``.
+        kind: as in the forward.
+        params: as in the forward.
+
+    Returns:
+        g_a in a's dtype, g_T_in in g_T's; g_T_in is per sample even where T was shared.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: as the forward; T missing for a curved kind.
+    """
+    constexprs = activation_constexprs(kind, params)
+    curved = kind not in PIECEWISE_LINEAR
+    if T is None and curved:
+        raise ValueError(f"kind={kind!r} has a second derivative: give the tangents T")
+    T = T if curved and T is not None else g_T
+    _check(a, T)
+    fmt = memory_format(a)
+    a, g_out = a.contiguous(memory_format=fmt), g_out.contiguous(memory_format=fmt)
+    T, g_T = tangents_like(T, fmt), tangents_like(g_T, fmt)
+    g_a, g_T_in = torch.empty_like(a), empty_tangents(a, g_T)
+    m, numel = T.shape[0], a.numel()
+    launch = _bwd_launch(numel, m, device_limits(a))
+    with torch.cuda.device_of(a):
+        _tangent_activation_bwd_kernel[(cdiv(numel, launch.block),)](
+            *(a, T, g_out, g_T, g_a, g_T_in, numel, numel // a.shape[0], m),
+            *(T.stride(0), g_T.stride(0), g_T_in.stride(0)),
+            **constexprs,
+            SHARED=T.shape[1] < a.shape[0],
+            CURVED=curved,
+            BLOCK=launch.block,
+            num_warps=launch.num_warps,
+        )
+    return g_a, g_T_in
+
+
+def _check(a: Tensor, T: Tensor) -> None:
+    check_dtypes(a=a, T=T)
+    if T.shape[2:] != a.shape[1:] or T.dim() < 2 or T.shape[1] not in (1, a.shape[0]):
+        raise ValueError(
+            f"a {tuple(a.shape)} and T {tuple(T.shape)} do not fit: T is [m, *a.shape], "
+            "or [m, 1, *a.shape[1:]] where samples share their tangents"
+        )
+
+
+_EXAMPLES = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0), "hardtanh": (-1.0, 1.0)}
+
+
+def configurations() -> Iterator[Configuration]:
+    """Compilations by kind, dtype and block size, at the default parameters."""
+    for kind, dtype, block in product(
+        PARAMETERS, (torch.float32, torch.bfloat16, torch.float16), (256, 1024)
+    ):
+        ptr = pointer(dtype)
+        # Sharing and odd sizes change the addresses only, so one kind stands for all.
+        variants = (
+            [(False, False), (True, False), (False, True)] if kind == "tanh" else [(False, False)]
+        )
+        for shared, odd in variants:
+            label = f"{kind} {ptr[1:]} block={block}"
+            label += " shared" if shared else " odd" if odd else ""
+            sizes = ("numel", "sample_numel") if odd else ()
+            both = {
+                **activation_constexprs(kind, _EXAMPLES.get(kind, ())),
+                "SHARED": shared,
+                "BLOCK": block,
+            }
+            num_warps = _Launch(block, 1).num_warps
+            names = "a t out out_t".split()
+            yield Configuration(
+                _tangent_activation_fwd_kernel,
+                label,
+                {f"{name}_ptr": ptr for name in names},
+                both,
+                num_warps,
+                unaligned=(
+                    *("m", "blocks", "tangents_per_program"),
+                    *((*sizes, "stride_t_m", "stride_out_t_m") if odd else ()),
+                ),
+            )
+            names = "a t g_out g_t g_a g_t_in".split()
+            yield Configuration(
+                _tangent_activation_bwd_kernel,
+                label,
+                {f"{name}_ptr": ptr for name in names},
+                both | {"CURVED": kind not in PIECEWISE_LINEAR},
+                num_warps,
+                unaligned=(
+                    "m",
+                    *((*sizes, "stride_t_m", "stride_g_t_m", "stride_g_t_in_m") if odd else ()),
+                ),
+            )
