@@ -1,9 +1,8 @@
 """Tangents of an operation that has no rule, by differentiating that one operation.
 
-The Jacobian-vector product is taken as the transpose of the transpose: the pullback is linear in
-its cotangent, and its own pullback is the pushforward. Both use reverse-mode formulas only, whose
-derivatives are right where those of PyTorch's forward mode are not (layer_norm). Operations
-without a second derivative go through forward mode instead.
+Forward mode where PyTorch has it. Otherwise the transpose of the transpose: the pullback is linear
+in its cotangent, and its own pullback is the pushforward. Operations whose derivative formulas
+treat saved statistics as constants (the norms) get wrong gradients in both ways: those have rules.
 """
 
 from __future__ import annotations
@@ -58,16 +57,16 @@ def _linearize(call: Callable[..., Any], jets: list[Jet], name: str, path: str) 
         return tuple(values[i] for i in smooth) if several else (values,)
 
     try:
-        moved = _transposed_twice(differentiable, primals, tangents)
+        moved = _forward_mode(differentiable, primals, tangents)
     except (RuntimeError, NotImplementedError):
         try:
-            moved = _forward_mode(differentiable, primals, tangents)
+            moved = _transposed_twice(differentiable, primals, tangents)
         except (RuntimeError, NotImplementedError) as error:
-            where = f" in {path!r}" if path else ""
+            where = f" in decoder.{path}" if path else ""
             reason = str(error).strip().split("\n")[0]
             raise RuntimeError(
                 f"no tangents can be carried through {name}{where}: it has no rule, and PyTorch "
-                f"cannot differentiate it twice or forward ({reason})"
+                f"cannot differentiate it forward or twice ({reason})"
             ) from error
     for index, tangent in zip(smooth, moved, strict=True):
         results[index] = Jet(results[index], tangent)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from fastsfvae.jacobian.fingerprint import Fingerprint, fingerprint, freeze
-from fastsfvae.jacobian.validate import check_inputs, unwrap
+from fastsfvae.jacobian.validate import Method, check_inputs, unwrap
 
 # Plans per decoder; more than a training loop needs, few enough that a key which changes at every
 # call cannot fill the memory.
@@ -46,9 +46,9 @@ class Linearizer:
         kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
     ):
-        self.decoder = unwrap(decoder)
+        self.decoder, kwargs = unwrap(decoder, dict(kwargs or {}))
         self.z, self.backend = z, backend
-        leaves, self._spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+        leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
         self._leaves = leaves
         self.extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         batch = z.shape[0]
@@ -106,7 +106,9 @@ class Linearizer:
     def plan(self, batch: int) -> Any:
         """The plan for chunks of that many samples, traced if there is none yet."""
         if isinstance(self.decoder, nn.Module):
-            plans = _plans.setdefault(self.decoder, {})
+            # A method's wrapper lives for one call only.
+            home = self.decoder.owner if isinstance(self.decoder, Method) else self.decoder
+            plans = _plans.setdefault(home, {})
         else:
             plans = self._local
         candidates = plans.setdefault(self._key, [])

@@ -20,7 +20,7 @@ def reference_jacobian(
     Every output element costs a backward pass, batched with vmap where the decoder's operations
     allow it and in a Python loop where not. Differentiable.
     """
-    decoder = unwrap(decoder)
+    decoder, kwargs = unwrap(decoder, kwargs)
     check_inputs(z, [], [])
     batch = z.shape[0]
     leaves, spec = pytree.tree_flatten((args, kwargs))

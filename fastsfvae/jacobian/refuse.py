@@ -24,6 +24,11 @@ _TRAINING_ARGUMENT = {
 _warned_hooks: set[type] = set()
 
 
+def layer_name(path: str) -> str:
+    """How messages call the module at a path."""
+    return f"decoder.{path}" if path else "decoder"
+
+
 def refuse_training_mode(operation: str, node: fx.Node, path: str) -> None:
     """Refuse batch statistics and dropout, which make J that of another function.
 
@@ -31,7 +36,7 @@ def refuse_training_mode(operation: str, node: fx.Node, path: str) -> None:
         RuntimeError: names the layer and the fix.
     """
     args: Any = node.args
-    layer = f"decoder.{path}" if path else "decoder"
+    layer = layer_name(path)
     fix = f"call {layer}.eval()"
     if operation == "scaled_dot_product_attention":
         probability = args[4] if len(args) > 4 else node.kwargs.get("dropout_p", 0.0)
@@ -86,7 +91,7 @@ def warn_about_hooks(decoder: nn.Module) -> None:
         if foreign and type(module) not in _warned_hooks:
             _warned_hooks.add(type(module))
             warnings.warn(
-                f"the forward hooks of decoder.{path} run only when the decoder is traced: what "
+                f"the forward hooks of {layer_name(path)} run only when the decoder is traced: what "
                 "they compute is kept, what else they do is not repeated",
                 UserWarning,
                 stacklevel=2,

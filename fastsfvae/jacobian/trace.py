@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
+    UnsupportedOperatorException,
 )
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -25,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
+    free_unbacked_symbols,
 )
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -131,9 +134,30 @@ def trace(
             "cannot be traced; use torch.where, or make the value a plain Python attribute "
             f"({_first_line(error)})"
         ) from error
+    except UnsupportedOperatorException as error:
+        raise RuntimeError(
+            f"the decoder uses {_first_line(error)}, which cannot be traced: PyTorch does not know "
+            "the shape of its result"
+        ) from error
+    _refuse_untraceable_values(module)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     z_size = inputs[len(names)].meta["val"].shape[0]
     return Trace(module, inputs, paths, _batch_predicate(shapes, z_size, z.shape[0]))
+
+
+def _refuse_untraceable_values(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and free_unbacked_symbols(value):
+            raise RuntimeError(
+                f"the shape of the decoder's {node.target} depends on the values of its tensors, "
+                "which cannot be traced; use torch.where or a fixed number of entries"
+            )
+        if node.op == "get_attr" and isinstance(getattr(module, node.target), FakeTensor):
+            # A value that escaped the tracer would come back as a constant without data.
+            raise RuntimeError(
+                "the decoder takes a value past the tracer, as tensor.data does; use tensor.detach()"
+            )
 
 
 def _batch_symbol(tensor: Tensor) -> StatelessSymbolicContext:

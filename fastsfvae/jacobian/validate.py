@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,30 @@ _WRAPPERS = {
 }
 
 
-def unwrap(decoder: Callable[..., Any]) -> Callable[..., Any]:
-    """The decoder that torch.compile wraps, or the decoder itself.
+class Method(nn.Module):
+    """A method of a module as a module, so that its parameters are known by name."""
+
+    def __init__(self, owner: nn.Module, name: str):
+        super().__init__()
+        self.owner = owner
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method."""
+        return getattr(self.owner, self.name)(*args, **kwargs)
+
+
+def unwrap(
+    decoder: Callable[..., Any], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The decoder itself, from what torch.compile, functools.partial or a method make of it.
+
+    Args:
+        decoder: as the user gave it.
+        kwargs: the further inputs by name, to which those of a partial are added.
+
+    Returns:
+        (decoder, kwargs): an nn.Module wherever its parameters can be reached.
 
     Raises:
         TypeError: not callable, or wrapped for data-parallel training: gradients taken past such
@@ -25,15 +48,27 @@ def unwrap(decoder: Callable[..., Any]) -> Callable[..., Any]:
     """
     if not callable(decoder):
         raise TypeError(f"decoder must be an nn.Module or a callable, got {type(decoder).__name__}")
+    if isinstance(decoder, functools.partial) and not decoder.args:
+        return unwrap(decoder.func, {**decoder.keywords, **kwargs})
+    owner = getattr(decoder, "__self__", None)
+    if isinstance(owner, nn.Module) and hasattr(owner, decoder.__name__):
+        _refuse_wrappers(owner)
+        if decoder.__name__ in ("forward", "__call__"):
+            return owner, kwargs
+        return Method(owner, decoder.__name__), kwargs
     if isinstance(decoder, nn.Module):
         decoder = getattr(decoder, "_orig_mod", decoder)
-        for kind in type(decoder).__mro__:
-            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
-                raise TypeError(
-                    f"the decoder is wrapped in {kind.__name__}, past which gradients are not "
-                    f"synchronised: {_WRAPPERS[kind.__name__]}"
-                )
-    return decoder
+        _refuse_wrappers(decoder)
+    return decoder, kwargs
+
+
+def _refuse_wrappers(decoder: nn.Module) -> None:
+    for kind in type(decoder).__mro__:
+        if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+            raise TypeError(
+                f"the decoder is wrapped in {kind.__name__}, past which gradients are not "
+                f"synchronised: {_WRAPPERS[kind.__name__]}"
+            )
 
 
 def check_inputs(z: Tensor, names: list[str], tensors: list[Tensor]) -> None:
@@ -49,7 +84,6 @@ def check_inputs(z: Tensor, names: list[str], tensors: list[Tensor]) -> None:
         raise TypeError(f"z must be a floating point tensor, got {got}")
     if z.ndim != 2 or 0 in z.shape:
         raise ValueError(f"z must be [B, m] with B, m >= 1, got shape {tuple(z.shape)}")
-    mixed = torch.is_autocast_enabled(z.device.type)
     # The first one decides: what comes later may be converted on the way.
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.device != z.device:
@@ -59,7 +93,7 @@ def check_inputs(z: Tensor, names: list[str], tensors: list[Tensor]) -> None:
             )
         if not tensor.is_floating_point():
             continue
-        if tensor.dtype != z.dtype and not mixed:
+        if tensor.dtype != z.dtype and not torch.is_autocast_enabled(z.device.type):
             raise ValueError(
                 f"z is {z.dtype} but the decoder's {name} is {tensor.dtype}; "
                 "convert one of them, or use torch.autocast"

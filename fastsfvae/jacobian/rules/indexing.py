@@ -21,14 +21,13 @@ def jointly_linear(operation: Callable[..., Tensor], *operands: Any) -> Jet:
 
     Operands without a tangent count as constants: their tangent is zero.
     """
-    m = next(x.tangent.shape[0] for x in operands if isinstance(x, Jet))
-    like = next(x.tangent for x in operands if isinstance(x, Jet))
-    tangents = [
-        full_tangent(x) if isinstance(x, Jet) else zero_tangent(x, like) for x in operands
-    ]
     primal = operation(*map(primal_of, operands))
-    tangent = torch.func.vmap(operation)(*tangents)
-    return Jet(primal, tangent.to(primal.dtype).view(m, *primal.shape))
+    return Jet(primal, torch.func.vmap(operation)(*_expanded(*operands)).to(primal.dtype))
+
+
+def _expanded(*operands: Any) -> list[Tensor]:
+    like = next(x.tangent for x in operands if isinstance(x, Jet))
+    return [full_tangent(x) if isinstance(x, Jet) else zero_tangent(x, like) for x in operands]
 
 
 @rule("index", "_unsafe_index")
@@ -148,19 +147,24 @@ def slice_scatter(
     x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Jet:
     """x with a range of an axis replaced."""
-    return jointly_linear(lambda t, s: torch.slice_scatter(t, s, dim, start, end, step), x, source)
+    axis = dim if dim >= 0 else dim + primal_of(x).ndim
+    tangents = _expanded(x, source)
+    primal = torch.slice_scatter(primal_of(x), primal_of(source), axis, start, end, step)
+    return Jet(primal, torch.slice_scatter(*tangents, axis + 1, start, end, step))
 
 
 @rule("select_scatter")
 def select_scatter(x: Any, source: Any, dim: int, position: int) -> Jet:
     """x with one entry of an axis replaced."""
-    return jointly_linear(lambda t, s: torch.select_scatter(t, s, dim, position), x, source)
+    axis = dim if dim >= 0 else dim + primal_of(x).ndim
+    primal = torch.select_scatter(primal_of(x), primal_of(source), axis, position)
+    return Jet(primal, torch.select_scatter(*_expanded(x, source), axis + 1, position))
 
 
 @rule("index_put")
 def index_put(x: Any, indices: list[Any], values: Any, accumulate: bool = False) -> Jet:
     """x with indexed entries replaced or added to."""
-    return jointly_linear(lambda t, v: torch.index_put(t, indices, v, accumulate), x, values)
+    return jointly_linear(lambda t, v: aten.index_put(t, indices, v, accumulate), x, values)
 
 
 @rule("index_add")

@@ -27,7 +27,8 @@ def _front(dim: int, ndim: int) -> int:
 
 
 def _reshape_rule(name: str) -> Callable[..., Jet]:
-    operation = getattr(aten, name)
+    # A rule may return other strides than the operation it stands for, which view() would refuse.
+    operation = aten.reshape if name.endswith("view") else getattr(aten, name)
 
     @rule(name)
     def reshaped(x: Jet, *args: Any, **kwargs: Any) -> Jet:
