@@ -1,4 +1,4 @@
-"""What launchers accept and allocate; without Triton, which the fakes of the operators do not need."""
+"""What launchers accept and allocate. No Triton here: the fakes of the operators do without it."""
 
 from __future__ import annotations
 

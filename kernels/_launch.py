@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ def cdiv(a: int, b: int) -> int:
 class Configuration:
     """One compilation that a launcher can ask for, as the audit compiles it.
 
+    Pointers, and integers that the kernel specialises, are divisible by 16 unless named in `odd`:
+    what the JIT finds for tensors from the allocator and for the usual sizes and strides.
+
     Attributes:
         kernel: the `triton.jit` function.
         label: what distinguishes this configuration in the audit's table.
@@ -56,7 +59,7 @@ class Configuration:
         constexprs: every constexpr argument, by name.
         num_warps: warps per program.
         num_stages: software pipeline stages.
-        unaligned: integer arguments that are not divisible by 16 in this configuration.
+        odd: arguments that are not divisible by 16 in this configuration.
     """
 
     kernel: Any
@@ -65,7 +68,7 @@ class Configuration:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 3
-    unaligned: tuple[str, ...] = field(default=())
+    odd: tuple[str, ...] = ()
 
 
 def pointer(dtype: torch.dtype) -> str:

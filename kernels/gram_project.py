@@ -38,7 +38,9 @@ from ._launch import (
 _SUM_BLOCK = 1024
 
 
-@triton.jit
+# Batch and latent sizes are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
+# n_per_split is, as a multiple of BLOCK_N: without that its loads are one element wide.
+@triton.jit(do_not_specialize=["B", "m", "splits", "tiles"])
 def _gram_project_fwd_kernel(
     j_ptr,  # [B, m, n], unit stride in n
     r_ptr,  # [B, n], unit stride in n
@@ -103,7 +105,7 @@ def _gram_project_fwd_kernel(
     tl.store(rr_ptr + part, tl.sum(rr_lanes, 0), mask=first_col & (row_tile == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "m", "splits", "blocks"])
 def _gram_project_sum_kernel(
     g_part_ptr,  # [splits, B, m, m]
     p_part_ptr,  # [splits, B, m]
@@ -136,7 +138,7 @@ def _gram_project_sum_kernel(
     tl.store(rr_ptr + b + at_p - m, total, mask=is_rr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "tiles", "n_blocks"])
 def _gram_project_bwd_kernel(
     j_ptr,  # [B, m, n], unit stride in n
     r_ptr,  # [B, n], unit stride in n
@@ -201,7 +203,7 @@ def _gram_project_bwd_kernel(
 
 @dataclass(frozen=True)
 class _Tile:
-    """Block sizes of either kernel: a tile has the same number of elements whatever m is."""
+    """Block sizes of either kernel; wider where m is smaller, so that a tile keeps its size."""
 
     block_m: int
     block_n: int
@@ -209,10 +211,10 @@ class _Tile:
     num_stages: int
 
 
-def _fwd_tile(m: int) -> _Tile:
+def _fwd_tile(m: int, dtype: torch.dtype) -> _Tile:
     block_m = min(max(16, triton.next_power_of_2(m)), 64)
-    # Above one tile of rows, two tiles of J are held at a time.
-    elements = 4096 if m <= block_m else 2048
+    # 8 KiB in flight. Above one tile of rows, two tiles of J share them.
+    elements = 8192 // dtype.itemsize // (1 if m <= block_m else 2)
     return _Tile(block_m, elements // block_m, num_warps=8 if block_m == 64 else 4, num_stages=2)
 
 
@@ -248,7 +250,7 @@ def gram_project_partials(
     check_dtypes(J=J, r=r)
     J, r = rows_dense(J), rows_dense(r)
     B, m, n = J.shape
-    tile = _fwd_tile(m)
+    tile = _fwd_tile(m, J.dtype)
     tiles = cdiv(m, tile.block_m)
     splits, n_per_split = _splits(B, n, tiles * tiles, tile.block_n, device_limits(J))
     G = torch.empty((splits, B, m, m), dtype=torch.float32, device=J.device)
@@ -258,7 +260,7 @@ def gram_project_partials(
         _gram_project_fwd_kernel[(B * splits * tiles * tiles,)](
             *(J, r, G, p, rr, B, m, n, splits, n_per_split, tiles),
             *(J.stride(0), J.stride(1), r.stride(0)),
-            **_fwd_constexprs(m, input_precision),
+            **_fwd_constexprs(m, J.dtype, input_precision),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -322,8 +324,8 @@ def gram_project_bwd(
     return dJ, dr
 
 
-def _fwd_constexprs(m: int, precision: str) -> dict:
-    tile = _fwd_tile(m)
+def _fwd_constexprs(m: int, dtype: torch.dtype, precision: str) -> dict:
+    tile = _fwd_tile(m, dtype)
     one_tile = m <= tile.block_m
     return {
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
@@ -337,25 +339,24 @@ def _bwd_constexprs(m: int, precision: str) -> dict:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every compilation of these kernels: m's buckets, dtypes of J and r, aligned and odd sizes."""
+    """Every compilation of these kernels: m's buckets, dtypes of J and r, even and odd sizes."""
     f32 = "*fp32"
     half = (torch.bfloat16, torch.float16)
     dtypes = [(torch.float32, torch.float32), *((j, r) for j in half for r in (j, torch.float32))]
-    for m, (j, r), odd in product((16, 32, 64, 128), dtypes, (False, True)):
-        label = f"m={'>64' if m > 64 else m} J={pointer(j)[1:]} r={pointer(r)[1:]}"
-        label += " odd n" if odd else ""
+    for m, (j, r), is_odd in product((16, 32, 64, 128), dtypes, (False, True)):
+        label = f"m{'>64' if m > 64 else f'={m}'} J {pointer(j)[1:]} r {pointer(r)[1:]}"
+        label += " odd" if is_odd else ""
         data = {"j_ptr": pointer(j), "r_ptr": pointer(r)}
-        strides = ("stride_j_b", "stride_j_m", "stride_r_b")
-        small = ("B", "m", "splits", "tiles")
-        fwd, bwd = _fwd_tile(m), _bwd_tile(m)
+        odd = (*data, "n", "stride_j_b", "stride_j_m", "stride_r_b") if is_odd else ()
+        fwd, bwd = _fwd_tile(m, j), _bwd_tile(m)
         yield Configuration(
             _gram_project_fwd_kernel,
             label,
             {**data, "g_ptr": f32, "p_ptr": f32, "rr_ptr": f32},
-            _fwd_constexprs(m, "ieee"),
+            _fwd_constexprs(m, j, "ieee"),
             fwd.num_warps,
             fwd.num_stages,
-            unaligned=(*small, *(("n", *strides) if odd else ())),
+            odd,
         )
         yield Configuration(
             _gram_project_bwd_kernel,
@@ -368,19 +369,13 @@ def configurations() -> Iterator[Configuration]:
             _bwd_constexprs(m, "ieee"),
             bwd.num_warps,
             bwd.num_stages,
-            unaligned=(
-                *("m", "tiles", "n_blocks"),
-                *(("n", *strides, "stride_dj_b", "stride_dj_m") if odd else ()),
-            ),
+            (*odd, "stride_dj_b", "stride_dj_m") if is_odd else (),
         )
+    parts = ("g_part_ptr", "p_part_ptr", "rr_part_ptr", "g_ptr", "p_ptr", "rr_ptr")
     yield Configuration(
         _gram_project_sum_kernel,
         "any m",
-        {
-            **{"g_part_ptr": f32, "p_part_ptr": f32, "rr_part_ptr": f32},
-            **{"g_ptr": f32, "p_ptr": f32, "rr_ptr": f32},
-        },
+        dict.fromkeys(parts, f32),
         {"BLOCK": _SUM_BLOCK},
         num_warps=4,
-        unaligned=("B", "m", "splits", "blocks"),
     )

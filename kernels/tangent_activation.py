@@ -13,7 +13,6 @@ A program keeps its part of a, and the derivatives, in registers for all the tan
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -31,8 +30,12 @@ from ._contract import (
 from ._launch import Configuration, DeviceLimits, cdiv, check_dtypes, device_limits, pointer
 from .activations import activation, activation_constexprs
 
+# Four elements a thread: one 16-byte access in float32.
+_BLOCK = 512
+_NUM_WARPS = 4
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["m", "blocks", "tangents_per_program"])
 def _tangent_activation_fwd_kernel(
     a_ptr,  # [B * F], in a's memory order
     t_ptr,  # [m, B * F], or [m, F] with SHARED
@@ -67,7 +70,7 @@ def _tangent_activation_fwd_kernel(
         tl.store(out_t_ptr + tangent * stride_out_t_m + at, d1 * T, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _tangent_activation_bwd_kernel(
     a_ptr,  # [B * F], in a's memory order
     t_ptr,  # [m, B * F], or [m, F] with SHARED; not read where phi'' = 0
@@ -107,29 +110,10 @@ def _tangent_activation_bwd_kernel(
     tl.store(g_a_ptr + at, g_a, mask=mask)
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """Elements of a and tangents that one program serves."""
-
-    block: int
-    tangents: int
-
-    @property
-    def num_warps(self) -> int:
-        return max(1, self.block // 256)
-
-
-def _fwd_launch(numel: int, m: int, limits: DeviceLimits) -> _Launch:
-    """Large blocks where they fill the chip; else small ones, and the tangents shared out too."""
-    programs = 4 * limits.sm_count
-    block = 1024 if numel >= 1024 * programs else 256
-    groups = min(m, max(1, programs // cdiv(numel, block)))
-    return _Launch(block, cdiv(m, groups))
-
-
-def _bwd_launch(numel: int, m: int, limits: DeviceLimits) -> _Launch:
-    """One program sees all tangents of its elements, so that their sum needs no atomic."""
-    return _Launch(1024 if numel >= 4096 * limits.sm_count else 256, m)
+def _tangents_per_program(blocks: int, m: int, limits: DeviceLimits) -> int:
+    """All of them where the blocks of a fill the chip; else the tangents are shared out too."""
+    groups = min(m, max(1, 8 * limits.sm_count // blocks))
+    return cdiv(m, groups)
 
 
 def tangent_activation_fwd(
@@ -169,16 +153,16 @@ def tangent_activation_fwd(
                 f"give one in a's memory order, {tuple(a.shape)} with strides {a.stride()}"
             )
     m, numel = T.shape[0], a.numel()
-    launch = _fwd_launch(numel, m, device_limits(a))
-    blocks = cdiv(numel, launch.block)
+    blocks = cdiv(numel, _BLOCK)
+    tangents = _tangents_per_program(blocks, m, device_limits(a))
     with torch.cuda.device_of(a):
-        _tangent_activation_fwd_kernel[(blocks * cdiv(m, launch.tangents),)](
-            *(a, T, out, out_T, numel, numel // a.shape[0], m, blocks, launch.tangents),
+        _tangent_activation_fwd_kernel[(blocks * cdiv(m, tangents),)](
+            *(a, T, out, out_T, numel, numel // a.shape[0], m, blocks, tangents),
             *(T.stride(0), out_T.stride(0)),
             **constexprs,
             SHARED=T.shape[1] < a.shape[0],
-            BLOCK=launch.block,
-            num_warps=launch.num_warps,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
         )
     return out, out_T
 
@@ -214,16 +198,15 @@ def tangent_activation_bwd(
     T, g_T = tangents_like(T, fmt), tangents_like(g_T, fmt)
     g_a, g_T_in = torch.empty_like(a), empty_tangents(a, g_T)
     m, numel = T.shape[0], a.numel()
-    launch = _bwd_launch(numel, m, device_limits(a))
     with torch.cuda.device_of(a):
-        _tangent_activation_bwd_kernel[(cdiv(numel, launch.block),)](
+        _tangent_activation_bwd_kernel[(cdiv(numel, _BLOCK),)](
             *(a, T, g_out, g_T, g_a, g_T_in, numel, numel // a.shape[0], m),
             *(T.stride(0), g_T.stride(0), g_T_in.stride(0)),
             **constexprs,
             SHARED=T.shape[1] < a.shape[0],
             CURVED=curved,
-            BLOCK=launch.block,
-            num_warps=launch.num_warps,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
         )
     return g_a, g_T_in
 
@@ -241,46 +224,32 @@ _EXAMPLES = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0), "har
 
 
 def configurations() -> Iterator[Configuration]:
-    """Compilations by kind, dtype and block size, at the default parameters."""
-    for kind, dtype, block in product(
-        PARAMETERS, (torch.float32, torch.bfloat16, torch.float16), (256, 1024)
-    ):
-        ptr = pointer(dtype)
-        # Sharing and odd sizes change the addresses only, so one kind stands for all.
-        variants = (
-            [(False, False), (True, False), (False, True)] if kind == "tanh" else [(False, False)]
-        )
-        for shared, odd in variants:
-            label = f"{kind} {ptr[1:]} block={block}"
-            label += " shared" if shared else " odd" if odd else ""
-            sizes = ("numel", "sample_numel") if odd else ()
-            both = {
+    """Compilations by kind and dtype, with example parameters."""
+    for kind, dtype in product(PARAMETERS, (torch.float32, torch.bfloat16, torch.float16)):
+        # Sharing and odd sizes change addresses only, so one kind stands for all.
+        variants = [(False, False), (True, False), (True, True)]
+        for shared, is_odd in variants if kind == "tanh" else variants[:1]:
+            label = f"{kind} {pointer(dtype)[1:]}"
+            label += (" shared" if shared else "") + (" odd" if is_odd else "")
+            constexprs = {
                 **activation_constexprs(kind, _EXAMPLES.get(kind, ())),
-                "SHARED": shared,
-                "BLOCK": block,
+                **{"SHARED": shared, "BLOCK": _BLOCK},
             }
-            num_warps = _Launch(block, 1).num_warps
-            names = "a t out out_t".split()
-            yield Configuration(
-                _tangent_activation_fwd_kernel,
-                label,
-                {f"{name}_ptr": ptr for name in names},
-                both,
-                num_warps,
-                unaligned=(
-                    *("m", "blocks", "tangents_per_program"),
-                    *((*sizes, "stride_t_m", "stride_out_t_m") if odd else ()),
+            for kernel, names, more in (
+                (_tangent_activation_fwd_kernel, "a t out out_t", {}),
+                (
+                    _tangent_activation_bwd_kernel,
+                    "a t g_out g_t g_a g_t_in",
+                    {"CURVED": kind not in PIECEWISE_LINEAR},
                 ),
-            )
-            names = "a t g_out g_t g_a g_t_in".split()
-            yield Configuration(
-                _tangent_activation_bwd_kernel,
-                label,
-                {f"{name}_ptr": ptr for name in names},
-                both | {"CURVED": kind not in PIECEWISE_LINEAR},
-                num_warps,
-                unaligned=(
-                    "m",
-                    *((*sizes, "stride_t_m", "stride_g_t_m", "stride_g_t_in_m") if odd else ()),
-                ),
-            )
+            ):
+                types = {f"{name}_ptr": pointer(dtype) for name in names.split()}
+                sizes = [name for name in kernel.arg_names if "numel" in name or "stride" in name]
+                yield Configuration(
+                    kernel,
+                    label,
+                    types,
+                    constexprs | more,
+                    _NUM_WARPS,
+                    odd=(*types, *sizes) if is_odd else (),
+                )

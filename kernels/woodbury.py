@@ -29,7 +29,7 @@ MAX_M = 64
 _PIVOT_EPS = tl.constexpr(4 * 2.0**-23)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "m", "splits"])
 def _woodbury_fwd_kernel(
     g_ptr,  # [splits, B, m, m]
     p_ptr,  # [splits, B, m]
@@ -204,5 +204,4 @@ def configurations() -> Iterator[Configuration]:
             types,
             {"BLOCK_M": block_m},
             num_warps=_num_warps(block_m),
-            unaligned=("B", "m", "splits"),
         )

@@ -1,0 +1,178 @@
+"""Compile every configuration that a launcher can choose, for every supported GPU, without one.
+
+    python -m fastsfvae.kernels.audit [--json] [--quick] [--arch 86 ...]
+
+Prints one row per kernel, configuration and architecture, and exits 1 when a required architecture
+shows a spill (stack bytes) or more shared memory than its cards give a block. Arguments are
+specialised as the JIT would: without the divisibility of aligned pointers and sizes the compiler
+reports spills that no launch has, and no vector loads. Odd sizes are rows of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import gram_project, tangent_activation, woodbury
+from ._launch import Configuration
+
+# Shared memory that one block can have, in KiB, by compute capability.
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+# Triton emits no tensor-core code for sm_75: its rows are for information.
+REQUIRED = frozenset(SHARED_KIB) - {75}
+QUICK = (86, 90)
+
+_TENSOR_CORE = re.compile(r"^\s*(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Resources of one configuration on one architecture.
+
+    Attributes:
+        kernel: name of the kernel.
+        configuration: what distinguishes it from the kernel's other rows.
+        arch: compute capability, 86 for 8.6.
+        registers: per thread.
+        stack_bytes: per thread, of spills.
+        shared_bytes: per block.
+        load_bytes: the widest load from device memory by one thread, of at most 16.
+        tensor_core: tensor-core instructions in the PTX.
+        ok: no spill, and no more shared memory than the card has.
+    """
+
+    kernel: str
+    configuration: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    load_bytes: int
+    tensor_core: int
+    ok: bool
+
+
+def configurations() -> list[Configuration]:
+    """Every configuration of every kernel, from the modules that launch them."""
+    modules = (gram_project, woodbury, tangent_activation)
+    return list(chain.from_iterable(module.configurations() for module in modules))
+
+
+def compile_configuration(configuration: Configuration, arch: int) -> Row:
+    """Compile for ``sm_<arch>`` and read the resources off the machine code."""
+    kernel, constexprs = configuration.kernel, configuration.constexprs
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constexprs:
+            signature[name] = "constexpr"
+            constants[(index,)] = constexprs[name]
+            continue
+        signature[name] = configuration.types.get(name, "i32")
+        if not parameter.do_not_specialize and name not in configuration.odd:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": configuration.num_warps, "num_stages": configuration.num_stages},
+    )
+    usage = _resource_usage(compiled.asm["cubin"])
+    stack, shared = usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
+    return Row(
+        kernel=kernel.__name__,
+        configuration=configuration.label,
+        arch=arch,
+        registers=usage["REG"],
+        stack_bytes=stack,
+        shared_bytes=shared,
+        load_bytes=_widest_load(compiled.asm["ptx"]),
+        tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
+        ok=stack == 0 and shared <= SHARED_KIB[arch] * 1024,
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _widest_load(ptx: str) -> int:
+    words = re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global.*?\], 0x([0-9a-f]+)", ptx)
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in words]
+    return max(widths + [int(width, 16) for width in copies], default=0)
+
+
+def _compile_numbered(job: tuple[int, int]) -> Row:
+    # A kernel cannot be pickled, so a worker process finds it by its number.
+    index, arch = job
+    return compile_configuration(configurations()[index], arch)
+
+
+def audit(archs: Iterable[int]) -> list[Row]:
+    """Compile everything for `archs`, in as many processes as there are cores."""
+    jobs = [(index, arch) for arch in archs for index in range(len(configurations()))]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        return list(pool.map(_compile_numbered, jobs, chunksize=4))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head = ("kernel", "configuration", "sm", "regs", "stack", "shared", "load", "tensor core", "")
+    lines = [head]
+    for row in rows:
+        verdict = "" if row.ok else "FAIL" if row.arch in REQUIRED else "(not required)"
+        numbers = (row.arch, row.registers, row.stack_bytes, row.shared_bytes, row.load_bytes)
+        cells = (row.kernel, row.configuration, *map(str, (*numbers, row.tensor_core)))
+        lines.append((*cells, verdict))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastsfvae.kernels.audit", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"only sm_{' and sm_'.join(map(str, QUICK))}"
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=sorted(SHARED_KIB), help="only these, as in 86"
+    )
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    rows = audit(options.arch or (QUICK if options.quick else SHARED_KIB))
+    print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else _table(rows))
+    failed = [row for row in rows if not row.ok and row.arch in REQUIRED]
+    if not options.json:
+        print(f"{len(rows)} configurations, {len(failed)} that spill or do not fit")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
