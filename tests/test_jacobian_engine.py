@@ -238,9 +238,7 @@ def test_frozen_parameters_and_inputs():
 
 def test_gradients_reach_functional_parameters():
     module, z = mlp(), latents()
-    fresh = {
-        name: torch.randn_like(p).requires_grad_() for name, p in module.named_parameters()
-    }
+    fresh = {name: torch.randn_like(p).requires_grad_() for name, p in module.named_parameters()}
 
     class Loss(nn.Module):
         def __init__(self, decoder):
@@ -274,7 +272,9 @@ def test_extra_inputs_follow_their_samples():
         results = []
         for options in ({}, {"chunk_size": 2}, {"backend": "reference"}):
             y, J = decode_with_jacobian(module, z, label, shift=given, **options)
-            (grad,) = torch.autograd.grad(y.sin().sum() + J.square().sum(), given, allow_unused=True)
+            (grad,) = torch.autograd.grad(
+                y.sin().sum() + J.square().sum(), given, allow_unused=True
+            )
             results.append((y, J, torch.zeros(()) if grad is None else grad))
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
@@ -289,7 +289,12 @@ def test_callables():
     def closure(z):
         return module(z) @ weight
 
-    for function in (closure, module.forward, module.decode, functools.partial(module, label=label)):
+    for function in (
+        closure,
+        module.forward,
+        module.decode,
+        functools.partial(module, label=label),
+    ):
         grads = []
         for backend in ("torch", "reference"):
             y, J = decode_with_jacobian(function, z, backend=backend)

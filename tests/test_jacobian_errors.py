@@ -53,9 +53,24 @@ REFUSED = {
     "tuple": (lambda: returns(lambda h: (h, h)), Z, TypeError, "one tensor, got tuple"),
     "batch": (lambda: returns(lambda h: h.t()), Z[:2], ValueError, r"B = 2.*shape \(3, 2\)"),
     "scalar": (lambda: returns(lambda h: h.sum()), Z, ValueError, r"got shape \(\)"),
-    "integer": (lambda: returns(lambda h: h.argmax(1)), Z, TypeError, "floating point, got torch.i"),
-    "branch": (lambda: returns(lambda h: h if h.sum() > 0 else -h), Z, RuntimeError, "depend on the"),
-    "nonzero": (lambda: returns(lambda h: h[h > 0].reshape(3, -1)), Z, RuntimeError, "depends on the v"),
+    "integer": (
+        lambda: returns(lambda h: h.argmax(1)),
+        Z,
+        TypeError,
+        "floating point, got torch.i",
+    ),
+    "branch": (
+        lambda: returns(lambda h: h if h.sum() > 0 else -h),
+        Z,
+        RuntimeError,
+        "depend on the",
+    ),
+    "nonzero": (
+        lambda: returns(lambda h: h[h > 0].reshape(3, -1)),
+        Z,
+        RuntimeError,
+        "depends on the v",
+    ),
     "data": (lambda: returns(lambda h: h * h.data), Z, RuntimeError, "use tensor.detach"),
     "function": (lambda: returns(Double.apply), Z, RuntimeError, "autograd.Function 'Double'"),
     "batch_norm": (
@@ -71,14 +86,19 @@ REFUSED = {
         "batch statistics",
     ),
     "instance_norm": (
-        lambda: nn.Sequential(nn.Linear(M, 8), nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True)),
+        lambda: nn.Sequential(
+            nn.Linear(M, 8), nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True)
+        ),
         Z,
         RuntimeError,
         r"decoder\.2 updates its running statistics",
     ),
     "dropout": (lambda: blocks(nn.Dropout(0.1)), Z, RuntimeError, r"decoder\.2\.0 draws at random"),
     "dropout_functional": (
-        lambda: returns(lambda h: F.dropout(h, 0.1)), Z, RuntimeError, r"decoder\.eval\(\)"
+        lambda: returns(lambda h: F.dropout(h, 0.1)),
+        Z,
+        RuntimeError,
+        r"decoder\.eval\(\)",
     ),
     "rrelu": (lambda: blocks(nn.RReLU()), Z, RuntimeError, r"draws at random .*rrelu"),
     "attention_dropout": (

@@ -45,4 +45,6 @@ def test_gradients_of_the_jacobian(name):
     # Not asserted: a PyTorch that has been fixed is welcome.
     print(f"{name}: relative error of the gradient through torch.func.jacfwd {error:.1e}")
     if error > 1e-6:
-        warnings.warn(f"torch.func.jacfwd's gradient through {name} is off by {error:.2f}", stacklevel=1)
+        warnings.warn(
+            f"torch.func.jacfwd's gradient through {name} is off by {error:.2f}", stacklevel=1
+        )

@@ -146,11 +146,9 @@ CASES = {
     "deconv1d": through(LINE, nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, 2)),
     "deconv2d": through(IMAGE, nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2, dilation=2)),
     "deconv3d": through(CUBE, nn.ConvTranspose3d(2, 3, 2, 2)),
-    "channels_last": lambda: (
-        through(IMAGE, nn.Conv2d(4, 6, 3), nn.SiLU(), nn.ConvTranspose2d(6, 3, 4, 2, 1))().to(
-            memory_format=torch.channels_last
-        )
-    ),
+    "channels_last": lambda: through(
+        IMAGE, nn.Conv2d(4, 6, 3), nn.SiLU(), nn.ConvTranspose2d(6, 3, 4, 2, 1)
+    )().to(memory_format=torch.channels_last),
     "to_channels_last": apply(IMAGE, lambda h: h.to(memory_format=torch.channels_last) * 2),
     "group_norm": through(IMAGE, nn.GroupNorm(2, 4)),
     "layer_norm": through(WORDS, nn.LayerNorm(8), nn.LayerNorm((5, 8), elementwise_affine=False)),
@@ -187,7 +185,9 @@ CASES = {
     "batch_moves": apply(LINE, lambda h: h.transpose(0, 1).sin().permute(1, 0, 2).contiguous()),
     "reshape_batch": apply(LINE, lambda h: h.reshape(-1, 7).sin().view(-1, 4, 7)),
     "squeeze": apply(LINE, lambda h: h[:, :1].squeeze(1).unsqueeze(-1).squeeze(-1)),
-    "expand": apply(LINE, lambda h: h.unsqueeze(1).expand(-1, 3, -1, -1) + h[:, :1].expand_as(h)[:, None]),
+    "expand": apply(
+        LINE, lambda h: h.unsqueeze(1).expand(-1, 3, -1, -1) + h[:, :1].expand_as(h)[:, None]
+    ),
     "repeat": apply(LINE, lambda h: h.repeat(1, 2, 1).repeat_interleave(2, 2)),
     "pieces": apply(
         LINE,
@@ -196,14 +196,23 @@ CASES = {
         ),
     ),
     "unbind": apply(LINE, lambda h: torch.stack(h.unbind(1)[:2] + h.unbind(1)[3:], -1)),
-    "cat_constant": apply(LINE, lambda h: torch.cat([h, torch.ones_like(h), h.new_ones(1, 4, 1).expand(h.shape[0], 4, 1)], 2)),
-    "slices": apply(LINE, lambda h: h[:, 1:3, ::2] * h[..., 0, 1][:, None, None] + h[:, [2, 0], 1:5]),
+    "cat_constant": apply(
+        LINE,
+        lambda h: torch.cat(
+            [h, torch.ones_like(h), h.new_ones(1, 4, 1).expand(h.shape[0], 4, 1)], 2
+        ),
+    ),
+    "slices": apply(
+        LINE, lambda h: h[:, 1:3, ::2] * h[..., 0, 1][:, None, None] + h[:, [2, 0], 1:5]
+    ),
     "advanced_index": apply(LINE, lambda h: h[:, torch.tensor([0, 2, 2]), torch.tensor([1, 6, 3])]),
     "gather": apply(LINE, lambda h: h.gather(2, h.argsort(2)[..., :3]) + h.topk(3, 2).values),
     "sort": apply(LINE, lambda h: h.sort(1).values + h.index_select(1, torch.tensor([3, 2, 1, 0]))),
     "roll_flip": apply(IMAGE, lambda h: h.roll(2, 1).flip(-1, 2).roll((1, 1), (2, 3))),
     "roll_flat": apply(ROW, lambda h: h[..., None].roll(1, 1)),
-    "triangle": apply((4, 4), lambda h: h.tril() + h.triu(1).mT + h.diagonal(dim1=1, dim2=2)[:, None]),
+    "triangle": apply(
+        (4, 4), lambda h: h.tril() + h.triu(1).mT + h.diagonal(dim1=1, dim2=2)[:, None]
+    ),
     "dtype": apply(ROW, lambda h: h.to(torch.float64).clone().type_as(h).contiguous()),
     "arithmetic": apply(
         ROW,
@@ -217,30 +226,49 @@ CASES = {
     "masked_fill": apply(ROW, lambda h: h.masked_fill(h > 0.3, 0.1)),
     "clamp": apply(ROW, lambda h: h.clamp(-0.3, 0.4) + h.clamp(min=0) + h.clamp_max(0.2)),
     "clamp_tensor": apply(ROW, lambda h: torch.clamp(h, h.flip(1) - 0.1, h * 0.5 + 0.3)),
-    "extremes": apply(ROW, lambda h: torch.maximum(h, h.flip(1)) - torch.minimum(h, 0.5 * h.roll(1, 1))),
+    "extremes": apply(
+        ROW, lambda h: torch.maximum(h, h.flip(1)) - torch.minimum(h, 0.5 * h.roll(1, 1))
+    ),
     "lerp": apply(ROW, lambda h: h.lerp(h.flip(1), 0.3) + torch.lerp(h, h * 2, h.sigmoid())),
-    "addcmul": apply(ROW, lambda h: torch.addcmul(h, h, h.flip(1), value=0.5) + torch.addcdiv(h, h, 2 + h * h)),
+    "addcmul": apply(
+        ROW, lambda h: torch.addcmul(h, h, h.flip(1), value=0.5) + torch.addcdiv(h, h, 2 + h * h)
+    ),
     "atan2": apply(ROW, lambda h: torch.atan2(h, 1 + h * h)),
-    "reductions": apply(LINE, lambda h: h.amax(2) + h.amin((1, 2))[:, None] + h.max(2).values + h.min(2)[0]),
-    "moments": apply(LINE, lambda h: h.var(2) + h.std(2, correction=0) + h.mean((1, 2))[:, None] + h.logsumexp(2)),
+    "reductions": apply(
+        LINE, lambda h: h.amax(2) + h.amin((1, 2))[:, None] + h.max(2).values + h.min(2)[0]
+    ),
+    "moments": apply(
+        LINE, lambda h: h.var(2) + h.std(2, correction=0) + h.mean((1, 2))[:, None] + h.logsumexp(2)
+    ),
     "var_mean": apply(LINE, lambda h: torch.var_mean(h, 2)[0] + torch.var_mean(h, 2)[1]),
-    "norms": apply(LINE, lambda h: F.normalize(h, dim=1) + h.norm(dim=2, keepdim=True) + h.abs().cumsum(2)),
+    "norms": apply(
+        LINE, lambda h: F.normalize(h, dim=1) + h.norm(dim=2, keepdim=True) + h.abs().cumsum(2)
+    ),
     "norms_orders": apply(LINE, lambda h: torch.linalg.vector_norm(h, 3, 2) + h.norm(1, 2)),
-    "matmul": apply((4, 4), lambda h: h @ h.mT + h @ h[:, 0, :, None] + torch.ones(4, 4, dtype=h.dtype) @ h),
+    "matmul": apply(
+        (4, 4), lambda h: h @ h.mT + h @ h[:, 0, :, None] + torch.ones(4, 4, dtype=h.dtype) @ h
+    ),
     "matmul_ranks": apply(
-        (2, 3, 3), lambda h: torch.matmul(h, h[:, :1]) + torch.matmul(torch.ones(2, 1, 3, dtype=h.dtype), h)
+        (2, 3, 3),
+        lambda h: torch.matmul(h, h[:, :1]) + torch.matmul(torch.ones(2, 1, 3, dtype=h.dtype), h),
     ),
     "matmul_vector": apply((4, 4), lambda h: h @ torch.arange(4.0, dtype=h.dtype)),
     "bmm": apply((4, 4), lambda h: torch.baddbmm(h, h, h.mT, beta=0.3, alpha=0.2).bmm(h)),
-    "einsum": apply((4, 5), lambda h: torch.einsum("bij,bkj->bik", h, h) + torch.einsum("bij->bi", h)[..., None]),
-    "einsum_implicit": apply((4, 5), lambda h: torch.einsum("...ij,jk", h, torch.ones(5, 2, dtype=h.dtype))),
+    "einsum": apply(
+        (4, 5), lambda h: torch.einsum("bij,bkj->bik", h, h) + torch.einsum("bij->bi", h)[..., None]
+    ),
+    "einsum_implicit": apply(
+        (4, 5), lambda h: torch.einsum("...ij,jk", h, torch.ones(5, 2, dtype=h.dtype))
+    ),
     "attention": apply((2, 5, 4), lambda h: F.scaled_dot_product_attention(h, h.flip(2), h.sin())),
     "attention_causal": apply(
         (2, 5, 4), lambda h: F.scaled_dot_product_attention(h, h, h, is_causal=True, scale=0.3)
     ),
     "attention_mask": apply(
         (2, 5, 4),
-        lambda h: F.scaled_dot_product_attention(h, h, h, torch.eye(5, dtype=torch.bool) | (h[..., 0] > -9)[:, :, None]),
+        lambda h: F.scaled_dot_product_attention(
+            h, h, h, torch.eye(5, dtype=torch.bool) | (h[..., 0] > -9)[:, :, None]
+        ),
     ),
     "unfold": apply(LINE, lambda h: h.unfold(2, 3, 2)),
     "fold": apply(IMAGE, lambda h: F.fold(F.unfold(h, 2), (6, 5), 2)),
@@ -251,8 +279,12 @@ CASES = {
     "gru_cell": lambda: decoder(ROW, lambda h, layer: layer(h), nn.GRUCell(12, 5)),
     "no_grad": apply(ROW, lambda h: h * _constant(h)),
     "detach": apply(ROW, lambda h: h * h.detach()),
-    "residual": lambda: decoder(ROW, lambda h, a, b: h + b(F.relu(a(h))), nn.Linear(12, 9), nn.Linear(9, 12)),
-    "inplace_chain": apply(ROW, lambda h: (h * 1).mul_(2).add_(h.mean(1, keepdim=True)).relu_().sin()),
+    "residual": lambda: decoder(
+        ROW, lambda h, a, b: h + b(F.relu(a(h))), nn.Linear(12, 9), nn.Linear(9, 12)
+    ),
+    "inplace_chain": apply(
+        ROW, lambda h: (h * 1).mul_(2).add_(h.mean(1, keepdim=True)).relu_().sin()
+    ),
     "inplace_alias": apply(LINE, lambda h: _write_alias(h)),
     "inplace_into_zeros": apply(LINE, lambda h: _write_zeros(h)),
     "index_put": apply(ROW, lambda h: _index_put(h)),

@@ -2,7 +2,10 @@
 
 from fastsfvae.jacobian.api import Pullback as Pullback
 from fastsfvae.jacobian.api import decode_with_jacobian as decode_with_jacobian
-from fastsfvae.jacobian.api import flatten_in_memory_order as flatten_in_memory_order
 from fastsfvae.jacobian.api import pullback as pullback
 from fastsfvae.jacobian.backend import resolve_backend as resolve_backend
+from fastsfvae.jacobian.check import DecoderReport as DecoderReport
+from fastsfvae.jacobian.check import LayerReport as LayerReport
+from fastsfvae.jacobian.check import check_decoder as check_decoder
+from fastsfvae.jacobian.chunked import flatten_in_memory_order as flatten_in_memory_order
 from fastsfvae.jacobian.chunked import map_chunks as map_chunks

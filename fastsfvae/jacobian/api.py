@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.backend import resolve_backend
+from fastsfvae.jacobian.chunked import flatten_in_memory_order, map_chunks
 from fastsfvae.jacobian.linearize import Linearizer
 from fastsfvae.jacobian.reference import reference_jacobian
 from fastsfvae.jacobian.validate import check_chunk_size, check_target
@@ -111,7 +112,6 @@ def pullback(
     """
     from fastsfvae.ops.gram_project import gram_project
 
-    check_chunk_size(chunk_size)
     check_target(x, z)
     resolved = resolve_backend(backend, z)
 
@@ -127,38 +127,9 @@ def pullback(
             residual = x[start:stop] - output
         return output, *gram_project(*flatten_in_memory_order(tangents, residual), resolved)
 
-    if resolved == "reference":
-        output, jacobian = reference_jacobian(decoder, z, *args, **kwargs)
-        parts = [finish(output, jacobian.transpose(0, 1), 0, z.shape[0])]
-    else:
-        linearizer = Linearizer(decoder, z, args, kwargs, resolved)
-        bounds = list(linearizer.chunks(chunk_size))
-        if len(bounds) > 1 and linearizer.needs_grad(x):
-            parts = [linearizer.run_checkpointed(finish, *b) for b in bounds]
-        else:
-            parts = [finish(*linearizer.run(*b), *b) for b in bounds]
-    output, gram, projection, error = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts))
+    output, gram, projection, error = map_chunks(
+        *(finish, decoder, z, args, kwargs), backend=resolved, chunk_size=chunk_size, also=(x,)
+    )
     if x is None:
         return Pullback(output, gram, None, None)
     return Pullback(output, gram, projection, error)
-
-
-def flatten_in_memory_order(tangents: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """J [B, m, n] and r [B, n] with the order of n that makes J a view of the tangents.
-
-    G and p do not care about the order of n, so the small residual is permuted, never J.
-
-    Args:
-        tangents: [m, B, *out], in any memory format.
-        residual: [B, *out].
-
-    Returns:
-        (J, r): J is a view of `tangents` wherever its trailing axes are dense in some order.
-    """
-    ndim = tangents.ndim
-    if ndim == 3 or tangents.is_contiguous():
-        return tangents.flatten(2).transpose(0, 1), residual.flatten(1)
-    # Slowest axis first, as they lie in memory.
-    order = sorted(range(2, ndim), key=lambda axis: -tangents.stride(axis))
-    moved = tangents.permute(0, 1, *order).flatten(2)
-    return moved.transpose(0, 1), residual.permute(0, *(a - 1 for a in order)).flatten(1)

@@ -55,3 +55,24 @@ def map_chunks(
     else:
         parts = [finish(*linearizer.run(*bound), *bound) for bound in bounds]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def flatten_in_memory_order(tangents: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """J [B, m, n] and r [B, n] with the order of n that makes J a view of the tangents.
+
+    G and p do not care about the order of n, so the small residual is permuted, never J.
+
+    Args:
+        tangents: [m, B, *out], in any memory format.
+        residual: [B, *out].
+
+    Returns:
+        (J, r): J is a view of `tangents` wherever its trailing axes are dense in some order.
+    """
+    ndim = tangents.ndim
+    if ndim == 3 or tangents.is_contiguous():
+        return tangents.flatten(2).transpose(0, 1), residual.flatten(1)
+    # Slowest axis first, as they lie in memory.
+    order = sorted(range(2, ndim), key=lambda axis: -tangents.stride(axis))
+    moved = tangents.permute(0, 1, *order).flatten(2)
+    return moved.transpose(0, 1), residual.permute(0, *(a - 1 for a in order)).flatten(1)

@@ -51,7 +51,9 @@ def along_last_axes(x: Jet, operation: Callable[[Tensor], Tensor], axes: int) ->
 
     The tangents' leading axis joins that batch, so one call serves all m of them.
     """
-    return Jet(operation(x.primal), operation(x.tangent if x.primal.ndim > axes else full_tangent(x)))
+    return Jet(
+        operation(x.primal), operation(x.tangent if x.primal.ndim > axes else full_tangent(x))
+    )
 
 
 def align(x: Jet, ndim: int) -> Tensor:

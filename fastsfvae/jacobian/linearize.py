@@ -46,7 +46,7 @@ class Linearizer:
         kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
     ):
-        self.decoder, kwargs = unwrap(decoder, dict(kwargs or {}))
+        self.decoder, kwargs = unwrap(decoder, kwargs)
         self.z, self.backend = z, backend
         leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
         self._leaves = leaves

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastsfvae.jacobian.cost import tangent_flops
 from fastsfvae.jacobian.fallback import generic_rule
 from fastsfvae.jacobian.functionalize import functionalize, is_mutation
 from fastsfvae.jacobian.jet import Jet, full_tangent
@@ -32,18 +33,18 @@ class Step:
     """One operation of a plan, for reports.
 
     Attributes:
-        op: the operation, such as "aten.conv2d.default".
+        op: the operation, such as "conv2d".
         path: the dotted path of the module that runs it, "" where unknown.
         handled: "rule" or "fallback" where tangents pass; "plain" elsewhere.
         shape: the result's shape, with the batch axis's traced extent.
-        node: the traced node.
+        flops: for one tangent of one sample; 0 where none passes.
     """
 
     op: str
     path: str
     handled: str
     shape: tuple[int, ...]
-    node: fx.Node
+    flops: int
 
 
 @dataclasses.dataclass
@@ -171,7 +172,10 @@ class _Emitter:
         if handled is not None:
             shape = tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
             path = self.trace.paths.get(node, "")
-            self.steps.append(Step(str(node.target), path, handled, shape, node))
+            op, flops = _packet_name(node.target), 0
+            if handled != "plain":
+                flops = tangent_flops(op, node, int(self.z.meta["val"].shape[0]))
+            self.steps.append(Step(op, path, handled, shape, flops))
         if node in self.jets and isinstance(value, Tensor):
             batch = int(self.z.meta["val"].shape[0])
             elements = -(-int(value.numel()) // batch)
@@ -251,9 +255,7 @@ class _Emitter:
         prelude, body = self.namespace["prelude"], self.namespace["body"]
         if self.controls:
             prelude, body = _keeping_modes(prelude), _keeping_modes(body)
-        return Plan(
-            source, prelude, body, self.steps, self.trace.accepts, self.widest, self.total
-        )
+        return Plan(source, prelude, body, self.steps, self.trace.accepts, self.widest, self.total)
 
     def _unpack(self, statements, result: fx.Node | None) -> list[str]:
         wanted = {arg for _, node in statements for arg in node.all_input_nodes}

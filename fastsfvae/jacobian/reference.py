@@ -30,9 +30,7 @@ def reference_jacobian(
     ]
 
     def one(sample: Tensor, *values: Any) -> Tensor:
-        values = tuple(
-            v[None] if axis == 0 else v for v, axis in zip(values, axes, strict=True)
-        )
+        values = tuple(v[None] if axis == 0 else v for v, axis in zip(values, axes, strict=True))
         one_args, one_kwargs = pytree.tree_unflatten(values, spec)
         return decoder(sample[None], *one_args, **one_kwargs)[0]
 

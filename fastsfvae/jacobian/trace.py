@@ -90,6 +90,7 @@ def trace(
         warn_about_hooks(decoder)
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+
     def symbolic(tensor: Tensor) -> Tensor:
         # Not the tensor itself: it may belong to a functorch transform or to a graph.
         stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -163,9 +164,7 @@ def _refuse_untraceable_values(module: fx.GraphModule) -> None:
 def _batch_symbol(tensor: Tensor) -> StatelessSymbolicContext:
     # A batch of one is traced as such: a symbol stands for two or more.
     batch = DimDynamic.DYNAMIC if tensor.shape[0] > 1 else DimDynamic.STATIC
-    return StatelessSymbolicContext(
-        dynamic_sizes=[batch] + [DimDynamic.STATIC] * (tensor.ndim - 1)
-    )
+    return StatelessSymbolicContext(dynamic_sizes=[batch] + [DimDynamic.STATIC] * (tensor.ndim - 1))
 
 
 def _batch_predicate(shapes: ShapeEnv, size: Any, traced: int) -> Callable[[int], bool]:

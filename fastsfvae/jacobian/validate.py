@@ -31,7 +31,7 @@ class Method(nn.Module):
 
 
 def unwrap(
-    decoder: Callable[..., Any], kwargs: dict[str, Any]
+    decoder: Callable[..., Any], kwargs: dict[str, Any] | None = None
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The decoder itself, from what torch.compile, functools.partial or a method make of it.
 
@@ -46,6 +46,7 @@ def unwrap(
         TypeError: not callable, or wrapped for data-parallel training: gradients taken past such
             a wrapper would not be synchronised.
     """
+    kwargs = kwargs or {}
     if not callable(decoder):
         raise TypeError(f"decoder must be an nn.Module or a callable, got {type(decoder).__name__}")
     if isinstance(decoder, functools.partial) and not decoder.args:

@@ -202,4 +202,3 @@ def atan2(a: Any, b: Any) -> Jet:
     y, x = primal_of(a), primal_of(b)
     square = x * x + y * y
     return combine(torch.atan2(y, x), (a, lambda: x / square), (b, lambda: -y / square))
-

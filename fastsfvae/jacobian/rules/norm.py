@@ -24,9 +24,7 @@ def _precise(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
-def _normalized(
-    x: Tensor, tangent: Tensor, axes: list[int], eps: float, center: bool
-) -> Tensor:
+def _normalized(x: Tensor, tangent: Tensor, axes: list[int], eps: float, center: bool) -> Tensor:
     """D xh over negative axes, which are the same ones for values and tangents."""
     x, tangent = _precise(x), _precise(tangent)
     if center:

@@ -1,0 +1,237 @@
+"""A user's question before training: is my decoder's Jacobian right, and what does it cost?"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from fastsfvae.jacobian.api import decode_with_jacobian
+from fastsfvae.jacobian.backend import resolve_backend
+from fastsfvae.jacobian.linearize import Linearizer
+from fastsfvae.jacobian.registry import RULES
+from fastsfvae.jacobian.validate import unwrap
+
+_SAMPLES = 4
+# Roundings of float64, and of float32 where a plain function keeps its own dtype.
+_TOLERANCE = {torch.float64: 1e-8}
+_LOOSE = 1e-2
+
+
+class LayerReport(NamedTuple):
+    """One operation that carries tangents.
+
+    Attributes:
+        module: dotted path in the decoder, "" for its own forward.
+        op: the ATen operation, such as "conv2d".
+        shape: the result's shape without the batch axis.
+        handled: "rule" or "fallback" (differentiated generically, slower).
+        backend: what runs it for this z: "torch" or "triton".
+        flops: floating point operations for the m tangents of one sample.
+    """
+
+    module: str
+    op: str
+    shape: tuple[int, ...]
+    handled: str
+    backend: str
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderReport:
+    """The result of `check_decoder`; `print` it.
+
+    Attributes:
+        layers: the operations that carry tangents, in order.
+        latent_dim: m.
+        output_shape: of one sample.
+        flops: for all tangents of one sample, forward only.
+        jacobian_bytes: of one sample's J in z's dtype.
+        output_error: the largest difference of f(z) from the decoder run sample by sample,
+            relative to its largest entry. Large where the decoder mixes samples.
+        jacobian_error: likewise for J against reverse mode.
+        gradient_error: likewise for the worst gradient of a random function of (f, J) in z and
+            in the parameters; None where PyTorch has no second derivative to compare with.
+        tolerance: what the errors may be.
+    """
+
+    layers: list[LayerReport]
+    latent_dim: int
+    output_shape: tuple[int, ...]
+    flops: int
+    jacobian_bytes: int
+    output_error: float
+    jacobian_error: float
+    gradient_error: float | None
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every error is within the tolerance."""
+        errors = (self.output_error, self.jacobian_error, self.gradient_error or 0.0)
+        return all(error <= self.tolerance for error in errors)
+
+    def __str__(self) -> str:
+        """A table of the layers that cost something, the totals and the verdict."""
+        header = ("module", "operation", "shape", "tangents", "backend", "MFLOP")
+        rows = [
+            (
+                layer.module or "(decoder)",
+                layer.op,
+                "x".join(map(str, layer.shape)),
+                layer.handled,
+                layer.backend,
+                f"{layer.flops / 1e6:.3g}",
+            )
+            for layer in self.layers
+            if layer.flops or layer.handled == "fallback"
+        ]
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, *rows]
+        ]
+        gradient = "not comparable" if self.gradient_error is None else f"{self.gradient_error:.1e}"
+        lines += [
+            f"one sample: {self.latent_dim} tangents, {self.flops / 1e6:.3g} MFLOP forward, "
+            f"J {self.jacobian_bytes / 2**20:.3g} MiB",
+            f"relative errors: output {self.output_error:.1e}, Jacobian {self.jacobian_error:.1e}, "
+            f"gradients {gradient} (allowed {self.tolerance:.0e})",
+            f"verdict: {self._verdict()}",
+        ]
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        generic = sorted({layer.op for layer in self.layers if layer.handled == "fallback"})
+        if self.output_error > self.tolerance:
+            return "WRONG: the decoder's samples depend on each other, or it draws at random"
+        if not self.ok:
+            return "WRONG: please report this decoder"
+        if generic:
+            return f"right; no rule for {', '.join(generic)}, which run slower"
+        return "right"
+
+
+def check_decoder(
+    decoder: Callable[..., Tensor], z: Tensor, *args: Any, **kwargs: Any
+) -> DecoderReport:
+    """Compare J and its gradients with reverse mode in float64, and list every layer's rule.
+
+    A copy of the decoder is checked in float64 on at most four samples, on z's device. A plain
+    function cannot be copied: it is checked as it is, in z's dtype and with a loose tolerance.
+
+    Args:
+        decoder: see `decode_with_jacobian`.
+        z: latents [B, m].
+        *args: further decoder inputs.
+        **kwargs: further decoder inputs by name.
+
+    Returns:
+        A `DecoderReport`; its `ok` is the verdict, its string a table.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`.
+    """
+    target, kwargs = unwrap(decoder, kwargs)
+    backend = resolve_backend("auto", z)
+    linearizer = Linearizer(target, z, args, kwargs, backend)
+    plan = linearizer.plan(z.shape[0])
+    m = z.shape[1]
+    layers = [
+        LayerReport(
+            step.path,
+            step.op,
+            step.shape[1:],
+            step.handled,
+            "triton" if backend == "triton" and _has_kernel(step.op) else "torch",
+            step.flops * m,
+        )
+        for step in plan.steps
+        if step.handled != "plain"
+    ]
+    dtype = torch.float64 if isinstance(target, nn.Module) else z.dtype
+    exact = copy.deepcopy(target).to(dtype) if isinstance(target, nn.Module) else target
+
+    def few(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        along = leaf.ndim > 0 and leaf.shape[0] == z.shape[0]
+        leaf = (leaf[:_SAMPLES] if along else leaf).detach()
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
+
+    small = few(z)
+    few_args, few_kwargs = pytree.tree_map(few, (args, kwargs))
+    output, errors = _errors(exact, small, few_args, few_kwargs)
+    return DecoderReport(
+        layers=layers,
+        latent_dim=m,
+        output_shape=tuple(output.shape[1:]),
+        flops=sum(layer.flops for layer in layers),
+        jacobian_bytes=m * output[0].numel() * z.element_size(),
+        output_error=errors[0],
+        jacobian_error=errors[1],
+        gradient_error=errors[2],
+        tolerance=_TOLERANCE.get(dtype, _LOOSE),
+    )
+
+
+def _has_kernel(op: str) -> bool:
+    return op in RULES and RULES[op].fused is not None
+
+
+def _errors(decoder, z: Tensor, args, kwargs) -> tuple[Tensor, tuple[float, float, float | None]]:
+    parameters = list(decoder.parameters()) if isinstance(decoder, nn.Module) else []
+    leaves = [z.clone().requires_grad_(), *(p for p in parameters if p.requires_grad)]
+    # Fused attention kernels have no second derivative.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        ours = decode_with_jacobian(decoder, leaves[0], *args, backend="torch", **kwargs)
+        truth = _sample_by_sample(decoder, leaves[0], args, kwargs)
+        gradient = _gradient_error(ours, truth, leaves)
+    return truth[0], (_difference(ours[0], truth[0]), _difference(ours[1], truth[1]), gradient)
+
+
+def _sample_by_sample(decoder, z: Tensor, args, kwargs) -> tuple[Tensor, Tensor]:
+    """The reference on each sample alone, so that a decoder that mixes samples is found out."""
+    outputs, jacobians = [], []
+    for i in range(z.shape[0]):
+
+        def one(leaf: Any, i: int = i) -> Any:
+            along = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == z.shape[0]
+            return leaf[i : i + 1] if along else leaf
+
+        one_args, one_kwargs = pytree.tree_map(one, (args, kwargs))
+        y, J = decode_with_jacobian(
+            decoder, z[i : i + 1], *one_args, backend="reference", **one_kwargs
+        )
+        outputs.append(y)
+        jacobians.append(J)
+    return torch.cat(outputs), torch.cat(jacobians)
+
+
+def _gradient_error(ours, truth, leaves: list[Tensor]) -> float | None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in truth]
+
+    def gradients(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
+        value = sum((w * (t + t.square())).sum() for w, t in zip(weights, pair, strict=True))
+        return torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+
+    try:
+        expected = gradients(truth)
+    except RuntimeError:
+        return None
+    pairs = zip(gradients(ours), expected, strict=True)
+    scale = max(float(g.abs().max()) for g in expected)
+    return max(float((a - b).abs().max()) for a, b in pairs) / max(scale, 1e-300)
+
+
+def _difference(ours: Tensor, truth: Tensor) -> float:
+    scale = truth.detach().abs().max().item()
+    return (ours - truth).detach().abs().max().item() / max(scale, 1e-300)
