@@ -71,7 +71,7 @@ REFUSED = {
         RuntimeError,
         "depends on the v",
     ),
-    "data": (lambda: returns(lambda h: h * h.data), Z, RuntimeError, "use tensor.detach"),
+    "data": (lambda: returns(lambda h: h * h.data), Z, RuntimeError, r"use \.detach"),
     "function": (lambda: returns(Double.apply), Z, RuntimeError, "autograd.Function 'Double'"),
     "batch_norm": (
         lambda: blocks(nn.ReLU(), nn.BatchNorm2d(4)),

@@ -219,8 +219,9 @@ def _gradient_error(ours, truth, leaves: list[Tensor]) -> float | None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in truth]
 
-    def gradients(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
-        value = sum((w * (t + t.square())).sum() for w, t in zip(weights, pair, strict=True))
+    def gradients(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        parts = [(w * (t + t.square())).sum() for w, t in zip(weights, pair, strict=True)]
+        value = torch.stack(parts).sum()
         return torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
 
     try:

@@ -73,6 +73,7 @@ def flatten_in_memory_order(tangents: Tensor, residual: Tensor) -> tuple[Tensor,
     if ndim == 3 or tangents.is_contiguous():
         return tangents.flatten(2).transpose(0, 1), residual.flatten(1)
     # Slowest axis first, as they lie in memory.
-    order = sorted(range(2, ndim), key=lambda axis: -tangents.stride(axis))
+    strides = tangents.stride()
+    order = sorted(range(2, ndim), key=lambda axis: -strides[axis])
     moved = tangents.permute(0, 1, *order).flatten(2)
     return moved.transpose(0, 1), residual.permute(0, *(a - 1 for a in order)).flatten(1)

@@ -20,8 +20,8 @@ _FREE = frozenset(
 def tangent_flops(operation: str, node: fx.Node, batch: int) -> int:
     """Floating point operations for one tangent of one sample.
 
-    Products count two per multiply-add; everything else counts one per element of the result, and moving
-    data nothing.
+    Products count two per multiply-add, moving data nothing, everything else one per element of
+    the result.
 
     Args:
         operation: the ATen name, without overload.

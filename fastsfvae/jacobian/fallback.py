@@ -74,8 +74,8 @@ def _linearize(call: Callable[..., Any], jets: list[Jet], name: str, path: str) 
 
 
 def _transposed_twice(function, primals, tangents) -> tuple[Tensor, ...]:
-    outputs, pullback = torch.func.vjp(function, *primals)
-    _, pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(y) for y in outputs))
+    outputs, pullback = torch.func.vjp(function, *primals)[:2]
+    pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(y) for y in outputs))[1]
     return torch.func.vmap(lambda *t: pushforward(t)[0])(*tangents)
 
 

@@ -72,7 +72,7 @@ def fingerprint(decoder: nn.Module) -> Fingerprint:
             hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
             key.extend(_freeze(hook, anchors, 0) for hook in hooks)
             # The old weight_norm and spectral_norm leave a new weight under this name each time.
-            skipped = _INTERNAL.union(getattr(hook, "name", None) for hook in hooks)
+            skipped = _INTERNAL.union(getattr(hook, "name", "") for hook in hooks)
         for name, value in module.__dict__.items():
             if name not in skipped:
                 key.append((name, _freeze(value, anchors, 0)))

@@ -8,16 +8,17 @@ is taken again from the new base. In-place operations on parameters, buffers and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
 
-_SCATTER = {
+_SCATTER: dict[Any, Any] = {
     aten.select.int: aten.select_scatter.default,
     aten.slice.Tensor: aten.slice_scatter.default,
 }
-_MUTABLE_ONLY = {"out", "data", "resize"}
 
 
 def is_mutation(node: fx.Node) -> bool:
@@ -35,111 +36,131 @@ def functionalize(graph: fx.Graph, roots: set[fx.Node]) -> None:
     Raises:
         RuntimeError: an in-place operation that has no out-of-place form here.
     """
-    dynamic = set(roots)
-    parents: dict[fx.Node, fx.Node] = {}
-    storages: dict[fx.Node, int] = {}
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if is_mutation(node) and any(arg in dynamic for arg in node.all_input_nodes):
-            _rewrite(graph, node, roots, dynamic, parents, storages, position)
-            continue
-        if any(arg in dynamic for arg in node.all_input_nodes):
-            dynamic.add(node)
-        _note_alias(node, parents, storages)
+    _Functionalizer(graph, roots).run()
 
 
-def _note_alias(node: fx.Node, parents: dict, storages: dict) -> None:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return
-    # A rewritten value lives on under its old storage's number, so look at the arguments first.
-    for arg in node.all_input_nodes:
-        source = arg.meta.get("val")
-        if isinstance(source, Tensor) and _storage(source) == _storage(value):
-            parents[node] = arg
-            storages[node] = storages[arg]
+class _Functionalizer:
+    def __init__(self, graph: fx.Graph, roots: set[fx.Node]):
+        self.graph, self.roots = graph, roots
+        self.dynamic = set(roots)
+        # A view's source, and the storage that all views of one base share.
+        self.source: dict[fx.Node, fx.Node] = {}
+        self.storage: dict[fx.Node, int] = {}
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            touched = any(arg in self.dynamic for arg in node.all_input_nodes)
+            if touched and is_mutation(node):
+                self._rewrite(node)
+                continue
+            if touched:
+                self.dynamic.add(node)
+            self._note_alias(node)
+
+    def _note_alias(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
             return
-    storages[node] = _storage(value)
+        for arg in node.all_input_nodes:
+            other = arg.meta.get("val")
+            if isinstance(other, Tensor) and _address(other) == _address(value):
+                self.source[node] = arg
+                self.storage[node] = self.storage[arg]
+                return
+        self.storage[node] = _address(value)
 
+    def _rewrite(self, node: fx.Node) -> None:
+        target = node.args[0] if node.args else None
+        functional = _functional_form(node.target)
+        if functional is None or not isinstance(target, fx.Node):
+            raise RuntimeError(
+                f"the decoder changes a tensor in place with {node.target}, which cannot be "
+                "differentiated here; write the out-of-place form"
+            )
+        now = self.position[node]
+        aliases = [
+            other
+            for other, storage in self.storage.items()
+            if storage == self.storage[target] and self._read_after(other, now)
+        ]
+        with self.graph.inserting_before(node):
+            changed = self.graph.call_function(functional, node.args, node.kwargs)
+            changed.meta = dict(node.meta)
+            self.dynamic.add(changed)
+            inner, base = self._scatter_back(node, target, changed, aliases)
+            self.storage[base] = self.storage[target]
+            renewed = {inner: base}
+            for alias in [*aliases, target]:
+                self._renew(alias, renewed)
+        for old, new in renewed.items():
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: self._is_after(user, now))
+        node.replace_all_uses_with(renewed[target])
+        self.graph.erase_node(node)
 
-def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
-
-
-def _rewrite(graph, node, roots, dynamic, parents, storages, position) -> None:
-    target = node.args[0] if node.args else None
-    functional = _functional(node)
-    if functional is None or not isinstance(target, fx.Node):
-        raise RuntimeError(
-            f"the decoder changes a tensor in place with {node.target}, which cannot be "
-            "differentiated here; write the out-of-place form"
-        )
-    now = position[node]
-    aliases = [
-        other
-        for other, storage in storages.items()
-        if storage == storages[target] and any(position.get(u, -1) > now for u in other.users)
-    ]
-    with graph.inserting_before(node):
-        changed = graph.call_function(functional, node.args, node.kwargs)
-        changed.meta = dict(node.meta)
-        base, inner = changed, target
-        while inner in parents and (aliases or node.users):
-            outer = parents[inner]
+    def _scatter_back(
+        self, node: fx.Node, target: fx.Node, changed: fx.Node, aliases: list[fx.Node]
+    ) -> tuple[fx.Node, fx.Node]:
+        """Carry a changed view into what it is a view of: (the old base, its new value)."""
+        inner, base = target, changed
+        while inner in self.source and aliases:
             scatter = _SCATTER.get(inner.target)
             if scatter is None:
-                if all(_descends(alias, inner, parents) for alias in aliases):
+                if all(self._descends(alias, inner) for alias in aliases):
                     break
                 raise RuntimeError(
                     f"the decoder changes a view made by {inner.target} in place with "
                     f"{node.target} and reads its base again; write the out-of-place form"
                 )
-            base = graph.call_function(scatter, (outer, base, *inner.args[1:]), inner.kwargs)
+            outer = self.source[inner]
+            base = self.graph.call_function(scatter, (outer, base, *inner.args[1:]), inner.kwargs)
             base.meta = {"val": outer.meta["val"]}
-            dynamic.add(base)
+            self.dynamic.add(base)
             inner = outer
-        if inner not in parents and inner not in roots and inner.op in ("placeholder", "get_attr"):
+        held = inner.op in ("placeholder", "get_attr") and inner not in self.roots
+        if held and inner not in self.source:
             raise RuntimeError(
                 f"the decoder writes values that depend on z into {inner.name}, a parameter, "
                 "buffer or constant; keep them in local variables"
             )
-        dynamic.add(changed)
-        storage = storages[target]
-        renewed = {inner: base}
-        storages[base] = storage
-        for alias in [*aliases, target]:
-            _renew(graph, alias, renewed, parents, storages, dynamic)
-    for old, new in renewed.items():
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: position.get(user, -1) > now)
-    node.replace_all_uses_with(renewed[target])
-    graph.erase_node(node)
+        return inner, base
+
+    def _renew(self, alias: fx.Node, renewed: dict[fx.Node, fx.Node]) -> fx.Node:
+        """Take an alias again, from the new version of what it is a view of."""
+        if alias in renewed:
+            return renewed[alias]
+        old = self.source[alias]
+        source = self._renew(old, renewed)
+        new = self.graph.node_copy(alias, lambda n: source if n is old else n)
+        self.source[new] = source
+        self.storage[new] = self.storage[alias]
+        self.dynamic.add(new)
+        renewed[alias] = new
+        return new
+
+    def _descends(self, node: fx.Node, ancestor: fx.Node) -> bool:
+        while node is not ancestor:
+            if node not in self.source:
+                return False
+            node = self.source[node]
+        return True
+
+    def _is_after(self, node: fx.Node, now: int) -> bool:
+        # Nodes made here stand before everything that is still to come.
+        return self.position.get(node, -1) > now
+
+    def _read_after(self, node: fx.Node, now: int) -> bool:
+        return any(self._is_after(user, now) for user in node.users)
 
 
-def _renew(graph, alias, renewed, parents, storages, dynamic) -> fx.Node:
-    """Take an alias again, from the new version of what it is a view of."""
-    if alias in renewed:
-        return renewed[alias]
-    source = _renew(graph, parents[alias], renewed, parents, storages, dynamic)
-    new = graph.node_copy(alias, lambda n: source if n is parents[alias] else n)
-    parents[new] = source
-    storages[new] = storages[alias]
-    renewed[alias] = new
-    dynamic.add(new)
-    return new
+def _address(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
 
 
-def _descends(node: fx.Node, ancestor: fx.Node, parents: dict) -> bool:
-    while node is not ancestor:
-        if node not in parents:
-            return False
-        node = parents[node]
-    return True
-
-
-def _functional(node: fx.Node):
+def _functional_form(target: Any) -> Any:
     """aten.relu_.default -> aten.relu.default, or None."""
-    namespace, _, name = node.target._schema.name.partition("::")
-    if not name.endswith("_") or name.endswith("__") or namespace != "aten":
+    namespace, _, name = target._schema.name.partition("::")
+    if namespace != "aten" or not name.endswith("_") or name.endswith("__"):
         return None
     packet = getattr(aten, name[:-1], None)
-    return getattr(packet, node.target._overloadname, None) if packet is not None else None
+    return getattr(packet, target._overloadname, None)

@@ -183,15 +183,16 @@ class _Emitter:
             self.total += elements
 
     def _jet_call(self, node: fx.Node) -> tuple[str, str]:
-        if node.target is operator.getitem:
+        target: Any = node.target
+        if target is operator.getitem:
             return f"{self._text(node.args[0])}[{node.args[1]!r}]", "rule"
-        packet = _packet_name(node.target)
+        packet = _packet_name(target)
         found = RULES.get(packet)
         if found is not None:
             function, handled = found.bind(self.backend), "rule"
         else:
             path = self.trace.paths.get(node, "")
-            function, handled = generic_rule(node.target, path), "fallback"
+            function, handled = generic_rule(target, path), "fallback"
             packet = node.name
         name = self._bind(f"{packet}_{handled}", function)
         return f"{name}({self._arguments(node, self._text)})", handled

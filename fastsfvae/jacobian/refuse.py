@@ -91,8 +91,8 @@ def warn_about_hooks(decoder: nn.Module) -> None:
         if foreign and type(module) not in _warned_hooks:
             _warned_hooks.add(type(module))
             warnings.warn(
-                f"the forward hooks of {layer_name(path)} run only when the decoder is traced: what "
-                "they compute is kept, what else they do is not repeated",
+                f"the forward hooks of {layer_name(path)} run only when the decoder is traced: "
+                "what they compute is kept, what else they do is not repeated",
                 UserWarning,
                 stacklevel=2,
             )

@@ -115,7 +115,7 @@ def trace(
     def call(params: list[Tensor], z: Tensor, extras: list[Tensor]) -> Any:
         args, kwargs = rebuild(extras)
         with mode:
-            if names:
+            if names and isinstance(decoder, nn.Module):
                 swapped = dict(zip(names, params, strict=True))
                 output = torch.func.functional_call(decoder, swapped, (z, *args), kwargs)
             else:
@@ -157,7 +157,7 @@ def _refuse_untraceable_values(module: fx.GraphModule) -> None:
         if node.op == "get_attr" and isinstance(getattr(module, node.target), FakeTensor):
             # A value that escaped the tracer would come back as a constant without data.
             raise RuntimeError(
-                "the decoder takes a value past the tracer, as tensor.data does; use tensor.detach()"
+                "the decoder takes a value past the tracer, as tensor.data does; use .detach()"
             )
 
 

@@ -52,14 +52,14 @@ def unwrap(
     if isinstance(decoder, functools.partial) and not decoder.args:
         return unwrap(decoder.func, {**decoder.keywords, **kwargs})
     owner = getattr(decoder, "__self__", None)
-    if isinstance(owner, nn.Module) and hasattr(owner, decoder.__name__):
+    if isinstance(owner, nn.Module):
         _refuse_wrappers(owner)
-        if decoder.__name__ in ("forward", "__call__"):
-            return owner, kwargs
-        return Method(owner, decoder.__name__), kwargs
+        name = getattr(decoder, "__name__", "")
+        return owner if name in ("forward", "__call__") else Method(owner, name), kwargs
     if isinstance(decoder, nn.Module):
-        decoder = getattr(decoder, "_orig_mod", decoder)
-        _refuse_wrappers(decoder)
+        module: nn.Module = getattr(decoder, "_orig_mod", decoder)
+        _refuse_wrappers(module)
+        return module, kwargs
     return decoder, kwargs
 
 

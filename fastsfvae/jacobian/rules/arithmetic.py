@@ -40,21 +40,21 @@ def combine(primal: Tensor, *terms: tuple[Any, Any]) -> Jet:
 
 @rule("add", "__add__")
 def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    """a + alpha * b."""
+    """A + alpha * b."""
     primal = torch.add(primal_of(a), primal_of(b), alpha=alpha)
     return combine(primal, (a, 1), (b, alpha))
 
 
 @rule("sub", "subtract")
 def sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    """a - alpha * b."""
+    """A - alpha * b."""
     primal = torch.sub(primal_of(a), primal_of(b), alpha=alpha)
     return combine(primal, (a, 1), (b, -alpha))
 
 
 @rule("rsub")
 def rsub(a: Any, b: Any, alpha: float = 1) -> Jet:
-    """b - alpha * a."""
+    """B - alpha * a."""
     primal = torch.rsub(primal_of(a), primal_of(b), alpha=alpha)
     return combine(primal, (a, -alpha), (b, 1))
 
@@ -116,7 +116,7 @@ def where(condition: Tensor, a: Any, b: Any) -> Jet:
 
 @rule("masked_fill")
 def masked_fill(x: Any, mask: Tensor, value: Any) -> Jet:
-    """x where the mask is False, a 0-d value elsewhere."""
+    """X where the mask is False, a 0-d value elsewhere."""
     return where(mask, value, x) if isinstance(value, Jet) else _filled(x, mask, value)
 
 
@@ -176,7 +176,7 @@ def clamp_max(x: Any, max: Any) -> Jet:  # noqa: A002
 
 @rule("lerp")
 def lerp(a: Any, b: Any, weight: Any) -> Jet:
-    """a + weight * (b - a)."""
+    """A + weight * (b - a)."""
     value_a, value_b, w = primal_of(a), primal_of(b), primal_of(weight)
     primal = torch.lerp(value_a, value_b, w)
     return combine(primal, (a, 1 - w), (b, w), (weight, lambda: value_b - value_a))
@@ -184,14 +184,14 @@ def lerp(a: Any, b: Any, weight: Any) -> Jet:
 
 @rule("addcmul")
 def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
-    """x + value * a * b."""
+    """X + value * a * b."""
     product = mul(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
     return add(x, product, alpha=value)
 
 
 @rule("addcdiv")
 def addcdiv(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
-    """x + value * a / b."""
+    """X + value * a / b."""
     quotient = div(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a / b
     return add(x, quotient, alpha=value)
 

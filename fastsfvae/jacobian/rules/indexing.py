@@ -114,7 +114,7 @@ def col2im(x: Jet, *args: Any) -> Jet:
 
 @rule("copy")
 def copy(x: Any, source: Any, non_blocking: bool = False) -> Jet:
-    """x with all its values replaced by the source's, broadcast."""
+    """X with all its values replaced by the source's, broadcast."""
     value = primal_of(x)
     if not isinstance(source, Jet):
         replaced = source.to(value.device, value.dtype).expand_as(value)
@@ -125,7 +125,7 @@ def copy(x: Any, source: Any, non_blocking: bool = False) -> Jet:
 
 @rule("fill")
 def fill(x: Any, source: Any) -> Jet:
-    """x with all its values replaced by one."""
+    """X with all its values replaced by one."""
     if isinstance(source, Jet):
         return copy(x, source)
     return zero_values(x, torch.fill(x.primal, source))
@@ -133,7 +133,7 @@ def fill(x: Any, source: Any) -> Jet:
 
 @rule("zero")
 def zero(x: Jet) -> Jet:
-    """x with all its values replaced by zero."""
+    """X with all its values replaced by zero."""
     return zero_values(x, torch.zeros_like(x.primal))
 
 
@@ -146,34 +146,35 @@ def zero_values(x: Jet, primal: Tensor) -> Jet:
 def slice_scatter(
     x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Jet:
-    """x with a range of an axis replaced."""
+    """X with a range of an axis replaced."""
     axis = dim if dim >= 0 else dim + primal_of(x).ndim
-    tangents = _expanded(x, source)
+    base, patch = _expanded(x, source)
     primal = torch.slice_scatter(primal_of(x), primal_of(source), axis, start, end, step)
-    return Jet(primal, torch.slice_scatter(*tangents, axis + 1, start, end, step))
+    return Jet(primal, torch.slice_scatter(base, patch, axis + 1, start, end, step))
 
 
 @rule("select_scatter")
 def select_scatter(x: Any, source: Any, dim: int, position: int) -> Jet:
-    """x with one entry of an axis replaced."""
+    """X with one entry of an axis replaced."""
     axis = dim if dim >= 0 else dim + primal_of(x).ndim
+    base, patch = _expanded(x, source)
     primal = torch.select_scatter(primal_of(x), primal_of(source), axis, position)
-    return Jet(primal, torch.select_scatter(*_expanded(x, source), axis + 1, position))
+    return Jet(primal, torch.select_scatter(base, patch, axis + 1, position))
 
 
 @rule("index_put")
 def index_put(x: Any, indices: list[Any], values: Any, accumulate: bool = False) -> Jet:
-    """x with indexed entries replaced or added to."""
+    """X with indexed entries replaced or added to."""
     return jointly_linear(lambda t, v: aten.index_put(t, indices, v, accumulate), x, values)
 
 
 @rule("index_add")
 def index_add(x: Any, dim: int, positions: Tensor, source: Any, *, alpha: float = 1) -> Jet:
-    """x with rows of another tensor added."""
+    """X with rows of another tensor added."""
     return jointly_linear(lambda t, s: t.index_add(dim, positions, s, alpha=alpha), x, source)
 
 
 @rule("scatter_add")
 def scatter_add(x: Any, dim: int, positions: Tensor, source: Any) -> Jet:
-    """x with entries added at positions."""
+    """X with entries added at positions."""
     return jointly_linear(lambda t, s: t.scatter_add(dim, positions, s), x, source)

@@ -29,7 +29,7 @@ from fastsfvae.jacobian.rules.shape import transpose, unsqueeze
 
 @rule("linear")
 def linear(x: Jet | Tensor, weight: Jet | Tensor, bias: Jet | Tensor | None = None) -> Jet:
-    """y = x W^T + b, so dy = dx W^T (+ x dW^T + db where they depend on z)."""
+    """Y = x W^T + b, so dy = dx W^T (+ x dW^T + db where they depend on z)."""
     if isinstance(x, Jet) and not isinstance(weight, Jet) and not isinstance(bias, Jet):
         tangent = x.tangent if x.primal.ndim > 1 else full_tangent(x)
         return Jet(F.linear(x.primal, weight, bias), F.linear(tangent, weight))

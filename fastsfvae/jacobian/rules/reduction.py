@@ -132,7 +132,7 @@ def norm(x: Jet, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype:
 
 
 def _even_share(name: str) -> None:
-    """amax and amin: the tangents of all the extreme entries, averaged."""
+    """Amax and amin: the tangents of all the extreme entries, averaged."""
     operation = getattr(torch, name)
 
     @rule(name)
@@ -150,7 +150,7 @@ _even_share("amin")
 
 
 def _extreme(name: str, pairwise: Callable[..., Jet]) -> None:
-    """max and min in their three forms: of everything, along an axis, of two tensors."""
+    """Max and min in their three forms: of everything, along an axis, of two tensors."""
     operation = getattr(torch, name)
 
     @rule(name)
