@@ -5,7 +5,8 @@
     w = C^-1 v    y = s w                 K_ij = s_i (C^-1)_ij s_j           q = diag(A C^-1)
 
 Pivot rule: a pivot d_k below floor_k = max(c, 4 eps C_kk) has been lost to rounding. It counts at
-that floor and eliminates nothing: its multipliers and vhat_k are 0, and its sample is marked lost.
+that floor and eliminates nothing: its multipliers and vhat_k are 0. A sample is marked lost when a
+pivot was floored or kept fewer than half of its digits (d_k < sqrt(eps) C_kk).
 
 Floor: the bytes of G, p and K once (8 m^2 a sample), 2 m^3 flops in m steps that depend on each
 other. A program keeps all tiles of its sample in registers; the steps, not the bytes, set the time.
@@ -27,6 +28,8 @@ MAX_M = 64
 
 # Four float32 epsilons: the share of C_kk below which a pivot is rounding noise.
 _PIVOT_EPS = tl.constexpr(4 * 2.0**-23)
+# sqrt(eps): below this share of C_kk a pivot has lost more than half of its digits.
+_HALF_EPS = tl.constexpr(2.0**-11.5)
 
 
 @triton.jit(do_not_specialize=["B", "m", "splits"])
@@ -84,10 +87,11 @@ def _woodbury_fwd_kernel(
         row = tl.sum(tl.where(is_k[:, None], T, 0.0), 0)
         pivot = tl.sum(tl.where(is_k, row, 0.0), 0)
         floor_k = tl.sum(tl.where(is_k, floor, 0.0), 0)
+        half_k = tl.sum(tl.where(is_k, c + a, 0.0), 0) * _HALF_EPS
         floored = pivot < floor_k
         d = tl.where(floored, floor_k, pivot)
         v_k = tl.where(floored, 0.0, tl.sum(tl.where(is_k, v, 0.0), 0))
-        lost = tl.where(floored, 1, lost)
+        lost = tl.where(floored | (pivot < half_k), 1, lost)
         pivots = tl.where(is_k, d, pivots)
 
         e = tl.where(is_k, 1.0, tl.where(i < k, row, 0.0))
@@ -130,7 +134,7 @@ class Woodbury(NamedTuple):
         y: S C^-1 v, ``[B, m]``.
         q: diag(A C^-1), ``[B, m]``.
         w: C^-1 v, ``[B, m]``.
-        lost: bool ``[B]``, True where the pivot rule intervened.
+        lost: bool ``[B]``, True where a pivot was floored or kept fewer than half of its digits.
     """
 
     log_det: Tensor
