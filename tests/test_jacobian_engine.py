@@ -386,3 +386,61 @@ def test_tracing_leaves_the_decoder_as_it_was():
     decode_with_jacobian(layer, latents())
     assert layer.weight is before
     copy.deepcopy(nn.Sequential(mlp()))
+
+
+def test_function_transforms():
+    """Traced and run inside torch.func.grad and vmap."""
+    module, z = mlp(), latents()
+    values = dict(module.named_parameters())
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = module
+
+        def forward(self, z):
+            return decode_with_jacobian(self.decoder, z)[1].square().sum()
+
+    def norm(values):
+        named = {f"decoder.{name}": value for name, value in values.items()}
+        return torch.func.functional_call(Norm(), named, (z,))
+
+    ours = torch.func.grad(norm)(values)
+    jacobian = decode_with_jacobian(module, z, backend="reference")[1]
+    leaves = list(values.values())
+    theirs = torch.autograd.grad(
+        jacobian.square().sum(), leaves, materialize_grads=True, allow_unused=True
+    )
+    for a, b in zip(ours.values(), theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    stacked = torch.stack([z, 2 * z])
+    fresh = mlp()
+    mapped = torch.func.vmap(lambda z: decode_with_jacobian(fresh, z)[1])(stacked)
+    for got, z in zip(mapped, stacked, strict=True):
+        torch.testing.assert_close(got, decode_with_jacobian(module, z)[1])
+
+
+def test_inference_mode():
+    module, z = mlp(), latents()
+    with torch.inference_mode():
+        ours = decode_with_jacobian(module, z)
+    theirs = decode_with_jacobian(module, z, backend="reference")
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    compare(module, z)
+
+
+def test_spectral_norm_in_training_steps_as_a_call_does():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(M, 5).double())
+    twin = copy.deepcopy(layer)
+    for _ in range(3):
+        output = decode_with_jacobian(layer, latents(), chunk_size=2)[0]
+        torch.testing.assert_close(output, twin(latents()), rtol=1e-12, atol=1e-12)
+
+
+def test_source_is_readable_python():
+    linearizer = engine.Linearizer(mlp(), latents())
+    lines = linearizer.plan(4).source.splitlines()
+    assert "def body(z, tensors, extras, statics):" in lines
+    assert any("tanh_rule(" in line for line in lines)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -86,13 +87,19 @@ def trace(
     Raises:
         RuntimeError: control flow that depends on tensor values.
     """
+    # The caller may be inside torch.func.grad or no_grad: that is for the plan's runs.
+    with temporarily_clear_interpreter_stack(), torch.enable_grad():
+        return _trace(decoder, names, tensors, z, extras, batched, rebuild)
+
+
+def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
     if isinstance(decoder, nn.Module):
         warn_about_hooks(decoder)
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
 
     def symbolic(tensor: Tensor) -> Tensor:
-        # Not the tensor itself: it may belong to a functorch transform or to a graph.
+        # Not the tensor itself: it may belong to a transform or to a graph.
         stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         return mode.from_tensor(stand_in, symbolic_context=_batch_symbol(tensor))
 
@@ -127,7 +134,7 @@ def trace(
     paths: dict[fx.Node, str] = {}
     tracer = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
     try:
-        with torch.enable_grad(), _recorded_paths(decoder, paths), _restored(decoder):
+        with _recorded_paths(decoder, paths), _restored(decoder):
             module = tracer(fakes, fake_z, fake_extras)
     except _DATA_DEPENDENT as error:
         raise RuntimeError(
