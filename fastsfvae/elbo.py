@@ -74,7 +74,7 @@ def sampling_free_elbo(
     chunk_size: int | None = None,
     **kwargs,
 ) -> Elbo:
-    """Evaluate the sampling-free objective: the decoder is linearised at `mean` (paper, eq. 20, 21).
+    """Evaluate the sampling-free objective, the decoder linearised at `mean` (paper, eq. 20, 21).
 
     Args:
         decoder: f, an ``nn.Module`` (or callable) ``z [B, m] -> [B, *out]``.

@@ -193,7 +193,7 @@ def test_linearized_gaussian_equals_the_dense_gaussian():
     draws = q.rsample((20_000,))
     assert draws.shape == (20_000, 5, 8)
     spread = torch.einsum("sbi,sbj->bij", draws - q.mean, draws - q.mean) / 20_000
-    # Entries of a sample covariance have standard error below sqrt(2 / N) times the largest variance.
+    # Entries of a sample covariance err by at most sqrt(2 / N) times the largest variance.
     assert float((spread - cov).abs().max()) < 5 * (2 / 20_000) ** 0.5 * float(cov.abs().max())
     single = sf.LinearizedGaussian(output[0].flatten(), J[0], log_var[0].exp(), 0.3)
     assert torch.allclose(single.log_prob(value[:, 0]), dense.log_prob(value)[:, 0])
@@ -207,10 +207,6 @@ def test_float16_and_bfloat16_inputs_are_evaluated_in_float32():
     want = sf.low_rank_log_prob(r.double(), J.double(), h.double(), noise_var=0.5)
     assert got.dtype == torch.float32
     assert torch.allclose(got.double(), want, rtol=1e-5)
-
-
-class Wrapped(nn.Module):
-    pass
 
 
 def call(**changes):
@@ -241,13 +237,13 @@ def call(**changes):
         ({"x": torch.zeros(5, 3, 4).double()}, ValueError, r"\(5, 3, 4\).*\(5, 2, 4\)"),
         ({"mean": torch.zeros(5, 4).double()}, ValueError, r"mean \(5, 4\).*log_var \(5, 3\)"),
         ({"decoder": nn.DataParallel(decoder())}, (TypeError, ValueError), r"DataParallel"),
-        ({"decoder": nn.Sequential(decoder(), nn.Dropout())}, RuntimeError, r"Dropout|dropout"),
+        ({"decoder": nn.Sequential(decoder(), nn.Dropout())}, RuntimeError, "Dropout"),
         (
             {"decoder": nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)).double()},
             RuntimeError,
-            r"'1'|decoder\.1|BatchNorm",
+            r"decoder\.1.*BatchNorm1d|BatchNorm1d.*'1'",
         ),
-        ({"decoder": decoder(dtype=torch.float32)}, (TypeError, ValueError), r"float32.*float64|float64.*float32"),
+        ({"decoder": decoder(dtype=torch.float32)}, ValueError, r"float64.*float32"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(changes, error, words):
