@@ -220,7 +220,7 @@ def _fwd_tile(m: int, dtype: torch.dtype) -> _Tile:
 
 def _bwd_tile(m: int) -> _Tile:
     block_m = min(max(16, triton.next_power_of_2(m)), 64)
-    return _Tile(block_m, 2048 // block_m, num_warps=8 if block_m == 64 else 4, num_stages=1)
+    return _Tile(block_m, 2048 // block_m, num_warps=8, num_stages=1)
 
 
 def _splits(B: int, n: int, pairs: int, block_n: int, limits: DeviceLimits) -> tuple[int, int]:
