@@ -184,13 +184,14 @@ def _w_over_s(w: Tensor, h: Tensor, G: Tensor, p: Tensor, y: Tensor, c: Tensor) 
 def _plain_backward(needs, inputs, cotangents):
     with torch.enable_grad():
         terms = _plain_terms(*inputs)[:4]
-    pairs = [(t, g) for t, g in zip(terms, cotangents, strict=True) if g is not None]
-    wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
+    pairs = [
+        (t, g) for t, g in zip(terms, cotangents, strict=True) if t is not None and g is not None
+    ]
     grads = iter(
         torch.autograd.grad(
-            [t for t, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
+            [term for term, _ in pairs],
+            [t for t, need in zip(inputs, needs, strict=False) if need],
+            [cotangent for _, cotangent in pairs],
             create_graph=True,
             allow_unused=True,
         )
