@@ -210,6 +210,11 @@ def test_operation_that_cannot_be_traced():
         decode_with_jacobian(returns(lambda h: torch.geqrf(h)[0]), Z)
 
 
+def test_norm_with_a_weight_that_depends_on_z():
+    with pytest.raises(RuntimeError, match=r"layer_norm has no tangent rule .*and multiply"):
+        decode_with_jacobian(returns(lambda h: F.layer_norm(h, (3,), h[0])), Z)
+
+
 def test_a_value_read_by_python_is_a_constant():
     module = returns(lambda h: h * h.detach().abs().max().item())
     jacobian = decode_with_jacobian(module, Z)[1]

@@ -17,6 +17,13 @@ from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.jet import Jet, full_tangent
 
+# Their formulas treat saved statistics as constants: J would be right, its gradients wrong.
+_WRONG_GRADIENTS = frozenset(
+    """
+    layer_norm group_norm instance_norm batch_norm rms_norm native_layer_norm native_group_norm
+    native_batch_norm cudnn_batch_norm _native_batch_norm_legit _fused_rms_norm
+    """.split()
+)
 _warned: set[str] = set()
 
 
@@ -26,7 +33,16 @@ def generic_rule(operation: Callable[..., Any], path: str) -> Callable[..., Any]
     Args:
         operation: an operator overload.
         path: the module that runs it, for messages.
+
+    Raises:
+        RuntimeError: a normalisation, whose gradients PyTorch would get wrong.
     """
+    name = str(operation).removeprefix("aten.").partition(".")[0]
+    if name in _WRONG_GRADIENTS:
+        raise RuntimeError(
+            f"{name}{_where(path)} has no tangent rule for these arguments (a weight that depends "
+            "on z?): normalise without a weight and multiply"
+        )
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         _warn_once(str(operation))
@@ -62,11 +78,10 @@ def _linearize(call: Callable[..., Any], jets: list[Jet], name: str, path: str) 
         try:
             moved = _transposed_twice(differentiable, primals, tangents)
         except (RuntimeError, NotImplementedError) as error:
-            where = f" in decoder.{path}" if path else ""
             reason = str(error).strip().split("\n")[0]
             raise RuntimeError(
-                f"no tangents can be carried through {name}{where}: it has no rule, and PyTorch "
-                f"cannot differentiate it forward or twice ({reason})"
+                f"no tangents can be carried through {name}{_where(path)}: it has no rule, and "
+                f"PyTorch cannot differentiate it forward or twice ({reason})"
             ) from error
     for index, tangent in zip(smooth, moved, strict=True):
         results[index] = Jet(results[index], tangent)
@@ -84,6 +99,10 @@ def _forward_mode(function, primals, tangents) -> tuple[Tensor, ...]:
         return torch.func.jvp(function, tuple(primals), directions)[1]
 
     return torch.func.vmap(push)(*tangents)
+
+
+def _where(path: str) -> str:
+    return f" in decoder.{path}" if path else ""
 
 
 def _warn_once(name: str) -> None:

@@ -21,6 +21,7 @@ _MAX_PLANS = 32
 _CPU_BUDGET = 256 * 2**20
 _CUDA_SHARE = 8
 
+_NO_INPUTS = pytree.tree_flatten(((), {}))
 _plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -48,7 +49,9 @@ class Linearizer:
     ):
         self.decoder, kwargs = unwrap(decoder, kwargs)
         self.z, self.backend = z, backend
-        leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
+        leaves, self._spec = _NO_INPUTS
+        if args or kwargs:
+            leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
         self._leaves = leaves
         self.extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         batch = z.shape[0]
@@ -56,7 +59,7 @@ class Linearizer:
         if isinstance(self.decoder, nn.Module):
             self._print = fingerprint(self.decoder)
         else:
-            self._print = Fingerprint((), [], [], [])
+            self._print = Fingerprint((), [], [])
         check_inputs(z, self._print.names, self._print.tensors)
         self._key = self._whole_key()
         self._local: dict[tuple, list] = {}
@@ -141,9 +144,7 @@ class Linearizer:
             self._batched,
             rebuild,
         )
-        plan = build_plan(traced, self._print.names, self._batched, self.backend)
-        plan.anchors = [*self._print.anchors, *self._anchors]
-        return plan
+        return build_plan(traced, self._print.names, self._batched, self.backend)
 
     def _slice(self, start: int, stop: int | None) -> tuple[Tensor, list[Tensor]]:
         if start == 0 and (stop is None or stop == self.z.shape[0]):
@@ -156,14 +157,11 @@ class Linearizer:
 
     def _whole_key(self) -> tuple:
         z = self.z
-        self._anchors: list[Any] = []
         leaves = tuple(
             (leaf.shape[1:] if self._batched[i] else leaf.shape, leaf.dtype, leaf.device)
             for i, leaf in enumerate(self.extras)
         )
-        plain = tuple(
-            freeze(leaf, self._anchors) for leaf in self._leaves if not isinstance(leaf, Tensor)
-        )
+        plain = tuple(freeze(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor))
         device = z.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.cost import tangent_flops
 from fastsfvae.jacobian.fallback import generic_rule
@@ -59,7 +60,6 @@ class Plan:
         accepts: whether the plan is right for a batch size.
         widest: the largest tangent, in elements per sample and direction.
         total: all tangents together, likewise.
-        anchors: objects whose identity is part of the plan's key, kept alive.
     """
 
     source: str
@@ -69,7 +69,6 @@ class Plan:
     accepts: Callable[[int], bool]
     widest: int
     total: int
-    anchors: list[Any] = dataclasses.field(default_factory=list)
 
     def run(self, z: Tensor, tensors: list, extras: list, statics: tuple) -> tuple[Tensor, Tensor]:
         """Decode a chunk: (output [B, *out], tangents [m, B, *out])."""
@@ -188,7 +187,8 @@ class _Emitter:
             return f"{self._text(node.args[0])}[{node.args[1]!r}]", "rule"
         packet = _packet_name(target)
         found = RULES.get(packet)
-        if found is not None:
+        others = (*node.args[1:], *node.kwargs.values())
+        if found is not None and (found.several or not _contains(others, self.jets)):
             function, handled = found.bind(self.backend), "rule"
         else:
             path = self.trace.paths.get(node, "")
@@ -292,6 +292,11 @@ class _Emitter:
         if self.controls:
             lines.insert(0, f"{_INDENT}ambient = torch.is_grad_enabled()")
         return lines
+
+
+def _contains(arguments: Any, nodes: set[fx.Node]) -> bool:
+    leaves = pytree.tree_leaves(arguments)
+    return any(isinstance(leaf, fx.Node) and leaf in nodes for leaf in leaves)
 
 
 def _differentiable(node: fx.Node) -> bool:

@@ -17,11 +17,14 @@ class Rule:
             on z, and returns a Jet (or a tuple with Jets where the operation has several results).
             It is written with differentiable operations, so autograd gives every gradient.
         fused: the same function on the Triton kernels, or None.
+        several: whether arguments other than the first may be Jets as well; where they may not
+            and one is, the operation is differentiated generically.
     """
 
     name: str
     forward: Callable[..., Any]
     fused: Callable[..., Any] | None = None
+    several: bool = False
 
     def bind(self, backend: str) -> Callable[..., Any]:
         """The function that runs on the resolved backend, "torch" or "triton"."""
@@ -31,14 +34,14 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str, fused: Callable[..., Any] | None = None):
+def rule(*names: str, fused: Callable[..., Any] | None = None, several: bool = False):
     """Register the decorated function as the rule of the named ATen operations."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             if name in RULES:
                 raise ValueError(f"there are two tangent rules for {name!r}")
-            RULES[name] = Rule(name, function, fused)
+            RULES[name] = Rule(name, function, fused, several)
         return function
 
     return register

@@ -38,35 +38,35 @@ def combine(primal: Tensor, *terms: tuple[Any, Any]) -> Jet:
     return broadcast_jet(primal, total)
 
 
-@rule("add", "__add__")
+@rule("add", "__add__", several=True)
 def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     """A + alpha * b."""
     primal = torch.add(primal_of(a), primal_of(b), alpha=alpha)
     return combine(primal, (a, 1), (b, alpha))
 
 
-@rule("sub", "subtract")
+@rule("sub", "subtract", several=True)
 def sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     """A - alpha * b."""
     primal = torch.sub(primal_of(a), primal_of(b), alpha=alpha)
     return combine(primal, (a, 1), (b, -alpha))
 
 
-@rule("rsub")
+@rule("rsub", several=True)
 def rsub(a: Any, b: Any, alpha: float = 1) -> Jet:
     """B - alpha * a."""
     primal = torch.rsub(primal_of(a), primal_of(b), alpha=alpha)
     return combine(primal, (a, -alpha), (b, 1))
 
 
-@rule("mul", "multiply")
+@rule("mul", "multiply", several=True)
 def mul(a: Any, b: Any) -> Jet:
     """d(a b) = b da + a db."""
     value_a, value_b = primal_of(a), primal_of(b)
     return combine(torch.mul(value_a, value_b), (a, value_b), (b, value_a))
 
 
-@rule("div", "divide", "true_divide")
+@rule("div", "divide", "true_divide", several=True)
 def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     """d(a / b) = da / b - (a / b) db / b; zero where the quotient is rounded."""
     value_a, value_b = primal_of(a), primal_of(b)
@@ -77,7 +77,7 @@ def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     return combine(quotient, (a, lambda: 1 / value_b), (b, lambda: -quotient / value_b))
 
 
-@rule("pow")
+@rule("pow", several=True)
 def power(a: Any, b: Any) -> Jet:
     """d(a^b) = b a^(b-1) da + a^b log(a) db."""
     value_a, value_b = primal_of(a), primal_of(b)
@@ -102,7 +102,7 @@ def _base_derivative(base: Tensor, exponent: Any) -> Tensor:
     return torch.where(zero, 0.0, safe * base.pow(safe - 1))
 
 
-@rule("where")
+@rule("where", several=True)
 def where(condition: Tensor, a: Any, b: Any) -> Jet:
     """The tangents of the branch taken."""
     primal = torch.where(condition, primal_of(a), primal_of(b))
@@ -114,7 +114,7 @@ def where(condition: Tensor, a: Any, b: Any) -> Jet:
     return broadcast_jet(primal, torch.where(condition, 0.0, align(b, primal.ndim)))
 
 
-@rule("masked_fill")
+@rule("masked_fill", several=True)
 def masked_fill(x: Any, mask: Tensor, value: Any) -> Jet:
     """X where the mask is False, a 0-d value elsewhere."""
     return where(mask, value, x) if isinstance(value, Jet) else _filled(x, mask, value)
@@ -125,7 +125,7 @@ def _filled(x: Jet, mask: Tensor, value: Any) -> Jet:
     return broadcast_jet(primal, torch.masked_fill(align(x, primal.ndim), mask, 0.0))
 
 
-@rule("maximum", "fmax")
+@rule("maximum", "fmax", several=True)
 def maximum(a: Any, b: Any) -> Jet:
     """The tangents of the larger value, their mean where both are equal."""
     value_a, value_b = primal_of(a), primal_of(b)
@@ -133,7 +133,7 @@ def maximum(a: Any, b: Any) -> Jet:
     return combine(torch.maximum(value_a, value_b), (a, share), (b, 1 - share))
 
 
-@rule("minimum", "fmin")
+@rule("minimum", "fmin", several=True)
 def minimum(a: Any, b: Any) -> Jet:
     """The tangents of the smaller value, their mean where both are equal."""
     value_a, value_b = primal_of(a), primal_of(b)
@@ -145,7 +145,7 @@ def _share(a: Tensor, b: Tensor) -> Tensor:
     return (a > b).to(a.dtype) + 0.5 * (a == b).to(a.dtype)
 
 
-@rule("clamp", "clip")
+@rule("clamp", "clip", several=True)
 def clamp(x: Jet, min: Any = None, max: Any = None) -> Jet:  # noqa: A002
     """The tangents where the value lies within the bounds, the bounds' own elsewhere."""
     low, high = primal_of(min), primal_of(max)
@@ -162,19 +162,19 @@ def clamp(x: Jet, min: Any = None, max: Any = None) -> Jet:  # noqa: A002
     return combine(primal, (x, inside), (min, below.to(dtype)), (max, above.to(dtype)))
 
 
-@rule("clamp_min")
+@rule("clamp_min", several=True)
 def clamp_min(x: Any, min: Any) -> Jet:  # noqa: A002
     """Clamp from below."""
     return clamp(x, min, None)
 
 
-@rule("clamp_max")
+@rule("clamp_max", several=True)
 def clamp_max(x: Any, max: Any) -> Jet:  # noqa: A002
     """Clamp from above."""
     return clamp(x, None, max)
 
 
-@rule("lerp")
+@rule("lerp", several=True)
 def lerp(a: Any, b: Any, weight: Any) -> Jet:
     """A + weight * (b - a)."""
     value_a, value_b, w = primal_of(a), primal_of(b), primal_of(weight)
@@ -182,21 +182,21 @@ def lerp(a: Any, b: Any, weight: Any) -> Jet:
     return combine(primal, (a, 1 - w), (b, w), (weight, lambda: value_b - value_a))
 
 
-@rule("addcmul")
+@rule("addcmul", several=True)
 def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     """X + value * a * b."""
     product = mul(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
     return add(x, product, alpha=value)
 
 
-@rule("addcdiv")
+@rule("addcdiv", several=True)
 def addcdiv(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     """X + value * a / b."""
     quotient = div(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a / b
     return add(x, quotient, alpha=value)
 
 
-@rule("atan2", "arctan2")
+@rule("atan2", "arctan2", several=True)
 def atan2(a: Any, b: Any) -> Jet:
     """The angle of (b, a)."""
     y, x = primal_of(a), primal_of(b)

@@ -16,7 +16,7 @@ from fastsfvae.jacobian.rules.norm import softmax
 from fastsfvae.jacobian.rules.shape import repeat_interleave, transpose
 
 
-@rule("scaled_dot_product_attention")
+@rule("scaled_dot_product_attention", several=True)
 def scaled_dot_product_attention(
     query: Any,
     key: Any,

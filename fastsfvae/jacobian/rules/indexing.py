@@ -112,7 +112,7 @@ def col2im(x: Jet, *args: Any) -> Jet:
     return jointly_linear(lambda t: aten.col2im(t, *args), x)
 
 
-@rule("copy")
+@rule("copy", several=True)
 def copy(x: Any, source: Any, non_blocking: bool = False) -> Jet:
     """X with all its values replaced by the source's, broadcast."""
     value = primal_of(x)
@@ -123,7 +123,7 @@ def copy(x: Any, source: Any, non_blocking: bool = False) -> Jet:
     return broadcast_jet(primal, align(source, primal.ndim).to(value.device))
 
 
-@rule("fill")
+@rule("fill", several=True)
 def fill(x: Any, source: Any) -> Jet:
     """X with all its values replaced by one."""
     if isinstance(source, Jet):
@@ -142,7 +142,7 @@ def zero_values(x: Jet, primal: Tensor) -> Jet:
     return Jet(primal, zero_tangent(primal, x.tangent))
 
 
-@rule("slice_scatter")
+@rule("slice_scatter", several=True)
 def slice_scatter(
     x: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Jet:
@@ -153,7 +153,7 @@ def slice_scatter(
     return Jet(primal, torch.slice_scatter(base, patch, axis + 1, start, end, step))
 
 
-@rule("select_scatter")
+@rule("select_scatter", several=True)
 def select_scatter(x: Any, source: Any, dim: int, position: int) -> Jet:
     """X with one entry of an axis replaced."""
     axis = dim if dim >= 0 else dim + primal_of(x).ndim
@@ -162,19 +162,19 @@ def select_scatter(x: Any, source: Any, dim: int, position: int) -> Jet:
     return Jet(primal, torch.select_scatter(base, patch, axis + 1, position))
 
 
-@rule("index_put")
+@rule("index_put", several=True)
 def index_put(x: Any, indices: list[Any], values: Any, accumulate: bool = False) -> Jet:
     """X with indexed entries replaced or added to."""
     return jointly_linear(lambda t, v: aten.index_put(t, indices, v, accumulate), x, values)
 
 
-@rule("index_add")
+@rule("index_add", several=True)
 def index_add(x: Any, dim: int, positions: Tensor, source: Any, *, alpha: float = 1) -> Jet:
     """X with rows of another tensor added."""
     return jointly_linear(lambda t, s: t.index_add(dim, positions, s, alpha=alpha), x, source)
 
 
-@rule("scatter_add")
+@rule("scatter_add", several=True)
 def scatter_add(x: Any, dim: int, positions: Tensor, source: Any) -> Jet:
     """X with entries added at positions."""
     return jointly_linear(lambda t, s: t.scatter_add(dim, positions, s), x, source)

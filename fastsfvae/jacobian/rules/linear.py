@@ -27,7 +27,7 @@ from fastsfvae.jacobian.rules.arithmetic import add, scaled
 from fastsfvae.jacobian.rules.shape import transpose, unsqueeze
 
 
-@rule("linear")
+@rule("linear", several=True)
 def linear(x: Jet | Tensor, weight: Jet | Tensor, bias: Jet | Tensor | None = None) -> Jet:
     """Y = x W^T + b, so dy = dx W^T (+ x dW^T + db where they depend on z)."""
     if isinstance(x, Jet) and not isinstance(weight, Jet) and not isinstance(bias, Jet):
@@ -40,7 +40,7 @@ def linear(x: Jet | Tensor, weight: Jet | Tensor, bias: Jet | Tensor | None = No
 def _convolution(name: str, spatial: int):
     operation = getattr(F, name)
 
-    @rule(name)
+    @rule(name, several=True)
     def convolution(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Jet:
         if not isinstance(x, Jet) or isinstance(weight, Jet) or isinstance(bias, Jet):
             return generic_rule(operation, "")(x, weight, bias, *args, **kwargs)
@@ -58,7 +58,7 @@ for _spatial in (1, 2, 3):
     _convolution(f"conv_transpose{_spatial}d", _spatial)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul")
+@rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul", several=True)
 def matmul(a: Jet | Tensor, b: Jet | Tensor) -> Jet:
     """d(A B) = dA B + A dB, with torch.matmul's broadcasting."""
     value_a, value_b = primal_of(a), primal_of(b)
@@ -86,7 +86,7 @@ def _squeezed(x: Jet, axis: int) -> Jet:
     return Jet(x.primal.squeeze(axis), full_tangent(x).squeeze(axis))
 
 
-@rule("addmm", "baddbmm", "addbmm", "addmv")
+@rule("addmm", "baddbmm", "addbmm", "addmv", several=True)
 def addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     """Beta * bias + alpha * A B."""
     product = matmul(a, b)
@@ -98,7 +98,7 @@ def addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Je
     return add(product, bias)
 
 
-@rule("einsum")
+@rule("einsum", several=True)
 def einsum(equation: str, operands: list[Any], *, path: Any = None) -> Jet:
     """Multilinear: one term per operand that depends on z, with one more letter for m."""
     values = [primal_of(x) for x in operands]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.jacobian.fallback import generic_rule
 from fastsfvae.jacobian.jet import Jet, broadcast_jet, full_tangent
 from fastsfvae.jacobian.registry import RULES, rule
 from fastsfvae.jacobian.rules.arithmetic import maximum, minimum
@@ -117,8 +118,9 @@ def norm(x: Jet, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype:
     ord = 2.0 if ord is None else float(ord)
     axes = _axes(x, dim)
     value = x.primal if dtype is None else x.primal.to(dtype)
-    if ord not in (1.0, 2.0) and not 1 < ord < float("inf"):
-        raise RuntimeError(f"no tangents for a vector norm of order {ord}; use 1, 2 or between")
+    if not 1 <= ord < float("inf"):
+        moved = generic_rule(torch.linalg.vector_norm, "")(x, ord, axes, keepdim)
+        return broadcast_jet(moved.primal, moved.tangent)
     kept = torch.linalg.vector_norm(value, ord, axes, keepdim=True)
     if ord == 1.0:
         weights = torch.sign(value)
@@ -153,7 +155,7 @@ def _extreme(name: str, pairwise: Callable[..., Jet]) -> None:
     """Max and min in their three forms: of everything, along an axis, of two tensors."""
     operation = getattr(torch, name)
 
-    @rule(name)
+    @rule(name, several=True)
     def extreme(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
         if dim is None:
             return RULES[f"a{name}"].forward(x)

@@ -30,7 +30,7 @@ def _reshape_rule(name: str) -> Callable[..., Jet]:
     # A rule may return other strides than the operation it stands for, which view() would refuse.
     operation = aten.reshape if name.endswith("view") else getattr(aten, name)
 
-    @rule(name)
+    @rule(name, several=name.endswith("_as"))
     def reshaped(x: Jet, *args: Any, **kwargs: Any) -> Jet:
         y = operation(x.primal, *map(primal_of, args), **kwargs)
         m = x.tangent.shape[0]
@@ -93,7 +93,7 @@ def expand(x: Jet, size: list[int], *, implicit: bool = False) -> Jet:
     return Jet(y, tangent.expand(tangent.shape[0], batch, *y.shape[1:]))
 
 
-@rule("expand_as", "broadcast_to")
+@rule("expand_as", "broadcast_to", several=True)
 def expand_as(x: Jet, other: Any) -> Jet:
     """Broadcast to another tensor's shape, or to a given one."""
     other = primal_of(other)
@@ -197,7 +197,7 @@ def _tangents_of(items: list[Any], keeps_batch: bool) -> list[Tensor]:
     return tangents
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", several=True)
 def cat(tensors: list[Any], dim: int = 0) -> Jet:
     """Join along an axis."""
     # torch.cat lets empty vectors join anything.
@@ -209,7 +209,7 @@ def cat(tensors: list[Any], dim: int = 0) -> Jet:
     return Jet(primal, tangent.to(primal.dtype))
 
 
-@rule("stack")
+@rule("stack", several=True)
 def stack(tensors: list[Any], dim: int = 0) -> Jet:
     """Join along a new axis."""
     axis = _front(dim, primal_of(tensors[0]).ndim + 1)
@@ -273,7 +273,7 @@ def identity_in_evaluation(x: Jet, *args: Any) -> Jet:
     return x
 
 
-@rule("to", "_to_copy", "type_as")
+@rule("to", "_to_copy", "type_as", several=True)
 def convert(x: Jet, *args: Any, **kwargs: Any) -> Jet:
     """To another dtype, device or memory format."""
     if len(args) == 1 and isinstance(primal_of(args[0]), Tensor):
