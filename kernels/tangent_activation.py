@@ -154,7 +154,9 @@ def tangent_activation_fwd(
             )
     m, numel = T.shape[0], a.numel()
     blocks = cdiv(numel, _BLOCK)
-    tangents = _tangents_per_program(blocks, m, device_limits(a))
+    # A program that shares its elements with others would read a after another has overwritten it.
+    in_place = out.data_ptr() == a.data_ptr()
+    tangents = m if in_place else _tangents_per_program(blocks, m, device_limits(a))
     with torch.cuda.device_of(a):
         _tangent_activation_fwd_kernel[(blocks * cdiv(m, tangents),)](
             *(a, T, out, out_T, numel, numel // a.shape[0], m, blocks, tangents),

@@ -36,6 +36,21 @@ def require_triton(tensor: Tensor) -> None:
         )
 
 
+def refuse_second_order() -> None:
+    """Raise, in a backward, where create_graph asks for a derivative of the kernel's gradient.
+
+    `once_differentiable` would not do: it raises only where the cotangents carry a graph, and
+    otherwise leaves the second derivative silently incomplete. A compiled backward never has one.
+
+    Raises:
+        RuntimeError: the backward runs with create_graph=True.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            'backend="triton" has first derivatives only: use backend="torch" for the second'
+        )
+
+
 @torch.library.custom_op("fastsfvae::gram_project", mutates_args=())
 def gram_project(J: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """J ``[B, m, n]``, r ``[B, n]`` -> float32 G ``[B, m, m]``, p ``[B, m]``, rr ``[B]``."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsfvae import reference
 from fastsfvae.ops import _library
@@ -97,7 +96,7 @@ class _GramProject(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_G, g_p, g_rr):
+        _library.refuse_second_order()
         J, r = ctx.saved_tensors
         return _library.gram_project_bwd(J, r, g_G + g_G.mT, g_p, g_rr)

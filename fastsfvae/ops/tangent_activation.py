@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsfvae.kernels._contract import PIECEWISE_LINEAR
 from fastsfvae.ops import _library
@@ -50,8 +49,8 @@ class _TangentActivation(torch.autograd.Function):
         ctx.shared = T.shape[1] < a.shape[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_out, g_T):
+        _library.refuse_second_order()
         a, T = ctx.saved_tensors
         g_a, g_T_in = _library.tangent_activation_bwd(a, T, g_out, g_T, ctx.kind, ctx.params)
         return g_a, g_T_in.sum(1, keepdim=True) if ctx.shared else g_T_in, None, None
