@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -22,7 +23,7 @@ class Decoder(nn.Module):
     def __init__(self, shape, body, *layers, positive=False, tail=True):
         super().__init__()
         self.shape, self.body, self.positive = shape, body, positive
-        self.lift = nn.Linear(M, int(torch.tensor(shape).prod()))
+        self.lift = nn.Linear(M, math.prod(shape))
         self.layers = nn.ModuleList(layers)
         self.gain = nn.Parameter(torch.tensor(1.3)) if tail else None
 
@@ -191,7 +192,14 @@ CASES = {
     "pieces": apply(
         LINE,
         lambda h: torch.cat(
-            [h.chunk(3, 2)[2], *h.split([3, 4], 2), *h.tensor_split(2, 2), h.narrow(2, 1, 3)], -1
+            [
+                h.chunk(3, 2)[2],
+                *h.split([3, 4], 2),
+                *h.split(3, 2),
+                *h.tensor_split(2, 2),
+                h.narrow(2, 1, 3),
+            ],
+            -1,
         ),
     ),
     "unbind": apply(LINE, lambda h: torch.stack(h.unbind(1)[:2] + h.unbind(1)[3:], -1)),
@@ -280,6 +288,97 @@ CASES = {
             _own_weights(h[:, :2], h[:, 2:].mean((2, 3))) + h.sum((1, 2, 3))[:, None, None, None]
         ),
     ),
+    # Other names of the same operations.
+    "spellings_pointwise": apply(
+        ROW,
+        lambda h: (
+            sum(
+                getattr(torch, name)(h)
+                for name in "absolute arccos arcsin arcsinh arctan arctanh negative".split()
+            )
+            + sum(
+                getattr(torch.special, name)(h)
+                for name in "erf erfc erfinv exp2 expit expm1 log1p logit".split()
+            )
+            + torch.arccosh(torch.positive(h) + 1)
+            + torch.nan_to_num(h)
+            + torch.arctan2(h, h + 1)
+            + F.hardtanh(h, 0.3, 0.6)
+            + F.relu6(8 * h)
+            + h.clip(0.3, 0.6)
+        ),
+        positive=True,
+    ),
+    "spellings_arithmetic": apply(
+        ROW, lambda h: torch.multiply(h, h).subtract(h).divide(2 + h * h).true_divide(3)
+    ),
+    "spellings_shape": apply(
+        LINE,
+        lambda h: torch.concat(
+            [
+                h.swapaxes(1, 2).swapdims(1, 2).moveaxis(1, 2).mT.adjoint().mH,
+                torch.concatenate([h.reshape_as(h), h.view_as(h)], 2).unsafe_chunk(2, 2)[0],
+                h.unsafe_split(3, 2)[1],
+                h.unsafe_split_with_sizes([2, 5], 2)[1],
+                torch.broadcast_to(h[:, :1], h.shape).tile(1, 1, 2),
+                torch.atleast_3d(torch.atleast_2d(torch.atleast_1d(h))),
+                h.sum(1).t().sin().T[:, None].expand(-1, 4, -1),
+                h.permute(2, 1, 0).T,
+                h.ravel().view(h.shape),
+                torch.take_along_dim(h, h.argsort(2), 2),
+                torch.special.logsumexp(h, 2, True),
+            ],
+            -1,
+        ),
+    ),
+    "spellings_products": apply(
+        (4, 4),
+        lambda h: torch.stack(
+            [
+                torch.linalg.matmul(h, h).flatten(1).mm(_ramp(16, 4)),
+                torch.addmm(h[:, 0], h[:, 1], _ramp(4, 4), beta=0.5),
+                h[:, 1].mv(_ramp(4))[:, None] * h[:, 3],
+                h.norm(dim=1),
+            ]
+        ).sum(0),
+    ),
+    "pads": apply(
+        LINE,
+        lambda h: (
+            torch.constant_pad_nd(h, (1, 2), 0.4)[..., :7]
+            + F.pad(h, (2, 1), "reflect")[..., 1:8]
+            + F.pad(h, (0, 3), "replicate")[..., 3:]
+        ),
+    ),
+    "pads_cube": through(CUBE, nn.ReplicationPad3d(1), nn.ReflectionPad3d((1, 1, 1, 0, 0, 1))),
+    "resample_1d": through(
+        LINE, nn.Upsample(scale_factor=2), nn.AdaptiveAvgPool1d(5), nn.AdaptiveMaxPool1d(3)
+    ),
+    "resample_1d_exact": through(LINE, nn.Upsample(11, mode="nearest-exact")),
+    "resample_3d": through(CUBE, nn.Upsample(scale_factor=2), nn.AdaptiveMaxPool3d((2, 3, 2))),
+    "resample_3d_exact": through(CUBE, nn.Upsample((4, 5, 4), mode="nearest-exact")),
+    "bicubic_antialias": apply(
+        IMAGE, lambda h: F.interpolate(h, (3, 4), mode="bicubic", antialias=True)
+    ),
+    "max_pool_pairs": apply(
+        IMAGE,
+        lambda h: (
+            F.max_pool2d(h, 2, return_indices=True)[0]
+            + F.max_pool1d(h.flatten(2), 2, return_indices=True)[0][..., :6].reshape(-1, 4, 3, 2)
+        ),
+    ),
+    "max_pool_pairs_3d": apply(CUBE, lambda h: F.max_pool3d(h, 2, return_indices=True)[0]),
+    "dropouts": through(
+        IMAGE, nn.Dropout2d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5)
+    ),
+    "scatters": apply(
+        LINE,
+        lambda h: (
+            h.index_add(1, torch.tensor([2, 0]), h[:, :2].sin(), alpha=0.5)
+            + torch.zeros_like(h).scatter_add(2, h.argsort(2), h.exp())
+        ),
+    ),
+    "inplace_zero": apply(LINE, lambda h: _write_nothing(h)),
     "unfold": apply(LINE, lambda h: h.unfold(2, 3, 2)),
     "fold": apply(IMAGE, lambda h: F.fold(F.unfold(h, 2), (6, 5), 2)),
     "weight_norm": through(ROW, nn.utils.parametrizations.weight_norm(nn.Linear(12, 5))),
@@ -330,6 +429,17 @@ def _own_weights(h, style):
     weight = (base * style[:, None, :, None, None]).reshape(batch * 2, 2, 3, 3)
     mixed = F.conv2d(h.reshape(1, batch * 2, 3, 3), weight, padding=1, groups=batch)
     return mixed.view(batch, 2, 3, 3)
+
+
+def _ramp(*shape):
+    return torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(shape)
+
+
+def _write_nothing(h):
+    h = h * 1
+    h[:, 1].zero_()
+    h[:, 2].fill_(0.3)
+    return h.exp()
 
 
 def _index_put(h):

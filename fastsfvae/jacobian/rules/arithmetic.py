@@ -38,7 +38,7 @@ def combine(primal: Tensor, *terms: tuple[Any, Any]) -> Jet:
     return broadcast_jet(primal, total)
 
 
-@rule("add", "__add__", several=True)
+@rule("add", several=True)
 def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     """A + alpha * b."""
     primal = torch.add(primal_of(a), primal_of(b), alpha=alpha)
@@ -125,7 +125,7 @@ def _filled(x: Jet, mask: Tensor, value: Any) -> Jet:
     return broadcast_jet(primal, torch.masked_fill(align(x, primal.ndim), mask, 0.0))
 
 
-@rule("maximum", "fmax", several=True)
+@rule("maximum", several=True)
 def maximum(a: Any, b: Any) -> Jet:
     """The tangents of the larger value, their mean where both are equal."""
     value_a, value_b = primal_of(a), primal_of(b)
@@ -133,7 +133,7 @@ def maximum(a: Any, b: Any) -> Jet:
     return combine(torch.maximum(value_a, value_b), (a, share), (b, 1 - share))
 
 
-@rule("minimum", "fmin", several=True)
+@rule("minimum", several=True)
 def minimum(a: Any, b: Any) -> Jet:
     """The tangents of the smaller value, their mean where both are equal."""
     value_a, value_b = primal_of(a), primal_of(b)

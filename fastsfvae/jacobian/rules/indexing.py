@@ -30,7 +30,7 @@ def _expanded(*operands: Any) -> list[Tensor]:
     return [full_tangent(x) if isinstance(x, Jet) else zero_tangent(x, like) for x in operands]
 
 
-@rule("index", "_unsafe_index")
+@rule("index")
 def index(x: Jet, indices: list[Any]) -> Jet:
     """x[indices]."""
     return jointly_linear(lambda t: aten.index(t, indices), x)

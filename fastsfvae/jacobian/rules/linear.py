@@ -58,7 +58,7 @@ for _spatial in (1, 2, 3):
     _convolution(f"conv_transpose{_spatial}d", _spatial)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "linalg_matmul", several=True)
+@rule("matmul", "mm", "bmm", "mv", "linalg_matmul", several=True)
 def matmul(a: Jet | Tensor, b: Jet | Tensor) -> Jet:
     """d(A B) = dA B + A dB, with torch.matmul's broadcasting."""
     value_a, value_b = primal_of(a), primal_of(b)
@@ -86,7 +86,7 @@ def _squeezed(x: Jet, axis: int) -> Jet:
     return Jet(x.primal.squeeze(axis), full_tangent(x).squeeze(axis))
 
 
-@rule("addmm", "baddbmm", "addbmm", "addmv", several=True)
+@rule("addmm", "baddbmm", several=True)
 def addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     """Beta * bias + alpha * A B."""
     product = matmul(a, b)

@@ -113,7 +113,7 @@ def instance_norm(
     return _by_group(x, primal, x.primal.shape[1], weight, eps)
 
 
-@rule("batch_norm", "cudnn_batch_norm")
+@rule("batch_norm")
 def batch_norm(
     x: Jet,
     weight: Tensor | None,
@@ -134,25 +134,20 @@ def batch_norm(
     return broadcast_jet(primal, x.tangent * scale)
 
 
-@rule("softmax", "_softmax")
+@rule("softmax")
 def softmax(x: Jet, dim: int, dtype: Any = None) -> Jet:
     """Dy = y (dx - sum(y dx))."""
-    y = _probabilities(x.primal, dim, dtype)
+    y = torch.softmax(x.primal, dim, dtype)
     axis = dim if dim < 0 else dim - x.primal.ndim
     tangent = full_tangent(x) if axis == -x.primal.ndim else x.tangent
     tangent = tangent.to(y.dtype)
     return broadcast_jet(y, y * (tangent - (y * tangent).sum(axis, keepdim=True)))
 
 
-def _probabilities(x: Tensor, dim: int, dtype: Any) -> Tensor:
-    # The low-level spelling has half_to_float in place of the dtype.
-    return torch.softmax(x, dim, dtype if isinstance(dtype, torch.dtype) else None)
-
-
-@rule("log_softmax", "_log_softmax")
+@rule("log_softmax")
 def log_softmax(x: Jet, dim: int, dtype: Any = None) -> Jet:
     """Dy = dx - sum(softmax(x) dx)."""
-    y = torch.log_softmax(x.primal, dim, dtype if isinstance(dtype, torch.dtype) else None)
+    y = torch.log_softmax(x.primal, dim, dtype)
     axis = dim if dim < 0 else dim - x.primal.ndim
     tangent = full_tangent(x) if axis == -x.primal.ndim else x.tangent
     tangent = tangent.to(y.dtype)

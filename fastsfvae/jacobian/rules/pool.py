@@ -32,8 +32,6 @@ for _spatial in (1, 2, 3):
         f"adaptive_avg_pool{_spatial}d",
         f"upsample_nearest{_spatial}d",
         f"_upsample_nearest_exact{_spatial}d",
-        f"replication_pad{_spatial}d",
-        f"reflection_pad{_spatial}d",
     ):
         _linear_in_space(_name, _spatial)
 for _name, _spatial in (

@@ -112,7 +112,7 @@ def logsumexp(x: Jet, dim: Any, keepdim: bool = False) -> Jet:
     return broadcast_jet(primal, (weights * _tangent(x, axes)).sum(axes, keepdim=keepdim))
 
 
-@rule("norm", "linalg_vector_norm")
+@rule("linalg_vector_norm")
 def norm(x: Jet, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
     """D |x|_p = sum(sign(x) |x|^(p-1) dx) / |x|^(p-1), 0 at 0."""
     ord = 2.0 if ord is None else float(ord)

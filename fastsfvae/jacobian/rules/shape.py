@@ -43,8 +43,8 @@ def _reshape_rule(name: str) -> Callable[..., Jet]:
 
 
 for _name in (
-    "view reshape flatten unflatten ravel squeeze view_as reshape_as _unsafe_view "
-    "_reshape_alias atleast_1d atleast_2d atleast_3d"
+    "view reshape flatten unflatten ravel squeeze view_as reshape_as "
+    "atleast_1d atleast_2d atleast_3d"
 ).split():
     _reshape_rule(_name)
 unsqueeze = _reshape_rule("unsqueeze")
@@ -66,10 +66,16 @@ def transpose(x: Jet, dim0: int, dim1: int) -> Jet:
     return Jet(x.primal.transpose(a, b), tangent.transpose(a + 1, b + 1))
 
 
-@rule("t", "numpy_T", "matrix_H", "mT", "adjoint", "mH")
+@rule("t", "matrix_H", "mT", "adjoint", "mH")
 def matrix_transpose(x: Jet) -> Jet:
     """Exchange the last two axes (real values)."""
     return transpose(x, -1, -2) if x.primal.ndim > 1 else x
+
+
+@rule("numpy_T")
+def reversed_axes(x: Jet) -> Jet:
+    """All axes in reverse order."""
+    return permute(x, list(range(x.primal.ndim))[::-1])
 
 
 @rule("movedim", "moveaxis")
@@ -257,7 +263,7 @@ def constant_pad(x: Jet, pad_: list[int], value: float = 0.0) -> Jet:
     return pad(x, pad_, "constant", value)
 
 
-@rule("contiguous", "clone", "alias", "lift_fresh")
+@rule("contiguous", "clone")
 def identity(x: Jet, *, memory_format: Any = None) -> Jet:
     """The same values; a change to channels-last is carried over to the tangents."""
     if memory_format in (torch.channels_last, torch.channels_last_3d):
@@ -273,7 +279,7 @@ def identity_in_evaluation(x: Jet, *args: Any) -> Jet:
     return x
 
 
-@rule("to", "_to_copy", "type_as", several=True)
+@rule("to", "type_as", several=True)
 def convert(x: Jet, *args: Any, **kwargs: Any) -> Jet:
     """To another dtype, device or memory format."""
     if len(args) == 1 and isinstance(primal_of(args[0]), Tensor):
@@ -295,7 +301,7 @@ def pixel_unshuffle(x: Jet, factor: int) -> Jet:
     return Jet(torch.pixel_unshuffle(x.primal, factor), torch.pixel_unshuffle(x.tangent, factor))
 
 
-@rule("channel_shuffle", "native_channel_shuffle")
+@rule("channel_shuffle")
 def channel_shuffle(x: Jet, groups: int) -> Jet:
     """Interleave groups of channels (axis 1)."""
     m, b, channels = x.tangent.shape[:3]
