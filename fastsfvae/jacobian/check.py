@@ -19,6 +19,8 @@ from fastsfvae.jacobian.registry import RULES
 from fastsfvae.jacobian.validate import unwrap
 
 _SAMPLES = 4
+# Output directions along which J is compared with reverse mode.
+_PROBES = 32
 # Roundings of float64, and of float32 where a plain function keeps its own dtype.
 _TOLERANCE = {torch.float64: 1e-8}
 _LOOSE = 1e-2
@@ -56,7 +58,8 @@ class DecoderReport:
         jacobian_bytes: of one sample's J in z's dtype.
         output_error: the largest difference of f(z) from the decoder run sample by sample,
             relative to its largest entry. Large where the decoder mixes samples.
-        jacobian_error: likewise for J against reverse mode.
+        jacobian_error: likewise for J^T u against reverse mode, along every output u, or along 32
+            random directions u where there are more outputs.
         gradient_error: likewise for the worst gradient of a random function of (f, J) in z and
             in the parameters; None where PyTorch has no second derivative to compare with.
         tolerance: what the errors may be.
@@ -191,15 +194,37 @@ def _errors(decoder, z: Tensor, args, kwargs) -> tuple[Tensor, tuple[float, floa
     leaves = [z.clone().requires_grad_(), *(p for p in parameters if p.requires_grad)]
     # Fused attention kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        ours = decode_with_jacobian(decoder, leaves[0], *args, backend="torch", **kwargs)
-        truth = _sample_by_sample(decoder, leaves[0], args, kwargs)
+        output, jacobian = decode_with_jacobian(
+            decoder, leaves[0], *args, backend="torch", **kwargs
+        )
+        probes = _probes(output)
+        ours = output, jacobian.flatten(2) @ probes.mT
+        truth = _sample_by_sample(decoder, leaves[0], args, kwargs, probes)
         gradient = _gradient_error(ours, truth, leaves)
     return truth[0], (_difference(ours[0], truth[0]), _difference(ours[1], truth[1]), gradient)
 
 
-def _sample_by_sample(decoder, z: Tensor, args, kwargs) -> tuple[Tensor, Tensor]:
-    """The reference on each sample alone, so that a decoder that mixes samples is found out."""
-    outputs, jacobians = [], []
+def _probes(output: Tensor) -> Tensor:
+    """Directions u [k, n] in output space along which J^T u is compared.
+
+    All n of them where that is cheap. Random ones otherwise: reverse mode over n = 12288 outputs
+    and its gradient would not fit in memory, and a wrong J agrees along random directions with
+    probability 0.
+    """
+    n = output[0].numel()
+    if n <= _PROBES:
+        return torch.eye(n, dtype=output.dtype, device=output.device)
+    generator = torch.Generator().manual_seed(1)
+    probes = torch.randn(_PROBES, n, generator=generator, dtype=torch.float64)
+    return (probes / n**0.5).to(output)
+
+
+def _sample_by_sample(decoder, z: Tensor, args, kwargs, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """f(z) [B, *out] and J^T u [B, m, k] by reverse mode on each sample alone.
+
+    Alone, so that a decoder that mixes samples is found out.
+    """
+    outputs, pulled = [], []
     for i in range(z.shape[0]):
 
         def one(leaf: Any, i: int = i) -> Any:
@@ -207,12 +232,15 @@ def _sample_by_sample(decoder, z: Tensor, args, kwargs) -> tuple[Tensor, Tensor]
             return leaf[i : i + 1] if along else leaf
 
         one_args, one_kwargs = pytree.tree_map(one, (args, kwargs))
-        y, J = decode_with_jacobian(
-            decoder, z[i : i + 1], *one_args, backend="reference", **one_kwargs
-        )
+        sample = z[i : i + 1]
+        y = decoder(sample, *one_args, **one_kwargs)
+        rows = [
+            torch.autograd.grad(y, sample, u.view_as(y), create_graph=True, materialize_grads=True)
+            for u in probes
+        ]
         outputs.append(y)
-        jacobians.append(J)
-    return torch.cat(outputs), torch.cat(jacobians)
+        pulled.append(torch.stack([row for (row,) in rows], dim=-1))
+    return torch.cat(outputs), torch.cat(pulled)
 
 
 def _gradient_error(ours, truth, leaves: list[Tensor]) -> float | None:
