@@ -17,7 +17,8 @@ from fastsfvae.jacobian.validate import Method, check_inputs, unwrap
 # Plans per decoder; more than a training loop needs, few enough that a key which changes at every
 # call cannot fill the memory.
 _MAX_PLANS = 32
-# Bytes of tangents that one chunk may hold: measured on CPUs, a share of the memory on GPUs.
+# Bytes of tangents that one chunk may hold; on a GPU a share of its memory, the same at every call
+# so that the same batch is always cut the same way.
 _CPU_BUDGET = 256 * 2**20
 _CUDA_SHARE = 8
 
@@ -63,26 +64,28 @@ class Linearizer:
         check_inputs(z, self._print.names, self._print.tensors)
         self._key = self._whole_key()
         self._local: dict[tuple, list] = {}
-        self._statics: dict[int, tuple] = {}
+        self._statics: dict[Any, tuple] = {}
 
     def run(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Decode samples start to stop: (output [b, *out], tangents [m, b, *out])."""
         z, extras = self._slice(start, stop)
         plan = self.plan(z.shape[0])
-        if id(plan) not in self._statics:
-            self._statics[id(plan)] = plan.prelude(self._print.tensors, self.extras)
-        return plan.run(z, self._print.tensors, extras, self._statics[id(plan)])
+        return plan.run(z, self._print.tensors, extras, self._prepared(plan))
 
     def run_checkpointed(self, finish: Callable[..., Any], start: int, stop: int) -> Any:
         """`finish(output, tangents, start, stop)`, recomputed in the backward, not stored."""
-        plan = self.plan(stop - start)
-        if id(plan) not in self._statics:
-            self._statics[id(plan)] = plan.prelude(self._print.tensors, self.extras)
+        # Before, not inside: a prelude may move buffers on and must run once.
+        self._prepared(self.plan(stop - start))
 
         def compute() -> Any:
             return finish(*self.run(start, stop), start, stop)
 
         return checkpoint(compute, use_reentrant=False)
+
+    def _prepared(self, plan: Any) -> tuple:
+        if plan not in self._statics:
+            self._statics[plan] = plan.prelude(self._print.tensors, self.extras)
+        return self._statics[plan]
 
     def needs_grad(self, *others: Tensor | None) -> bool:
         """Whether a result would be part of an autograd graph.

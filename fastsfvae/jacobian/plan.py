@@ -48,7 +48,7 @@ class Step:
     flops: int
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Plan:
     """Runnable code for one decoder, one backend and one set of shapes.
 
