@@ -43,7 +43,7 @@ _SUM_BLOCK = 1024
 @triton.jit(do_not_specialize=["B", "m", "splits", "tiles"])
 def _gram_project_fwd_kernel(
     j_ptr,  # [B, m, n], unit stride in n
-    r_ptr,  # [B, n], unit stride in n
+    r_ptr,  # [B, n] float32, unit stride in n
     g_ptr,  # [splits, B, m, m]
     p_ptr,  # [splits, B, m]
     rr_ptr,  # [splits, B]
@@ -83,7 +83,7 @@ def _gram_project_fwd_kernel(
         ks = start + tl.arange(0, BLOCK_N)
         inside = ks < last
         J = tl.load(row_ptrs + ks[None, :], mask=(rows < m)[:, None] & inside[None, :], other=0.0)
-        r = tl.load(r_ptr + b * stride_r_b + ks, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(r_ptr + b * stride_r_b + ks, mask=inside, other=0.0)
         if ONE_TILE:
             J_cols = J
         else:
@@ -141,7 +141,7 @@ def _gram_project_sum_kernel(
 @triton.jit(do_not_specialize=["m", "tiles", "n_blocks"])
 def _gram_project_bwd_kernel(
     j_ptr,  # [B, m, n], unit stride in n
-    r_ptr,  # [B, n], unit stride in n
+    r_ptr,  # [B, n] float32, unit stride in n
     m_ptr,  # M [B, m, m]
     u_ptr,  # [B, m]
     g_rr_ptr,  # [B]
@@ -167,7 +167,7 @@ def _gram_project_bwd_kernel(
 
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     ks = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.load(r_ptr + b * stride_r_b + ks, mask=ks < n, other=0.0).to(tl.float32)
+    r = tl.load(r_ptr + b * stride_r_b + ks, mask=ks < n, other=0.0)
     u_rows = tl.load(u_ptr + b * m + rows, mask=rows < m, other=0.0)
 
     dJ = u_rows[:, None] * r[None, :]
@@ -238,7 +238,7 @@ def gram_project_partials(
 
     Args:
         J: ``[B, m, n]``, float32, bfloat16 or float16; any strides, copied only where n's is not 1.
-        r: ``[B, n]``, one of the same dtypes.
+        r: ``[B, n]``, one of the same dtypes; computed with in float32.
         input_precision: how float32 products are formed: "ieee", "tf32x3" or "tf32".
 
     Returns:
@@ -248,7 +248,7 @@ def gram_project_partials(
         TypeError: another dtype.
     """
     check_dtypes(J=J, r=r)
-    J, r = rows_dense(J), rows_dense(r)
+    J, r = rows_dense(J), rows_dense(r.to(torch.float32))
     B, m, n = J.shape
     tile = _fwd_tile(m, J.dtype)
     tiles = cdiv(m, tile.block_m)
@@ -306,22 +306,22 @@ def gram_project_bwd(
         TypeError: another dtype.
     """
     check_dtypes(J=J, r=r)
-    J, r = rows_dense(J), rows_dense(r)
+    J, r32 = rows_dense(J), rows_dense(r.to(torch.float32))
     M, u, g_rr = (t.to(torch.float32).contiguous() for t in (M, u, g_rr))
     B, m, n = J.shape
     tile = _bwd_tile(m)
     tiles, n_blocks = cdiv(m, tile.block_m), cdiv(n, tile.block_n)
     dJ = torch.empty_like(J)
-    dr = torch.empty((B, n), dtype=r.dtype, device=r.device)
+    dr = torch.empty((B, n), dtype=torch.float32, device=r.device)
     with torch.cuda.device_of(J):
         _gram_project_bwd_kernel[(B * tiles * n_blocks,)](
-            *(J, r, M, u, g_rr, dJ, dr, m, n, tiles, n_blocks),
-            *(J.stride(0), J.stride(1), r.stride(0), dJ.stride(0), dJ.stride(1)),
+            *(J, r32, M, u, g_rr, dJ, dr, m, n, tiles, n_blocks),
+            *(J.stride(0), J.stride(1), r32.stride(0), dJ.stride(0), dJ.stride(1)),
             **_bwd_constexprs(m, input_precision),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    return dJ, dr
+    return dJ, dr.to(r.dtype)
 
 
 def _fwd_constexprs(m: int, dtype: torch.dtype, precision: str) -> dict:
@@ -339,21 +339,18 @@ def _bwd_constexprs(m: int, precision: str) -> dict:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every compilation of these kernels: m's buckets, dtypes of J and r, even and odd sizes."""
-    f32 = "*fp32"
-    half = (torch.bfloat16, torch.float16)
-    dtypes = [(torch.float32, torch.float32), *((j, r) for j in half for r in (j, torch.float32))]
-    for m, (j, r), is_odd in product((16, 32, 64, 128), dtypes, (False, True)):
-        label = f"m{'>64' if m > 64 else f'={m}'} J {pointer(j)[1:]} r {pointer(r)[1:]}"
+    """Every compilation at the default precision: m's buckets, J's dtypes, even and odd sizes."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for m, dtype, is_odd in product((16, 32, 64, 128), dtypes, (False, True)):
+        label = f"m{'>64' if m > 64 else f'={m}'} J {pointer(dtype)[1:]}"
         label += " odd" if is_odd else ""
-        data = {"j_ptr": pointer(j), "r_ptr": pointer(r)}
-        odd = (*data, "n", "stride_j_b", "stride_j_m", "stride_r_b") if is_odd else ()
-        fwd, bwd = _fwd_tile(m, j), _bwd_tile(m)
+        odd = ("j_ptr", "r_ptr", "n", "stride_j_b", "stride_j_m", "stride_r_b") if is_odd else ()
+        fwd, bwd = _fwd_tile(m, dtype), _bwd_tile(m)
         yield Configuration(
             _gram_project_fwd_kernel,
             label,
-            {**data, "g_ptr": f32, "p_ptr": f32, "rr_ptr": f32},
-            _fwd_constexprs(m, j, "ieee"),
+            _pointers("r g p rr") | {"j_ptr": pointer(dtype)},
+            _fwd_constexprs(m, dtype, "ieee"),
             fwd.num_warps,
             fwd.num_stages,
             odd,
@@ -361,21 +358,20 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(
             _gram_project_bwd_kernel,
             label,
-            {
-                **data,
-                **{"m_ptr": f32, "u_ptr": f32, "g_rr_ptr": f32},
-                **{"dj_ptr": pointer(j), "dr_ptr": pointer(r)},
-            },
+            _pointers("r m u g_rr dr") | {"j_ptr": pointer(dtype), "dj_ptr": pointer(dtype)},
             _bwd_constexprs(m, "ieee"),
             bwd.num_warps,
             bwd.num_stages,
             (*odd, "stride_dj_b", "stride_dj_m") if is_odd else (),
         )
-    parts = ("g_part_ptr", "p_part_ptr", "rr_part_ptr", "g_ptr", "p_ptr", "rr_ptr")
     yield Configuration(
         _gram_project_sum_kernel,
         "any m",
-        dict.fromkeys(parts, f32),
+        _pointers("g_part p_part rr_part g p rr"),
         {"BLOCK": _SUM_BLOCK},
         num_warps=4,
     )
+
+
+def _pointers(names: str) -> dict[str, str]:
+    return {f"{name}_ptr": "*fp32" for name in names.split()}

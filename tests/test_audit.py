@@ -41,7 +41,7 @@ def test_no_configuration_spills_or_overflows():
         name, label = row["kernel"], row["configuration"]
         if "gram_project" in name and "J bf16" in label:
             assert row["tensor_core"] > 0, row
-        if ("gram_project" in name and "J " in label) and "odd" not in label:
+        if "gram_project" in name and "J " in label and "odd" not in label:
             assert row["load_bytes"] == 16, row
 
 
