@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,11 +49,11 @@ def _figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _tile(images: Tensor, columns: int) -> Tensor:
+def _tile(images: Tensor, columns: int) -> np.ndarray:
     """Lay images ``[N, C, H, W]`` out row by row: ``[H', W']`` or, in colour, ``[H', W', 3]``."""
     rows = images.clamp(0, 1).cpu().unflatten(0, (-1, columns))
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    return sheet.squeeze(-1)
+    return sheet.squeeze(-1).numpy()
 
 
 def _show(axes, images: Tensor, columns: int) -> None:
@@ -96,7 +97,7 @@ def _curves(run: Run):
     panels = {
         "objective": "objective (nats)",
         "kl": "KL(q || p) (nats)",
-        "squared_error": f"squared error {where}",
+        "squared_error": f"squared error, {where}",
     }
     figure = _figure(9.0, 2.6)
     for axes, (column, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):

@@ -273,8 +273,8 @@ def _prepare(config: TrainConfig, folder: Path) -> Run:
     objective = make_objective(config, decoder)
     if config.method == "sampling-free":
         # A decoder or backend that cannot run should say so before anything is written.
-        z = torch.zeros(1, config.latent_dim, device=device)
-        objective(to_unit(images[:1].to(device)), z, z)
+        z = torch.zeros(2, config.latent_dim, device=device)
+        objective(to_unit(images[:2].to(device)), z, z)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=True)
     return Run(folder, config, device, encoder, decoder, objective, optimizer, images.to(device))
