@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The largest m whose factorisation fits the registers of one program.
+WOODBURY_MAX_M = 64
+
 # The activations and their parameters, in the order in which `params` gives them.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "relu": (),

@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._contract import WOODBURY_MAX_M
 from ._launch import Configuration
-
-MAX_M = 64
 
 # Four float32 epsilons: the share of C_kk below which a pivot is rounding noise.
 _PIVOT_EPS = tl.constexpr(4 * 2.0**-23)
@@ -174,9 +173,9 @@ def woodbury_fwd(G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor) -> Wood
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} has dtype {tensor.dtype}: this kernel takes float32")
     m = G.shape[-1]
-    if m > MAX_M:
+    if m > WOODBURY_MAX_M:
         raise ValueError(
-            f"m={m} does not fit the registers of one program (m <= {MAX_M}); "
+            f"m={m} does not fit the registers of one program (m <= {WOODBURY_MAX_M}); "
             "use the factorisation in plain torch"
         )
     splits = G.shape[0] if G.dim() == 4 else 1
