@@ -41,7 +41,7 @@ def test_objective_and_gradients(m, likelihood, activation):
     exact = problem(m, activation, torch.float64, DEVICE)
     want = evaluate(*exact, likelihood, "reference")
     eps = torch.finfo(torch.float32).eps
-    # One scale for all: a gradient that is small because its terms cancel has rounding of their size.
+    # One scale for all: a gradient whose terms cancel has rounding of their size.
     scale = max(oracle.abs().max() for oracle in want[1:])
     for mine, peer, oracle in zip(got, plain, want, strict=True):
         worst = (mine.double() - oracle).abs().max()
