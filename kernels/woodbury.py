@@ -86,11 +86,10 @@ def _woodbury_fwd_kernel(
         row = tl.sum(tl.where(is_k[:, None], T, 0.0), 0)
         pivot = tl.sum(tl.where(is_k, row, 0.0), 0)
         floor_k = tl.sum(tl.where(is_k, floor, 0.0), 0)
-        half_k = tl.sum(tl.where(is_k, c + a, 0.0), 0) * _HALF_EPS
         floored = pivot < floor_k
         d = tl.where(floored, floor_k, pivot)
         v_k = tl.where(floored, 0.0, tl.sum(tl.where(is_k, v, 0.0), 0))
-        lost = tl.where(floored | (pivot < half_k), 1, lost)
+        lost = tl.where(floored, 1, lost)
         pivots = tl.where(is_k, d, pivots)
 
         e = tl.where(is_k, 1.0, tl.where(i < k, row, 0.0))
@@ -104,6 +103,7 @@ def _woodbury_fwd_kernel(
             - multiplier[:, None] * tl.where(is_k, 1.0, row)[None, :]
         )
 
+    lost = tl.maximum(lost, tl.max((pivots < (c + a) * _HALF_EPS).to(tl.int32), 0))
     # v has become vhat, and a padded lane's pivot is c. Summed here, over lanes, rather than in the
     # loop: a tree of additions loses less than a chain.
     log_det = tl.sum(tl.log(pivots / c), 0)

@@ -110,6 +110,16 @@ def test_lost_pivot_follows_the_rule_by_hand():
     torch.testing.assert_close(got.explained.cpu(), torch.tensor([0.9]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("difference, lost", [(0.1, False), (0.01, True)])
+def test_lost_also_means_fewer_than_half_of_the_digits(difference, lost):
+    # The second pivot is about difference^2 of C_kk, on either side of sqrt(eps) = 3.5e-4.
+    J = torch.tensor([[[1e3, 0.0], [1e3, 1e3 * difference]]], device=DEVICE)
+    r, h, c = (torch.ones(shape, device=DEVICE) for shape in ((1, 2), (1, 2), (1,)))
+    inputs = (*reference.gram_project(J, r), h, c)
+    assert woodbury_triton(*inputs).lost.item() == lost
+    assert woodbury_native(*inputs).lost.item() == lost
+
+
 @pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_input_spoils_its_own_sample_only(index, value):
