@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastsfvae.kernels._contract import PARAMETERS
 
+from fastsfvae.kernels._contract import PARAMETERS
 from fastsfvae.ops import _library
 from fastsfvae.ops.tangent_activation import tangent_activation
 

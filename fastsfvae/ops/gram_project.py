@@ -6,6 +6,9 @@ to float32 from a half dtype on the torch backend. Sums and results are at least
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -62,7 +65,7 @@ def gram_project_backward(
         return _library.gram_project_bwd(J, r, M, u, g_rr)
     dtype = _compute_dtype(J, r)
     dJ = torch.empty_like(J, dtype=dtype)
-    with torch.autocast(J.device.type, enabled=False):
+    with _full_products(J):
         J32, r32, M, u, g_rr = (t.to(dtype) for t in (J, r, M, u, g_rr))
         # Written in place: J's order of strides is kept, and no product of J's size is allocated.
         torch.mul(u.unsqueeze(-1), r32.unsqueeze(-2), out=dJ)
@@ -76,10 +79,25 @@ def _compute_dtype(J: Tensor, r: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(J.dtype, r.dtype), torch.float32)
 
 
+@contextlib.contextmanager
+def _full_products(J: Tensor) -> Iterator[None]:
+    """Neither autocast nor TF32: a rounded G cannot hold the ratio of its eigenvalues to c."""
+    matmul = torch.backends.cuda.matmul
+    with torch.autocast(J.device.type, enabled=False):
+        if not J.is_cuda or matmul.fp32_precision in ("none", "ieee"):
+            yield
+            return
+        chosen = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = chosen
+
+
 def _forward(J: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(J, r)
-    # Autocast would round G to half precision, which cannot hold the ratio of its eigenvalues to c.
-    with torch.autocast(J.device.type, enabled=False):
+    with _full_products(J):
         J, r = J.to(dtype), r.to(dtype)
         G = torch.bmm(J, J.mT)
         p = torch.bmm(J, r.unsqueeze(-1)).squeeze(-1)
