@@ -15,14 +15,13 @@ other. A program keeps all tiles of its sample in registers; the steps, not the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._contract import WOODBURY_MAX_M
+from ._contract import WOODBURY_MAX_M, Woodbury
 from ._launch import Configuration
 
 # Four float32 epsilons: the share of C_kk below which a pivot is rounding noise.
@@ -121,28 +120,6 @@ def _woodbury_fwd_kernel(
     tl.store(q_ptr + b * m + i, tl.where(a < c, q_sum, q_complement), mask=inside)
     tl.store(w_ptr + b * m + i, w, mask=inside)
     tl.store(lost_ptr + b, lost.to(tl.uint8))
-
-
-class Woodbury(NamedTuple):
-    """Results of `woodbury_fwd`, float32 unless said.
-
-    Attributes:
-        log_det: logdet(I + A/c), ``[B]``.
-        explained: v^T C^-1 v clamped to [0, rr], ``[B]``.
-        K: S C^-1 S, ``[B, m, m]``.
-        y: S C^-1 v, ``[B, m]``.
-        q: diag(A C^-1), ``[B, m]``.
-        w: C^-1 v, ``[B, m]``.
-        lost: bool ``[B]``, True where a pivot was floored or kept fewer than half of its digits.
-    """
-
-    log_det: Tensor
-    explained: Tensor
-    K: Tensor
-    y: Tensor
-    q: Tensor
-    w: Tensor
-    lost: Tensor
 
 
 def _block_m(m: int) -> int:

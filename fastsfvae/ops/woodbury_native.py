@@ -12,34 +12,12 @@ that noise just above the floor would pass for a pivot.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from fastsfvae.kernels._contract import Woodbury as Woodbury
+
 _BLOCK = 32
-
-
-class Woodbury(NamedTuple):
-    """What one factorisation gives; everything the adjoints need is m x m or smaller.
-
-    Attributes:
-        log_det: logdet(I + A/c), ``[B]``.
-        explained: v^T C^-1 v clamped to [0, rr], ``[B]``.
-        K: S C^-1 S, ``[B, m, m]``.
-        y: S C^-1 v, ``[B, m]``.
-        q: diag(A C^-1), ``[B, m]``.
-        w: C^-1 v, ``[B, m]``.
-        lost: bool ``[B]``, True where a pivot was floored or kept fewer than half of its digits.
-    """
-
-    log_det: Tensor
-    explained: Tensor
-    K: Tensor
-    y: Tensor
-    q: Tensor
-    w: Tensor
-    lost: Tensor
 
 
 def woodbury_native(
