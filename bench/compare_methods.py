@@ -1,6 +1,6 @@
 """Sampling-free (precision, expected) and sampling VAEs on the digits: equal steps, equal seconds.
 
-    python bench/compare_methods.py --steps 2000 --seeds 0
+    python bench/compare_methods.py --steps 1500 --seeds 0
 
 Each method trains the default MLP for the same number of steps; then every other method goes on (or
 starts again, where it was slower) until it has trained for about as long as `precision` did. Writes
@@ -115,7 +115,7 @@ def markdown(rows: list[dict]) -> str:
 def main() -> None:
     """Parse the command line, run, write, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2_000, help="steps of each method")
+    parser.add_argument("--steps", type=int, default=1_500, help="steps of each method")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--importance-samples", type=int, default=500, help="K of the log ML")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")

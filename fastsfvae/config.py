@@ -36,7 +36,7 @@ class TrainConfig:
     batch_size: int = 64
     """Images per step."""
 
-    steps: int = 2_000
+    steps: int = 1_500
     """Optimiser steps in all, those before a resume included."""
 
     lr: float = 1e-3
