@@ -200,7 +200,7 @@ def squared_error_at_mean(
 def posterior_collapse(
     mean: Tensor, log_var: Tensor, epsilon: float = 0.05, delta: float = 0.01
 ) -> PosteriorCollapse:
-    """Count (epsilon, delta)-collapsed latent dimensions, in integers (paper, 4.3).
+    """Count (epsilon, delta)-collapsed latent dimensions, in integers (paper, 4.4).
 
     Args:
         mean: ``[N, m]``.
