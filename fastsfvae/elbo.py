@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastsfvae import _checks
+from fastsfvae import _checks, fused
 from fastsfvae._checks import Likelihood
 from fastsfvae.jacobian import flatten_in_memory_order, map_chunks, resolve_backend
 from fastsfvae.likelihood import LikelihoodTerms, likelihood_terms
@@ -98,11 +99,77 @@ def sampling_free_elbo(
         ValueError: for shapes, devices or settings that do not fit, in one line that quotes them.
         RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
     """
-    check_settings(noise_var, gamma, kl_weight, likelihood)
+    settings = Settings(noise_var, gamma, kl_weight, likelihood, backend, chunk_size)
+    return evaluate(decoder, x, mean, log_var, args, kwargs, settings)[0]
+
+
+class Settings(NamedTuple):
+    """The keyword arguments of `sampling_free_elbo`."""
+
+    noise_var: float | Tensor
+    gamma: float | Tensor
+    kl_weight: float | Tensor
+    likelihood: Likelihood
+    backend: str
+    chunk_size: int | None
+
+
+def evaluate(
+    decoder,
+    x: Tensor,
+    mean: Tensor,
+    log_var: Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
+    settings: Settings,
+    weight: Tensor | None = None,
+) -> tuple[Elbo, Tensor]:
+    """The objective of each sample and, for given weights, their weighted sum (0-d).
+
+    With weights the sum alone is sure to be differentiable: its gradients are finished while it is
+    evaluated, where the decoder's operations allow it and the weights need none themselves.
+
+    Args:
+        decoder: as in `sampling_free_elbo`, like all that follow.
+        x: ``[B, *out]``.
+        mean: ``[B, m]``.
+        log_var: ``[B, m]``.
+        args: further decoder inputs.
+        kwargs: further decoder inputs by name.
+        settings: the keyword arguments.
+        weight: ``[B]``, or None.
+    """
+    check_settings(*settings[:4])
     _checks.latent(mean, log_var)
     _checks.batch(x, mean)
-    resolved = resolve_backend(backend, mean)
+    backend = resolve_backend(settings.backend, mean)
+    settings = settings._replace(backend=backend)
     latent_var = log_var.exp()
+    total: Tensor | None = None
+    terms: Sequence[Tensor] | Tensor
+    problem = fused.prepare(decoder, x, mean, latent_var, args, kwargs, settings)
+    if problem is None:
+        terms = _recomputed_terms(decoder, x, mean, latent_var, args, kwargs, settings)
+    elif weight is None or weight.requires_grad:
+        terms = fused.log_likelihood_terms(problem)
+    else:
+        total, terms = fused.total_log_likelihood(problem, weight)
+    log_likelihood, squared_error, log_det, explained = terms
+    kl = gaussian_kl(mean, log_var)
+    objective = log_likelihood - settings.kl_weight * kl
+    if weight is None:
+        total = objective.sum()
+    elif total is None:
+        total = (weight * objective).sum()
+    else:
+        total = total - settings.kl_weight * (weight * kl).sum()
+    return Elbo(objective, log_likelihood, kl, squared_error, log_det, explained), total
+
+
+def _recomputed_terms(
+    decoder, x, mean, latent_var, args, kwargs, settings: Settings
+) -> tuple[Tensor, ...]:
+    """The four terms by autograd, for what has no adjoints; several chunks are computed twice."""
 
     def finish(output: Tensor, tangents: Tensor, start: int, stop: int) -> LikelihoodTerms:
         if x.shape[1:] != output.shape[1:]:
@@ -113,25 +180,18 @@ def sampling_free_elbo(
         return likelihood_terms(
             *flatten_in_memory_order(tangents, x[start:stop] - output),
             latent_var[start:stop],
-            noise_var=noise_var,
-            gamma=gamma,
-            likelihood=likelihood,
-            backend=resolved,
+            noise_var=settings.noise_var,
+            gamma=settings.gamma,
+            likelihood=settings.likelihood,
+            backend=settings.backend,
         )
 
-    terms = LikelihoodTerms(
-        *map_chunks(
-            *(finish, decoder, mean, args, kwargs),
-            backend=resolved,
-            chunk_size=chunk_size,
-            also=(x, log_var, noise_var, gamma),
-        )
-    )
-    kl = gaussian_kl(mean, log_var)
-    objective = terms.log_likelihood - kl_weight * kl
-    return Elbo(
-        objective, terms.log_likelihood, kl, terms.squared_error, terms.log_det, terms.explained
-    )
+    return map_chunks(
+        *(finish, decoder, mean, args, kwargs),
+        backend=settings.backend,
+        chunk_size=settings.chunk_size,
+        also=(x, latent_var, settings.noise_var, settings.gamma),
+    )[:4]
 
 
 def low_rank_log_prob(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
-from fastsfvae.elbo import Elbo, check_settings, sampling_free_elbo
+from fastsfvae.elbo import Elbo, Settings, check_settings, evaluate
 from fastsfvae.jacobian.validate import unwrap
 
 
@@ -95,31 +96,29 @@ class SamplingFreeLoss(nn.Module):
                 f"sample_weight has shape {tuple(sample_weight.shape)}: "
                 f"give [B] = {tuple(mean.shape[:1])}"
             )
-        terms = sampling_free_elbo(
-            self.decoder,
-            x,
-            mean,
-            log_var,
-            *args,
-            noise_var=self.noise_var,
-            gamma=self.gamma,
-            kl_weight=self.kl_weight,
-            likelihood=self.likelihood,
-            backend=self.backend,
-            chunk_size=self.chunk_size,
-            **kwargs,
+        settings = Settings(
+            self.noise_var,
+            self.gamma,
+            self.kl_weight,
+            self.likelihood,
+            self.backend,
+            self.chunk_size,
         )
-        loss = self._reduce(-terms.elbo, sample_weight)
-        return (loss, Elbo(*(t.detach() for t in terms))) if return_terms else loss
-
-    def _reduce(self, losses: Tensor, sample_weight: Tensor | None) -> Tensor:
-        if sample_weight is not None:
-            losses = losses * sample_weight
+        weight = None if self.reduction == "none" else self._share(mean, sample_weight)
+        elbo, total = evaluate(self.decoder, x, mean, log_var, args, kwargs, settings, weight)
+        loss = -total
         if self.reduction == "none":
-            return losses
-        if self.reduction == "sum":
-            return losses.sum()
-        return losses.mean() if sample_weight is None else losses.sum() / sample_weight.sum()
+            loss = -elbo.elbo if sample_weight is None else -elbo.elbo * sample_weight
+        return (loss, Elbo(*(t.detach() for t in elbo))) if return_terms else loss
+
+    def _share(self, mean: Tensor, sample_weight: Tensor | None) -> Tensor:
+        """What each sample's loss is multiplied by before all are added up."""
+        if sample_weight is not None:
+            total = sample_weight.sum() if self.reduction == "mean" else 1
+            return sample_weight / total
+        share = 1 / mean.shape[0] if self.reduction == "mean" else 1.0
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        return torch.full(mean.shape[:1], share, dtype=dtype, device=mean.device)
 
     def extra_repr(self) -> str:
         """The settings, as they would be written in a call."""

@@ -442,5 +442,5 @@ def test_spectral_norm_in_training_steps_as_a_call_does():
 def test_source_is_readable_python():
     linearizer = engine.Linearizer(mlp(), latents())
     lines = linearizer.plan(4).source.splitlines()
-    assert "def body(z, tensors, extras, statics):" in lines
+    assert "def body(z, tensors, extras, statics, sides):" in lines
     assert any("tanh_rule(" in line for line in lines)

@@ -40,7 +40,7 @@ def generic_rule(operation: Callable[..., Any], path: str) -> Callable[..., Any]
     name = str(operation).removeprefix("aten.").partition(".")[0]
     if name in _WRONG_GRADIENTS:
         raise RuntimeError(
-            f"{name}{_where(path)} has no tangent rule for these arguments (a weight that depends "
+            f"{name}{where(path)} has no tangent rule for these arguments (a weight that depends "
             "on z?): normalise without a weight and multiply"
         )
 
@@ -80,7 +80,7 @@ def _linearize(call: Callable[..., Any], jets: list[Jet], name: str, path: str) 
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().split("\n")[0]
             raise RuntimeError(
-                f"no tangents can be carried through {name}{_where(path)}: it has no rule, and "
+                f"no tangents can be carried through {name}{where(path)}: it has no rule, and "
                 f"PyTorch cannot differentiate it forward or twice ({reason})"
             ) from error
     for index, tangent in zip(smooth, moved, strict=True):
@@ -101,7 +101,8 @@ def _forward_mode(function, primals, tangents) -> tuple[Tensor, ...]:
     return torch.func.vmap(push)(*tangents)
 
 
-def _where(path: str) -> str:
+def where(path: str) -> str:
+    """How messages add the module at a path."""
     return f" in decoder.{path}" if path else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -18,10 +19,46 @@ class Jet(NamedTuple):
         primal: the value, [B, ...].
         tangent: [m, B, ...]. Where the second axis has extent 1 and B has not, all samples share
             the same tangents; so they do before the first operation that is not linear.
+        stack: [1 + m, B, ...] where value and tangents lie behind one another in memory, so that a
+            linear operation takes both in one call; None elsewhere, and always under autograd.
     """
 
     primal: Tensor
     tangent: Tensor
+    stack: Tensor | None = None
+
+
+def latent_jet(z: Tensor) -> Jet:
+    """Latents with the unit vectors as its tangents."""
+    return Jet(z, torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[:, None, :])
+
+
+def from_stack(stack: Tensor) -> Jet:
+    """The Jet whose value and tangents are the slices of ``[1 + m, B, ...]``."""
+    return Jet(stack[0], stack[1:], stack)
+
+
+def move(x: Jet, operation: Callable[[Tensor, int], Tensor], keeps_batch: bool = True) -> Jet:
+    """Apply a linear operation to values and tangents.
+
+    Args:
+        x: the Jet.
+        operation: called with a tensor and the number of axes in front of the value's own.
+        keeps_batch: whether axis 0 stays the batch; tangents that all samples share are expanded
+            where not.
+    """
+    if x.stack is not None:
+        return from_stack(operation(x.stack, 1))
+    tangent = x.tangent if keeps_batch else full_tangent(x)
+    return Jet(operation(x.primal, 0), operation(tangent, 1))
+
+
+def move_folded(x: Jet, operation: Callable[[Tensor], Tensor]) -> Jet:
+    """Apply a linear operation on [N, ...] to the value and, as one batch, to the tangents."""
+    if x.stack is not None:
+        return from_stack(unfold(operation(fold(x.stack)), x.stack.shape[0]))
+    moved = operation(fold(x.tangent))
+    return Jet(operation(x.primal), unfold(moved, x.tangent.shape[0]))
 
 
 def full_tangent(x: Jet) -> Tensor:
@@ -38,6 +75,23 @@ def fold(tangent: Tensor) -> Tensor:
 def unfold(folded: Tensor, m: int) -> Tensor:
     """Turn [m * B, ...] back into [m, B, ...]."""
     return folded.view(m, folded.shape[0] // m, *folded.shape[1:])
+
+
+def sum_over_parts(a: Jet, b: Jet, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A bilinear `product` that sums over leading axes, of values and of tangents, added up."""
+    if a.stack is not None and b.stack is not None:
+        return product(a.stack, b.stack)
+    return product(a.primal, b.primal) + product(a.tangent, b.tangent)
+
+
+def join(by_value: Tensor, by_tangents: Tensor) -> Tensor:
+    """Add up the two parts of a parameter's gradient, both in the axes of the result.
+
+    Tangents that all samples share count once, not once a sample.
+    """
+    if by_tangents.shape[0] == 1:
+        by_value = by_value.sum(0, keepdim=True)
+    return by_value + by_tangents
 
 
 def primal_of(x: Any) -> Any:

@@ -26,6 +26,17 @@ _NO_INPUTS = pytree.tree_flatten(((), {}))
 _plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
+def chunk_bounds(batch: int, size: int) -> Iterator[tuple[int, int]]:
+    """Bounds of near-equal chunks of at most `size` samples."""
+    count = -(-batch // max(1, min(size, batch)))
+    base, longer = divmod(batch, count)
+    start = 0
+    for index in range(count):
+        stop = start + base + (index < longer)
+        yield start, stop
+        start = stop
+
+
 class Linearizer:
     """A decoder prepared for one batch; `chunks` and `run` evaluate it.
 
@@ -56,7 +67,7 @@ class Linearizer:
         self._leaves = leaves
         self.extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         batch = z.shape[0]
-        self._batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
+        self.batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
         if isinstance(self.decoder, nn.Module):
             self._print = fingerprint(self.decoder)
         else:
@@ -65,6 +76,11 @@ class Linearizer:
         self._key = self._whole_key()
         self._local: dict[tuple, list] = {}
         self._statics: dict[Any, tuple] = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The decoder's parameters and buffers."""
+        return self._print.tensors
 
     def run(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Decode samples start to stop: (output [b, *out], tangents [m, b, *out])."""
@@ -99,15 +115,7 @@ class Linearizer:
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[int, int]]:
         """Bounds of near-equal chunks, of at most chunk_size samples or by a memory budget."""
-        batch = self.z.shape[0]
-        size = chunk_size or self._default_chunk()
-        count = -(-batch // max(1, min(size, batch)))
-        base, longer = divmod(batch, count)
-        start = 0
-        for index in range(count):
-            stop = start + base + (index < longer)
-            yield start, stop
-            start = stop
+        return chunk_bounds(self.z.shape[0], chunk_size or self.default_chunk())
 
     def plan(self, batch: int) -> Any:
         """The plan for chunks of that many samples, traced if there is none yet."""
@@ -144,24 +152,25 @@ class Linearizer:
             self._print.tensors,
             z,
             extras,
-            self._batched,
+            self.batched,
             rebuild,
         )
-        return build_plan(traced, self._print.names, self._batched, self.backend)
+        trained = [t.requires_grad for t in self._print.tensors]
+        return build_plan(traced, trained, self.batched, self.backend)
 
     def _slice(self, start: int, stop: int | None) -> tuple[Tensor, list[Tensor]]:
         if start == 0 and (stop is None or stop == self.z.shape[0]):
             return self.z, self.extras
         extras = [
             t[start:stop] if along else t
-            for t, along in zip(self.extras, self._batched, strict=True)
+            for t, along in zip(self.extras, self.batched, strict=True)
         ]
         return self.z[start:stop], extras
 
     def _whole_key(self) -> tuple:
         z = self.z
         leaves = tuple(
-            (leaf.shape[1:] if self._batched[i] else leaf.shape, leaf.dtype, leaf.device)
+            (leaf.shape[1:] if self.batched[i] else leaf.shape, leaf.dtype, leaf.device)
             for i, leaf in enumerate(self.extras)
         )
         plain = tuple(freeze(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor))
@@ -170,10 +179,11 @@ class Linearizer:
         return (
             self._print.key,
             (z.shape[1], z.dtype, z.device, self.backend, autocast),
-            (self._spec, leaves, tuple(self._batched), plain),
+            (self._spec, leaves, tuple(self.batched), plain),
         )
 
-    def _default_chunk(self) -> int:
+    def default_chunk(self) -> int:
+        """Samples a chunk by a memory budget."""
         plan = self.plan(self.z.shape[0])
         budget = _CPU_BUDGET
         if self.z.is_cuda:

@@ -1,8 +1,12 @@
 """A plan: a traced decoder as straight-line Python that carries tangents.
 
 The prelude computes what depends on parameters and unbatched inputs only (the effective weights of
-weight_norm, an attention mask): once per call, outside the chunk loop. The body runs per chunk:
+weight_norm, an attention mask): once per call, outside the chunk loop. `side` computes what depends
+on parameters and batched inputs but not on z (the embedding of a label). The body runs per chunk:
 operations on Jets through their rules, everything else as it is.
+
+A plan is sweepable where the gradients of all it does can be pulled back by hand: every operation
+on Jets has an adjoint, and no other operation of the body carries a gradient.
 """
 
 from __future__ import annotations
@@ -15,18 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.cost import tangent_flops
-from fastsfvae.jacobian.fallback import generic_rule
+from fastsfvae.jacobian.fallback import generic_rule, where
 from fastsfvae.jacobian.functionalize import functionalize, is_mutation
-from fastsfvae.jacobian.jet import Jet, full_tangent
+from fastsfvae.jacobian.jet import Jet, full_tangent, latent_jet
 from fastsfvae.jacobian.refuse import refuse_training_mode
 from fastsfvae.jacobian.registry import RULES
 from fastsfvae.jacobian.rules import NOT_DIFFERENTIABLE
 from fastsfvae.jacobian.trace import Trace
 
 _INDENT = "    "
+# What passes a private argument on.
+_VIEWS = frozenset("view reshape unflatten unsqueeze squeeze".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,52 +62,68 @@ class Plan:
     Attributes:
         source: the generated Python, readable.
         prelude: (tensors, extras) -> what the body needs that no sample changes.
-        body: (z, tensors, extras, statics) -> Jet, or a Tensor where nothing depends on z.
+        side: (tensors, extras, statics) -> what else the body needs, with a batch axis.
+        body: (z, tensors, extras, statics, sides) -> Jet, or a Tensor where nothing depends on z.
+        body_inputs: which of `tensors` the body reads itself.
+        obstacles: what keeps the plan from being swept, empty where nothing does.
         steps: the operations in order.
         accepts: whether the plan is right for a batch size.
         widest: the largest tangent, in elements per sample and direction.
         total: all tangents together, likewise.
+        signature: what the body reads; two plans with equal ones can take each other's inputs.
+        output_shape: of one sample.
+        programs: kept for `fastsfvae.jacobian.sweep`.
     """
 
     source: str
     prelude: Callable[..., tuple]
+    side: Callable[..., tuple]
     body: Callable[..., Any]
+    body_inputs: list[int]
+    obstacles: list[str]
     steps: list[Step]
     accepts: Callable[[int], bool]
     widest: int
     total: int
+    signature: tuple
+    output_shape: tuple[int, ...]
+    programs: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     def run(self, z: Tensor, tensors: list, extras: list, statics: tuple) -> tuple[Tensor, Tensor]:
         """Decode a chunk: (output [B, *out], tangents [m, B, *out])."""
-        m = z.shape[1]
-        seed = torch.eye(m, dtype=z.dtype, device=z.device)[:, None, :]
-        result = self.body(Jet(z, seed), tensors, extras, statics)
+        sides = self.side(tensors, extras, statics)
+        result = self.body(latent_jet(z), tensors, extras, statics, sides)
         if isinstance(result, Jet):
             return result.primal, full_tangent(result)
-        return result, result.new_zeros(()).expand(m, *result.shape)
+        return result, result.new_zeros(()).expand(z.shape[1], *result.shape)
 
 
-def build_plan(trace: Trace, names: list[str], batched: list[bool], backend: str) -> Plan:
+def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: str) -> Plan:
     """Turn a trace into code for the resolved backend, "torch" or "triton".
 
     Args:
         trace: of the decoder.
-        names: the parameters' and buffers' names, in the order of the trace's inputs.
+        trained: for each parameter and buffer, whether it may require a gradient.
         batched: for each further tensor input, whether it has the batch axis.
         backend: chooses among a rule's implementations.
     """
     graph = trace.module.graph
-    params, rest = trace.inputs[: len(names)], trace.inputs[len(names) :]
+    params, rest = trace.inputs[: len(trained)], trace.inputs[len(trained) :]
     z, extras = rest[0], rest[1:]
     batch_inputs = {z, *(node for node, along in zip(extras, batched, strict=True) if along)}
     functionalize(graph, batch_inputs)
-    return _Emitter(trace, params, z, extras, batch_inputs, backend).plan()
+    carriers = {node for node, along in zip(params, trained, strict=True) if along}
+    carriers.update(node for node in extras if _is_floating(node))
+    emitter = _Emitter(trace, params, z, extras, batch_inputs, carriers, backend)
+    # The caller may be inside torch.func.grad, where stand-ins cannot ask for gradients.
+    with temporarily_clear_interpreter_stack():
+        return emitter.plan()
 
 
 class _Emitter:
     """Classifies the nodes of a graph and writes prelude and body."""
 
-    def __init__(self, trace, params, z, extras, batch_inputs, backend):
+    def __init__(self, trace, params, z, extras, batch_inputs, carriers, backend):
         self.trace, self.params, self.z, self.extras = trace, params, z, extras
         self.backend = backend
         self.dynamic: set[fx.Node] = set(batch_inputs)
@@ -115,6 +138,10 @@ class _Emitter:
         self.prelude: list[tuple[str, fx.Node]] = []
         self.body: list[tuple[str, fx.Node]] = []
         self.controls = 0
+        self.obstacles: list[str] = []
+        self.from_z: set[fx.Node] = {z}
+        # What a gradient may be wanted of, besides Jets.
+        self.carriers: set[fx.Node] = carriers
         self.steps: list[Step] = []
         self.widest = self.total = 0
 
@@ -131,6 +158,8 @@ class _Emitter:
                 continue
             elif node.op == "get_attr":
                 value = operator.attrgetter(node.target)(self.trace.module)
+                if isinstance(value, Tensor) and value.requires_grad:
+                    self._obstruct("a trained tensor that is no parameter of the decoder", node)
                 self.names[node] = self._bind(_identifier(node.target), value)
             elif node.target is torch._C._set_grad_enabled:
                 grad_enabled = bool(node.args[0])
@@ -143,6 +172,9 @@ class _Emitter:
         self._see(result)
         return self._finish(result)
 
+    def _obstruct(self, what: str, node: fx.Node) -> None:
+        self.obstacles.append(what + where(self.trace.paths.get(node, "")))
+
     def _control(self, node: fx.Node, line: str) -> None:
         self.controls += 1
         self.prelude.append((line, node))
@@ -150,18 +182,26 @@ class _Emitter:
 
     def _operation(self, node: fx.Node, grad_enabled: bool) -> None:
         inputs = node.all_input_nodes
+        trained = any(arg in self.carriers for arg in inputs)
+        if trained and grad_enabled and _differentiable(node):
+            self.carriers.add(node)
         if not any(arg in self.dynamic for arg in inputs):
             self.prelude.append((f"{node.name} = {self._plain_call(node)}", node))
             return
         self.dynamic.add(node)
+        if any(arg in self.from_z for arg in inputs):
+            self.from_z.add(node)
         if isinstance(node.target, torch._ops.OpOverload):
             refuse_training_mode(_packet_name(node.target), node, self.trace.paths.get(node, ""))
         handled = "plain"
         if grad_enabled and _differentiable(node) and any(arg in self.jets for arg in inputs):
             self.jets.add(node)
+            self.carriers.discard(node)
             call, handled = self._jet_call(node)
         else:
             call = self._plain_call(node)
+            if node in self.from_z and node in self.carriers:
+                self._obstruct(f"{node.target} on z without tangents", node)
         self.body.append((f"{node.name} = {call}", node))
         if isinstance(node.target, torch._ops.OpOverload):
             self._see(node, handled)
@@ -186,16 +226,47 @@ class _Emitter:
         if target is operator.getitem:
             return f"{self._text(node.args[0])}[{node.args[1]!r}]", "rule"
         packet = _packet_name(target)
+        if (
+            packet == "linear"
+            and node.args[0] is self.z
+            and not _contains(node.args[1:], self.jets)
+        ):
+            packet = "linear_of_latents"
         found = RULES.get(packet)
         others = (*node.args[1:], *node.kwargs.values())
         if found is not None and (found.several or not _contains(others, self.jets)):
-            function, handled = found.bind(self.backend), "rule"
+            function, handled = found.bind(self.backend, self._private(node.args[0])), "rule"
+            if not found.pulls(*self._described(node)):
+                self._obstruct(f"{packet} has no adjoint", node)
         else:
             path = self.trace.paths.get(node, "")
             function, handled = generic_rule(target, path), "fallback"
+            self._obstruct(f"{packet} has no rule", node)
             packet = node.name
         name = self._bind(f"{packet}_{handled}", function)
         return f"{name}({self._arguments(node, self._text)})", handled
+
+    def _described(self, node: fx.Node) -> tuple[tuple, dict[str, Any]]:
+        """The arguments as a rule gets them, with fake tensors."""
+
+        def describe(arg: fx.Node) -> Any:
+            value: Any = arg.meta.get("val")
+            if arg in self.jets:
+                return Jet(value, value)
+            return value.detach().requires_grad_() if arg in self.carriers else value
+
+        return fx.map_arg((node.args, node.kwargs), describe)
+
+    def _private(self, arg: Any) -> bool:
+        """Whether a rule may overwrite this argument: new memory that only it reads."""
+        if not isinstance(arg, fx.Node) or arg not in self.jets or len(arg.users) > 1:
+            return False
+        if arg is self.z or not isinstance(arg.target, torch._ops.OpOverload):
+            return False
+        name = _packet_name(arg.target)
+        if name in _VIEWS:
+            return self._private(arg.args[0])
+        return name in RULES and RULES[name].fresh and not RULES[name].overwrites
 
     def _plain_call(self, node: fx.Node) -> str:
         target = node.target
@@ -238,30 +309,75 @@ class _Emitter:
         return candidate
 
     def _finish(self, result: fx.Node) -> Plan:
+        aside = self._aside()
+        side = [(line, n) for line, n in self.body if n in aside or _is_control(n)]
+        # Sizes are asked for again: those of a chunk are other ones.
+        body = [(line, n) for line, n in self.body if n not in aside or not _is_tensor(n)]
+        in_body = {arg for _, node in body for arg in node.all_input_nodes} | {result}
+        sides = [node for _, node in side if node in aside & in_body and _is_tensor(node)]
         produced = {node for line, node in self.prelude if node not in self.dynamic}
-        wanted = {arg for _, node in self.body for arg in node.all_input_nodes} | {result}
+        wanted = in_body | {arg for _, node in side for arg in node.all_input_nodes}
         carried = [n for n in dict.fromkeys(n for _, n in self.prelude) if n in produced & wanted]
-        statics = _tuple_text([self._text(node) for node in carried])
-        lines = ["def prelude(tensors, extras):"]
-        lines += self._unpack(self.prelude, None)
-        lines += self._statements(self.prelude, set(carried))
-        lines += [f"{_INDENT}return {statics}", "", "", "def body(z, tensors, extras, statics):"]
-        if carried:
-            lines.append(f"{_INDENT}{statics} = statics")
-        lines += self._unpack(self.body, result)
-        lines += self._statements(self.body, {result})
-        lines.append(f"{_INDENT}return {self._text(result)}")
-        source = "\n".join(lines) + "\n"
+        body_inputs = [index for index, node in enumerate(self.params) if node in in_body]
+        if result not in self.jets:
+            self.obstacles.append("a result that does not depend on z")
+        if not all(_is_tensor(node) for node in carried):
+            self.obstacles.append("numbers computed from parameters")
+        if not all(_leading(node) == _leading(self.z) for node in sides):
+            self.obstacles.append("parts without a batch axis that depend on a batched input")
+        statics, side_values = (_tuple_text(map(self._text, nodes)) for nodes in (carried, sides))
+        sources = [
+            self._function("prelude", "tensors, extras", self.prelude, carried, statics),
+            self._function(
+                *("side", "tensors, extras, statics", side, sides, side_values),
+                unpacked=[(statics, "statics")] if carried else [],
+            ),
+            self._function(
+                *("body", "z, tensors, extras, statics, sides", body, [result]),
+                self._text(result),
+                unpacked=[(statics, "statics")] * bool(carried)
+                + [(side_values, "sides")] * bool(sides),
+            ),
+        ]
+        source = "\n\n\n".join(sources) + "\n"
         exec(compile(source, "<fastsfvae plan>", "exec"), self.namespace)
-        prelude, body = self.namespace["prelude"], self.namespace["body"]
+        functions = [self.namespace[name] for name in ("prelude", "side", "body")]
         if self.controls:
-            prelude, body = _keeping_modes(prelude), _keeping_modes(body)
-        return Plan(source, prelude, body, self.steps, self.trace.accepts, self.widest, self.total)
+            functions = [_keeping_modes(function) for function in functions]
+        prelude, side_of_batch, body_of_chunk = functions
+        return Plan(
+            source,
+            prelude,
+            side_of_batch,
+            body_of_chunk,
+            body_inputs,
+            self.obstacles,
+            self.steps,
+            self.trace.accepts,
+            self.widest,
+            self.total,
+            (tuple(body_inputs), *(tuple(n.name for n in nodes) for nodes in (carried, sides))),
+            tuple(int(size) for size in result.meta["val"].shape[1:]),
+        )
 
-    def _unpack(self, statements, result: fx.Node | None) -> list[str]:
-        wanted = {arg for _, node in statements for arg in node.all_input_nodes}
-        if result is not None:
-            wanted.add(result)
+    def _aside(self) -> set[fx.Node]:
+        """What carries a gradient beside z, and what it is computed from."""
+        aside: set[fx.Node] = set()
+        for _, node in reversed(self.body):
+            if node in self.dynamic - self.from_z and (node in self.carriers or node in aside):
+                aside.add(node)
+                aside.update(arg for arg in node.all_input_nodes if arg in self.dynamic)
+        return aside
+
+    def _function(self, name, parameters, statements, kept, result, unpacked=()) -> str:
+        lines = [f"def {name}({parameters}):"]
+        lines += [f"{_INDENT}{values} = {source}" for values, source in unpacked]
+        lines += self._unpack(statements, kept)
+        lines += self._statements(statements, set(kept))
+        return "\n".join([*lines, f"{_INDENT}return {result}"])
+
+    def _unpack(self, statements, results: list[fx.Node]) -> list[str]:
+        wanted = {arg for _, node in statements for arg in node.all_input_nodes} | set(results)
         lines = [
             f"{_INDENT}{node.name} = {source}[{index}]"
             for source, nodes in (("tensors", self.params), ("extras", self.extras))
@@ -292,6 +408,19 @@ class _Emitter:
         if self.controls:
             lines.insert(0, f"{_INDENT}ambient = torch.is_grad_enabled()")
         return lines
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return _is_tensor(node) and node.meta["val"].is_floating_point()
+
+
+def _leading(node: fx.Node) -> str:
+    shape = node.meta["val"].shape
+    return str(shape[0]) if shape else ""
 
 
 def _contains(arguments: Any, nodes: set[fx.Node]) -> bool:

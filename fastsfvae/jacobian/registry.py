@@ -1,4 +1,8 @@
-"""The registry of tangent rules: one per ATen operation."""
+"""The registry of tangent rules: one per ATen operation.
+
+A rule carries tangents forward. With an adjoint it also pulls gradients of (value, tangents) back
+by hand, so that a sweep over a chunk of samples needs no autograd.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 
-@dataclasses.dataclass
+from fastsfvae.jacobian.jet import Jet
+from fastsfvae.jacobian.tape import current_tape, flat
+
+
+@dataclasses.dataclass(eq=False)
 class Rule:
-    """How one operation carries tangents.
+    """How one operation carries tangents, and how their gradients come back.
 
     Attributes:
         name: the ATen operation without namespace and overload, such as "conv2d".
@@ -19,29 +28,115 @@ class Rule:
         fused: the same function on the Triton kernels, or None.
         several: whether arguments other than the first may be Jets as well; where they may not
             and one is, the operation is differentiated generically.
+        composed: whether `forward` does all its work on Jets and parameters by calling other
+            rules, whose adjoints are then its own.
+        adjoint: ``(grad, out, needs, *args, **kwargs) -> gradients of args``; see `adjoint`.
+        covers: ``(args, kwargs) -> bool``, whether the adjoint (or, for a composed rule, those of
+            its parts) is right for a call; asked when a plan is built, with the trace's fake
+            tensors in the Jets. None where only the first argument may be a Jet.
+        lean: `forward` where no autograd records it and an adjoint follows: called with the
+            arguments after ``private``, which tells whether it may overwrite its first one.
+        fresh: whether results and gradients lie in new memory that nothing else refers to.
+        overwrites: whether the adjoint may write into `grad`.
     """
 
     name: str
     forward: Callable[..., Any]
     fused: Callable[..., Any] | None = None
     several: bool = False
+    composed: bool = False
+    adjoint: Callable[..., Any] | None = None
+    covers: Callable[..., bool] | None = None
+    lean: Callable[..., Any] | None = None
+    fresh: bool = False
+    overwrites: bool = False
 
-    def bind(self, backend: str) -> Callable[..., Any]:
-        """The function that runs on the resolved backend, "torch" or "triton"."""
-        return self.fused if backend == "triton" and self.fused is not None else self.forward
+    def pulls(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether gradients of a call can be pulled back by hand."""
+        if self.adjoint is None and not self.composed:
+            return False
+        if any(isinstance(value, (Jet, Tensor)) for value in kwargs.values()):
+            return False
+        if self.covers is not None:
+            return self.covers(args, kwargs)
+        return not any(isinstance(arg, Jet) for arg in flat(args[1:]))
+
+    def bind(self, backend: str, private: bool = False) -> Callable[..., Any]:
+        """The function that runs on the resolved backend, "torch" or "triton".
+
+        Args:
+            backend: chooses the implementation.
+            private: whether nothing else reads the first argument's memory.
+        """
+        function = self.fused if backend == "triton" and self.fused is not None else self.forward
+        lean = self.lean if function is self.forward else None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tape = current_tape()
+            if tape is None:
+                return function(*args, **kwargs)
+            if lean is not None:
+                return tape.record(self, lean, (private, *args), kwargs, skip=1)
+            return tape.record(self, function, args, kwargs)
+
+        return run
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str, fused: Callable[..., Any] | None = None, several: bool = False):
-    """Register the decorated function as the rule of the named ATen operations."""
+def rule(
+    *names: str,
+    fused: Callable[..., Any] | None = None,
+    several: bool = False,
+    composed: bool = False,
+    covers: Callable[..., bool] | None = None,
+):
+    """Register the decorated function as the rule of the named ATen operations.
+
+    What it returns calls the function, and notes the call where a tape is running: rules may call
+    one another.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             if name in RULES:
                 raise ValueError(f"there are two tangent rules for {name!r}")
-            RULES[name] = Rule(name, function, fused, several)
+            RULES[name] = Rule(name, function, fused, several, composed, covers=covers)
+        return RULES[names[0]].bind("torch")
+
+    return register
+
+
+def adjoint(
+    *names: str,
+    covers: Callable[..., bool] | None = None,
+    lean: Callable[..., Any] | None = None,
+    fresh: bool = False,
+    overwrites: bool = False,
+):
+    """Register the decorated function as the adjoint of the rules of the named operations.
+
+    It is called as ``(grad, out, needs, *args, **kwargs)`` with the rule's arguments and result.
+    `grad` is a Jet of gradients of `out`, tangents with `out`'s own extents; for an operation with
+    several results it is a tuple with None where a gradient is missing. `needs` has one entry for
+    each of args: whether its gradient is wanted (a list for a list). It returns a tuple with the
+    gradients of the leading args: a Jet for a Jet, a tensor for a tensor, None for nothing.
+    Whatever was broadcast may be left so: the tape sums it and casts it to the argument's dtype.
+
+    Args:
+        *names: ATen operations that have rules.
+        covers: see `Rule`.
+        lean: see `Rule`.
+        fresh: see `Rule`.
+        overwrites: see `Rule`.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            entry = RULES[name]
+            entry.adjoint, entry.covers, entry.lean = function, covers, lean
+            entry.fresh, entry.overwrites = fresh, overwrites
         return function
 
     return register

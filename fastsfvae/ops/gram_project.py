@@ -45,7 +45,13 @@ def gram_project_forward(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Te
 
 
 def gram_project_backward(
-    J: Tensor, r: Tensor, M: Tensor, u: Tensor, g_rr: Tensor, backend: str
+    J: Tensor,
+    r: Tensor,
+    M: Tensor,
+    u: Tensor,
+    g_rr: Tensor,
+    backend: str,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pullback: dJ = M J + u r^T and dr = J^T u + 2 g_rr r, in the dtypes of J and r.
 
@@ -56,15 +62,19 @@ def gram_project_backward(
         u: dp, ``[B, m]``.
         g_rr: d rr, ``[B]``.
         backend: "torch" or "triton".
+        out: where dJ is written; None for new memory in J's order of strides.
 
     Returns:
-        ``(dJ [B, m, n], dr [B, n])``, dJ in J's order of strides.
+        ``(dJ [B, m, n], dr [B, n])``.
     """
     if backend == "triton":
         _library.require_triton(J)
-        return _library.gram_project_bwd(J, r, M, u, g_rr)
+        dJ, dr = _library.gram_project_bwd(J, r, M, u, g_rr)
+        return (dJ if out is None else out.copy_(dJ)), dr
     dtype = _compute_dtype(J, r)
-    dJ = torch.empty_like(J, dtype=dtype)
+    dJ = out
+    if dJ is None or dJ.dtype != dtype:
+        dJ = torch.empty_like(J, dtype=dtype)
     with _full_products(J):
         J32, r32, M, u, g_rr = (t.to(dtype) for t in (J, r, M, u, g_rr))
         # Written in place: J's order of strides is kept, and no product of J's size is allocated.
@@ -72,6 +82,8 @@ def gram_project_backward(
         dJ.baddbmm_(M, J32)
         dr = torch.bmm(u.unsqueeze(-2), J32).squeeze(-2)
         dr.addcmul_(g_rr.unsqueeze(-1), r32, value=2)
+    if out is not None and out is not dJ:
+        dJ = out.copy_(dJ)
     return dJ.to(J.dtype), dr.to(r.dtype)
 
 

@@ -18,6 +18,7 @@ J: it shares G and its cotangent joins M, so that J is still read once forward a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,36 +95,117 @@ def _plain_terms(jacobian, residual, latent_var, noise_var, second_var) -> LowRa
     return LowRankTerms(log_det, explained, rr, second, torch.zeros_like(rr, dtype=torch.bool))
 
 
+class Solved(NamedTuple):
+    """Results of `low_rank_forward` and what `low_rank_backward` needs of it, m x m at most.
+
+    `first` belongs to the latent variances, `second` to the other ones, None without them.
+    """
+
+    gram: Tensor
+    projection: Tensor
+    squared_error: Tensor
+    first: Woodbury
+    second: Woodbury | None
+
+    @property
+    def lost(self) -> Tensor:
+        """See `LowRankTerms`."""
+        return self.first.lost if self.second is None else self.first.lost | self.second.lost
+
+
+def low_rank_forward(
+    jacobian: Tensor,
+    residual: Tensor,
+    latent_var: Tensor,
+    noise_var: Tensor,
+    second_var: Tensor | None,
+    backend: str,
+) -> Solved:
+    """`low_rank_terms` without a graph of its own, for use inside an autograd.Function."""
+    gram, projection, rr = gram_project_forward(jacobian, residual, backend)
+    factorise = _factoriser(gram, projection, rr, noise_var, jacobian, residual, backend)
+    second = None if second_var is None else factorise(second_var)
+    return Solved(gram, projection, rr, factorise(latent_var), second)
+
+
+class LowRankGradients(NamedTuple):
+    """Gradients of `low_rank_forward`'s arguments, None where not asked for."""
+
+    jacobian: Tensor | None
+    residual: Tensor | None
+    latent_var: Tensor | None
+    noise_var: Tensor | None
+    second_var: Tensor | None
+
+
+def low_rank_backward(
+    solved: Solved,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    cotangents: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    needs: Sequence[bool],
+    backend: str,
+    out: Tensor | None = None,
+) -> LowRankGradients:
+    """Pull back cotangents of (log_det, explained, squared_error, second log_det), each ``[B]``.
+
+    Args:
+        solved: the forward's result.
+        inputs: the forward's tensors.
+        cotangents: the last one is None without `second_var`.
+        needs: which of the five inputs' gradients are wanted; those of J and r come together.
+        backend: "torch" or "triton".
+        out: where dJ is written, ``[B, m, n]``; None for new memory.
+    """
+    J, r, h, c, h2 = inputs
+    g_ld, g_ex, g_rr, g_second = cotangents
+    needs_J, needs_r, needs_h, needs_c, needs_h2 = needs
+    G, p, first, second = solved.gram, solved.projection, solved.first, solved.second
+    dJ = dr = dh = dh2 = dc = None
+    if needs_J or needs_r:
+        y = first.y
+        M = 2 * g_ld[:, None, None] * first.K
+        M -= (2 * g_ex[:, None, None] * y.unsqueeze(-1)) * y.unsqueeze(-2)
+        if second is not None and g_second is not None:
+            M += 2 * g_second[:, None, None] * second.K
+        u = 2 * g_ex.unsqueeze(-1) * y
+        dJ, dr = gram_project_backward(J, r, M, u, g_rr, backend, out)
+    if needs_h:
+        dh = g_ld.unsqueeze(-1) * _q_over_h(first.q, h, G, first.K, c)
+        dh += (g_ex * c).unsqueeze(-1) * _w_over_s(first.w, h, G, p, first.y, c).square()
+    if needs_h2 and second is not None and h2 is not None and g_second is not None:
+        dh2 = g_second.unsqueeze(-1) * _q_over_h(second.q, h2, G, second.K, c)
+    if needs_c:
+        dc = -g_ld * first.q.sum(-1) / c - g_ex * first.w.square().sum(-1)
+        if second is not None and g_second is not None:
+            dc = dc - g_second * second.q.sum(-1) / c
+    return LowRankGradients(dJ, dr, dh, dc, dh2)
+
+
 class _LowRankTerms(torch.autograd.Function):
     """The boundary between autograd and kernels; outputs after the fifth feed the backward."""
 
     @staticmethod
     def forward(jacobian, residual, latent_var, noise_var, second_var, backend):
-        gram, projection, rr = gram_project_forward(jacobian, residual, backend)
-        factorise = _factoriser(gram, projection, rr, noise_var, jacobian, residual, backend)
-        first = factorise(latent_var)
-        saved = (gram, projection, first.K, first.y, first.q, first.w)
-        if second_var is None:
-            return first.log_det, first.explained, rr, None, first.lost, *saved, None, None
-        second = factorise(second_var)
-        lost = first.lost | second.lost
+        solved = low_rank_forward(jacobian, residual, latent_var, noise_var, second_var, backend)
+        first, second = solved.first, solved.second
         return (
-            *(first.log_det, first.explained, rr, second.log_det, lost),
-            *(*saved, second.K, second.q),
+            *(first.log_det, first.explained, solved.squared_error),
+            *(None if second is None else second.log_det, solved.lost),
+            *(solved.gram, solved.projection, first.K, first.y, first.q, first.w),
+            *((None,) * 4 if second is None else (second.K, second.y, second.q, second.w)),
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        jacobian, residual, latent_var, noise_var, second_var, backend = inputs
-        hidden = [t for t in output[4:] if t is not None]
-        ctx.mark_non_differentiable(*hidden)
+        *tensors, ctx.backend = inputs
+        ctx.mark_non_differentiable(*(t for t in output[4:] if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.backend = backend
-        ctx.save_for_backward(jacobian, residual, latent_var, noise_var, second_var, *output[5:])
+        ctx.save_for_backward(*tensors, output[2], *output[5:])
 
     @staticmethod
     def backward(ctx, g_ld, g_ex, g_rr, g_second, *_):
-        J, r, h, c, h2, G, p, K, y, q, w, K2, q2 = ctx.saved_tensors
+        *kept, rr, G, p, K, y, q, w, K2, y2, q2, w2 = ctx.saved_tensors
+        inputs = tuple(kept)
         if torch.is_grad_enabled():
             # create_graph=True: differentiate the plain formulas instead, which autograd can redo.
             if ctx.backend != "torch":
@@ -131,32 +213,15 @@ class _LowRankTerms(torch.autograd.Function):
                     f'backend="{ctx.backend}" has first derivatives only; '
                     'second order needs backend="torch" (or "reference")'
                 )
-            return _plain_backward(
-                ctx.needs_input_grad, (J, r, h, c, h2), (g_ld, g_ex, g_rr, g_second)
-            )
-
-        zero = torch.zeros_like(c)
+            return _plain_backward(ctx.needs_input_grad, inputs, (g_ld, g_ex, g_rr, g_second))
+        zero = torch.zeros_like(inputs[3])
         g_ld, g_ex, g_rr = (zero if g is None else g for g in (g_ld, g_ex, g_rr))
-        needs_J, needs_r, needs_h, needs_c, needs_h2, _ = ctx.needs_input_grad
-
-        dJ = dr = dh = dh2 = dc = None
-        if needs_J or needs_r:
-            M = 2 * g_ld[:, None, None] * K
-            M -= (2 * g_ex[:, None, None] * y.unsqueeze(-1)) * y.unsqueeze(-2)
-            if g_second is not None:
-                M += 2 * g_second[:, None, None] * K2
-            u = 2 * g_ex.unsqueeze(-1) * y
-            dJ, dr = gram_project_backward(J, r, M, u, g_rr, ctx.backend)
-        if needs_h:
-            dh = g_ld.unsqueeze(-1) * _q_over_h(q, h, G, K, c)
-            dh += (g_ex * c).unsqueeze(-1) * _w_over_s(w, h, G, p, y, c).square()
-        if needs_h2 and g_second is not None:
-            dh2 = g_second.unsqueeze(-1) * _q_over_h(q2, h2, G, K2, c)
-        if needs_c:
-            dc = -g_ld * q.sum(-1) / c - g_ex * w.square().sum(-1)
-            if g_second is not None:
-                dc = dc - g_second * q2.sum(-1) / c
-        return dJ, dr, dh, dc, dh2, None
+        # The terms themselves are not read again.
+        first, second = Woodbury(rr, rr, K, y, q, w, rr), Woodbury(rr, rr, K2, y2, q2, w2, rr)
+        solved = Solved(G, p, rr, first, None if inputs[4] is None else second)
+        cotangents = g_ld, g_ex, g_rr, g_second
+        needs = ctx.needs_input_grad[:5]
+        return *low_rank_backward(solved, inputs, cotangents, needs, ctx.backend), None
 
 
 def _has_zero(h: Tensor) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, align, broadcast_jet, primal_of
-from fastsfvae.jacobian.registry import rule
+from fastsfvae.jacobian.jet import Jet, align, broadcast_jet, from_stack, join, move, primal_of
+from fastsfvae.jacobian.registry import adjoint, rule
 
 
 def scaled(x: Jet, factor: Any) -> Jet:
@@ -41,8 +41,31 @@ def combine(primal: Tensor, *terms: tuple[Any, Any]) -> Jet:
 @rule("add", several=True)
 def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     """A + alpha * b."""
+    if _both_stacked(a, b):
+        return from_stack(torch.add(a.stack, b.stack, alpha=alpha))
     primal = torch.add(primal_of(a), primal_of(b), alpha=alpha)
     return combine(primal, (a, 1), (b, alpha))
+
+
+def _both_stacked(a: Any, b: Any) -> bool:
+    stacked = isinstance(a, Jet) and isinstance(b, Jet) and a.stack is not None
+    return stacked and b.stack is not None and a.stack.shape == b.stack.shape
+
+
+def _always(args: tuple, kwargs: dict) -> bool:
+    return True
+
+
+def _parts(grad: Jet, operand: Any, factor: Any) -> Any:
+    """The gradient of an operand whose multiple by a constant is the result."""
+    if not isinstance(operand, Jet):
+        return grad.primal * factor
+    return grad if factor == 1 else move(grad, lambda g, _: g * factor)
+
+
+@adjoint("add", covers=_always)
+def _add_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, *, alpha: float = 1):
+    return _parts(grad, a, 1), _parts(grad, b, alpha)
 
 
 @rule("sub", "subtract", several=True)
@@ -52,6 +75,11 @@ def sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     return combine(primal, (a, 1), (b, -alpha))
 
 
+@adjoint("sub", "subtract", covers=_always)
+def _sub_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, *, alpha: float = 1):
+    return _parts(grad, a, 1), _parts(grad, b, -alpha)
+
+
 @rule("rsub", several=True)
 def rsub(a: Any, b: Any, alpha: float = 1) -> Jet:
     """B - alpha * a."""
@@ -59,11 +87,44 @@ def rsub(a: Any, b: Any, alpha: float = 1) -> Jet:
     return combine(primal, (a, -alpha), (b, 1))
 
 
+@adjoint("rsub", covers=_always)
+def _rsub_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, alpha: float = 1):
+    return _parts(grad, a, -alpha), _parts(grad, b, 1)
+
+
 @rule("mul", "multiply", several=True)
 def mul(a: Any, b: Any) -> Jet:
     """d(a b) = b da + a db."""
     value_a, value_b = primal_of(a), primal_of(b)
     return combine(torch.mul(value_a, value_b), (a, value_b), (b, value_a))
+
+
+def _pull_product(grad: Jet, operand: Any, partial: Any, bend: Any) -> Any:
+    """Gradients of one operand of a smooth function of two.
+
+    Args:
+        grad: of the result.
+        operand: a Jet or a tensor.
+        partial: the derivative by it.
+        bend: the derivative of the result's tangents by it, or None for zero.
+    """
+    value = grad.primal * partial
+    if bend is not None:
+        value = join(value, (grad.tangent * bend).sum(0))
+    return Jet(value, grad.tangent * partial) if isinstance(operand, Jet) else value
+
+
+def _tangent_of(x: Any, out: Jet) -> Tensor | None:
+    return align(x, out.primal.ndim) if isinstance(x, Jet) else None
+
+
+@adjoint("mul", "multiply", covers=_always)
+def _mul_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
+    pairs = (a, b, needs[0]), (b, a, needs[1])
+    return tuple(
+        _pull_product(grad, x, primal_of(other), _tangent_of(other, out)) if need else None
+        for x, other, need in pairs
+    )
 
 
 @rule("div", "divide", "true_divide", several=True)
@@ -75,6 +136,20 @@ def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
         return combine(rounded, (a, 0.0), (b, 0.0))
     quotient = torch.div(value_a, value_b)
     return combine(quotient, (a, lambda: 1 / value_b), (b, lambda: -quotient / value_b))
+
+
+@adjoint("div", "divide", "true_divide", covers=lambda args, kwargs: not kwargs)
+def _div_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
+    inverse = 1 / primal_of(b)
+    moved_a, moved_b = _tangent_of(a, out), _tangent_of(b, out)
+    bend_a = None if moved_b is None else -moved_b * inverse**2
+    bend_b = None if moved_a is None else -moved_a * inverse**2
+    if moved_b is not None:
+        twice = 2 * out.primal * moved_b * inverse**2
+        bend_b = twice if bend_b is None else bend_b + twice
+    grad_a = _pull_product(grad, a, inverse, bend_a) if needs[0] else None
+    grad_b = _pull_product(grad, b, -out.primal * inverse, bend_b) if needs[1] else None
+    return grad_a, grad_b
 
 
 @rule("pow", several=True)
@@ -102,6 +177,16 @@ def _base_derivative(base: Tensor, exponent: Any) -> Tensor:
     return torch.where(zero, 0.0, safe * base.pow(safe - 1))
 
 
+def _constant_exponent(args: tuple, kwargs: dict) -> bool:
+    return isinstance(args[0], Jet) and isinstance(args[1], (int, float))
+
+
+@adjoint("pow", covers=_constant_exponent)
+def _power_adjoint(grad: Jet, out: Jet, needs: tuple, a: Jet, b: float) -> tuple[Jet]:
+    bend = 0.0 * a.tangent if b in (0, 1) else b * (b - 1) * a.primal ** (b - 2) * a.tangent
+    return (_pull_product(grad, a, _base_derivative(a.primal, b), bend),)
+
+
 @rule("where", several=True)
 def where(condition: Tensor, a: Any, b: Any) -> Jet:
     """The tangents of the branch taken."""
@@ -114,6 +199,16 @@ def where(condition: Tensor, a: Any, b: Any) -> Jet:
     return broadcast_jet(primal, torch.where(condition, 0.0, align(b, primal.ndim)))
 
 
+@adjoint("where", covers=_always)
+def _where_adjoint(grad: Jet, out: Jet, needs: tuple, condition: Tensor, a: Any, b: Any):
+    def kept(operand: Any, taken: Tensor) -> Any:
+        if not isinstance(operand, Jet):
+            return torch.where(taken, grad.primal, 0.0)
+        return move(grad, lambda g, _: torch.where(taken, g, 0.0))
+
+    return None, kept(a, condition), kept(b, ~condition)
+
+
 @rule("masked_fill", several=True)
 def masked_fill(x: Any, mask: Tensor, value: Any) -> Jet:
     """X where the mask is False, a 0-d value elsewhere."""
@@ -123,6 +218,12 @@ def masked_fill(x: Any, mask: Tensor, value: Any) -> Jet:
 def _filled(x: Jet, mask: Tensor, value: Any) -> Jet:
     primal = torch.masked_fill(x.primal, mask, value)
     return broadcast_jet(primal, torch.masked_fill(align(x, primal.ndim), mask, 0.0))
+
+
+@adjoint("masked_fill")
+def _filled_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, mask: Tensor, value: Any):
+    filled = None if not needs[2] else torch.where(mask, grad.primal, 0.0)
+    return move(grad, lambda g, _: g.masked_fill(mask, 0.0)), None, filled
 
 
 @rule("maximum", several=True)
@@ -162,13 +263,29 @@ def clamp(x: Jet, min: Any = None, max: Any = None) -> Jet:  # noqa: A002
     return combine(primal, (x, inside), (min, below.to(dtype)), (max, above.to(dtype)))
 
 
-@rule("clamp_min", several=True)
+def _numeric_bounds(args: tuple, kwargs: dict) -> bool:
+    return not any(isinstance(bound, (Jet, Tensor)) for bound in (*args[1:], *kwargs.values()))
+
+
+@adjoint("clamp", "clip", covers=_numeric_bounds)
+def _clamp_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, min: Any = None, max: Any = None):  # noqa: A002
+    inside = torch.ones_like(x.primal, dtype=torch.bool)
+    if min is not None:
+        inside &= x.primal >= min
+    if max is not None:
+        inside &= x.primal <= max
+    if min is not None and max is not None and min > max:
+        inside.zero_()
+    return (move(grad, lambda g, _: g * inside),)
+
+
+@rule("clamp_min", several=True, composed=True, covers=_numeric_bounds)
 def clamp_min(x: Any, min: Any) -> Jet:  # noqa: A002
     """Clamp from below."""
     return clamp(x, min, None)
 
 
-@rule("clamp_max", several=True)
+@rule("clamp_max", several=True, composed=True, covers=_numeric_bounds)
 def clamp_max(x: Any, max: Any) -> Jet:  # noqa: A002
     """Clamp from above."""
     return clamp(x, None, max)
@@ -182,14 +299,19 @@ def lerp(a: Any, b: Any, weight: Any) -> Jet:
     return combine(primal, (a, 1 - w), (b, w), (weight, lambda: value_b - value_a))
 
 
-@rule("addcmul", several=True)
+def _jet_product(args: tuple, kwargs: dict) -> bool:
+    # A product of two parameters is plain arithmetic, which no adjoint sees.
+    return any(isinstance(factor, Jet) for factor in args[1:3])
+
+
+@rule("addcmul", several=True, composed=True, covers=_jet_product)
 def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     """X + value * a * b."""
     product = mul(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
     return add(x, product, alpha=value)
 
 
-@rule("addcdiv", several=True)
+@rule("addcdiv", several=True, composed=True, covers=_jet_product)
 def addcdiv(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     """X + value * a / b."""
     quotient = div(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a / b

@@ -16,7 +16,14 @@ from fastsfvae.jacobian.rules.norm import softmax
 from fastsfvae.jacobian.rules.shape import repeat_interleave, transpose
 
 
-@rule("scaled_dot_product_attention", several=True)
+def _all_jets(args: tuple, kwargs: dict) -> bool:
+    # A parameter in place of one of them would meet plain arithmetic, which no adjoint sees.
+    mask = args[3] if len(args) > 3 else None
+    trained = isinstance(mask, Jet) or (isinstance(mask, Tensor) and mask.requires_grad)
+    return all(isinstance(x, Jet) for x in args[:3]) and not trained
+
+
+@rule("scaled_dot_product_attention", several=True, composed=True, covers=_all_jets)
 def scaled_dot_product_attention(
     query: Any,
     key: Any,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsfvae.jacobian.fallback import generic_rule
 from fastsfvae.jacobian.jet import Jet, broadcast_jet, full_tangent
-from fastsfvae.jacobian.registry import RULES, rule
+from fastsfvae.jacobian.registry import RULES, adjoint, rule
 from fastsfvae.jacobian.rules.arithmetic import maximum, minimum
 
 aten = torch.ops.aten
@@ -48,6 +48,29 @@ def mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -
     primal = x.primal.mean(axes, keepdim=keepdim, dtype=dtype) if axes else x.primal
     tangent = _tangent(x, axes)
     return broadcast_jet(primal, tangent.mean(axes, keepdim=keepdim) if axes else tangent)
+
+
+def _spreading(name: str, average: bool) -> None:
+    @adjoint(name)
+    def spread(
+        grad: Jet, out: Jet, needs: tuple, x: Jet, dim: Any = None, keepdim: bool = False, **_: Any
+    ) -> tuple[Jet]:
+        axes = _axes(x, dim)
+        share = out.primal.numel() / x.primal.numel() if average else 1
+
+        def wide(g: Tensor, shape: torch.Size) -> Tensor:
+            if not keepdim:
+                # The last axis first: the others are counted from the end.
+                for axis in sorted(axes, reverse=True):
+                    g = g.unsqueeze(axis)
+            return (g * share).expand(shape)
+
+        tangents = wide(grad.tangent, _tangent(x, axes).shape)
+        return (Jet(wide(grad.primal, x.primal.shape), tangents),)
+
+
+_spreading("sum", average=False)
+_spreading("mean", average=True)
 
 
 @rule("cumsum")

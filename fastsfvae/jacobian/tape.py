@@ -1,0 +1,219 @@
+"""A tape of the rules that ran, and their adjoints in reverse order.
+
+It takes autograd's place inside a sweep, where gradients of a chunk are finished while its tangents
+exist: one entry per operation on Jets, not one per tensor operation, and nothing of torch.autograd,
+which cannot run inside a torch.library operator.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsfvae.jacobian.jet import Jet
+
+if TYPE_CHECKING:
+    from fastsfvae.jacobian.registry import Rule
+
+_running = threading.local()
+
+
+def current_tape() -> Tape | None:
+    """The tape that records this thread's rules, if any."""
+    return getattr(_running, "tape", None)
+
+
+class _Entry(NamedTuple):
+    rule: Rule
+    args: tuple
+    kwargs: dict[str, Any]
+    out: Any
+
+
+class _Gradient(NamedTuple):
+    value: Any
+    # Whether nothing else refers to its memory.
+    owned: bool
+
+
+class Tape:
+    """Records rules while it is entered; `pull` gives the gradients.
+
+    Args:
+        wanted: the tensors whose gradients are wanted; they must outlive the tape.
+    """
+
+    def __init__(self, wanted: Iterable[Tensor]):
+        self._wanted = list(wanted)
+        self._entries: list[_Entry] = []
+        self._gradients: dict[int, _Gradient] = {}
+        self._once: dict[Any, Tensor] = {}
+        self._forget()
+
+    def __enter__(self) -> Tape:
+        """Start recording."""
+        self._outer = current_tape()
+        _running.tape = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Stop recording."""
+        _running.tape = self._outer
+
+    def activate(self, source: Jet | Tensor) -> None:
+        """Ask for a gradient once; the caller keeps the source until it has taken it."""
+        self._active.add(id(source))
+
+    def once(self, tensor: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`function(tensor)`, computed once in the tape's life, for what no sample changes."""
+        key = id(tensor), name
+        if key not in self._once:
+            # The source is kept, so that its id stays its own.
+            self._once[key], self._once[key, "source"] = function(tensor), tensor
+        return self._once[key]
+
+    def record(
+        self, rule: Rule, function: Callable[..., Any], args: tuple, kwargs: dict, skip: int = 0
+    ) -> Any:
+        """Call `function(*args, **kwargs)` for a rule whose own arguments begin at `skip`."""
+        if rule.composed:
+            return function(*args, **kwargs)
+        _running.tape = None
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            _running.tape = self
+        args = args[skip:]
+        if rule.adjoint is not None and any(self._needs(arg) for arg in flat(args)):
+            results = out if _is_list(out) else (out,)
+            fresh = [r for r in results if isinstance(r, Jet) and id(r) not in self._active]
+            if fresh:
+                self._active.update(map(id, fresh))
+                self._entries.append(_Entry(rule, args, kwargs, out))
+        return out
+
+    def pull(self, out: Jet, grad: Jet) -> None:
+        """Run the adjoints from `out` to everything wanted; forgets what was recorded.
+
+        Args:
+            out: a result of a recorded rule, or an activated Jet.
+            grad: its gradient, which may be overwritten.
+        """
+        if id(out) in self._active:
+            self._gradients[id(out)] = _Gradient(_reduced(grad, out), owned=True)
+        while self._entries:
+            entry = self._entries.pop()
+            gradient = self._of(entry.out)
+            if gradient is None:
+                continue
+            if entry.rule.overwrites and not gradient.owned:
+                gradient = _Gradient(_copy(gradient.value), owned=True)
+            needs = tuple(
+                [self._needs(item) for item in arg] if _is_list(arg) else self._needs(arg)
+                for arg in entry.args
+            )
+            assert entry.rule.adjoint is not None
+            results = entry.rule.adjoint(
+                gradient.value, entry.out, needs, *entry.args, **entry.kwargs
+            )
+            # An adjoint may leave out trailing arguments, and name some that were not given.
+            results = (*results, *[None] * len(needs))[: len(needs)]
+            for arg, need, result in zip(entry.args, needs, results, strict=True):
+                if isinstance(need, list):
+                    result = [None] * len(need) if result is None else result
+                    for item, wanted, part in zip(arg, need, result, strict=True):
+                        self._add(entry.rule, item, wanted, part)
+                else:
+                    self._add(entry.rule, arg, need, result)
+        self._forget()
+
+    def take(self, source: Tensor | Jet) -> Any:
+        """The gradient of an activated Jet or a wanted tensor, None where it is zero; once."""
+        gradient = self._gradients.pop(id(source), None)
+        return None if gradient is None else gradient.value
+
+    def _forget(self) -> None:
+        # By identity: whatever is in here is kept alive by the entries or by the caller.
+        self._active = {id(tensor) for tensor in self._wanted}
+        self._entries.clear()
+
+    def _needs(self, value: Any) -> bool:
+        return isinstance(value, (Tensor, Jet)) and id(value) in self._active
+
+    def _of(self, out: Any) -> _Gradient | None:
+        if isinstance(out, Jet):
+            return self._gradients.pop(id(out), None)
+        parts = tuple(self.take(part) for part in out)
+        return None if all(part is None for part in parts) else _Gradient(parts, owned=False)
+
+    def _add(self, rule: Rule, source: Any, wanted: bool, gradient: Any) -> None:
+        if not wanted:
+            return
+        if gradient is None:
+            raise RuntimeError(f"the adjoint of {rule.name} lacks a gradient: please report it")
+        gradient, fresh = _reduced(gradient, source), rule.fresh
+        before = self._gradients.get(id(source))
+        if before is not None:
+            gradient, fresh = _sum(before.value, gradient), True
+        self._gradients[id(source)] = _Gradient(gradient, fresh)
+
+
+def _is_list(value: Any) -> bool:
+    # A Jet is a tuple as well.
+    return isinstance(value, (list, tuple)) and not isinstance(value, Jet)
+
+
+def flat(args: Iterable[Any]) -> Iterable[Any]:
+    """The arguments, with those in lists one by one."""
+    for arg in args:
+        if _is_list(arg):
+            yield from arg
+        else:
+            yield arg
+
+
+def _copy(grad: Any) -> Any:
+    if not isinstance(grad, Jet):
+        return grad
+    if grad.stack is not None:
+        stack = grad.stack.clone()
+        return Jet(stack[0], stack[1:], stack)
+    return Jet(grad.primal.clone(), grad.tangent.clone())
+
+
+def _sum(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a + b
+    if a.stack is not None and b.stack is not None:
+        stack = a.stack + b.stack
+        return Jet(stack[0], stack[1:], stack)
+    return Jet(a.primal + b.primal, a.tangent + b.tangent)
+
+
+def _reduced(gradient: Any, source: Any) -> Any:
+    """Sum over what was broadcast, and cast to the source's dtype."""
+    if isinstance(source, Tensor):
+        return sum_to(gradient, source.shape).to(source.dtype)
+    primal, tangent = gradient.primal, gradient.tangent
+    shape = source.tangent.shape
+    extra = tangent.ndim - len(shape)
+    if extra > 0:
+        # Axes that the value lacks were inserted behind the tangents' own.
+        tangent = tangent.sum(list(range(1, 1 + extra)))
+    same = primal.shape == source.primal.shape and tangent.shape == shape
+    if same and extra <= 0 and primal.dtype == source.primal.dtype == tangent.dtype:
+        return gradient
+    if same and extra <= 0 and gradient.stack is not None:
+        stack = gradient.stack.to(source.primal.dtype)
+        return Jet(stack[0], stack[1:], stack)
+    dtype = source.primal.dtype
+    return Jet(sum_to(primal, source.primal.shape).to(dtype), sum_to(tangent, shape).to(dtype))
+
+
+def sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """Undo a broadcast from `shape`."""
+    return gradient if gradient.shape == shape else gradient.sum_to_size(shape)

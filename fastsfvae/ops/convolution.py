@@ -1,0 +1,49 @@
+"""A convolution without bias and its two gradients, on [N, C, *space], outside autograd.
+
+Values and tangents of a chunk come here as one batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LIBRARY = (F.conv1d, F.conv2d, F.conv3d)
+_LIBRARY_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+class Geometry(NamedTuple):
+    """What a convolution is besides its weight; one entry per spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    output_padding: tuple[int, ...]
+
+
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """``[N, C_in, *space] -> [N, C_out, *other space]``; autocasts as the library does."""
+    stride, padding, dilation, groups, transposed, output_padding = geometry
+    spatial = len(stride) - 1
+    if transposed:
+        options = stride, padding, output_padding, groups, dilation
+        return _LIBRARY_TRANSPOSED[spatial](x, weight, None, *options)
+    return _LIBRARY[spatial](x, weight, None, stride, padding, dilation, groups)
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `convolve` in x and in the weight, None where `needs` is False."""
+    x, weight = x.to(grad.dtype), weight.to(grad.dtype)
+    stride, padding, dilation, groups, transposed, output_padding = geometry
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        *(grad, x, weight, None, stride, padding, dilation, transposed, output_padding, groups),
+        [*needs, False],
+    )
+    return (grad_x if needs[0] else None), (grad_weight if needs[1] else None)
