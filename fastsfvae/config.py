@@ -6,15 +6,19 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from fastsfvae import _checks
 from fastsfvae.models import Init, ModelConfig, OutputActivation
 
-Method = Literal["sampling-free", "sampling"]
-METHODS: tuple[Method, ...] = ("sampling-free", "sampling")
+Method = Literal["sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+# The methods that a setting other than its default has a meaning for.
+TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "dreg")
+TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
 
 # What a resumed run may change: how long and where it runs, not what is trained.
 CHANGEABLE = ("steps", "device", "backend")
@@ -25,10 +29,11 @@ class TrainConfig:
     """Train a Gaussian VAE on the bundled MNIST digits (9,000 to train on, 1,000 to test)."""
 
     method: Method = "sampling-free"
-    """Linearise the decoder at the posterior mean, or draw one sample of the posterior."""
+    """Linearise the decoder at the posterior mean; or the sampling VAE, beta-VAE (--kl-weight),
+    auto-encoder, importance-weighted bound, Sticking-the-Landing, doubly reparameterised."""
 
     model: str = "mlp"
-    """mlp, tanh, conv (digits padded to 32x32), or package.module:function for your own."""
+    """mlp, tanh, linear, conv (digits padded to 32x32), or package.module:function for your own."""
 
     latent_dim: int = 16
     """Number of latent dimensions m; 2 adds a figure of the latent plane."""
@@ -52,7 +57,10 @@ class TrainConfig:
     """Variance c of the observation noise, for pixels in [0, 1]."""
 
     kl_weight: float = 1.0
-    """Factor of the KL divergence."""
+    """Factor of the KL divergence (sampling-free, sampling, beta-vae)."""
+
+    samples: int = 1
+    """Draws of the posterior per image (sampling, beta-vae, iwae, dreg)."""
 
     seed: int = 0
     """Seeds the weights, the data order and the sampling noise, each on its own."""
@@ -76,14 +84,35 @@ class TrainConfig:
         _checks.gamma(self.gamma)
         _checks.noise_var(self.noise_var)
         _checks.kl_weight(self.kl_weight)
-        for name in ("batch_size", "steps"):
+        for name in ("batch_size", "steps", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        self._check_method()
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr={self.lr!r} must be finite and positive")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**63)")
         self.model_config  # noqa: B018 - its own checks
+
+    def _check_method(self) -> None:
+        """Refuse a setting that the method would leave unread, or that names another method."""
+        if self.samples != 1 and self.method not in TAKE_SAMPLES:
+            reason = (
+                "biased on an importance-weighted bound: use --method dreg"
+                if self.method == "stl"
+                else f"--samples is for {', '.join(TAKE_SAMPLES)}"
+            )
+            raise ValueError(f"samples={self.samples} with method={self.method!r}: {reason}")
+        if self.kl_weight != 1 and self.method not in TAKE_KL_WEIGHT:
+            raise ValueError(
+                f"kl_weight={self.kl_weight:g} with method={self.method!r}: --kl-weight is for "
+                f"{', '.join(TAKE_KL_WEIGHT)}"
+            )
+        if self.kl_weight == 1 and self.method == "beta-vae":
+            raise ValueError(
+                "method='beta-vae' with kl_weight=1 is the sampling VAE: give --kl-weight, or "
+                "--method sampling"
+            )
 
     @property
     def padding(self) -> int:

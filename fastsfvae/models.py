@@ -3,6 +3,7 @@
     name   encoder                                  decoder                       images
     mlp    n-512-256-2m, ReLU (paper, B.2)          m-256-512-n                   any
     tanh   n-200-200-2m, tanh (paper, 4.3)          m-200-200-n                   any
+    linear n-2m                                     m-n (probabilistic PCA)       any
     conv   five 4x4 convolutions and a linear       its deconvolutional reverse   64x64, 32x32
            layer, ReLU (paper, B.1)
 
@@ -27,7 +28,7 @@ from fastsfvae import _checks
 
 OutputActivation = Literal["none", "sigmoid"]
 Init = Literal["torch", "kaiming", "xavier"]
-MODELS = ("mlp", "tanh", "conv")
+MODELS = ("mlp", "tanh", "linear", "conv")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class ModelConfig:
     """What to build.
 
     Attributes:
-        name: "mlp", "tanh", "conv", or "package.module:function" for a builder that is called with
-            this configuration and returns (encoder, decoder).
+        name: "mlp", "tanh", "linear", "conv", or "package.module:function" for a builder that is
+            called with this configuration and returns (encoder, decoder).
         latent_dim: m, the number of latent dimensions.
         image_shape: (C, H, W) of one image.
         output_activation: "none" or "sigmoid", the decoder's last operation.
@@ -94,6 +95,8 @@ def build(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
         encoder, decoder = _conv(config)
     elif config.name == "tanh":
         encoder, decoder = _mlp(config, hidden=(200, 200), activation=nn.Tanh)
+    elif config.name == "linear":
+        encoder, decoder = _mlp(config, hidden=(), activation=nn.Identity)
     else:
         encoder, decoder = _mlp(config, hidden=(512, 256), activation=nn.ReLU)
     if config.output_activation == "sigmoid":

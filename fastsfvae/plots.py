@@ -93,7 +93,8 @@ def _reconstructions(run: Run, x: Tensor, generator: torch.Generator):
 def _curves(run: Run):
     with (run.folder / METRICS).open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    where = "at the mean" if run.config.method == "sampling-free" else "sampled"
+    at_the_mean = run.config.method in ("sampling-free", "auto-encoder")
+    where = "at the mean" if at_the_mean else "sampled"
     panels = {
         "objective": "objective (nats)",
         "kl": "KL(q || p) (nats)",

@@ -154,6 +154,7 @@ def conventions(config: TrainConfig, importance_samples: int) -> dict[str, Any]:
         "gamma": config.gamma if config.method == "sampling-free" else None,
         "noise_var": config.noise_var,
         "kl_weight": config.kl_weight,
+        "samples": config.samples,
         "output_activation": config.output_activation,
         "init": config.init,
         "seed": config.seed,

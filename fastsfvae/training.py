@@ -34,7 +34,16 @@ from fastsfvae.checkpoint import (
 from fastsfvae.config import CHANGEABLE, TrainConfig
 from fastsfvae.data import digits
 from fastsfvae.models import build
-from fastsfvae.objectives import Objective, Sampling, SamplingFree, Terms
+from fastsfvae.objectives import (
+    AutoEncoder,
+    DoublyReparameterized,
+    ImportanceWeighted,
+    Objective,
+    Sampling,
+    SamplingFree,
+    StickingTheLanding,
+    Terms,
+)
 
 METRICS = "metrics.csv"
 FAILED = "failed.pt"
@@ -217,11 +226,21 @@ def evaluation_generator(config: TrainConfig, device: torch.device) -> torch.Gen
 
 def make_objective(config: TrainConfig, decoder: nn.Module) -> Objective:
     """Build the objective that a configuration names."""
-    if config.method == "sampling":
-        return Sampling(decoder, noise_var=config.noise_var, kl_weight=config.kl_weight)
+    c, samples = config.noise_var, config.samples
+    match config.method:
+        case "sampling" | "beta-vae":
+            return Sampling(decoder, noise_var=c, kl_weight=config.kl_weight, samples=samples)
+        case "auto-encoder":
+            return AutoEncoder(decoder, noise_var=c)
+        case "iwae":
+            return ImportanceWeighted(decoder, noise_var=c, samples=samples)
+        case "stl":
+            return StickingTheLanding(decoder, noise_var=c)
+        case "dreg":
+            return DoublyReparameterized(decoder, noise_var=c, samples=samples)
     return SamplingFree(
         decoder,
-        noise_var=config.noise_var,
+        noise_var=c,
         gamma=config.gamma,
         kl_weight=config.kl_weight,
         likelihood=config.likelihood,

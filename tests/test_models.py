@@ -93,7 +93,7 @@ def test_initialisation():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "vit"}, "model='vit' is not one of 'mlp', 'tanh', 'conv'"),
+        ({"name": "vit"}, "model='vit' is not one of 'mlp', 'tanh', 'linear', 'conv'"),
         ({"latent_dim": 0}, "latent_dim=0 must be at least 1"),
         ({"image_shape": (28, 28)}, "image_shape=\\(28, 28\\) must be three positive sizes"),
         ({"output_activation": "relu"}, "output_activation='relu'"),

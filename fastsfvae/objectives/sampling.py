@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae.elbo import gaussian_kl
-from fastsfvae.objectives.terms import Terms
+from fastsfvae.objectives.draws import Decoder, check_settings, decode, draw
+from fastsfvae.objectives.terms import Terms, make_terms
 
 
 class Sampling:
     """E_q[log N(x; f(z), cI)] by Monte Carlo, minus the closed-form KL divergence.
+
+    With a `kl_weight` beta other than 1 this is the beta-VAE (Higgins et al. 2017).
 
     Args:
         decoder: f, ``z [B, m] -> [B, *out]``.
@@ -28,16 +28,14 @@ class Sampling:
 
     def __init__(
         self,
-        decoder: Callable[[Tensor], Tensor],
+        decoder: Decoder,
         *,
         noise_var: float = 0.5,
         kl_weight: float = 1.0,
         samples: int = 1,
     ) -> None:
-        _checks.noise_var(noise_var)
+        check_settings(noise_var, samples)
         _checks.kl_weight(kl_weight)
-        if samples < 1:
-            raise ValueError(f"samples={samples} must be at least 1")
         self.decoder = decoder
         self.noise_var = noise_var
         self.kl_weight = kl_weight
@@ -47,20 +45,9 @@ class Sampling:
         self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
     ) -> Terms:
         """Evaluate; see `Objective`. `squared_error` is the mean over the drawn z."""
-        noise = torch.randn(
-            (self.samples, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype
-        )
-        z = mean + torch.exp(0.5 * log_var) * noise
-        output = self.decoder(z.flatten(0, 1)).unflatten(0, (self.samples, -1))
-        squared_error = (output - x).square().flatten(2).sum(-1).mean(0)
+        z = draw(mean, log_var, self.samples, generator).z
+        decoded = decode(self.decoder, x, z, self.noise_var)
+        log_likelihood = decoded.log_likelihood.mean(0)
         kl = gaussian_kl(mean, log_var)
-        constant = 0.5 * x[0].numel() * math.log(2 * math.pi * self.noise_var)
-        log_likelihood = -constant - squared_error / (2 * self.noise_var)
         objective = log_likelihood - self.kl_weight * kl
-        return Terms(
-            -objective.mean(),
-            objective.detach(),
-            log_likelihood.detach(),
-            kl.detach(),
-            squared_error.detach(),
-        )
+        return make_terms(objective, log_likelihood, kl, decoded.squared_error.mean(0))

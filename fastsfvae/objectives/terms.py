@@ -27,6 +27,19 @@ class Terms(NamedTuple):
     squared_error: Tensor
 
 
+def make_terms(
+    objective: Tensor, log_likelihood: Tensor, kl: Tensor, squared_error: Tensor
+) -> Terms:
+    """Take per-image terms ``[B]``; the loss is the negative mean of `objective`."""
+    return Terms(
+        -objective.mean(),
+        objective.detach(),
+        log_likelihood.detach(),
+        kl.detach(),
+        squared_error.detach(),
+    )
+
+
 class Objective(Protocol):
     """An objective of a decoder, built once and called with every batch."""
 

@@ -1,0 +1,47 @@
+"""The importance-weighted auto-encoder's bound."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastsfvae.elbo import gaussian_kl
+from fastsfvae.objectives.draws import Decoder, check_settings, decode, draw
+from fastsfvae.objectives.terms import Terms, make_terms
+
+
+class ImportanceWeighted:
+    """log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) (Burda, Grosse & Salakhutdinov 2016).
+
+    A lower bound of log p(x) in expectation that tightens with K; K = 1 is the ELBO with a sampled
+    KL divergence.
+
+    Args:
+        decoder: f, ``z [B, m] -> [B, *out]``.
+        noise_var: c, variance of the observation noise in squared units of x.
+        samples: K, draws of z per image.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    def __init__(self, decoder: Decoder, *, noise_var: float = 0.5, samples: int = 1) -> None:
+        check_settings(noise_var, samples)
+        self.decoder = decoder
+        self.noise_var = noise_var
+        self.samples = samples
+
+    def __call__(
+        self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
+    ) -> Terms:
+        """Evaluate; see `Objective`. All but the objective are those of the ELBO, for logging."""
+        z, log_ratio = draw(mean, log_var, self.samples, generator)
+        decoded = decode(self.decoder, x, z, self.noise_var)
+        log_weight = decoded.log_likelihood + log_ratio
+        objective = log_weight.logsumexp(0) - math.log(self.samples)
+        kl = gaussian_kl(mean, log_var)
+        return make_terms(
+            objective, decoded.log_likelihood.mean(0), kl, decoded.squared_error.mean(0)
+        )
