@@ -6,6 +6,7 @@ import csv
 import datetime
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,15 +31,25 @@ def append(op: str, mode: str, shape: str, dtype: str, timings: dict[str, Timing
             writer.writerow(COLUMNS)
         for implementation, timing in timings.items():
             times = [f"{value:.3f}" for value in timing]
-            writer.writerow(
-                [op, implementation, mode, shape, dtype, *times, torch.get_num_threads(), device]
-                + [
-                    torch.__version__,
-                    _triton_version(),
-                    commit(),
-                    datetime.date.today().isoformat(),
-                ]
-            )
+            writer.writerow([op, implementation, mode, shape, dtype, *times, *provenance(device)])
+
+
+def provenance(device: str) -> list:
+    """The columns from `threads` on: what a time holds for."""
+    versions = [torch.__version__, _triton_version(), commit()]
+    return [torch.get_num_threads(), device, *versions, datetime.date.today().isoformat()]
+
+
+def merge(rows: Iterable[Mapping[str, str]]) -> int:
+    """Append the rows that carry a time and do not stand in the ledger yet; return how many."""
+    with LEDGER.open(newline="") as file:
+        known = {tuple(row[column] for column in COLUMNS) for row in csv.DictReader(file)}
+    timed = [tuple(row[column] for column in COLUMNS) for row in rows if row["p50_ms"]]
+    # A dictionary keeps the order in which the rows were measured.
+    new = [row for row in dict.fromkeys(timed) if row not in known]
+    with LEDGER.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(new)
+    return len(new)
 
 
 def device_name(device: str) -> str:
@@ -54,7 +65,11 @@ def device_name(device: str) -> str:
 def commit() -> str:
     """The checkout's short commit, with a + when files differ from it."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    result = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except OSError:
+        # A copy of the files on a machine without git.
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

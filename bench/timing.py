@@ -30,9 +30,10 @@ def interleave(candidates: dict[str, Callable[[], object]], rounds: int = 15, wa
             elapsed = (time.perf_counter() - start) * 1e3
             if round_number >= warmup:
                 samples[name].append(elapsed)
-    return {name: _quantiles(values) for name, values in samples.items()}
+    return {name: quantiles(values) for name, values in samples.items()}
 
 
-def _quantiles(values: list[float]) -> Timing:
+def quantiles(values: list[float]) -> Timing:
+    """Median and the quantiles at 0.2 and 0.8 of at least two times in milliseconds."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return Timing(statistics.median(values), fifths[0], fifths[3])

@@ -1,0 +1,185 @@
+"""The GPU runbook's code, run small on the CPU: its rows, its checks, and how it survives."""
+
+import subprocess
+import time
+
+import pytest
+import torch
+
+from bench import ceilings, gpu, gpu_correctness, gpu_kernels, gpu_steps, ledger
+from bench.gpu_measure import (
+    TOLERANCE,
+    Case,
+    Context,
+    OutOfTime,
+    Recorder,
+    read_rows,
+    relative_error,
+)
+from bench.timing import Timing
+
+
+@pytest.fixture
+def context(tmp_path):
+    recorder = Recorder(tmp_path / gpu.ROWS, "cpu", "abc1234")
+    return Context("cpu", True, recorder, time.monotonic() + 60)
+
+
+def rows_of(context):
+    return read_rows(context.recorder.path)
+
+
+def case(run, error=None, **kwargs):
+    return Case("op", "someone", "forward", "n=3", "float32", lambda: [run], error, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "section, ours, peers",
+    [
+        (gpu_kernels.kernels, 5, 0),
+        (gpu_kernels.loss_only, 2, 4),
+        (gpu_steps.decoder_loss, 3, 6),
+        (gpu_steps.training_step, 3, 3),
+    ],
+)
+def test_a_section_times_what_is_right_and_says_why_it_leaves_out_the_rest(
+    context, section, ours, peers
+):
+    section(context)
+    rows = rows_of(context)
+    torch_rows = [row for row in rows if row["implementation"] == "fastsfvae[torch]"]
+    triton_rows = [row for row in rows if row["implementation"] == "fastsfvae[triton]"]
+    others = [row for row in rows if "fastsfvae" not in row["implementation"] and row["p50_ms"]]
+    assert len(torch_rows) == ours and len(others) >= peers
+    for row in torch_rows:
+        assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert float(row["error"]) <= TOLERANCE[row["dtype"]]
+        assert row["commit"] == "abc1234" and row["torch"] == torch.__version__
+    # Without a GPU or the interpreter: each is a row that gives the reason, and no time.
+    assert triton_rows
+    assert all(not row["p50_ms"] and "TRITON_INTERPRET" in row["note"] for row in triton_rows)
+
+
+def test_step_rows_state_their_ratio_to_the_sampling_step(context):
+    gpu_steps.training_step(context)
+    rows = rows_of(context)
+    ours = next(row for row in rows if row["implementation"] == "fastsfvae[torch]")
+    sampling = next(row for row in rows if row["implementation"] == "sampling")
+    ratio = float(ours["p50_ms"]) / float(sampling["p50_ms"])
+    assert float(ours["note"].split()[0]) == pytest.approx(ratio, abs=0.006 + 1e-3 * ratio)
+
+
+def test_ceilings_become_shares(context):
+    ceilings.section(context)
+    later = Context("cpu", True, context.recorder, context.deadline)
+    assert later.limit.keys() == {"copy", *ceilings.PRODUCTS}
+    seconds = float(rows_of(context)[0]["p50_ms"]) / 1e3
+    assert later.limit["copy"] == pytest.approx(2 * 4 * 2**16 / seconds, rel=1e-3)
+    later.limit = {"copy": 1e9, "float32": 1e12}
+    x = torch.ones(3)
+    # 1 ms of traffic and 2 ms of arithmetic: the larger is the floor.
+    columns = later._columns(case(lambda: (x,), bytes=1e6, flops=2e9), Timing(8.0, 7.0, 9.0))
+    assert float(columns["share_of_ceiling"]) == 0.25
+    assert float(columns["bytes_per_s"]) == pytest.approx(1.25e8)
+
+
+@pytest.mark.parametrize("error", [1.0, float("nan")])
+def test_a_wrong_result_gets_no_time(context, error):
+    assert context.run(case(lambda: (torch.ones(3),), lambda outputs: error)) == {}
+    (row,) = rows_of(context)
+    assert not row["p50_ms"] and row["note"] == "not timed: wrong against float64"
+
+
+def test_a_failing_case_becomes_a_row_and_the_next_one_runs(context):
+    def broken():
+        raise ValueError("no such kernel\nsecond line")
+
+    context.run(case(broken))
+    context.run(case(lambda: (torch.ones(3),), lambda outputs: 0.0))
+    failed, good = rows_of(context)
+    assert failed["note"] == "failed: ValueError: no such kernel" and not failed["p50_ms"]
+    assert float(good["p50_ms"]) >= 0 and good["error"] == "0.00e+00"
+
+
+def test_no_case_starts_after_the_deadline(context):
+    context.deadline = time.monotonic() - 1
+    with pytest.raises(OutOfTime):
+        context.run(case(lambda: (torch.ones(3),)))
+    assert rows_of(context) == []
+
+
+def test_relative_error_takes_the_worst_and_hands_on_nan():
+    want = torch.tensor([3.0, 4.0]).double()
+    got = [want.float(), torch.tensor([3.0, 4.5])]
+    assert relative_error(got, [want, want]) == pytest.approx(0.1)
+    assert relative_error([want, want * float("nan")], [want, want]) != 0
+    assert torch.tensor(relative_error([want, want * float("nan")], [want, want])).isnan()
+
+
+def test_short_training_compares_the_backends(context, monkeypatch):
+    curves = {"torch": [2.0, 1.0], "triton": [2.0, 1.1], "auto": [3.0, 2.0]}
+    monkeypatch.setattr(gpu_steps, "_train", lambda config: (curves[config.backend], 0.3))
+    gpu_steps.short_training(context)
+    rows = {row["implementation"]: row for row in rows_of(context)}
+    assert rows["fastsfvae[triton]"]["error"] == "1.00e-01"
+    assert "loss 2.000 to 1.000; 100.000 ms a step" in rows["fastsfvae[torch]"]["note"]
+    assert not rows["sampling"]["error"]
+
+
+def test_suites_are_counted_line_by_line(context):
+    text = (
+        "tests/test_x.py::TestKernel::test_a[1-2] PASSED [ 33%]\n"
+        "tests/test_x.py::test_b SKIPPED (no GPU) [ 66%]\n"
+        "tests/test_x.py::test_c FAILED [100%]\n"
+        "FAILED tests/test_x.py::test_c - AssertionError: error 2 above 1\n"
+    )
+    gpu_correctness._record(context, "test_x", text, -9)
+    whole, failed = rows_of(context)
+    assert whole["note"].startswith("1 passed, 1 failed, 1 skipped; pytest ended with status -9")
+    assert failed["shape"] == "test_c" and failed["note"] == "AssertionError: error 2 above 1"
+
+
+def test_command_runs_a_section_in_a_process_of_its_own(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--only", "ceilings"]
+    assert gpu.main(arguments) == 0
+    rows = read_rows(tmp_path / gpu.QUICK_ROWS)
+    assert [row["dtype"] for row in rows] == ["float32", *ceilings.PRODUCTS]
+    assert all(float(row["p50_ms"]) > 0 for row in rows)
+    assert "ceilings: done" in capsys.readouterr().out
+
+
+def test_command_survives_a_section_that_dies_and_one_that_hangs(tmp_path, monkeypatch):
+    def spawned(command, timeout, **kwargs):
+        if "ceilings" in command:
+            return subprocess.CompletedProcess(command, -11)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", spawned)
+    monkeypatch.setattr(gpu, "Recorder", lambda path, device, commit: Recorder(path, device, "x"))
+    # Provenance asks git, by the same function.
+    monkeypatch.setattr(ledger, "commit", lambda: "x")
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--only", "ceilings", "kernels"]
+    assert gpu.main([*arguments, "--minutes", "1"]) == 0
+    died, hung = read_rows(tmp_path / gpu.ROWS)
+    assert died["op"] == "ceilings" and "status -11" in died["note"]
+    assert hung["op"] == "kernels" and "stopped after 12 s" in hung["note"]
+
+
+def test_sections_without_time_left_are_named(tmp_path):
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--minutes", "0.1"]
+    assert gpu.main(arguments) == 0
+    rows = read_rows(tmp_path / gpu.QUICK_ROWS)
+    assert [row["op"] for row in rows] == list(gpu.SECTIONS)
+    assert {row["note"] for row in rows} == {"not run: out of time"}
+
+
+def test_merge_appends_each_time_once(tmp_path, monkeypatch, context):
+    book = tmp_path / "ledger.csv"
+    book.write_text(",".join(ledger.COLUMNS) + "\n")
+    monkeypatch.setattr(ledger, "LEDGER", book)
+    context.run(case(lambda: (torch.ones(3),)))
+    context.run(case(lambda: 1 / 0))
+    for _ in range(2):
+        assert gpu.main(["--out", str(tmp_path), "--merge"]) == 0
+    (row,) = read_rows(book)
+    assert row["op"] == "op" and row["commit"] == "abc1234" and float(row["p50_ms"]) >= 0
