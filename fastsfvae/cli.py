@@ -17,7 +17,7 @@ _USAGE = """\
 usage: fastsfvae COMMAND [OPTIONS]
 
 commands:
-  train      train a VAE on the bundled MNIST digits
+  train      train a VAE, by default on the bundled MNIST digits
 
 fastsfvae COMMAND --help lists a command's options; fastsfvae --version prints the version."""
 
@@ -26,7 +26,7 @@ _EXTRAS = ("tyro", "rich", "matplotlib")
 
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
-    """Train a Gaussian VAE on the bundled MNIST digits; write weights, metrics and figures."""
+    """Train a Gaussian VAE; write weights, metrics and figures. It needs no data of yours."""
 
     config: TrainConfig
     """What is trained."""

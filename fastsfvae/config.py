@@ -9,24 +9,27 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from fastsfvae import _checks
+from fastsfvae.data.load import DATA_SETS, load_images
 from fastsfvae.models import Init, ModelConfig, OutputActivation
 
 Method = Literal["sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg"]
 METHODS: tuple[Method, ...] = get_args(Method)
+DataSet = Literal["digits", "mnist", "celeba", "chairs", "folder", "npz"]
 
 # The methods that a setting other than its default has a meaning for.
 TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "dreg")
 TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
 
 # What a resumed run may change: how long and where it runs, not what is trained.
-CHANGEABLE = ("steps", "device", "backend")
+CHANGEABLE = ("steps", "device", "backend", "data_dir")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a Gaussian VAE on the bundled MNIST digits (9,000 to train on, 1,000 to test)."""
+    """Train a Gaussian VAE, by default on the bundled digits (9,000 to train on, 1,000 to test)."""
 
     method: Method = "sampling-free"
     """Linearise the decoder at the posterior mean; or the sampling VAE, beta-VAE (--kl-weight),
@@ -34,6 +37,21 @@ class TrainConfig:
 
     model: str = "mlp"
     """mlp, tanh, linear, conv (digits padded to 32x32), or package.module:function for your own."""
+
+    data: DataSet = "digits"
+    """The bundled digits, or a set on disk: celeba, chairs, a folder of images, an .npz archive."""
+
+    data_dir: str = ""
+    """Where the set lies; for npz the archive."""
+
+    channels: int = 0
+    """Channels of the images, 1 or 3; 0 is the set's own (3 for folder, 1 for npz)."""
+
+    image_size: int = 0
+    """Side of the images in pixels; 0 is the set's own (64 for image files, 28 for npz)."""
+
+    crop: int = -1
+    """Side of the centre square taken of an image file; 0: the largest, -1: the set's own."""
 
     latent_dim: int = 16
     """Number of latent dimensions m; 2 adds a figure of the latent plane."""
@@ -88,6 +106,13 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_method()
+        _checks.choice("data", self.data, tuple(DATA_SETS))
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"channels={self.channels} must be 1 or 3, or 0 for the data's own")
+        if self.image_size < 0 or self.crop < -1:
+            raise ValueError(
+                f"image_size={self.image_size} and crop={self.crop} must be sizes in pixels"
+            )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr={self.lr!r} must be finite and positive")
         if not 0 <= self.seed < 2**63:
@@ -117,18 +142,42 @@ class TrainConfig:
     @property
     def padding(self) -> int:
         """Black pixels added on each side of a digit: the convolutional model takes 32x32."""
-        return 2 if self.model == "conv" else 0
+        return 2 if self.model == "conv" and self._size == 28 else 0
+
+    @property
+    def _channels(self) -> int:
+        return self.channels or DATA_SETS[self.data].channels
+
+    @property
+    def _size(self) -> int:
+        return self.image_size or DATA_SETS[self.data].size
 
     @property
     def model_config(self) -> ModelConfig:
         """The part that says what is built."""
-        size = 28 + 2 * self.padding
+        size = self._size + 2 * self.padding
         return ModelConfig(
             name=self.model,
             latent_dim=self.latent_dim,
-            image_shape=(1, size, size),
+            image_shape=(self._channels, size, size),
             output_activation=self.output_activation,
             init=self.init,
+        )
+
+    def load_images(self, split: str) -> Tensor:
+        """Load the "train" or "test" images, uint8 ``[N, C, H, W]`` as the model takes them.
+
+        Raises:
+            FileNotFoundError, ValueError, RuntimeError: as `fastsfvae.data.load.load_images`.
+        """
+        return load_images(
+            self.data,
+            self.data_dir,
+            split,
+            channels=self._channels,
+            size=self._size,
+            crop=DATA_SETS[self.data].crop if self.crop == -1 else self.crop,
+            padding=self.padding,
         )
 
     def resolve_device(self) -> torch.device:

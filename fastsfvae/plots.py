@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsfvae.data import digits
 from fastsfvae.report import encode
 from fastsfvae.training import METRICS, Run, evaluation_generator, to_unit
 
@@ -23,7 +22,7 @@ def save_figures(run: Run) -> list[Path]:
     run.decoder.eval()
     generator = evaluation_generator(run.config, run.device)
     m = run.config.latent_dim
-    test = to_unit(digits("test", padding=run.config.padding).images[:16].to(run.device))
+    test = to_unit(run.config.load_images("test")[:16].to(run.device))
     written = {
         "reconstructions.png": _reconstructions(run, test, generator),
         "samples.png": _image_grid(

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from fastsfvae import __version__, evaluate
 from fastsfvae.checkpoint import write_text
 from fastsfvae.config import TrainConfig
-from fastsfvae.data import digits
 from fastsfvae.evaluate import ImageMean, mean_over_images
 from fastsfvae.objectives import Objective
 from fastsfvae.training import Run, evaluation_generator, to_unit
 
 RESULTS = "results.json"
 _BATCH = 250
+_MAX_IMAGES = 10_000
 
 
 class Report(NamedTuple):
@@ -93,14 +93,15 @@ def measure(
 
 @torch.no_grad()
 def evaluate_run(run: Run, *, importance_samples: int = 100) -> Report:
-    """Evaluate a run on all images of both splits; log ML and collapse on the test images."""
+    """Evaluate a run on up to 10,000 images a split; log ML and collapse on the test images."""
     config = run.config
     run.encoder.eval()
     run.decoder.eval()
     generator = evaluation_generator(config, run.device)
-    test = to_unit(digits("test", padding=config.padding).images.to(run.device))
+    test = to_unit(config.load_images("test")[:_MAX_IMAGES].to(run.device))
+    train = to_unit(run.images[:_MAX_IMAGES])
     splits = {}
-    for split, x in (("train", to_unit(run.images)), ("test", test)):
+    for split, x in (("train", train), ("test", test)):
         quantities = measure(
             run.encoder,
             run.decoder,
@@ -124,7 +125,8 @@ def evaluate_run(run: Run, *, importance_samples: int = 100) -> Report:
     splits["test"]["log ML"] = mean_over_images(log_ml.estimate)
     collapse = evaluate.posterior_collapse(mean, log_var)
     return Report(
-        conventions=conventions(config, importance_samples),
+        conventions=conventions(config, importance_samples)
+        | {"split": f"{len(train):,} train / {len(test):,} test images evaluated"},
         splits=splits,
         collapse={
             "collapsed": collapse.collapsed,
@@ -144,7 +146,7 @@ def conventions(config: TrainConfig, importance_samples: int) -> dict[str, Any]:
         "constant": "-(n/2) log(2 pi c) included; listed apart where it is left out",
         "constant_value": constant(config),
         "pixel_scale": "[0, 1]",
-        "split": "9,000 train / 1,000 test",
+        "data": config.data,
         "log_ml": f"K={importance_samples} importance weights, proposal q(z|x)",
         "sampled_elbo": "1 draw of q(z|x) per image",
         "standard_errors": "spread over images / sqrt(N)",

@@ -1,4 +1,4 @@
-"""Training on the bundled digits: a plain loop whose state can be saved and resumed exactly.
+"""Training: a plain loop whose state can be saved and resumed exactly.
 
 All randomness is a function of (seed, step): a resumed run sees the same batches and the same noise
 as one that was never interrupted. The loop never waits for the device except where it logs.
@@ -32,7 +32,6 @@ from fastsfvae.checkpoint import (
     write_text,
 )
 from fastsfvae.config import CHANGEABLE, TrainConfig
-from fastsfvae.data import digits
 from fastsfvae.models import build
 from fastsfvae.objectives import (
     AutoEncoder,
@@ -282,7 +281,9 @@ def _restore(run: Run, state: dict) -> None:
 
 def _prepare(config: TrainConfig, folder: Path) -> Run:
     device = config.resolve_device()
-    images = digits("train", padding=config.padding).images
+    images = config.load_images("train")
+    # A set that cannot be tested on should say so before anything is trained.
+    config.load_images("test")
     if config.batch_size > len(images):
         raise ValueError(
             f"batch_size={config.batch_size} but there are {len(images)} training images"
