@@ -17,7 +17,7 @@ from fastsfvae.models import Init, ModelConfig, OutputActivation
 
 Method = Literal["sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg"]
 METHODS: tuple[Method, ...] = get_args(Method)
-DataSet = Literal["digits", "mnist", "celeba", "chairs", "folder", "npz"]
+DataSet = Literal["digits", "mnist", "omniglot", "celeba", "chairs", "folder", "npz"]
 
 # The methods that a setting other than its default has a meaning for.
 TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "dreg")
@@ -39,7 +39,7 @@ class TrainConfig:
     """mlp, tanh, linear, conv (digits padded to 32x32), or package.module:function for your own."""
 
     data: DataSet = "digits"
-    """The bundled digits, or a set on disk: celeba, chairs, a folder of images, an .npz archive."""
+    """The bundled digits, or a set on disk; folder: any images in files, npz: any in an archive."""
 
     data_dir: str = ""
     """Where the set lies; for npz the archive."""

@@ -1,17 +1,21 @@
 """Every loader on tiny files in the true formats, and the cache that they fill."""
 
 import gzip
+import hashlib
 import io
 import json
 import struct
+from typing import get_args
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 
 from fastsfvae import cli
-from fastsfvae.data import cache
+from fastsfvae.config import DataSet
+from fastsfvae.data import cache, omniglot
 from fastsfvae.data.load import DATA_SETS, load_images
 
 
@@ -55,6 +59,21 @@ def test_mnist(tmp_path, layout, suffix):
     padded = _load("mnist", tmp_path, channels=1, size=28, padding=2)
     np.testing.assert_array_equal(padded[..., 2:-2, 2:-2].numpy(), train[:, None])
     assert int(padded.sum()) == int(train.sum())
+
+
+def test_omniglot(tmp_path, monkeypatch):
+    images = {"data": _pixels(5, 28, 28), "testdata": _pixels(3, 28, 28, seed=1)}
+    # As MATLAB stores them: an image a column, in column-major order, grey levels in [0, 1].
+    columns = {name: x.transpose(0, 2, 1).reshape(len(x), -1).T / 255 for name, x in images.items()}
+    path = tmp_path / omniglot.FILE
+    scipy.io.savemat(path, columns | {"target": np.zeros((50, 5))}, do_compression=True)
+    with pytest.raises(ValueError, match="chardata.mat has md5 .*, the published file 21ecaf3437"):
+        _load("omniglot", tmp_path, channels=1, size=28)
+    monkeypatch.setattr(omniglot, "_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    for split, name in (("train", "data"), ("test", "testdata")):
+        for place in (tmp_path, path):
+            loaded = _load("omniglot", place, split, channels=1, size=28)
+            np.testing.assert_array_equal(loaded[:, 0].numpy(), images[name])
 
 
 @pytest.mark.parametrize("shape", [(20, 8, 8), (20, 8, 8, 3), (20, 3, 8, 8)])
@@ -154,6 +173,9 @@ def test_chairs_are_split_by_chair(tmp_path):
     np.testing.assert_array_equal(_load("chairs", tmp_path).numpy(), train)
     inside = _load("chairs", tmp_path / "rendered_chairs", "test")
     np.testing.assert_array_equal(inside.numpy(), expected[9])
+    (tmp_path / "rendered_chairs" / "04" / "renders" / "image_1.png").unlink()
+    with pytest.raises(ValueError, match="04/renders has 1 views, .*00/renders has 2"):
+        _load("chairs", tmp_path)
 
 
 # --- the cache
@@ -293,6 +315,7 @@ def test_damaged_files_are_named(tmp_path, kind, capsys):
     ("name", "message"),
     [
         ("mnist", "train-images-idx3-ubyte.gz, itself or in MNIST/raw"),
+        ("omniglot", "has no chardata.mat: put it there"),
         ("celeba", "no folder img_align_celeba: unpack img_align_celeba.zip there"),
         ("chairs", "rendered_chairs has no <id>/renders: unpack rendered_chairs.tar there"),
         ("folder", "has no train images"),
@@ -330,3 +353,7 @@ def test_train_on_a_folder_of_images(tmp_path, capsys):
     assert cli.main(resume) == 2
     assert "has no train images" in capsys.readouterr().err
     assert cli.main([*resume, "--data-dir", str(tmp_path / "moved")]) == 0
+
+
+def test_the_command_offers_every_set():
+    assert set(get_args(DataSet)) == set(DATA_SETS)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _TEST_EVERY = 10
@@ -51,9 +54,16 @@ def list_chairs(folder: Path, split: str) -> list[Path]:
     if not chairs:
         raise FileNotFoundError(
             f"{root} has no <id>/renders: unpack rendered_chairs.tar there "
-            "(di.ens.fr/willow/research/seeing3Dchairs, 2.5 GB)"
+            "(di.ens.fr/willow/research/seeing3Dchairs; 1,393 chairs of 62 views)"
         )
-    return [path for chair in _every_tenth(chairs, split) for path in sorted(chair.glob("*.png"))]
+    views = [sorted(chair.glob("*.png")) for chair in chairs]
+    for chair, paths in zip(chairs, views, strict=True):
+        # An archive that was unpacked in part.
+        if len(paths) != len(views[0]):
+            raise ValueError(
+                f"{chair} has {len(paths)} views, {chairs[0]} has {len(views[0])}: unpack again"
+            )
+    return [path for paths in _every_tenth(views, split) for path in paths]
 
 
 def decode_files(paths: list[Path], channels: int, size: int, crop: int) -> Iterator[np.ndarray]:
@@ -104,6 +114,6 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
 
 
-def _every_tenth(items: list[Path], split: str) -> list[Path]:
+def _every_tenth(items: list[T], split: str) -> list[T]:
     test = split == "test"
     return [item for index, item in enumerate(items) if (index % _TEST_EVERY == 9) == test]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.data import cache, digits, files, mnist, npz
+from fastsfvae.data import cache, digits, files, mnist, npz, omniglot
 
 
 class Defaults(NamedTuple):
@@ -23,6 +23,7 @@ class Defaults(NamedTuple):
 DATA_SETS = {
     "digits": Defaults(1, 28, 0),
     "mnist": Defaults(1, 28, 0),
+    "omniglot": Defaults(1, 28, 0),
     "celeba": Defaults(3, 64, 148),
     "chairs": Defaults(3, 64, 0),
     "folder": Defaults(3, 64, 0),
@@ -82,9 +83,15 @@ def load_images(
 
 
 def _from_disk(name: str, folder: Path, split: str, channels: int, size: int, crop: int) -> Tensor:
-    if name in ("mnist", "npz"):
-        path = mnist.find_idx(folder, split) if name == "mnist" else folder
-        pixels = mnist.read_idx(path) if name == "mnist" else npz.read_npz(path, split)
+    if name not in _LISTS:
+        if name == "mnist":
+            path = mnist.find_idx(folder, split)
+            pixels = mnist.read_idx(path)
+        elif name == "omniglot":
+            path = omniglot.find_mat(folder)
+            pixels = omniglot.read_mat(path, split)
+        else:
+            path, pixels = folder, npz.read_npz(folder, split)
         made_from = cache.fingerprint([path], split)
         return cache.open_cached(f"{name}-{split}", made_from, pixels.shape, [pixels])
     paths = _LISTS[name](folder, split)
