@@ -60,7 +60,7 @@ def likelihood_terms(
     """
     batch, n = residual.shape
     dtype = torch.promote_types(jacobian.dtype, torch.float32)
-    c = torch.as_tensor(noise_var, device=residual.device).to(dtype)
+    c = torch.as_tensor(noise_var, dtype=dtype, device=residual.device)
     if likelihood == "expected":
         # Row norms of J are all it needs; in float32 at least, like every sum here.
         row_norms = jacobian.to(dtype).square().sum(-1)
