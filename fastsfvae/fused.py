@@ -234,9 +234,14 @@ def total_log_likelihood(prepared: Prepared, weights: Tensor) -> tuple[Tensor, T
     needs = _needs(tensors)
     if not any(needs):
         values, _ = _evaluate(problem, needs, None, tensors)
-        return values[0] @ weights.to(values.dtype), values
+        return _total(values, weights), values
     total, values, *_ = _Total.apply(problem, needs, weights, *tensors)
     return total, values
+
+
+def _total(values: Tensor, weights: Tensor) -> Tensor:
+    # Not a dot product, which autocast would round to half precision.
+    return (values[likelihood_adjoint.LOG_LIKELIHOOD] * weights).sum()
 
 
 class _Total(torch.autograd.Function):
@@ -245,7 +250,7 @@ class _Total(torch.autograd.Function):
         cotangents = torch.zeros((4, len(weights)), dtype=weights.dtype, device=weights.device)
         cotangents[likelihood_adjoint.LOG_LIKELIHOOD] = weights
         values, grads = _evaluate(problem, needs, cotangents, tensors)
-        return values[0] @ weights.to(values.dtype), values, *grads
+        return _total(values, weights), values, *grads
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -60,7 +60,11 @@ def likelihood_terms(
     """
     batch, n = residual.shape
     dtype = torch.promote_types(jacobian.dtype, torch.float32)
-    c = torch.as_tensor(noise_var, dtype=dtype, device=residual.device)
+    if isinstance(noise_var, Tensor):
+        c = noise_var.to(residual.device, dtype)
+    else:
+        # Filled on the device: a copy from the host would wait for it, and not be captured.
+        c = torch.full((), noise_var, dtype=dtype, device=residual.device)
     if likelihood == "expected":
         # Row norms of J are all it needs; in float32 at least, like every sum here.
         row_norms = jacobian.to(dtype).square().sum(-1)

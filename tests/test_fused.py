@@ -147,3 +147,13 @@ def test_a_decoder_without_adjoints_takes_the_other_path():
     close(
         gradients(decoder, tensors, chunk_size=2), gradients(decoder, tensors, backend="reference")
     )
+
+
+def test_autocast_does_not_round_the_total():
+    torch.manual_seed(0)
+    decoder = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 200))
+    x, mean, log_var = torch.rand(32, 200), torch.randn(32, 4), torch.randn(32, 4) - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sf.SamplingFreeLoss(decoder, reduction="sum")
+        total, terms = loss(x, mean, log_var, return_terms=True)
+    assert torch.allclose(total.detach(), -terms.elbo.sum(), rtol=1e-6)
