@@ -63,7 +63,7 @@ def _objective(output: Tensor, jacobian: Tensor, x: Tensor, mean: Tensor, log_va
 
 
 def jacfwd(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """vmap(jacfwd) of one sample at a time."""
+    """One jacfwd a sample, under vmap."""
 
     def one(z: Tensor) -> tuple[Tensor, Tensor]:
         y = decoder(z[None])[0]
@@ -74,7 +74,7 @@ def jacfwd(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> Tens
 
 
 def jvp(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """vmap over the unit vectors of a jvp of the whole batch."""
+    """One vmap over the unit vectors of a jvp of the whole batch."""
 
     def push(direction: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(decoder, (mean,), (direction.expand_as(mean),))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastsfvae import _checks, fused
@@ -139,7 +140,9 @@ def evaluate(
         settings: the keyword arguments.
         weight: ``[B]``, or None.
     """
-    check_settings(*settings[:4])
+    if not torch.compiler.is_compiling():
+        # A compiler may hold the numbers as symbols.
+        check_settings(*settings[:4])
     _checks.latent(mean, log_var)
     _checks.batch(x, mean)
     backend = resolve_backend(settings.backend, mean)

@@ -21,7 +21,7 @@ from fastsfvae import likelihood_adjoint
 from fastsfvae.jacobian import flatten_in_memory_order
 from fastsfvae.jacobian.jet import Jet, full_tangent, latent_jet
 from fastsfvae.jacobian.linearize import Linearizer, chunk_bounds
-from fastsfvae.jacobian.sweep import Program, Sweep, default_chunk, find_program, program_of
+from fastsfvae.jacobian.sweep import Sweep, default_chunk, find_program, program_of
 from fastsfvae.jacobian.validate import check_chunk_size
 from fastsfvae.likelihood import likelihood_terms
 from fastsfvae.likelihood_adjoint import Kind
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 
 class Problem(NamedTuple):
-    """What is evaluated, besides the tensors; all but `program` are the operator's arguments."""
+    """What is evaluated, besides the tensors; the decoder by its program's number."""
 
-    program: Program
+    program: int
     along: int
     chunk_size: int
     likelihood: str
@@ -65,19 +65,35 @@ def prepare(
     check_chunk_size(settings.chunk_size)
     if settings.backend == "reference":
         return None
-    linearizer = Linearizer(decoder, z, args, kwargs, settings.backend)
-    size = settings.chunk_size or default_chunk(linearizer)
-    bounds = chunk_bounds(z.shape[0], size)
-    program = program_of(linearizer, sorted({stop - start for start, stop in bounds}))
-    if program is None:
-        return None
-    shape = program.plans[0].output_shape
+    if torch.compiler.is_compiling():
+        if args or kwargs:
+            raise RuntimeError(
+                "under torch.compile the loss takes no further decoder inputs: make them "
+                "attributes of the decoder, or call the loss outside the compiled function"
+            )
+        from fastsfvae import compiled
+
+        # A loop over a size makes the compiler fix it: m belongs to the decoder.
+        m = len([None for _ in range(z.shape[1])])
+        plan = compiled.plan(decoder, m, z.dtype, z.device, settings.backend)
+        number, size, shape, names = plan
+        size = settings.chunk_size or size
+        along: list[Tensor] = []
+        whole = [compiled.attribute(decoder, name) for name in names]
+    else:
+        linearizer = Linearizer(decoder, z, args, kwargs, settings.backend)
+        size = settings.chunk_size or default_chunk(linearizer)
+        bounds = chunk_bounds(z.shape[0], size)
+        found = program_of(linearizer, sorted({stop - start for start, stop in bounds}))
+        if found is None:
+            return None
+        number, shape = found.number, found.plans[0].output_shape
+        along, whole = found.gather(linearizer.tensors, linearizer.extras)
     if x.shape[1:] != shape:
         raise ValueError(
             f"x has shape {tuple(x.shape)} but the decoder returns {(x.shape[0], *shape)}: "
             "they must match"
         )
-    along, whole = program.gather(linearizer.tensors, linearizer.extras)
     dtype = torch.promote_types(torch.promote_types(z.dtype, x.dtype), torch.float32)
     scalars = [
         t.to(z.device) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=z.device)
@@ -85,7 +101,7 @@ def prepare(
     ]
     kind = z.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    problem = Problem(program, len(along), size, settings.likelihood, settings.backend, autocast)
+    problem = Problem(number, len(along), size, settings.likelihood, settings.backend, autocast)
     return Prepared(problem, (z, x, latent_var, *scalars, *along, *whole))
 
 
@@ -207,7 +223,7 @@ def _(z, x, latent_var, noise_var, gamma, along, whole, cotangents, needs, *_):
 def _evaluate(problem: Problem, needs: Sequence[bool], cotangents: Tensor | None, tensors: tuple):
     along, whole = tensors[5 : 5 + problem.along], tensors[5 + problem.along :]
     values, *grads = decoder_likelihood(
-        *tensors[:5], list(along), list(whole), cotangents, list(needs), problem.program.number,
+        *tensors[:5], list(along), list(whole), cotangents, list(needs), problem.program,
         problem.chunk_size, problem.likelihood, problem.backend, problem.autocast,
     )  # fmt: skip
     return values, grads
@@ -254,26 +270,41 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.needs, *_ = inputs
+        _, ctx.needs, _, *tensors = inputs
         _, values, *grads = output
         ctx.mark_non_differentiable(values, *grads)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads)
+        wanted = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
+        ctx.save_for_backward(*grads, *wanted)
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        refuse_second_order()
-        grads = [None if upstream is None else g * upstream for g in ctx.saved_tensors]
+        if upstream is None:
+            return (None,) * (3 + len(ctx.needs))
+        count = sum(ctx.needs)
+        grads, wanted = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        grads = [g * upstream for g in grads]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _Last.apply(count, *grads, *wanted)
         return None, None, None, *_spread(grads, ctx.needs)
 
 
-def refuse_second_order() -> None:
-    """Raise where create_graph asks for a derivative of gradients that were finished by hand.
+class _Last(torch.autograd.Function):
+    """Gradients that know what they depend on, and refuse to be differentiated by it.
 
-    Raises:
-        RuntimeError: the backward runs with create_graph=True.
+    torch.func.grad always runs a backward as with create_graph, so that it cannot refuse at once.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+    @staticmethod
+    def forward(count, *tensors):
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx, *_):
         raise RuntimeError(
             "the loss's gradients are finished in its forward and have no derivative: for second "
             'order give reduction="none" and backend="torch"'
@@ -297,6 +328,9 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.problem, ctx.needs, *tensors = inputs
+        if not torch.compiler.is_compiling():
+            # The backward runs it again, perhaps after the decoder's plans were renewed.
+            ctx.program = find_program(ctx.problem.program)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -321,7 +355,7 @@ def _differentiable_gradients(problem, needs, cotangents, tensors) -> list[Tenso
     with torch.enable_grad():
         enabled = problem.autocast is not None
         with torch.autocast(z.device.type, problem.autocast, enabled=enabled):
-            y = problem.program.body(latent_jet(z), along, whole)
+            y = find_program(problem.program).body(latent_jet(z), along, whole)
             terms = likelihood_terms(
                 *flatten_in_memory_order(full_tangent(y), x - y.primal),
                 latent_var,

@@ -63,6 +63,8 @@ class DecoderReport:
         gradient_error: likewise for the worst gradient of a random function of (f, J) in z and
             in the parameters; None where PyTorch has no second derivative to compare with.
         tolerance: what the errors may be.
+        obstacles: why the loss differentiates this decoder by autograd, chunk by chunk and twice
+            over, and not by the rules' adjoints in its forward; empty where it does not.
     """
 
     layers: list[LayerReport]
@@ -74,6 +76,7 @@ class DecoderReport:
     jacobian_error: float
     gradient_error: float | None
     tolerance: float
+    obstacles: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -107,6 +110,7 @@ class DecoderReport:
             f"J {self.jacobian_bytes / 2**20:.3g} MiB",
             f"relative errors: output {self.output_error:.1e}, Jacobian {self.jacobian_error:.1e}, "
             f"gradients {gradient} (allowed {self.tolerance:.0e})",
+            "loss: " + ("; ".join(self.obstacles) or "gradients are finished in the forward"),
             f"verdict: {self._verdict()}",
         ]
         return "\n".join(lines)
@@ -182,6 +186,7 @@ def check_decoder(
         jacobian_error=errors[1],
         gradient_error=errors[2],
         tolerance=_TOLERANCE.get(dtype, _LOOSE),
+        obstacles=tuple(dict.fromkeys(plan.obstacles)),
     )
 
 

@@ -82,6 +82,11 @@ class Linearizer:
         """The decoder's parameters and buffers."""
         return self._print.tensors
 
+    @property
+    def names(self) -> list[str]:
+        """Their dotted names."""
+        return self._print.names
+
     def run(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Decode samples start to stop: (output [b, *out], tangents [m, b, *out])."""
         z, extras = self._slice(start, stop)

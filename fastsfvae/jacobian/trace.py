@@ -226,13 +226,15 @@ def _recorded_paths(decoder: Callable[..., Any], paths: dict[fx.Node, str]) -> I
 def _restored(decoder: Callable[..., Any]) -> Iterator[None]:
     """Undo what a forward pass writes to its modules' attributes: fake tensors, counters."""
     modules = list(decoder.modules()) if isinstance(decoder, nn.Module) else []
-    before = [dict(module.__dict__) for module in modules]
+    # functional_call leaves its stand-ins in a module that is registered under two names.
+    places = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers)]
+    before = [dict(place) for place in places]
     try:
         yield
     finally:
-        for module, attributes in zip(modules, before, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for place, attributes in zip(places, before, strict=True):
+            place.clear()
+            place.update(attributes)
 
 
 def _first_line(error: BaseException) -> str:
