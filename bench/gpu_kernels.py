@@ -14,8 +14,7 @@ from bench.loss_only import CANDIDATES, NOISE_VAR, SHAPES, inputs, plain_closed_
 from fastsfvae import reference
 from fastsfvae.ops import _library
 from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
-from fastsfvae.ops.woodbury import woodbury_triton
-from fastsfvae.ops.woodbury_native import woodbury_native
+from fastsfvae.ops.woodbury import woodbury_native, woodbury_triton
 
 QUICK_SHAPES = {"m4": (2, 48, 4)}
 # Samples that are computed again in float64.

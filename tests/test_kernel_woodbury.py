@@ -5,8 +5,7 @@ import torch
 
 from fastsfvae import reference
 from fastsfvae.ops import _library
-from fastsfvae.ops.woodbury import woodbury_triton
-from fastsfvae.ops.woodbury_native import Woodbury, woodbury_native
+from fastsfvae.ops.woodbury import Woodbury, woodbury_native, woodbury_triton
 
 from ._triton import DEVICE, assert_as_good, poisoned_empty, requires_triton
 

@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 
 from fastsfvae import reference
+from fastsfvae.kernels._contract import WOODBURY_MAX_M
 from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
-from fastsfvae.ops.woodbury_native import Woodbury, woodbury_native
-
-# The largest m that the Triton factorisation holds in registers without spilling.
-_TRITON_MAX_M = 64
+from fastsfvae.ops.woodbury import Woodbury, woodbury_native, woodbury_triton
 
 
 class LowRankTerms(NamedTuple):
@@ -273,9 +271,7 @@ def _factoriser(gram, projection, rr, noise_var, jacobian, residual, backend):
     """
 
     def factorise(latent_var: Tensor) -> Woodbury:
-        if backend == "triton" and gram.shape[-1] <= _TRITON_MAX_M:
-            from fastsfvae.ops.woodbury import woodbury_triton
-
+        if backend == "triton" and gram.shape[-1] <= WOODBURY_MAX_M:
             solved = woodbury_triton(gram, projection, rr, latent_var, noise_var)
         else:
             solved = woodbury_native(gram, projection, rr, latent_var, noise_var)

@@ -1,11 +1,117 @@
-"""The m x m factorisation by its Triton kernel; `woodbury_native` is its twin in plain torch."""
+"""The m x m factorisation, in plain torch and by its Triton kernel.
+
+The plain form takes any m, float dtype and device, and never waits for a CUDA device.
+
+The pivot rule. In exact arithmetic every pivot of C = cI + A is at least c. A computed pivot d_k
+below floor_k = max(c, 4 eps C_kk) is rounding noise: it counts in the log-determinant at that floor
+and eliminates nothing (its multipliers and its forward-substituted entry are 0). So no finite Gram
+gives a NaN or a blow-up; a floor that still eliminates would divide rounding noise by c.
+
+A sample is lost when a pivot fell below its floor, or kept fewer than half of its digits
+(d_k < sqrt(eps) C_kk): subtracting from C_kk leaves d_k an absolute error of a few eps C_kk, so
+that noise just above the floor would pass for a pivot.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fastsfvae.kernels._contract import Woodbury as Woodbury
 from fastsfvae.ops import _library
-from fastsfvae.ops.woodbury_native import Woodbury
+
+_BLOCK = 32
+
+
+def woodbury_native(
+    gram: Tensor, projection: Tensor, rr: Tensor, latent_var: Tensor, noise_var: Tensor
+) -> Woodbury:
+    """Factorise C = cI + S G S for each sample and evaluate everything that follows from it.
+
+    Args:
+        gram: G, ``[B, m, m]``.
+        projection: p, ``[B, m]``.
+        rr: r^T r, ``[B]``.
+        latent_var: h, ``[B, m]``.
+        noise_var: c, ``[B]``.
+    """
+    s = latent_var.sqrt()
+    v = s * projection
+    A = s.unsqueeze(-1) * gram * s.unsqueeze(-2)
+    C = A.clone()
+    C.diagonal(dim1=-2, dim2=-1).add_(noise_var.unsqueeze(-1))
+    eps = torch.finfo(C.dtype).eps
+    C_diag = C.diagonal(dim1=-2, dim2=-1)
+    floor = torch.maximum(noise_var.unsqueeze(-1), 4 * eps * C_diag)
+    L, d, floored = _factorise(C, floor)
+
+    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand_as(C)
+    L_inv = torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
+    v_hat = (L_inv @ v.unsqueeze(-1)).squeeze(-1).masked_fill(floored, 0)
+    D_inv_v = v_hat / d
+    C_inv = L_inv.mT @ (L_inv / d.unsqueeze(-1))
+    w = (L_inv.mT @ D_inv_v.unsqueeze(-1)).squeeze(-1)
+
+    C_inv_diag = C_inv.diagonal(dim1=-2, dim2=-1)
+    c = noise_var.unsqueeze(-1)
+    # Each form of q is exact where the other cancels: 1 - c C^-1_ii is 1 - 1 for a small A_ii.
+    q = torch.where(A.diagonal(dim1=-2, dim2=-1) < c, (A * C_inv).sum(-1), 1 - c * C_inv_diag)
+    return Woodbury(
+        log_det=(d / c).log().sum(-1),
+        explained=torch.minimum((v_hat * D_inv_v).sum(-1).clamp(min=0), rr),
+        K=s.unsqueeze(-1) * C_inv * s.unsqueeze(-2),
+        y=s * w,
+        q=q,
+        w=w,
+        lost=(floored | (d < eps**0.5 * C_diag)).any(-1),
+    )
+
+
+def _factorise(C: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """C = L diag(d) L^T with the pivot rule: unit-lower L [B, m, m], d [B, m], floored [B, m].
+
+    On the CPU, LAPACK factorises every sample and the rule is applied to the few that fail it. On
+    CUDA that choice would be a host synchronisation, so the blocked form runs for all.
+    """
+    if C.device.type != "cpu":
+        return _factorise_blocked(C, floor)
+    chol, info = torch.linalg.cholesky_ex(C)
+    root = chol.diagonal(dim1=-2, dim2=-1)
+    d = root.square()
+    good = (info == 0) & (d >= floor).all(-1)
+    L = chol / root.unsqueeze(-2)
+    floored = torch.zeros_like(d, dtype=torch.bool)
+    if not bool(good.all()):
+        bad = (~good).nonzero().squeeze(-1)
+        L[bad], d[bad], floored[bad] = _factorise_blocked(C[bad], floor[bad])
+    return L, d, floored
+
+
+def _factorise_blocked(C: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-looking and blocked: rank-1 updates inside a diagonal block, products outside it."""
+    m = C.shape[-1]
+    C = C.clone()
+    L = torch.eye(m, dtype=C.dtype, device=C.device).repeat(C.shape[0], 1, 1)
+    d = torch.empty_like(floor)
+    floored = torch.empty_like(floor, dtype=torch.bool)
+    for start in range(0, m, _BLOCK):
+        stop = min(start + _BLOCK, m)
+        for k in range(start, stop):
+            pivot = C[:, k, k]
+            floored[:, k] = pivot < floor[:, k]
+            d[:, k] = torch.where(floored[:, k], floor[:, k], pivot)
+            keep = ~floored[:, k, None]
+            # The whole column: rows of this block are needed now, rows below it are the panel.
+            column = torch.where(keep, C[:, k + 1 :, k] / d[:, k, None], 0)
+            L[:, k + 1 :, k] = column
+            inside = stop - (k + 1)
+            # Later columns of this block, in all rows below k.
+            C[:, k + 1 :, k + 1 : stop] -= column.unsqueeze(-1) * (
+                column[:, :inside] * d[:, k, None]
+            ).unsqueeze(-2)
+        panel = L[:, stop:, start:stop]
+        C[:, stop:, stop:] -= (panel * d[:, None, start:stop]) @ panel.mT
+    return L, d, floored
 
 
 def woodbury_triton(
