@@ -11,18 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.fused import known_decoders
 from fastsfvae.jacobian.linearize import Linearizer
 from fastsfvae.jacobian.sweep import default_chunk, program_of
 
 
 @torch.compiler.assume_constant_result
 def plan(
-    decoder: Any, m: int, dtype: torch.dtype, device: torch.device, backend: str
+    identity: int, m: int, dtype: torch.dtype, device: torch.device, backend: str
 ) -> tuple[int, int, tuple[int, ...], tuple[str, ...]]:
     """A program for every batch size: its number, chunk size, output shape and parameters' names.
 
-    A compiler evaluates it once while it traces; it takes no tensors, whose sizes may be symbols.
+    A compiler evaluates it once while it traces, on constants alone: sizes of tensors may be
+    symbols, and a module is known by its id.
     """
+    decoder = known_decoders.get(identity)
+    if decoder is None:
+        raise RuntimeError(
+            "torch.compile meets this decoder for the first time: use it through SamplingFreeLoss, "
+            "or call the function once before it is compiled"
+        )
     linearizer = Linearizer(decoder, torch.zeros(2, m, dtype=dtype, device=device), backend=backend)
     program = program_of(linearizer, (2, 1))
     if program is None or program.plans[0].signature[1]:

@@ -11,11 +11,12 @@ Functions stand over it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsfvae import likelihood_adjoint
 from fastsfvae.jacobian import flatten_in_memory_order
@@ -28,6 +29,16 @@ from fastsfvae.likelihood_adjoint import Kind
 
 if TYPE_CHECKING:
     from fastsfvae.elbo import Settings
+
+
+# Where a compiler finds a decoder, which it knows by its id.
+known_decoders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def remember(decoder: Any) -> None:
+    """Make a decoder known to a compiler."""
+    if isinstance(decoder, nn.Module):
+        known_decoders[id(decoder)] = decoder
 
 
 class Problem(NamedTuple):
@@ -75,12 +86,13 @@ def prepare(
 
         # A loop over a size makes the compiler fix it: m belongs to the decoder.
         m = len([None for _ in range(z.shape[1])])
-        plan = compiled.plan(decoder, m, z.dtype, z.device, settings.backend)
+        plan = compiled.plan(id(decoder), m, z.dtype, z.device, settings.backend)
         number, size, shape, names = plan
         size = settings.chunk_size or size
         along: list[Tensor] = []
         whole = [compiled.attribute(decoder, name) for name in names]
     else:
+        remember(decoder)
         linearizer = Linearizer(decoder, z, args, kwargs, settings.backend)
         size = settings.chunk_size or default_chunk(linearizer)
         bounds = chunk_bounds(z.shape[0], size)
@@ -89,7 +101,7 @@ def prepare(
             return None
         number, shape = found.number, found.plans[0].output_shape
         along, whole = found.gather(linearizer.tensors, linearizer.extras)
-    if x.shape[1:] != shape:
+    if list(x.shape[1:]) != list(shape):
         raise ValueError(
             f"x has shape {tuple(x.shape)} but the decoder returns {(x.shape[0], *shape)}: "
             "they must match"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
 from fastsfvae.elbo import Elbo, Settings, check_settings, evaluate
+from fastsfvae.fused import remember
 from fastsfvae.jacobian.validate import unwrap
 
 
@@ -54,6 +55,7 @@ class SamplingFreeLoss(nn.Module):
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("backend", backend, _checks.BACKENDS)
         unwrap(decoder)
+        remember(decoder)
         # A plain entry of __dict__ is not registered as a submodule.
         self.__dict__["decoder"] = decoder
         self.noise_var = noise_var
@@ -119,6 +121,11 @@ class SamplingFreeLoss(nn.Module):
         share = 1 / mean.shape[0] if self.reduction == "mean" else 1.0
         dtype = torch.promote_types(mean.dtype, torch.float32)
         return torch.full(mean.shape[:1], share, dtype=dtype, device=mean.device)
+
+    def __setstate__(self, state: dict) -> None:
+        """Take up the state of a copy or of a pickle."""
+        super().__setstate__(state)
+        remember(self.decoder)
 
     def extra_repr(self) -> str:
         """The settings, as they would be written in a call."""

@@ -1,5 +1,7 @@
 """The fused loss: gradients finished chunk by chunk in the forward, by hand-written adjoints."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import fastsfvae as sf
 from fastsfvae import fused
 from tests.decoders import DECODERS, M, batch, build
+from tests.test_rules import CASES
 
 LIKELIHOODS = ("precision", "mixture", "normalized", "expected")
 
@@ -159,3 +162,16 @@ def test_autocast_does_not_round_the_total():
         loss = sf.SamplingFreeLoss(decoder, reduction="sum")
         total, terms = loss(x, mean, log_var, return_terms=True)
     assert torch.allclose(total.detach(), -terms.elbo.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_adjoint_equals_autograd_on_the_rule(name, monkeypatch):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decoder = CASES[name]()
+        tensors = batch(decoder, 3)
+        if not is_fused(decoder, tensors):
+            pytest.skip("differentiated by autograd")
+        ours = gradients(decoder, tensors, reduction="none")
+        close(ours, recomputed(monkeypatch, decoder, tensors, reduction="none"))

@@ -41,7 +41,7 @@ def _reshape_rule(name: str) -> Callable[..., Jet]:
             return Jet(y, x.tangent.reshape(m, x.tangent.shape[1], *y.shape[1:]))
         return Jet(y, full_tangent(x).reshape(m, *y.shape))
 
-    adjoint(name, covers=_first_jet)(_reshape_adjoint)
+    adjoint(name)(_reshape_adjoint)
     return reshaped
 
 
@@ -438,7 +438,7 @@ def convert(x: Jet, *args: Any, **kwargs: Any) -> Jet:
     return Jet(moved.primal, moved.tangent.to(primal.device, primal.dtype))
 
 
-adjoint("to", "type_as", covers=_first_jet)(_identity_adjoint)
+adjoint("to", "type_as")(_identity_adjoint)
 
 
 @rule("pixel_shuffle")
