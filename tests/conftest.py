@@ -1,6 +1,7 @@
 """Fixtures and the summary of the largest errors that the tests saw."""
 
 import pytest
+import torch
 
 _LARGEST: dict[str, float] = {}
 
@@ -13,6 +14,14 @@ def largest_error():
         _LARGEST[name] = max(value, _LARGEST.get(name, 0.0))
 
     return record
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def pytest_terminal_summary(terminalreporter):
