@@ -7,16 +7,20 @@ source or a damaged file is converted anew.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastsfvae.progress import counter
 
 _CHECKSUM_BYTES = 2**24
 
@@ -56,12 +60,13 @@ def open_cached(
         OSError: where the disk is full or the folder cannot be written; nothing is left behind.
         ValueError: where `images` yields another number of images.
     """
-    folder = cache_folder()
-    path = folder / f"{name}-{made_from[:16]}.npy"
+    path = cache_folder() / f"{name}-{made_from[:16]}.npy"
     record = path.with_suffix(".json")
     if not _is_whole(path, record, made_from):
-        folder.mkdir(parents=True, exist_ok=True)
-        _convert(path, record, made_from, shape, images)
+        with _writing(path), _alone(path.with_suffix(".lock")):
+            # Another process may have converted it while this one waited.
+            if not _is_whole(path, record, made_from):
+                _convert(path, record, made_from, shape, images)
     # Copy-on-write: torch warns of arrays that it could not write to.
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
@@ -74,6 +79,26 @@ def _is_whole(path: Path, record: Path, made_from: str) -> bool:
         return False
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror}): make room, or name another folder in "
+            "FASTSFVAE_CACHE"
+        ) from error
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait for other processes; the system ends the claim of one that dies."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _convert(
     path: Path,
     record: Path,
@@ -81,33 +106,30 @@ def _convert(
     shape: tuple[int, int, int, int],
     images: Iterable[np.ndarray],
 ) -> None:
-    # Two runs that convert the same set at the same time must not share a file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # What a killed conversion left under these names is written over.
+    temporary = path.with_suffix(".npy.tmp")
+    note = path.with_suffix(".json.tmp")
     record.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, counter(f"convert {path.stem}", shape[0]) as advance:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             written = 0
             for batch in images:
                 file.write(np.ascontiguousarray(batch, dtype=np.uint8).data)
                 written += len(batch)
+                advance(len(batch))
             if written != shape[0]:
                 raise ValueError(f"{path.stem}: {written} images where {shape[0]} were announced")
             file.flush()
             os.fsync(file.fileno())
         checksum = _checksum(temporary)
         os.replace(temporary, path)
-        note = temporary.with_suffix(".json")
         note.write_text(json.dumps({"made_from": made_from, "crc32": checksum}))
         os.replace(note, record)
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be written ({error.strerror}): make room, or name another folder in "
-            "FASTSFVAE_CACHE"
-        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
 
 
 def _checksum(path: Path) -> int:
