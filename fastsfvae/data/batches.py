@@ -49,33 +49,32 @@ class ImageSet:
         """Some of the images, uint8 ``[b, C, H, W]`` on the device."""
         return self._images[index].to(self.device)
 
-    def batches(self, orders: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-        """Yield batches, uint8 ``[batch_size, C, H, W]`` on the device, in the order given.
+    def batches(self, orders: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield batches, uint8 ``[B, C, H, W]`` on the device, in the order given.
 
         Args:
-            orders: indices of images, int64 on the CPU, e.g. an epoch each; whole batches.
-            batch_size: images in a batch.
+            orders: numbers of images, int64 ``[steps, B]`` on the CPU, e.g. an epoch each.
         """
         if self.streamed:
-            yield from self._stream(orders, batch_size)
+            yield from self._stream(orders)
             return
         for order in orders:
-            for index in order.to(self.device).split(batch_size):
-                yield self._images[index]
+            for numbers in order.to(self.device):
+                yield self._images[numbers]
 
-    def _stream(self, orders: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-        indices = (index for order in orders for index in order.split(batch_size))
+    def _stream(self, orders: Iterable[Tensor]) -> Iterator[Tensor]:
+        steps = (numbers for order in orders for numbers in order)
         # torch gathers without holding the interpreter's lock: the training thread goes on.
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
             pending: deque[Future[Tensor]] = deque()
-            pending.extend(thread.submit(self._gather, index) for index in islice(indices, _AHEAD))
+            pending.extend(thread.submit(self._gather, step) for step in islice(steps, _AHEAD))
             while pending:
                 batch = pending.popleft().result()
-                pending.extend(thread.submit(self._gather, index) for index in islice(indices, 1))
+                pending.extend(thread.submit(self._gather, step) for step in islice(steps, 1))
                 # From pinned memory the host does not wait for the copy. torch gives the memory to
                 # no other batch before it is over.
                 yield batch.to(self.device, non_blocking=True)
 
-    def _gather(self, index: Tensor) -> Tensor:
-        batch = self._images[index]
+    def _gather(self, numbers: Tensor) -> Tensor:
+        batch = self._images[numbers]
         return batch.pin_memory() if self.device.type == "cuda" else batch
