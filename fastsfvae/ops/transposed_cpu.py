@@ -4,10 +4,10 @@ Where the input is 1 x 1 the layer is a matrix product, ``[N, C_in] @ [C_in, kh 
 result already lies in channels-last order.
 
 Where few channels come out (the image's), the library's forward has too little to vectorise over.
-Tap k of input row i lands on output row s i + k - p = s j + q. So the s x s output phases q are
-channels of an ordinary 3 x 3 convolution, provided that the steps j - i stay within one, and are
-interleaved afterwards: 2.25 times the multiplications of kernel 4 and stride 2, in a third of the
-time. The library's backward is fast as it is.
+With kernel s t and stride s, output o = s P + q of the layer without padding reads the t inputs at
+P - t + 1 .. P, whatever its phase q. So the s x s phases are channels of an ordinary t x t
+convolution, which are interleaved and then cropped by the padding. The library's backward is fast
+as it is.
 """
 
 from __future__ import annotations
@@ -60,25 +60,23 @@ def _taps_last(weight: Tensor) -> Tensor:
 
 
 def has_phases(x: Tensor, weight: Tensor, g: Geometry) -> bool:
-    """Whether `by_phases` applies: few channels, s times the input's extent, steps within one."""
+    """Whether `by_phases` applies: few channels come out, the stride divides the kernel."""
     if not _is_plain(x, weight, g) or weight.shape[1] > _FEW_CHANNELS or max(g.stride) < 2:
         return False
     sizes = zip(weight.shape[2:], g.stride, g.padding, g.output_padding, strict=True)
-    return all(k - 2 * p + more == s and p <= s and k - p <= 2 * s for k, s, p, more in sizes)
+    return all(k % s == 0 and more <= p for k, s, p, more in sizes)
 
 
 def by_phases(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-    """``[N, C_in, H, W] -> [N, C_out, s H, s W]``, channels-last."""
-    n, inputs, height, width = x.shape
-    (sy, sx), channels = g.stride, weight.shape[1]
-    packed = weight.new_zeros((sy, sx, channels, inputs, 3, 3))
-    for ky in range(weight.shape[2]):
-        step_y, qy = divmod(ky - g.padding[0], sy)
-        for kx in range(weight.shape[3]):
-            step_x, qx = divmod(kx - g.padding[1], sx)
-            packed[qy, qx, :, :, 1 - step_y, 1 - step_x] = weight[:, :, ky, kx].t()
-    kernel = packed.flatten(0, 2).contiguous(memory_format=torch.channels_last)
-    phases = F.conv2d(x, kernel, padding=1).permute(0, 2, 3, 1)
-    apart = phases.reshape(n, height, width, sy, sx * channels)
-    rows = apart.transpose(2, 3).reshape(n, sy * height, sx * width, channels)
-    return rows.permute(0, 3, 1, 2)
+    """``[N, C_in, H, W] -> [N, C_out, H', W']``, channels-last."""
+    (sy, sx), (ci, co, ky, kx) = g.stride, weight.shape
+    ty, tx = ky // sy, kx // sx
+    taps = weight.reshape(ci, co, ty, sy, tx, sx).flip(2, 4).permute(3, 5, 1, 0, 2, 4)
+    kernel = taps.reshape(-1, ci, ty, tx).contiguous(memory_format=torch.channels_last)
+    phases = F.conv2d(x, kernel, padding=(ty - 1, tx - 1)).permute(0, 2, 3, 1)
+    n, height, width, _ = phases.shape
+    apart = phases.reshape(n, height, width, sy, sx * co).transpose(2, 3)
+    whole = apart.reshape(n, sy * height, sx * width, co)
+    ends = zip(whole.shape[1:3], g.padding, g.output_padding, strict=True)
+    rows, columns = (slice(p, size - p + more) for size, p, more in ends)
+    return whole[:, rows, columns].contiguous().permute(0, 3, 1, 2)
