@@ -4,6 +4,8 @@
     backward    g_a = phi'(a) g_out + phi''(a) sum_i T_i g_T_i    g_T_in_i = phi'(a) g_T_i
 
 a is [B, *F]; T is tangent-major, [m, B, *F], or [m, 1, *F] where all samples share their tangents.
+With a bias, phi is taken at a + bias: the layer in front leaves its bias, which tangents have none
+of, to this pass. The sum is rounded to a's dtype, as a stored one would be.
 
 Floor, in passes over T: the forward reads it once and writes as much, in place where the caller
 allows it; the backward reads T and g_T and writes g_T_in, and where phi'' = 0 it does not read T.
@@ -35,9 +37,20 @@ _BLOCK = 512
 _NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["m", "blocks", "tangents_per_program"])
+@triton.jit
+def _load_argument(a_ptr, bias_ptr, at, mask, channels, inner, HAS_BIAS: tl.constexpr):
+    """What phi is taken at, in float32."""
+    a = tl.load(a_ptr + at, mask=mask, other=0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + at // inner % channels, mask=mask, other=0.0)
+        a = (a.to(tl.float32) + bias.to(tl.float32)).to(a.dtype)
+    return a.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["m", "blocks", "tangents_per_program", "channels"])
 def _tangent_activation_fwd_kernel(
     a_ptr,  # [B * F], in a's memory order
+    bias_ptr,  # [channels]; not read without HAS_BIAS
     t_ptr,  # [m, B * F], or [m, F] with SHARED
     out_ptr,  # [B * F]
     out_t_ptr,  # [m, B * F]
@@ -46,11 +59,14 @@ def _tangent_activation_fwd_kernel(
     m,
     blocks,
     tangents_per_program,
+    channels,
+    inner,
     stride_t_m,
     stride_out_t_m,
     KIND: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -60,7 +76,7 @@ def _tangent_activation_fwd_kernel(
     first = (pid // blocks) * tangents_per_program
     last = tl.minimum(first + tangents_per_program, m)
 
-    a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    a = _load_argument(a_ptr, bias_ptr, at, mask, channels, inner, HAS_BIAS)
     phi, d1, _ = activation(a, KIND, P0, P1)
     tl.store(out_ptr + at, phi, mask=mask & (first == 0))
     at_t = at % sample_numel if SHARED else at
@@ -70,9 +86,10 @@ def _tangent_activation_fwd_kernel(
         tl.store(out_t_ptr + tangent * stride_out_t_m + at, d1 * T, mask=mask)
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "channels"])
 def _tangent_activation_bwd_kernel(
     a_ptr,  # [B * F], in a's memory order
+    bias_ptr,  # [channels]; not read without HAS_BIAS
     t_ptr,  # [m, B * F], or [m, F] with SHARED; not read where phi'' = 0
     g_out_ptr,  # [B * F]
     g_t_ptr,  # [m, B * F]
@@ -81,19 +98,22 @@ def _tangent_activation_bwd_kernel(
     numel,
     sample_numel,
     m,
+    channels,
+    inner,
     stride_t_m,
     stride_g_t_m,
     stride_g_t_in_m,
     KIND: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SHARED: tl.constexpr,
     CURVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
-    a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    a = _load_argument(a_ptr, bias_ptr, at, mask, channels, inner, HAS_BIAS)
     _, d1, d2 = activation(a, KIND, P0, P1)
     at_t = at % sample_numel if SHARED else at
     dot = tl.zeros([BLOCK], tl.float32)
@@ -122,10 +142,12 @@ def tangent_activation_fwd(
     kind: str,
     params: Sequence[float] = (),
     *,
+    bias: Tensor | None = None,
+    axis: int = 1,
     out: Tensor | None = None,
     out_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(phi(a) [B, *F], phi'(a) T [m, B, *F])``.
+    """Return ``(phi(a) [B, *F], phi'(a) T [m, B, *F])``, at a + bias where there is one.
 
     Args:
         a: ``[B, *F]``, float32, bfloat16 or float16; copied only if neither contiguous nor
@@ -133,6 +155,8 @@ def tangent_activation_fwd(
         T: ``[m, B, *F]`` or ``[m, 1, *F]``; copied only if T[i] is not in a's memory order.
         kind: a key of `PARAMETERS`.
         params: that kind's parameters; compiled in.
+        bias: one number for each index of a's axis `axis`, float32, bfloat16 or float16.
+        axis: see `bias`.
         out: where phi(a) goes, in a's memory order; may be a.
         out_T: where the tangents go, each in a's memory order; may be T where T is [m, B, *F].
 
@@ -146,12 +170,8 @@ def tangent_activation_fwd(
     a, T = a.contiguous(memory_format=fmt), tangents_like(T, fmt)
     out = torch.empty_like(a) if out is None else out
     out_T = empty_tangents(a, T) if out_T is None else out_T
-    for name, given, first in (("out", out, out), ("out_T", out_T, out_T[0])):
-        if first.shape != a.shape or not first.is_contiguous(memory_format=fmt):
-            raise ValueError(
-                f"{name} has shape {tuple(given.shape)} and strides {given.stride()}: "
-                f"give one in a's memory order, {tuple(a.shape)} with strides {a.stride()}"
-            )
+    _check_results(a, fmt, out=out, out_T=out_T)
+    bias, channels = _bias_arguments(a, bias, axis)
     m, numel = T.shape[0], a.numel()
     blocks = cdiv(numel, _BLOCK)
     # A program that shares its elements with others would read a after another has overwritten it.
@@ -159,9 +179,11 @@ def tangent_activation_fwd(
     tangents = m if in_place else _tangents_per_program(blocks, m, device_limits(a))
     with torch.cuda.device_of(a):
         _tangent_activation_fwd_kernel[(blocks * cdiv(m, tangents),)](
-            *(a, T, out, out_T, numel, numel // a.shape[0], m, blocks, tangents),
+            *(a, a if bias is None else bias, T, out, out_T),
+            *(numel, numel // a.shape[0], m, blocks, tangents, *channels),
             *(T.stride(0), out_T.stride(0)),
             **constexprs,
+            HAS_BIAS=bias is not None,
             SHARED=T.shape[1] < a.shape[0],
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
@@ -170,7 +192,16 @@ def tangent_activation_fwd(
 
 
 def tangent_activation_bwd(
-    a: Tensor, T: Tensor | None, g_out: Tensor, g_T: Tensor, kind: str, params: Sequence[float] = ()
+    a: Tensor,
+    T: Tensor | None,
+    g_out: Tensor,
+    g_T: Tensor,
+    kind: str,
+    params: Sequence[float] = (),
+    *,
+    bias: Tensor | None = None,
+    axis: int = 1,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Pull cotangents back: ``(g_a [B, *F], g_T_in [m, B, *F])``.
 
@@ -181,6 +212,9 @@ def tangent_activation_bwd(
         g_T: cotangent of the tangents, ``[m, B, *F]``.
         kind: as in the forward.
         params: as in the forward.
+        bias: as in the forward; its own gradient is g_a, summed over all axes but `axis`.
+        axis: as in the forward.
+        in_place: overwrite g_out and g_T, where they lie in a's memory order.
 
     Returns:
         g_a in a's dtype, g_T_in in g_T's; g_T_in is per sample even where T was shared.
@@ -198,13 +232,16 @@ def tangent_activation_bwd(
     fmt = memory_format(a)
     a, g_out = a.contiguous(memory_format=fmt), g_out.contiguous(memory_format=fmt)
     T, g_T = tangents_like(T, fmt), tangents_like(g_T, fmt)
-    g_a, g_T_in = torch.empty_like(a), empty_tangents(a, g_T)
+    g_a, g_T_in = (g_out, g_T) if in_place else (torch.empty_like(a), empty_tangents(a, g_T))
+    bias, channels = _bias_arguments(a, bias, axis)
     m, numel = T.shape[0], a.numel()
     with torch.cuda.device_of(a):
         _tangent_activation_bwd_kernel[(cdiv(numel, _BLOCK),)](
-            *(a, T, g_out, g_T, g_a, g_T_in, numel, numel // a.shape[0], m),
+            *(a, a if bias is None else bias, T, g_out, g_T, g_a, g_T_in),
+            *(numel, numel // a.shape[0], m, *channels),
             *(T.stride(0), g_T.stride(0), g_T_in.stride(0)),
             **constexprs,
+            HAS_BIAS=bias is not None,
             SHARED=T.shape[1] < a.shape[0],
             CURVED=curved,
             BLOCK=_BLOCK,
@@ -222,20 +259,45 @@ def _check(a: Tensor, T: Tensor) -> None:
         )
 
 
+def _check_results(a: Tensor, fmt: torch.memory_format, out: Tensor, out_T: Tensor) -> None:
+    for name, given, first in (("out", out, out), ("out_T", out_T, out_T[0])):
+        if first.shape != a.shape or not first.is_contiguous(memory_format=fmt):
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)} and strides {given.stride()}: "
+                f"give one in a's memory order, {tuple(a.shape)} with strides {a.stride()}"
+            )
+
+
+def _bias_arguments(
+    a: Tensor, bias: Tensor | None, axis: int
+) -> tuple[Tensor | None, tuple[int, int]]:
+    """The bias as one dense vector, and dense a's extent and stride along its axis."""
+    if bias is None:
+        return None, (1, 1)
+    check_dtypes(bias=bias)
+    if bias.shape != a.shape[axis : axis + 1 or None]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}: give one number for each index of axis {axis} "
+            f"of a, {tuple(a.shape)}"
+        )
+    return bias.contiguous(), (a.shape[axis], a.stride(axis))
+
+
 _EXAMPLES = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0), "hardtanh": (-1.0, 1.0)}
 
 
 def configurations() -> Iterator[Configuration]:
     """Compilations by kind and dtype, with example parameters."""
     for kind, dtype in product(PARAMETERS, (torch.float32, torch.bfloat16, torch.float16)):
-        # Sharing and odd sizes change addresses only, so one kind stands for all.
-        variants = [(False, False), (True, False), (True, True)]
-        for shared, is_odd in variants if kind == "tanh" else variants[:1]:
-            label = f"{kind} {pointer(dtype)[1:]}"
-            label += (" shared" if shared else "") + (" odd" if is_odd else "")
+        # Bias, sharing and odd sizes change addresses only, so one kind stands for all.
+        variants = [(), ("biased",), ("shared",), ("shared", "odd"), ("biased", "odd")]
+        for variant in variants if kind == "tanh" else variants[:1]:
+            label = " ".join((kind, pointer(dtype)[1:], *variant))
+            is_odd = "odd" in variant
             constexprs = {
                 **activation_constexprs(kind, _EXAMPLES.get(kind, ())),
-                **{"SHARED": shared, "BLOCK": _BLOCK},
+                **{"HAS_BIAS": "biased" in variant, "SHARED": "shared" in variant},
+                "BLOCK": _BLOCK,
             }
             for kernel, names, more in (
                 (_tangent_activation_fwd_kernel, "a t out out_t", {}),
@@ -246,7 +308,10 @@ def configurations() -> Iterator[Configuration]:
                 ),
             ):
                 types = {f"{name}_ptr": pointer(dtype) for name in names.split()}
-                sizes = [name for name in kernel.arg_names if "numel" in name or "stride" in name]
+                types["bias_ptr"] = "*fp32"
+                sizes = [
+                    n for n in kernel.arg_names if "numel" in n or "stride" in n or n == "inner"
+                ]
                 yield Configuration(
                     kernel,
                     label,

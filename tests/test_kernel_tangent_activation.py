@@ -6,7 +6,12 @@ import torch.nn.functional as F
 
 from fastsfvae.kernels._contract import PARAMETERS
 from fastsfvae.ops import _library
-from fastsfvae.ops.tangent_activation import tangent_activation
+from fastsfvae.ops.tangent_activation import (
+    reads_result,
+    stack_activation,
+    stack_activation_backward,
+    tangent_activation,
+)
 
 from ._triton import DEVICE, assert_as_good, poisoned_empty, requires_triton
 
@@ -145,6 +150,67 @@ def test_in_place():
         torch.testing.assert_close(g, w.float(), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="out_T has shape .* give one in a's memory order"):
         tangent_activation_fwd(a, T, "tanh", out_T=T[:, :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "shape, fmt, axis",
+    [
+        ((5, 7), torch.contiguous_format, -1),
+        ((2, 3, 4, 5), torch.contiguous_format, 1),
+        ((2, 3, 4, 5), torch.channels_last, 1),
+        ((2, 3, 4, 5), torch.contiguous_format, 3),
+    ],
+)
+def test_stack_with_bias(kind, shape, fmt, axis, dtype, poisoned_empty):
+    phi, params = KINDS[kind]
+    a, T, g_out, g_T = problem(shape, 3, False, fmt, dtype)
+    g = torch.Generator().manual_seed(1)
+    bias = torch.randn(shape[axis], generator=g).to(DEVICE)
+    tail = [1] * (len(shape) - 1 - axis % len(shape))
+    shifted = (a.float() + bias.view(-1, *tail)).to(dtype)
+    want = oracle(phi, *(t.double() for t in (shifted, T, g_out, g_T)))
+    plain = [t.to(dtype) for t in oracle(phi, *(t.float() for t in (shifted, T, g_out, g_T)))]
+    stack = stack_activation(a, T, kind, params, bias, axis)
+    assert stack[0].is_contiguous(memory_format=fmt)
+    result = (stack[0], None, None) if reads_result(kind, params) else (a, T, bias)
+    grads = stack_activation_backward(*result[:2], g_out, g_T, kind, params, result[2], axis)
+    assert [g.data_ptr() for g in grads] == [g_out.data_ptr(), g_T.data_ptr()]
+    for g, w, p in zip((stack[0], stack[1:], *grads), want, plain, strict=True):
+        assert g.dtype == dtype
+        assert_as_good(g, w, p, w.abs().max())
+
+
+def test_stack_in_place_and_of_shared_tangents():
+    a, T, *_ = problem((3, 20), 4, True)
+    stack = stack_activation(a, T, "relu", ())
+    want = oracle(F.relu, a.double(), T.double().expand(4, 3, 20))
+    for _ in range(2):
+        # ReLU of its own result changes nothing but the tangents where it is 0, which are 0.
+        for g, w in zip((stack[0], stack[1:]), want, strict=True):
+            torch.testing.assert_close(g, w.float(), rtol=0, atol=0)
+        assert stack_activation(stack[0], stack[1:], "relu", (), out=stack) is stack
+
+
+@pytest.mark.parametrize("kind", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_has_the_arguments_slope(kind, dtype):
+    params = KINDS[kind][1]
+    tiny = torch.finfo(dtype).smallest_normal
+    a = torch.tensor([[0.0, -0.0, tiny, -tiny, 1.0, -1.0]], device=DEVICE, dtype=dtype)
+    ones = torch.ones_like(a)
+    stack = stack_activation(a, ones[None], kind, params)
+    assert reads_result(kind, params)
+    grads = stack_activation_backward(stack[0], None, ones, ones.clone()[None], kind, params)
+    assert torch.equal(grads[1], stack[1:])
+    assert not reads_result("leaky_relu", (-0.25,)) and not reads_result("hardtanh", (-1.0, 1.0))
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    a, T, *_ = problem((3, 4, 2, 2), 2, False)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\): give one number .* axis 1 of a"):
+        stack_activation(a, T, "relu", (), torch.zeros(3, device=DEVICE))
 
 
 def test_a_nan_stays_where_it_is():

@@ -1,5 +1,9 @@
 """An activation on a value and the tangents it carries, by one fused kernel.
 
+`tangent_activation` is for autograd. The other two are for a sweep, which keeps value and tangents
+in one stack, saves memory by overwriting and pulls gradients back by hand; no compiler sees them,
+so they call the launchers themselves.
+
 The plain torch form of each kind is its rule in `fastsfvae.jacobian.rules.activation`.
 """
 
@@ -8,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsfvae.kernels._contract import PIECEWISE_LINEAR
+from fastsfvae.kernels._contract import PIECEWISE_LINEAR, memory_format
 from fastsfvae.ops import _library
 
 
@@ -54,3 +58,76 @@ class _TangentActivation(torch.autograd.Function):
         a, T = ctx.saved_tensors
         g_a, g_T_in = _library.tangent_activation_bwd(a, T, g_out, g_T, ctx.kind, ctx.params)
         return g_a, g_T_in.sum(1, keepdim=True) if ctx.shared else g_T_in, None, None
+
+
+def reads_result(kind: str, params: tuple[float, ...]) -> bool:
+    """Whether phi' can be read off phi(a), so that phi(a) may take a's place.
+
+    phi(a) > 0 where a > 0 alone, and there is no second derivative. Not so for hardtanh, whose
+    bounds may be rounded outwards.
+    """
+    return kind == "relu" or (kind == "leaky_relu" and params[0] > 0)
+
+
+def stack_activation(
+    a: Tensor,
+    T: Tensor,
+    kind: str,
+    params: tuple[float, ...],
+    bias: Tensor | None = None,
+    axis: int = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """phi(a + bias) and its m tangents in one stack ``[1 + m, B, *F]``; no graph of its own.
+
+    Args:
+        a: ``[B, *F]`` as in `tangent_activation`.
+        T: ``[m, B, *F]`` or ``[m, 1, *F]``, of a's dtype.
+        kind: as in `tangent_activation`.
+        params: likewise.
+        bias: one number for each index of a's axis `axis`, or None.
+        axis: see `bias`.
+        out: the stack whose slices a and T are, to be overwritten; None for a new one.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as `tangent_activation`.
+    """
+    from fastsfvae.kernels.tangent_activation import tangent_activation_fwd
+
+    _library.require_triton(a)
+    if out is None:
+        a = a.contiguous(memory_format=memory_format(a))
+        shape, strides = (1 + len(T), *a.shape), (a.numel(), *a.stride())
+        out = torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
+    tangent_activation_fwd(a, T, kind, params, bias=bias, axis=axis, out=out[0], out_T=out[1:])
+    return out
+
+
+def stack_activation_backward(
+    a: Tensor,
+    T: Tensor | None,
+    g_out: Tensor,
+    g_T: Tensor,
+    kind: str,
+    params: tuple[float, ...],
+    bias: Tensor | None = None,
+    axis: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Pullback of `stack_activation`: ``(g_a [B, *F], g_T_in [m, B, *F])``.
+
+    Args:
+        a: as in the forward; or, where `reads_result`, phi(a), without a bias.
+        T: as in the forward; not read where phi'' = 0.
+        g_out: of phi(a); overwritten, like g_T, where it lies in a's memory order.
+        g_T: of its tangents.
+        kind: as in the forward.
+        params: likewise.
+        bias: likewise; its gradient is g_a summed over the other axes.
+        axis: likewise.
+    """
+    from fastsfvae.kernels.tangent_activation import tangent_activation_bwd
+
+    _library.require_triton(a)
+    return tangent_activation_bwd(
+        a, T, g_out, g_T, kind, params, bias=bias, axis=axis, in_place=True
+    )
