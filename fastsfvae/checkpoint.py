@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -18,24 +22,66 @@ CHECKPOINT = "checkpoint.pt"
 _FORMAT = "fastsfvae checkpoint 1"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write into that takes the place of `path` when it is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            # Without it a power cut may leave the new name on an empty file.
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError.
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"{path} could not be written ({reason}): what it held before is intact"
+        ) from error
     os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Raises:
+        OSError: where it cannot be written, e.g. on a full disk; the earlier file is intact.
+    """
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them atomically.
 
-    An interruption leaves the earlier file as it was.
+    Raises:
+        OSError: where it cannot be written, e.g. on a full disk; the earlier file is intact.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with _replacing(path) as file:
         torch.save({"format": _FORMAT, **state}, file)
-        # Without it a power cut may leave the new name on an empty file.
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+class FolderLock:
+    """Claims a run's folder for one training process; the system frees it when that one dies.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        ValueError: where another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        # The lock lasts as long as the descriptor is open.
+        self.release = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise ValueError(
+                f"{folder} is being trained by another process: wait for it, or give another --out"
+            ) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

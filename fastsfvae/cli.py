@@ -8,6 +8,7 @@ import importlib.util
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from fastsfvae import __version__
@@ -37,6 +38,12 @@ class TrainArguments:
     resume: bool = False
     """Continue the run in --out from its last checkpoint; --steps may be raised."""
 
+    image_every: int = 0
+    """Draw reconstructions and samples into images/ every so many steps; 0: only at the end."""
+
+    tensorboard: bool = False
+    """Also write the metrics, and the images, for TensorBoard into tensorboard/."""
+
 
 class UsageError(Exception):
     """A command line that cannot be carried out; its message is one line."""
@@ -63,29 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: list[str]) -> int:
     prog = "fastsfvae train"
-    try:
-        _require_extras()
-        from fastsfvae import training
+    from fastsfvae import distributed
 
-        run = _start(prog, options)
-    except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
-        return _fail(prog, str(error))
+    with distributed.process_group():
+        try:
+            _require_extras(_EXTRAS, "train")
+            arguments, run = _start(prog, options)
+        except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
+            return _fail(prog, str(error))
+        code = _run_steps(prog, arguments, run)
+        if code or distributed.rank() > 0:
+            return code
     from fastsfvae import plots, report
-    from fastsfvae.progress import progress
 
-    print(f"{run.folder}: {run.config.method} on {run.device}, step {run.step}", file=sys.stderr)
-    try:
-        with progress(run) as on_step:
-            training.train(run, on_step)
-    except training.NonFiniteLoss as error:
-        return _fail(prog, str(error), code=1)
-    if not run.finished:
-        print(
-            f"interrupted at step {run.step} of {run.config.steps}, state saved; continue with: "
-            f"fastsfvae train --out {run.folder} --resume",
-            file=sys.stderr,
-        )
-        return 130
     results = report.evaluate_run(run)
     results.save(run.folder)
     plots.save_figures(run)
@@ -94,17 +91,49 @@ def _train(options: list[str]) -> int:
     return 0
 
 
+def _run_steps(prog: str, arguments: TrainArguments, run) -> int:
+    """Train under the eyes of the monitors that were asked for; on process 0, speak of it."""
+    from fastsfvae import distributed, training
+    from fastsfvae.monitors import monitors
+
+    writes = distributed.rank() == 0
+    if writes:
+        print(
+            f"{run.folder}: {run.config.method} on {run.device}, step {run.step}", file=sys.stderr
+        )
+    try:
+        with monitors(run, arguments.image_every, arguments.tensorboard) as watching:
+            training.train(run, *watching)
+    except training.NonFiniteLoss as error:
+        return _fail(prog, str(error), code=1) if writes else 1
+    except OSError as error:
+        return _fail(prog, str(error))
+    if run.finished:
+        return 0
+    if writes:
+        print(
+            f"interrupted at step {run.step} of {run.config.steps}, state saved; continue with: "
+            f"fastsfvae train --out {run.folder} --resume",
+            file=sys.stderr,
+        )
+    return 130
+
+
 def _start(prog: str, options: list[str]):
     from fastsfvae import checkpoint, training
 
     parsed = _parse(prog, options, TrainConfig())
+    if parsed.image_every < 0:
+        raise UsageError(f"--image-every {parsed.image_every} must not be negative")
+    if parsed.tensorboard:
+        _require_extras(("tensorboard",), "tensorboard")
     if not parsed.resume:
-        return training.start(parsed.config, parsed.out)
+        return parsed, training.start(parsed.config, parsed.out)
     if parsed.out is None:
         raise UsageError("--resume continues the run in --out: give --out runs/<name>")
     # Options that are not given keep the values of the run, not this command's defaults.
-    saved = checkpoint.load_config(training.Path(parsed.out))
-    return training.resume(parsed.out, _parse(prog, options, saved).config)
+    saved = checkpoint.load_config(Path(parsed.out))
+    return parsed, training.resume(parsed.out, _parse(prog, options, saved).config)
 
 
 def _parse(prog: str, options: list[str], default: TrainConfig) -> TrainArguments:
@@ -127,12 +156,12 @@ def _parse(prog: str, options: list[str], default: TrainConfig) -> TrainArgument
         raise UsageError(" ".join(box[:rule]).removeprefix("Error parsing config: ")) from None
 
 
-def _require_extras() -> None:
-    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+def _require_extras(packages: Sequence[str], extra: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{', '.join(missing)} missing: install what training needs with "
-            'pip install "fastsfvae[train]"'
+            f"{', '.join(missing)} missing: install what is needed with "
+            f'pip install "fastsfvae[{extra}]"'
         )
 
 

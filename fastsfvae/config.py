@@ -11,20 +11,31 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastsfvae import _checks
+from fastsfvae import _checks, distributed
 from fastsfvae.data.load import DATA_SETS, load_images
 from fastsfvae.models import Init, ModelConfig, OutputActivation
+from fastsfvae.schedules import Schedule
 
 Method = Literal["sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg"]
 METHODS: tuple[Method, ...] = get_args(Method)
-DataSet = Literal["digits", "mnist", "omniglot", "celeba", "chairs", "folder", "npz"]
+DataSet = Literal[
+    "digits", "mnist", "omniglot", "omniglot-images", "celeba", "chairs", "folder", "npz"
+]
 
 # The methods that a setting other than its default has a meaning for.
-TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "dreg")
-TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
+_TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
+_TAKEN_BY = {
+    "samples": ("sampling", "beta-vae", "iwae", "dreg"),
+    "kl_weight": _TAKE_KL_WEIGHT,
+    "kl_weight_schedule": _TAKE_KL_WEIGHT,
+    "gamma_schedule": ("sampling-free",),
+}
 
 # What a resumed run may change: how long and where it runs, not what is trained.
-CHANGEABLE = ("steps", "device", "backend", "data_dir")
+CHANGEABLE = ("steps", "device", "backend", "compile", "data_dir")
+
+# The fields that every version has written; one that is missing besides takes its default.
+_ALWAYS_WRITTEN = ("method", "model", "latent_dim", "seed", "steps")
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,11 @@ class TrainConfig:
     """Learning rate of Adam."""
 
     gamma: float = 0.5
-    """Weight of the low-rank precision in [0, 1] (sampling-free)."""
+    """Weight of the low-rank precision in [0, 1], at the end of its schedule (sampling-free)."""
+
+    gamma_schedule: str = "constant"
+    """constant, or what comes before --gamma: steps:0.95,0.67 (the paper's Figure 1, in equal
+    phases), linear:0.95, cosine:0.95 (sampling-free)."""
 
     likelihood: _checks.Likelihood = "precision"
     """Which reading of the objective (sampling-free)."""
@@ -75,7 +90,14 @@ class TrainConfig:
     """Variance c of the observation noise, for pixels in [0, 1]."""
 
     kl_weight: float = 1.0
-    """Factor of the KL divergence (sampling-free, sampling, beta-vae)."""
+    """Factor of the KL divergence, at the end of its schedule (sampling-free, sampling,
+    beta-vae)."""
+
+    kl_weight_schedule: str = "constant"
+    """constant, or what comes before --kl-weight, as in --gamma-schedule."""
+
+    schedule_steps: int = 0
+    """Steps that the schedules take; 0 is --steps as it was when the run was started."""
 
     samples: int = 1
     """Draws of the posterior per image (sampling, beta-vae, iwae, dreg)."""
@@ -89,6 +111,13 @@ class TrainConfig:
     backend: Literal["auto", "torch", "triton", "reference"] = "auto"
     """Implementation of the sampling-free loss."""
 
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: networks and tangents under bfloat16 autocast; sums, the factorisation and the weights
+    stay float32."""
+
+    compile: bool = False
+    """Compile encoder, decoder and objective with torch.compile."""
+
     output_activation: OutputActivation = "none"
     """Last operation of the decoder."""
 
@@ -99,6 +128,7 @@ class TrainConfig:
         _checks.choice("method", self.method, METHODS)
         _checks.choice("likelihood", self.likelihood, _checks.LIKELIHOODS)
         _checks.choice("backend", self.backend, _checks.BACKENDS)
+        _checks.choice("precision", self.precision, ("float32", "bf16"))
         _checks.gamma(self.gamma)
         _checks.noise_var(self.noise_var)
         _checks.kl_weight(self.kl_weight)
@@ -106,6 +136,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_method()
+        self._check_schedules()
         _checks.choice("data", self.data, tuple(DATA_SETS))
         if self.channels not in (0, 1, 3):
             raise ValueError(f"channels={self.channels} must be 1 or 3, or 0 for the data's own")
@@ -121,23 +152,48 @@ class TrainConfig:
 
     def _check_method(self) -> None:
         """Refuse a setting that the method would leave unread, or that names another method."""
-        if self.samples != 1 and self.method not in TAKE_SAMPLES:
-            reason = (
-                "biased on an importance-weighted bound: use --method dreg"
-                if self.method == "stl"
-                else f"--samples is for {', '.join(TAKE_SAMPLES)}"
-            )
-            raise ValueError(f"samples={self.samples} with method={self.method!r}: {reason}")
-        if self.kl_weight != 1 and self.method not in TAKE_KL_WEIGHT:
+        if self.samples != 1 and self.method == "stl":
             raise ValueError(
-                f"kl_weight={self.kl_weight:g} with method={self.method!r}: --kl-weight is for "
-                f"{', '.join(TAKE_KL_WEIGHT)}"
+                f"samples={self.samples} with method='stl': biased on an importance-weighted "
+                "bound: use --method dreg"
             )
-        if self.kl_weight == 1 and self.method == "beta-vae":
+        for name, methods in _TAKEN_BY.items():
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and self.method not in methods:
+                shown = f"{value:g}" if isinstance(value, float) else repr(value)
+                raise ValueError(
+                    f"{name}={shown} with method={self.method!r}: --{name.replace('_', '-')} is "
+                    f"for {', '.join(methods)}"
+                )
+        fixed = self.kl_weight_schedule == "constant"
+        if self.kl_weight == 1 and fixed and self.method == "beta-vae":
             raise ValueError(
                 "method='beta-vae' with kl_weight=1 is the sampling VAE: give --kl-weight, or "
                 "--method sampling"
             )
+
+    def _check_schedules(self) -> None:
+        if self.schedule_steps < 0:
+            raise ValueError(f"schedule_steps={self.schedule_steps} must not be negative")
+        checks = {"gamma": _checks.gamma, "kl_weight": _checks.kl_weight}
+        for name, schedule in self.schedules.items():
+            if len(schedule.values) > schedule.length:
+                raise ValueError(
+                    f"{name}_schedule has {len(schedule.values)} values but takes "
+                    f"{schedule.length} steps"
+                )
+            for value in schedule.values:
+                checks[name](value)
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """How gamma and kl_weight change, each over the same steps."""
+        length = self.schedule_steps or self.steps
+        texts = {"gamma": self.gamma_schedule, "kl_weight": self.kl_weight_schedule}
+        return {
+            name: Schedule.parse(f"{name}_schedule", text, getattr(self, name), length)
+            for name, text in texts.items()
+        }
 
     @property
     def padding(self) -> int:
@@ -182,10 +238,11 @@ class TrainConfig:
 
     def resolve_device(self) -> torch.device:
         """The device that `device` names, or RuntimeError / ValueError where there is none."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            device = torch.device(self.device)
+            device = torch.device(name)
         except RuntimeError as error:
             raise ValueError(
                 f"device={self.device!r} is not a device: give auto, cpu or cuda"
@@ -194,6 +251,8 @@ class TrainConfig:
             raise RuntimeError(
                 f"device={self.device!r}: no CUDA device is usable; give cpu or auto"
             )
+        if device == torch.device("cuda") and distributed.size() > 1:
+            return torch.device("cuda", distributed.local_rank())
         return device
 
     def to_json(self) -> str:
@@ -202,15 +261,20 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Parse what `to_json` wrote.
+        """Parse what `to_json` wrote, in this version or in an earlier one of fewer fields.
 
         Raises:
             ValueError: for text that is not JSON, or fields that are not this class's.
         """
         fields = json.loads(text)
         known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or fields.keys() != known.keys():
+        if not isinstance(fields, dict) or not fields.keys() >= set(_ALWAYS_WRITTEN):
             raise ValueError("its fields are not those of a training configuration")
+        if unknown := fields.keys() - known.keys():
+            raise ValueError(
+                f"{', '.join(sorted(unknown))} is not known to this version: resume it with the "
+                "version that wrote it"
+            )
         for name, value in fields.items():
             # JSON does not tell 1 from 1.0.
             if type(value) is not known[name] and (type(value), known[name]) != (int, float):

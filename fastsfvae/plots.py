@@ -24,7 +24,7 @@ def save_figures(run: Run) -> list[Path]:
     m = run.config.latent_dim
     test = to_unit(run.config.load_images("test")[:16].to(run.device))
     written = {
-        "reconstructions.png": _reconstructions(run, test, generator),
+        "reconstructions.png": _rows_of_images(_reconstruct(run, test, generator)),
         "samples.png": _image_grid(
             run.decoder(torch.randn(128, m, generator=generator, device=run.device)),
             columns=16,
@@ -39,6 +39,23 @@ def save_figures(run: Run) -> list[Path]:
         figure.savefig(run.folder / name, dpi=_DPI, bbox_inches="tight")
         paths.append(run.folder / name)
     return paths
+
+
+@torch.no_grad()
+def snapshot(run: Run, x: Tensor):
+    """Draw images ``[N, C, H, W]``, their reconstructions and N samples of the prior; a figure.
+
+    Leaves the modules' mode and every generator but its own as they are.
+    """
+    training = run.model.training
+    run.model.eval()
+    generator = evaluation_generator(run.config, run.device)
+    rows = _reconstruct(run, x, generator)
+    z = torch.randn(len(x), run.config.latent_dim, generator=generator, device=run.device)
+    figure = _rows_of_images(rows | {"f(z), z ~ N(0, I)": run.decoder(z)})
+    figure.suptitle(f"step {run.step:,}", fontsize=10)
+    run.model.train(training)
+    return figure
 
 
 def _figure(width: float, height: float):
@@ -71,19 +88,22 @@ def _image_grid(images: Tensor, columns: int, title: str):
     return figure
 
 
-def _reconstructions(run: Run, x: Tensor, generator: torch.Generator):
+def _reconstruct(run: Run, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     mean, log_var = encode(run.encoder, x)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     sampled = mean + torch.exp(0.5 * log_var) * noise
-    rows = {
+    return {
         "test image": x,
         "f(mean)": run.decoder(mean),
         "f(z), z ~ q(z|x)": run.decoder(sampled),
     }
-    figure = _figure(0.5 * len(x) + 1.2, 0.5 * len(rows) + 0.1)
+
+
+def _rows_of_images(rows: dict[str, Tensor]):
+    columns, _, size, _ = next(iter(rows.values())).shape
+    figure = _figure(0.5 * columns + 1.2, 0.5 * len(rows) + 0.1)
     axes = figure.subplots()
-    _show(axes, torch.cat(list(rows.values())), columns=len(x))
-    size = x.shape[-2]
+    _show(axes, torch.cat(list(rows.values())), columns)
     axes.set_yticks([size * (row + 0.5) for row in range(len(rows))], list(rows), fontsize=9)
     axes.tick_params(left=False)
     return figure

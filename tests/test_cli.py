@@ -144,7 +144,7 @@ def test_missing_extras(tmp_path, capsys, monkeypatch):
     )
     assert cli.main(FAST) == 2
     error = capsys.readouterr().err
-    assert 'rich missing: install what training needs with pip install "fastsfvae[train]"' in error
+    assert 'rich missing: install what is needed with pip install "fastsfvae[train]"' in error
     assert not list(tmp_path.iterdir())
 
 
@@ -162,14 +162,15 @@ def test_interrupted_command_is_resumed(tmp_path):
     # A real signal to a real process, as Ctrl-C sends it.
     script = (
         "import os, signal, sys\n"
-        "from fastsfvae import cli, training\n"
-        "plain = training.Sampling.__call__\n"
+        "from fastsfvae import cli\n"
+        "from fastsfvae.objectives import Sampling\n"
+        "plain = Sampling.__call__\n"
         "def call(self, *args, **kwargs):\n"
         "    self.calls = getattr(self, 'calls', 0) + 1\n"
         "    if self.calls == 7:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return plain(self, *args, **kwargs)\n"
-        "training.Sampling.__call__ = call\n"
+        "Sampling.__call__ = call\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, *FAST, "--steps", "20", "--out", "a"]

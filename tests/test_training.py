@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import fastsfvae as sf
+from fastsfvae import run as run_module
 from fastsfvae import training
 from fastsfvae.checkpoint import load_checkpoint, save_checkpoint
 from fastsfvae.config import TrainConfig
 from fastsfvae.data import digits
 from fastsfvae.objectives import Sampling, SamplingFree
+from fastsfvae.order import iterate_batches, iterate_orders
 
 SMALL = TrainConfig(model="tanh", latent_dim=3, batch_size=8, steps=60, seed=5)
 
@@ -59,16 +61,20 @@ def test_padded_digits():
 
 def test_batches_are_permutations_that_any_step_can_start():
     images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
-    batches = training.iterate_batches(images, 3, seed=1)
+
+    def iterate(first_step=0, seed=1):
+        return iterate_batches(images, iterate_orders(10, 3, seed, first_step))
+
+    batches = iterate()
     steps = [next(batches) for _ in range(9)]
     for epoch in range(3):
         values = torch.cat(steps[3 * epoch : 3 * epoch + 3]).flatten() * 255
         assert len(values.round().unique()) == 9
     assert not torch.equal(torch.cat(steps[:3]), torch.cat(steps[3:6]))
     for first in range(9):
-        resumed = training.iterate_batches(images, 3, seed=1, first_step=first)
+        resumed = iterate(first)
         assert torch.equal(next(resumed), steps[first])
-    assert not torch.equal(next(training.iterate_batches(images, 3, seed=2)), steps[0])
+    assert not torch.equal(next(iterate(seed=2)), steps[0])
 
 
 # --- objectives
@@ -159,14 +165,14 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, method):
 
 def test_model_randomness_is_resumed(tmp_path, monkeypatch):
     # A Dropout in the encoder draws from torch's global generator.
-    original = training.build
+    original = run_module.build
 
     def with_dropout(config):
         encoder, decoder = original(config)
         encoder.trunk.insert(1, torch.nn.Dropout(0.5))
         return encoder, decoder
 
-    monkeypatch.setattr(training, "build", with_dropout)
+    monkeypatch.setattr(run_module, "build", with_dropout)
     config = replace(SMALL, method="sampling", steps=30)
     whole, parts = (training.start(config, tmp_path / name) for name in ("whole", "parts"))
     torch.manual_seed(0)
@@ -236,9 +242,9 @@ def test_non_finite_loss_names_its_step_and_spares_the_checkpoint(tmp_path, inte
             x * (math.nan if run.step == 31 else 1), mean, log_var, generator=generator
         )
 
-    run.objective = broken
+    run.model.objective = broken
     with pytest.raises(training.NonFiniteLoss, match="at step 32 \\(loss=nan, .* kl=\\d") as caught:
-        training.train(run, _interrupt_at(40) if interrupted else None)
+        training.train(run, *([_interrupt_at(40)] if interrupted else []))
     assert "\n" not in str(caught.value)
     assert (run.folder / "checkpoint.pt").read_bytes() == good
     assert load_checkpoint(run.folder / "failed.pt")["step"] == (40 if interrupted else 50)
@@ -252,14 +258,14 @@ def test_existing_folder_is_left_alone(tmp_path):
 
 
 def test_a_decoder_that_cannot_run_leaves_nothing_behind(tmp_path, monkeypatch):
-    original = training.build
+    original = run_module.build
 
     def with_batch_norm(config):
         encoder, decoder = original(config)
         decoder.insert(1, torch.nn.BatchNorm1d(200))
         return encoder, decoder
 
-    monkeypatch.setattr(training, "build", with_batch_norm)
+    monkeypatch.setattr(run_module, "build", with_batch_norm)
     with pytest.raises((RuntimeError, ValueError), match="decoder.1 normalises by batch") as caught:
         training.start(SMALL, tmp_path / "run")
     assert "\n" not in str(caught.value)

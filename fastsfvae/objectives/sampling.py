@@ -19,7 +19,8 @@ class Sampling:
     Args:
         decoder: f, ``z [B, m] -> [B, *out]``.
         noise_var: c, variance of the observation noise in squared units of x.
-        kl_weight: factor of the KL divergence; 1 makes the objective an estimate of the ELBO.
+        kl_weight: factor of the KL divergence, a number or a 0-d tensor; 1 makes the objective
+            an estimate of the ELBO.
         samples: draws of z per image.
 
     Raises:
@@ -31,7 +32,7 @@ class Sampling:
         decoder: Decoder,
         *,
         noise_var: float = 0.5,
-        kl_weight: float = 1.0,
+        kl_weight: float | Tensor = 1.0,
         samples: int = 1,
     ) -> None:
         check_settings(noise_var, samples)

@@ -1,0 +1,95 @@
+"""What the processes of one training run share under torchrun; with one process, nothing to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    """This process's number; process 0 is the one that writes."""
+    return dist.get_rank() if _initialized() else 0
+
+
+def size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine: the index of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        # NCCL's collectives run on the current device.
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let process 0 through before the others, which then find what it has prepared on disk."""
+    if rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0 and size() > 1:
+            dist.barrier()
+
+
+def wrap(model: nn.Module, *, unused_parameters: bool) -> nn.Module:
+    """Average the gradients of a module that computes the loss over the processes.
+
+    Args:
+        model: from data to loss, with all that is trained inside.
+        unused_parameters: whether some may get no gradient.
+    """
+    if size() == 1:
+        return model
+    parallel = nn.parallel.DistributedDataParallel
+    return parallel(model, find_unused_parameters=unused_parameters)
+
+
+def rows(batch_size: int) -> slice:
+    """This process's share of a batch; the shares in order are the whole."""
+    share = batch_size // size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def join(tensor: Tensor) -> Tensor:
+    """Put the processes' shares together along the last axis, on every process."""
+    if size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any process."""
+    if size() == 1:
+        return flag
+    flags = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(flags)
+    return bool(flags.item())
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,59 @@
+"""metrics.csv: one row for each window of steps, flushed as it is written."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastsfvae.checkpoint import write_text
+
+METRICS = "metrics.csv"
+
+Row = dict[str, float]
+
+
+def rewind_metrics(path: Path, step: int, columns: Iterable[str]) -> None:
+    """Start the file, or drop the rows after `step`: those steps are done again."""
+    header, *rows = path.read_text().splitlines() if path.is_file() else [",".join(columns)]
+    # A full disk may have cut the last row short; its step, the first cell, is whole in a row
+    # that has them all.
+    whole = (row for row in rows if row.count(",") == header.count(","))
+    kept = [row for row in whole if int(row.split(",")[0]) <= step]
+    write_text(path, "\n".join([header, *kept]) + "\n")
+
+
+class MetricsFile:
+    """Appends rows under the columns of the file's own header; without a path, writes nothing.
+
+    Args:
+        path: a file that `rewind_metrics` has started.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("r+", newline="")
+        if self._file is not None:
+            columns = next(csv.reader(self._file))
+            self._file.seek(0, os.SEEK_END)
+            self._rows = csv.DictWriter(
+                self._file, columns, extrasaction="ignore", lineterminator="\n"
+            )
+
+    def write(self, row: Row) -> None:
+        """Append a row."""
+        if self._file is not None:
+            self._rows.writerow(row)
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Bring the rows to the disk: a checkpoint must not outlive what it stands for."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()

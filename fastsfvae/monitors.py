@@ -1,0 +1,81 @@
+"""What watches a training run: progress, pictures, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from fastsfvae import distributed
+from fastsfvae.metrics import Row
+from fastsfvae.order import to_unit
+from fastsfvae.progress import progress
+from fastsfvae.run import Run
+from fastsfvae.training import Monitor
+
+_IMAGES = 16
+
+
+@contextmanager
+def monitors(run: Run, image_every: int = 0, tensorboard: bool = False) -> Iterator[list[Monitor]]:
+    """Give the monitors for `train`; none on a process that does not write.
+
+    Args:
+        run: what is trained.
+        image_every: steps between two pictures; 0 draws none.
+        tensorboard: whether to write for TensorBoard; needs its package.
+    """
+    if distributed.rank() > 0:
+        yield []
+        return
+    with ExitStack() as stack:
+        watching = [stack.enter_context(progress(run))]
+        writer = stack.enter_context(_summary_writer(run)) if tensorboard else None
+        if writer is not None:
+            watching.append(Scalars(writer))
+        if image_every:
+            watching.append(Pictures(run, image_every, writer))
+        yield watching
+
+
+class Scalars:
+    """Hands every new row of metrics.csv to TensorBoard."""
+
+    def __init__(self, writer) -> None:
+        self._writer = writer
+
+    def __call__(self, run: Run, row: Row) -> None:
+        """Write the row's terms where the row is this step's."""
+        if row.get("step") != run.step:
+            return
+        for name, value in row.items():
+            if name not in ("step", "seconds"):
+                self._writer.add_scalar(name, value, run.step)
+
+
+class Pictures:
+    """Draws the same test images every so many steps, into images/ and for TensorBoard."""
+
+    def __init__(self, run: Run, every: int, writer=None) -> None:
+        self._every = every
+        self._writer = writer
+        self._folder = run.folder / "images"
+        self._folder.mkdir(exist_ok=True)
+        self._images = to_unit(run.config.load_images("test")[:_IMAGES].to(run.device))
+
+    def __call__(self, run: Run, row: Row) -> None:
+        """Draw where the step is one of those asked for."""
+        if run.step % self._every:
+            return
+        from fastsfvae.plots import snapshot
+
+        figure = snapshot(run, self._images)
+        figure.savefig(self._folder / f"step-{run.step:07}.png", dpi=100)
+        if self._writer is not None:
+            self._writer.add_figure("images", figure, run.step)
+
+
+def _summary_writer(run: Run):
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What was written after the checkpoint is written again.
+    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)

@@ -1,0 +1,58 @@
+"""Seeds and the order of the images: every random number is a function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Streams of random numbers that must not resemble each other under one seed.
+WEIGHTS, ORDER, NOISE, EVALUATION, LAYERS = range(5)
+
+
+def mix_seed(seed: int, stream: int, index: int) -> int:
+    """Give neighbouring seeds, streams and indices unrelated generators."""
+    (state,) = np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)
+    return int(state >> np.uint64(1))
+
+
+def iterate_orders(
+    images: int, batch_size: int, seed: int, first_step: int = 0, rows: slice = slice(None)
+) -> Iterator[Tensor]:
+    """Yield the numbers of the images of each step, ``[steps, B]`` for what is left of each epoch.
+
+    Each epoch is a permutation of the images that (seed, epoch) determines; its incomplete last
+    batch is left out.
+
+    Args:
+        images: how many there are.
+        batch_size: images per step.
+        seed: the run's.
+        first_step: steps that are left out.
+        rows: the part of each batch that is wanted.
+    """
+    per_epoch = images // batch_size
+    first_epoch, done = divmod(first_step, per_epoch)
+    for epoch in count(first_epoch):
+        generator = torch.Generator().manual_seed(mix_seed(seed, ORDER, epoch))
+        order = torch.randperm(images, generator=generator)[: per_epoch * batch_size]
+        yield order.unflatten(0, (per_epoch, batch_size))[done:, rows]
+        done = 0
+
+
+def iterate_batches(images: Tensor, orders: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield batches in [0, 1], float32 ``[B, C, H, W]``, of images uint8 ``[N, C, H, W]``.
+
+    The order of an epoch crosses to the images' device at once: a step copies nothing.
+    """
+    for order in orders:
+        for numbers in order.to(images.device):
+            yield to_unit(images[numbers])
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Turn uint8 pixels into float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
