@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import struct
 from typing import get_args
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from fastsfvae import cli
 from fastsfvae.config import DataSet
-from fastsfvae.data import cache, omniglot
+from fastsfvae.data import cache, files, omniglot
 from fastsfvae.data.load import DATA_SETS, load_images
 
 
@@ -65,11 +66,11 @@ def test_omniglot(tmp_path, monkeypatch):
     images = {"data": _pixels(5, 28, 28), "testdata": _pixels(3, 28, 28, seed=1)}
     # As MATLAB stores them: an image a column, in column-major order, grey levels in [0, 1].
     columns = {name: x.transpose(0, 2, 1).reshape(len(x), -1).T / 255 for name, x in images.items()}
-    path = tmp_path / omniglot.FILE
+    path = tmp_path / omniglot.OMNIGLOT_FILE
     scipy.io.savemat(path, columns | {"target": np.zeros((50, 5))}, do_compression=True)
     with pytest.raises(ValueError, match="chardata.mat has md5 .*, the published file 21ecaf3437"):
         _load("omniglot", tmp_path, channels=1, size=28)
-    monkeypatch.setattr(omniglot, "_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(omniglot, "OMNIGLOT_MD5", hashlib.md5(path.read_bytes()).hexdigest())
     for split, name in (("train", "data"), ("test", "testdata")):
         for place in (tmp_path, path):
             loaded = _load("omniglot", place, split, channels=1, size=28)
@@ -157,11 +158,36 @@ def test_celeba(tmp_path, inner):
         for image, index in zip(images, indices, strict=True):
             assert (image.int() - 40 * index).abs().max() <= 2
     (folder / "000004.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="000004.jpg"):
+    with pytest.raises(ValueError, match="celeba has 5 images, .*partition.txt lists 6"):
         _load("celeba", tmp_path, size=64)
+    # A folder of nothing but images: every tenth is for testing.
+    (base / "list_eval_partition.txt").unlink()
+    assert len(_load("celeba", folder, size=64)) == 5
 
 
-def test_chairs_are_split_by_chair(tmp_path):
+def test_omniglot_images(tmp_path, monkeypatch):
+    counts = {"train": ("images_background", 4), "test": ("images_evaluation", 2)}
+    monkeypatch.setattr(files, "_OMNIGLOT", counts)
+    drawings = {}
+    for split, (name, count) in counts.items():
+        # One bit a pixel, as published; by alphabet and character.
+        drawings[split] = _pixels(count, 28, 28, seed=count) > 127
+        for index, drawing in enumerate(drawings[split]):
+            place = tmp_path / "omniglot-py" / name / "Greek" / f"character{index // 2:02}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawing).save(place / f"{index:04}_01.png")
+    for split, expected in drawings.items():
+        for folder in (tmp_path, tmp_path / "omniglot-py"):
+            images = _load("omniglot-images", folder, split, channels=1, size=28)
+            np.testing.assert_array_equal(images[:, 0].numpy(), 255 * expected)
+    place.joinpath("0001_01.png").unlink()
+    with pytest.raises(ValueError, match="evaluation has 1 drawings, the published set 2"):
+        _load("omniglot-images", tmp_path, "test", channels=1, size=28)
+
+
+def test_chairs_are_split_by_chair(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_CHAIRS", 11)
+    monkeypatch.setattr(files, "_VIEWS", 2)
     views = _pixels(11, 2, 8, 8, 3)
     for chair in range(11):
         for view in range(2):
@@ -174,11 +200,18 @@ def test_chairs_are_split_by_chair(tmp_path):
     inside = _load("chairs", tmp_path / "rendered_chairs", "test")
     np.testing.assert_array_equal(inside.numpy(), expected[9])
     (tmp_path / "rendered_chairs" / "04" / "renders" / "image_1.png").unlink()
-    with pytest.raises(ValueError, match="04/renders has 1 views, .*00/renders has 2"):
+    with pytest.raises(ValueError, match="04/renders has 1 views, the published set 2: unpack it"):
+        _load("chairs", tmp_path)
+    shutil.rmtree(tmp_path / "rendered_chairs" / "04")
+    with pytest.raises(ValueError, match="chairs has 10 chairs, the published set 11: unpack it"):
         _load("chairs", tmp_path)
 
 
 # --- the cache
+
+
+def _open(shape, images):
+    return cache.open_cached("a", "f" * 64, lambda: (shape, images))
 
 
 def _leftovers(folder):
@@ -208,7 +241,7 @@ def test_a_set_is_converted_once_and_again_when_it_changed(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no record", "record"])
 def test_a_damaged_conversion_is_done_again(cache_folder, damage):
     images = _pixels(4, 1, 3, 3)
-    cache.open_cached("a", "f" * 64, images.shape, [images])
+    _open(images.shape, [images])
     (path,) = cache_folder.glob("*.npy")
     record = path.with_suffix(".json")
     content = bytearray(path.read_bytes())
@@ -221,7 +254,7 @@ def test_a_damaged_conversion_is_done_again(cache_folder, damage):
         record.unlink()
     else:
         record.write_text("{")
-    loaded = cache.open_cached("a", "f" * 64, images.shape, [images[:1], images[1:]])
+    loaded = _open(images.shape, [images[:1], images[1:]])
     np.testing.assert_array_equal(loaded.numpy(), images)
     assert json.loads(record.read_text())["made_from"] == "f" * 64
 
@@ -234,12 +267,12 @@ def test_an_interrupted_conversion_is_not_taken_for_a_finished_one(cache_folder)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.open_cached("a", "f" * 64, images.shape, interrupted())
+        _open(images.shape, interrupted())
     assert _leftovers(cache_folder) == []
     with pytest.raises(ValueError, match="2 images where 4 were announced"):
-        cache.open_cached("a", "f" * 64, images.shape, [images[:2]])
+        _open(images.shape, [images[:2]])
     assert _leftovers(cache_folder) == []
-    loaded = cache.open_cached("a", "f" * 64, images.shape, [images])
+    loaded = _open(images.shape, [images])
     np.testing.assert_array_equal(loaded.numpy(), images)
 
 
@@ -250,7 +283,7 @@ def test_a_full_disk(cache_folder, monkeypatch):
     monkeypatch.setattr(cache.os, "fsync", full)
     images = _pixels(4, 1, 3, 3)
     with pytest.raises(OSError, match=r"a-f+.npy cannot be written \(No space left on device\)"):
-        cache.open_cached("a", "f" * 64, images.shape, [images])
+        _open(images.shape, [images])
     assert _leftovers(cache_folder) == []
 
 
@@ -319,10 +352,11 @@ def test_damaged_files_are_named(tmp_path, kind, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mnist", "train-images-idx3-ubyte.gz, itself or in MNIST/raw"),
-        ("omniglot", "has no chardata.mat: put it there"),
-        ("celeba", "no folder img_align_celeba: unpack img_align_celeba.zip there"),
-        ("chairs", "rendered_chairs has no <id>/renders: unpack rendered_chairs.tar there"),
+        ("mnist", "train-images-idx3-ubyte.gz, itself or in MNIST/raw: put it there, or give"),
+        ("omniglot", "has no chardata.mat: put it there, or give --download (32,415 characters"),
+        ("omniglot-images", "no folder images_background, itself or in omniglot-py: put it there"),
+        ("celeba", "no folder img_align_celeba and no .jpg files: put it there, or give --downl"),
+        ("chairs", "rendered_chairs has no <id>/renders: put it there, or give --download (1,39"),
         ("folder", "has no train images"),
         ("npz", "is not a file: give the .npz archive"),
     ],

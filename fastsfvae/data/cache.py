@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from fastsfvae.progress import counter
+
+Shape = tuple[int, ...]
+Convert = Callable[[], tuple[Shape, Iterable[np.ndarray]]]
 
 _CHECKSUM_BYTES = 2**24
 
@@ -41,24 +44,21 @@ def fingerprint(paths: Iterable[Path], *settings: object) -> str:
     return digest.hexdigest()
 
 
-def open_cached(
-    name: str, made_from: str, shape: tuple[int, int, int, int], images: Iterable[np.ndarray]
-) -> Tensor:
+def open_cached(name: str, made_from: str, convert: Convert) -> Tensor:
     """Map a converted set, converting it first where that was not done.
 
     Args:
         name: what the files are called, beside the fingerprint.
         made_from: `fingerprint` of the source.
-        shape: ``(N, C, H, W)``.
-        images: yields uint8 arrays ``[b, C, H, W]``, N images in all; left alone where the set
-            is there already.
+        convert: gives ``(N, C, H, W)`` and uint8 arrays ``[b, C, H, W]``, N images in all; not
+            called where the set is there already.
 
     Returns:
         uint8 ``[N, C, H, W]``, read from disk as it is used; writing to it does not reach the file.
 
     Raises:
         OSError: where the disk is full or the folder cannot be written; nothing is left behind.
-        ValueError: where `images` yields another number of images.
+        ValueError: for another number of images than N.
     """
     path = cache_folder() / f"{name}-{made_from[:16]}.npy"
     record = path.with_suffix(".json")
@@ -66,7 +66,7 @@ def open_cached(
         with _writing(path), _alone(path.with_suffix(".lock")):
             # Another process may have converted it while this one waited.
             if not _is_whole(path, record, made_from):
-                _convert(path, record, made_from, shape, images)
+                _write(path, record, made_from, *convert())
     # Copy-on-write: torch warns of arrays that it could not write to.
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
@@ -99,12 +99,8 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _convert(
-    path: Path,
-    record: Path,
-    made_from: str,
-    shape: tuple[int, int, int, int],
-    images: Iterable[np.ndarray],
+def _write(
+    path: Path, record: Path, made_from: str, shape: Shape, images: Iterable[np.ndarray]
 ) -> None:
     # What a killed conversion left under these names is written over.
     temporary = path.with_suffix(".npy.tmp")

@@ -1,17 +1,22 @@
-"""Folders of image files: any folder, CelebA and the rendered chairs. Needs Pillow to decode."""
+"""Folders of image files: any, CelebA, the rendered chairs, Omniglot. Needs Pillow to decode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from fastsfvae.data.download import missing
+
 T = TypeVar("T")
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _TEST_EVERY = 10
+_CHAIRS, _VIEWS = 1_393, 62
+_OMNIGLOT = {"train": ("images_background", 19_280), "test": ("images_evaluation", 13_180)}
 _BATCH = 256
 
 
@@ -23,28 +28,30 @@ def list_folder(folder: Path, split: str) -> list[Path]:
 
 
 def list_celeba(folder: Path, split: str) -> list[Path]:
-    """CelebA's aligned images, split by ``list_eval_partition.txt`` where it is there.
+    """CelebA's aligned images, split by ``list_eval_partition.txt`` where that is beside them.
 
-    `folder` holds ``img_align_celeba`` or torchvision's ``celeba`` around it, or is it. Training
-    takes partition 0, testing partition 2.
+    `folder` holds ``img_align_celeba`` or torchvision's ``celeba`` around it, or the .jpg files
+    themselves. Training takes partition 0, testing partition 2; without partitions every tenth
+    image is for testing.
     """
-    for base in (folder, folder / "celeba", folder.parent):
-        if (base / "img_align_celeba").is_dir():
+    for base in (folder / "img_align_celeba", folder / "celeba" / "img_align_celeba", folder):
+        if images := sorted(base.glob("*.jpg")):
             break
     else:
-        raise FileNotFoundError(
-            f"{folder} has no folder img_align_celeba: unpack img_align_celeba.zip there "
-            "(mmlab.ie.cuhk.edu.hk/projects/CelebA.html, 1.4 GB)"
-        )
-    images = base / "img_align_celeba"
-    partition = base / "list_eval_partition.txt"
+        raise missing("celeba", f"{folder} has no folder img_align_celeba and no .jpg files")
+    partition = base.parent / "list_eval_partition.txt"
     if not partition.is_file():
-        return _every_tenth(_images(images), split)
+        return _every_tenth(images, split)
     wanted = {"train": "0", "test": "2"}[split]
     rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
     if any(len(row) != 2 for row in rows):
         raise ValueError(f"{partition} is damaged: each line is a file name and a partition")
-    return [images / name for name, part in rows if part == wanted]
+    if [name for name, _ in rows] != [path.name for path in images]:
+        raise ValueError(
+            f"{base} has {len(images)} images, {partition} lists {len(rows)} or others: unpack "
+            "img_align_celeba.zip again"
+        )
+    return [base / name for name, part in rows if part == wanted]
 
 
 def list_chairs(folder: Path, split: str) -> list[Path]:
@@ -52,18 +59,36 @@ def list_chairs(folder: Path, split: str) -> list[Path]:
     root = folder if folder.name == "rendered_chairs" else folder / "rendered_chairs"
     chairs = sorted(path for path in root.glob("*/renders") if path.is_dir())
     if not chairs:
-        raise FileNotFoundError(
-            f"{root} has no <id>/renders: unpack rendered_chairs.tar there "
-            "(di.ens.fr/willow/research/seeing3Dchairs; 1,393 chairs of 62 views)"
-        )
+        raise missing("chairs", f"{root} has no <id>/renders")
     views = [sorted(chair.glob("*.png")) for chair in chairs]
     for chair, paths in zip(chairs, views, strict=True):
-        # An archive that was unpacked in part.
-        if len(paths) != len(views[0]):
-            raise ValueError(
-                f"{chair} has {len(paths)} views, {chairs[0]} has {len(views[0])}: unpack again"
-            )
+        _check_count(chair, len(paths), _VIEWS, "views")
+    _check_count(root, len(chairs), _CHAIRS, "chairs")
     return [path for paths in _every_tenth(views, split) for path in paths]
+
+
+def list_omniglot(folder: Path, split: str) -> list[Path]:
+    """Omniglot's drawings; its background alphabets to train, its evaluation alphabets to test.
+
+    `folder` holds ``images_background`` and ``images_evaluation``, or torchvision's ``omniglot-py``
+    around them.
+    """
+    name, count = _OMNIGLOT[split]
+    for root in (folder / name, folder / "omniglot-py" / name):
+        if root.is_dir():
+            paths = _images(root)
+            _check_count(root, len(paths), count, "drawings")
+            return paths
+    raise missing("omniglot-images", f"{folder} has no folder {name}, itself or in omniglot-py")
+
+
+def _check_count(folder: Path, count: int, published: int, what: str) -> None:
+    """Refuse an archive that was unpacked in part."""
+    if count != published:
+        raise ValueError(
+            f"{folder} has {count} {what}, the published set {published}: unpack it again, or "
+            "train on a part as --data folder"
+        )
 
 
 def decode_files(paths: list[Path], channels: int, size: int, crop: int) -> Iterator[np.ndarray]:
@@ -83,9 +108,14 @@ def decode_files(paths: list[Path], channels: int, size: int, crop: int) -> Iter
         import PIL.Image  # noqa: F401 - the decoder of each file below
     except ImportError as error:
         raise RuntimeError('decoding images needs Pillow: pip install "fastsfvae[data]"') from error
-    for start in range(0, len(paths), _BATCH):
-        batch = [_decode(path, channels, size, crop) for path in paths[start : start + _BATCH]]
-        yield np.stack(batch)
+
+    def decode(path: Path) -> np.ndarray:
+        return _decode(path, channels, size, crop)
+
+    # Pillow decodes and resizes without holding the interpreter's lock.
+    with ThreadPoolExecutor() as threads:
+        for start in range(0, len(paths), _BATCH):
+            yield np.stack(list(threads.map(decode, paths[start : start + _BATCH])))
 
 
 def _decode(path: Path, channels: int, size: int, crop: int) -> np.ndarray:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastsfvae.data import cache, digits, files, mnist, npz, omniglot
+from fastsfvae.data.download import SOURCES, download
 
 
 class Defaults(NamedTuple):
@@ -24,6 +27,7 @@ DATA_SETS = {
     "digits": Defaults(1, 28, 0),
     "mnist": Defaults(1, 28, 0),
     "omniglot": Defaults(1, 28, 0),
+    "omniglot-images": Defaults(1, 28, 0),
     "celeba": Defaults(3, 64, 148),
     "chairs": Defaults(3, 64, 0),
     "folder": Defaults(3, 64, 0),
@@ -33,7 +37,32 @@ _LISTS = {
     "celeba": files.list_celeba,
     "chairs": files.list_chairs,
     "folder": files.list_folder,
+    "omniglot-images": files.list_omniglot,
 }
+# Each finds and reads one file.
+_ARCHIVES = {"mnist": mnist, "omniglot": omniglot, "npz": npz}
+_SPLITS = ("train", "test")
+
+
+def download_images(name: str, folder: str) -> None:
+    """Download a data set where it is not there already; nothing is replaced.
+
+    Args:
+        name: one of `DATA_SETS`.
+        folder: where its files go.
+
+    Raises:
+        ValueError, RuntimeError: for a set that is not public, damaged files, or a download that
+            failed, in one line.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"data={name!r}: --download is for {', '.join(SOURCES)}")
+    place = _place(name, folder)
+    try:
+        for split in _SPLITS:
+            _find(name, place, split)
+    except FileNotFoundError:
+        download(name, place)
 
 
 def load_images(
@@ -65,14 +94,12 @@ def load_images(
     """
     if name not in DATA_SETS:
         raise ValueError(f"data={name!r} is not one of {', '.join(map(repr, DATA_SETS))}")
-    if split not in ("train", "test"):
+    if split not in _SPLITS:
         raise ValueError(f"split={split!r} is not one of 'train', 'test'")
     if name == "digits":
         images = digits(split).images
     else:
-        if not folder:
-            raise ValueError(f"data={name!r} lies where you put it: give its place by --data-dir")
-        images = _from_disk(name, Path(folder), split, channels, size, crop)
+        images = _from_disk(name, _place(name, folder), split, channels, size, crop)
     if images.shape[1:] != (channels, size, size):
         given = "x".join(map(str, images.shape[1:]))
         raise ValueError(
@@ -82,22 +109,30 @@ def load_images(
     return F.pad(images, (padding,) * 4) if padding else images
 
 
+def _place(name: str, folder: str) -> Path:
+    if not folder:
+        raise ValueError(f"data={name!r} lies where you put it: give its place by --data-dir")
+    return Path(folder).expanduser()
+
+
+def _find(name: str, folder: Path, split: str) -> list[Path]:
+    """The files that a split is made from."""
+    if name in _LISTS:
+        return _LISTS[name](folder, split)
+    return [_ARCHIVES[name].find(folder, split)]
+
+
 def _from_disk(name: str, folder: Path, split: str, channels: int, size: int, crop: int) -> Tensor:
-    if name not in _LISTS:
-        if name == "mnist":
-            path = mnist.find_idx(folder, split)
-            pixels = mnist.read_idx(path)
-        elif name == "omniglot":
-            path = omniglot.find_mat(folder)
-            pixels = omniglot.read_mat(path, split)
-        else:
-            path, pixels = folder, npz.read_npz(folder, split)
-        made_from = cache.fingerprint([path], split)
-        return cache.open_cached(f"{name}-{split}", made_from, pixels.shape, [pixels])
-    paths = _LISTS[name](folder, split)
+    paths = _find(name, folder, split)
     if not paths:
         raise FileNotFoundError(f"{folder} has no {split} images (.png, .jpg, .bmp, .webp)")
-    made_from = cache.fingerprint(paths, channels, size, crop)
-    shape = (len(paths), channels, size, size)
-    decoded = files.decode_files(paths, channels, size, crop)
-    return cache.open_cached(f"{name}-{split}", made_from, shape, decoded)
+
+    def decode() -> tuple[cache.Shape, Iterable[np.ndarray]]:
+        if name in _LISTS:
+            shape = (len(paths), channels, size, size)
+            return shape, files.decode_files(paths, channels, size, crop)
+        pixels = _ARCHIVES[name].read(paths[0], split)
+        return pixels.shape, [pixels]
+
+    settings = (channels, size, crop) if name in _LISTS else (split,)
+    return cache.open_cached(f"{name}-{split}", cache.fingerprint(paths, *settings), decode)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsfvae.data.download import missing
+
 _MAGIC = 2051
 _PREFIX = {"train": "train", "test": "t10k"}
 _LAYOUTS = ("", "raw", "MNIST/raw")
 
 
-def find_idx(folder: Path, split: str) -> Path:
+def find(folder: Path, split: str) -> Path:
     """The file of a split's images.
 
     Raises:
@@ -25,14 +27,11 @@ def find_idx(folder: Path, split: str) -> Path:
         for suffix in ("", ".gz"):
             if (path := folder / layout / f"{name}{suffix}").is_file():
                 return path
-    raise FileNotFoundError(
-        f"{folder} has no {name}.gz, itself or in MNIST/raw: put the four files of MNIST there "
-        "(yann.lecun.com/exdb/mnist, 12 MB in all)"
-    )
+    raise missing("mnist", f"{folder} has no {name}.gz, itself or in MNIST/raw")
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """Read images, uint8 ``[N, 1, H, W]``.
+def read(path: Path, split: str) -> np.ndarray:
+    """Read what `find` gave for the split, uint8 ``[N, 1, H, W]``.
 
     Raises:
         ValueError: for a file that is damaged or something else, in one line that names it.

@@ -12,17 +12,25 @@ _TEST_EVERY = 10
 _SHAPES = "give [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels"
 
 
-def read_npz(path: Path, split: str) -> np.ndarray:
+def find(path: Path, split: str) -> Path:
+    """The archive of both splits itself.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file: give the .npz archive as --data-dir")
+    return path
+
+
+def read(path: Path, split: str) -> np.ndarray:
     """Read ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` as uint8 ``[N, C, H, W]``.
 
     The arrays ``train`` and ``test``, or one array ``images`` whose every tenth is for testing.
 
     Raises:
-        FileNotFoundError: where there is no such file.
         ValueError: for an archive or array that is something else, in one line that names it.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: give the .npz archive as --data-dir")
     try:
         with np.load(path) as archive:
             names = archive.files

@@ -7,26 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
-FILE = "chardata.mat"
-_MD5 = "21ecaf34373511aa7691cf2e0802aa3d"
+from fastsfvae.data.download import OMNIGLOT_FILE, OMNIGLOT_MD5, missing
+
 _ARRAY = {"train": "data", "test": "testdata"}
 
 
-def find_mat(folder: Path) -> Path:
-    """The archive in `folder`, or `folder` where that is the file.
+def find(folder: Path, split: str) -> Path:
+    """The archive of both splits in `folder`, or `folder` where that is the file.
 
     Raises:
         FileNotFoundError: where there is none, in one line that says what is expected.
     """
-    path = folder if folder.is_file() else folder / FILE
+    path = folder if folder.is_file() else folder / OMNIGLOT_FILE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {FILE}: put it there (github.com/yburda/iwae, datasets/OMNIGLOT)"
-        )
+        raise missing("omniglot", f"{folder} has no {OMNIGLOT_FILE}")
     return path
 
 
-def read_mat(path: Path, split: str) -> np.ndarray:
+def read(path: Path, split: str) -> np.ndarray:
     """Read a split, uint8 ``[N, 1, 28, 28]``: the grey levels as stored, in 255ths.
 
     Raises:
@@ -34,8 +32,11 @@ def read_mat(path: Path, split: str) -> np.ndarray:
         ValueError: for a file that is not the published one, in one line that names it.
     """
     digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    if digest != _MD5:
-        raise ValueError(f"{path} has md5 {digest}, the published file {_MD5}: fetch it again")
+    if digest != OMNIGLOT_MD5:
+        raise ValueError(
+            f"{path} has md5 {digest}, the published file {OMNIGLOT_MD5}: remove it and fetch it "
+            "again"
+        )
     try:
         from scipy.io import loadmat
     except ImportError as error:
