@@ -38,6 +38,9 @@ class TrainArguments:
     resume: bool = False
     """Continue the run in --out from its last checkpoint; --steps may be raised."""
 
+    download: bool = False
+    """Fetch the data into --data-dir first where it is not there; nothing else uses a network."""
+
     image_every: int = 0
     """Draw reconstructions and samples into images/ every so many steps; 0: only at the end."""
 
@@ -128,12 +131,24 @@ def _start(prog: str, options: list[str]):
     if parsed.tensorboard:
         _require_extras(("tensorboard",), "tensorboard")
     if not parsed.resume:
+        _download(parsed)
         return parsed, training.start(parsed.config, parsed.out)
     if parsed.out is None:
         raise UsageError("--resume continues the run in --out: give --out runs/<name>")
     # Options that are not given keep the values of the run, not this command's defaults.
     saved = checkpoint.load_config(Path(parsed.out))
-    return parsed, training.resume(parsed.out, _parse(prog, options, saved).config)
+    parsed = _parse(prog, options, saved)
+    _download(parsed)
+    return parsed, training.resume(parsed.out, parsed.config)
+
+
+def _download(arguments: TrainArguments) -> None:
+    from fastsfvae import distributed
+    from fastsfvae.data.load import download_images
+
+    if arguments.download:
+        with distributed.first_process_first():
+            download_images(arguments.config.data, arguments.config.data_dir)
 
 
 def _parse(prog: str, options: list[str], default: TrainConfig) -> TrainArguments:

@@ -14,6 +14,7 @@ import pytest
 import torchvision.datasets
 from PIL import Image
 
+from fastsfvae import cli
 from fastsfvae.data import download, files
 from fastsfvae.data.load import DATA_SETS, download_images, load_images
 
@@ -166,6 +167,26 @@ def test_an_archive_that_is_cut(chairs):
     (place / archive.name).write_bytes(content)
     download_images("chairs", str(place))
     assert len(load_images("chairs", str(place), "train", channels=3, size=4)) == 9
+
+
+def test_the_command(chairs, capsys):
+    _, place = chairs
+    out = place.parent / "run"
+    data = ["--data", "chairs", "--data-dir", str(place), "--image-size", "4"]
+    model = ["--model", "linear", "--latent-dim", "2", "--method", "sampling", "--steps", "1"]
+    train = ["train", *data, *model, "--batch-size", "2", "--out", str(out)]
+    assert cli.main(train) == 2
+    assert "put it there, or give --download (1,393 chairs of 62 v" in capsys.readouterr().err
+    assert not place.exists()
+    assert cli.main([*train, "--download"]) == 0
+    # Data that is gone can be fetched again for a resumed run.
+    (place / "rendered_chairs").rename(place / "away")
+    resume = ["train", "--out", str(out), "--steps", "2", "--resume"]
+    assert cli.main(resume) == 2
+    assert cli.main([*resume, "--download"]) == 0
+    assert cli.main(["train", "--download", "--out", str(out / "other")]) == 2
+    error = capsys.readouterr().err
+    assert "data='digits': --download is for mnist, omniglot, " in error
 
 
 @pytest.mark.parametrize("name", list(download.SOURCES))
