@@ -59,6 +59,13 @@ def apply(shape, function, **options):
     return lambda: decoder(shape, lambda h, *ls: function(h), **options)
 
 
+def with_linear(function):
+    """A case that applies a function of a row and a trained matrix [12, 12] and vector [12]."""
+    return lambda: decoder(
+        ROW, lambda h, layer: function(h, layer.weight, layer.bias), nn.Linear(12, 12)
+    )
+
+
 def compare(module, z, *args, oracle=None, gradient=True, tolerance=1e-10):
     """J and a random functional's gradients against jacrev's, in float64."""
     z = z.clone().requires_grad_(gradient)
@@ -371,6 +378,47 @@ CASES = {
     "dropouts": through(
         IMAGE, nn.Dropout2d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5)
     ),
+    "avg_pool_1d_options": through(LINE, nn.AvgPool1d(3, 2, 1, True, False), nn.AvgPool1d(2)),
+    "repeat_new_axis": apply(LINE, lambda h: h.sum(1).repeat(3, 1, 2).permute(1, 0, 2)),
+    "take_broadcast": apply(
+        LINE, lambda h: torch.take_along_dim(h[:, :1], torch.tensor([[[3, 0], [1, 1]]]), 2)
+    ),
+    "pow_constants": apply(ROW, lambda h: h**0 + h**1 + h**2 + torch.rsqrt(h**4 + 1)),
+    "norms_spellings": apply(
+        LINE, lambda h: torch.linalg.norm(h, dim=2) + torch.std_mean(h, 2)[0] + h.norm(2.5, 2)
+    ),
+    # Parameters beside values that depend on z.
+    "trained_arithmetic": with_linear(
+        lambda h, w, b: (
+            torch.lerp(h, b, h.sigmoid())
+            + torch.lerp(b, h, w[0])
+            + torch.atan2(h, b)
+            + torch.atan2(b, h)
+            + h.exp() ** b
+            + b.exp() ** h
+            + torch.clamp(h, b - 0.2, b + 0.1)
+            + torch.clamp_min(h, b)
+            + torch.maximum(h, b) * torch.minimum(b, h)
+            + torch.where(h > 0, b, h)
+            + h.masked_fill(h > 0.2, b.sum())
+        )
+    ),
+    "trained_products": with_linear(
+        lambda h, w, b: (
+            (h @ b + torch.mv(h, b))[:, None]
+            + torch.addmm(b, h, w, beta=0.5, alpha=2)
+            + torch.matmul(b, h.view(-1, 12, 1))
+            + F.bilinear(h, h.sin(), w[None].expand(12, 12, 12), b)
+        )
+    ),
+    "trained_writes": with_linear(lambda h, w, b: _write_trained(h, w, b)),
+    "einsum_factors": with_linear(
+        lambda h, w, b: (
+            torch.einsum("bi,oi,bj->bo", h, w, h.sin())
+            + torch.einsum("bi,jk->bj", h, w)
+            + torch.einsum("...i,i->...", h, b)[:, None]
+        )
+    ),
     "scatters": apply(
         LINE,
         lambda h: (
@@ -440,6 +488,16 @@ def _write_nothing(h):
     h[:, 1].zero_()
     h[:, 2].fill_(0.3)
     return h.exp()
+
+
+def _write_trained(h, weight, bias):
+    h = h.sin()
+    h[:, 5] = weight[0, 0]
+    h[:, torch.tensor([6, 8])] = weight[0, :2] * 2
+    canvas = torch.zeros_like(h)
+    canvas.copy_(h * bias)
+    canvas[:, 2:5] = h[:, :3]
+    return torch.cat([h, canvas], 1).exp()
 
 
 def _index_put(h):

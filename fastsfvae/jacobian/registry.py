@@ -108,6 +108,11 @@ def rule(
     return register
 
 
+def always(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """What `covers` is where any argument may be a Jet."""
+    return True
+
+
 def adjoint(
     *names: str,
     covers: Callable[..., bool] | None = None,

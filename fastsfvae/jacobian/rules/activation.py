@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsfvae.jacobian.jet import Jet, broadcast_jet, from_stack
 from fastsfvae.jacobian.registry import RULES, adjoint, rule
 from fastsfvae.jacobian.rules.arithmetic import mul
-from fastsfvae.jacobian.rules.shape import chunk
+from fastsfvae.jacobian.rules.pieces import chunk
 
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946

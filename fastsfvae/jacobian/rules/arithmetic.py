@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.jet import Jet, align, broadcast_jet, from_stack, join, move, primal_of
-from fastsfvae.jacobian.registry import adjoint, rule
-
-
-def scaled(x: Jet, factor: Any) -> Jet:
-    """The product with a number or a 0-d tensor that does not depend on z."""
-    return Jet(x.primal * factor, x.tangent * factor)
+from fastsfvae.jacobian.registry import adjoint, always, rule
 
 
 def combine(primal: Tensor, *terms: tuple[Any, Any]) -> Jet:
@@ -52,10 +47,6 @@ def _both_stacked(a: Any, b: Any) -> bool:
     return stacked and b.stack is not None and a.stack.shape == b.stack.shape
 
 
-def _always(args: tuple, kwargs: dict) -> bool:
-    return True
-
-
 def _parts(grad: Jet, operand: Any, factor: Any) -> Any:
     """The gradient of an operand whose multiple by a constant is the result."""
     if not isinstance(operand, Jet):
@@ -63,7 +54,7 @@ def _parts(grad: Jet, operand: Any, factor: Any) -> Any:
     return grad if factor == 1 else move(grad, lambda g, _: g * factor)
 
 
-@adjoint("add", covers=_always)
+@adjoint("add", covers=always)
 def _add_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, *, alpha: float = 1):
     return _parts(grad, a, 1), _parts(grad, b, alpha)
 
@@ -75,7 +66,7 @@ def sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     return combine(primal, (a, 1), (b, -alpha))
 
 
-@adjoint("sub", "subtract", covers=_always)
+@adjoint("sub", "subtract", covers=always)
 def _sub_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, *, alpha: float = 1):
     return _parts(grad, a, 1), _parts(grad, b, -alpha)
 
@@ -87,7 +78,7 @@ def rsub(a: Any, b: Any, alpha: float = 1) -> Jet:
     return combine(primal, (a, -alpha), (b, 1))
 
 
-@adjoint("rsub", covers=_always)
+@adjoint("rsub", covers=always)
 def _rsub_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, alpha: float = 1):
     return _parts(grad, a, -alpha), _parts(grad, b, 1)
 
@@ -118,7 +109,7 @@ def _tangent_of(x: Any, out: Jet) -> Tensor | None:
     return align(x, out.primal.ndim) if isinstance(x, Jet) else None
 
 
-@adjoint("mul", "multiply", covers=_always)
+@adjoint("mul", "multiply", covers=always)
 def _mul_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
     pairs = (a, b, needs[0]), (b, a, needs[1])
     return tuple(
@@ -138,8 +129,13 @@ def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     return combine(quotient, (a, lambda: 1 / value_b), (b, lambda: -quotient / value_b))
 
 
-@adjoint("div", "divide", "true_divide", covers=lambda args, kwargs: not kwargs)
-def _div_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
+@adjoint("div", "divide", "true_divide", covers=always)
+def _div_adjoint(
+    grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, *, rounding_mode: str | None = None
+):
+    if rounding_mode is not None:
+        nothing = torch.zeros_like(grad.primal)
+        return tuple(_pull_product(grad, operand, nothing, None) for operand in (a, b))
     inverse = 1 / primal_of(b)
     moved_a, moved_b = _tangent_of(a, out), _tangent_of(b, out)
     bend_a = None if moved_b is None else -moved_b * inverse**2
@@ -177,14 +173,33 @@ def _base_derivative(base: Tensor, exponent: Any) -> Tensor:
     return torch.where(zero, 0.0, safe * base.pow(safe - 1))
 
 
-def _constant_exponent(args: tuple, kwargs: dict) -> bool:
-    return isinstance(args[0], Jet) and isinstance(args[1], (int, float))
+def _base_curvature(base: Tensor, exponent: Any) -> Tensor:
+    if not isinstance(exponent, Tensor) and exponent in (0, 1):
+        return torch.zeros_like(base)
+    return exponent * _base_derivative(base, exponent - 1)
 
 
-@adjoint("pow", covers=_constant_exponent)
-def _power_adjoint(grad: Jet, out: Jet, needs: tuple, a: Jet, b: float) -> tuple[Jet]:
-    bend = 0.0 * a.tangent if b in (0, 1) else b * (b - 1) * a.primal ** (b - 2) * a.tangent
-    return (_pull_product(grad, a, _base_derivative(a.primal, b), bend),)
+@adjoint("pow", covers=always)
+def _power_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
+    base, exponent = primal_of(a), primal_of(b)
+    moved_a, moved_b = _tangent_of(a, out), _tangent_of(b, out)
+    grad_a = grad_b = log = mixed = None
+    if moved_b is not None or needs[1]:
+        base = torch.as_tensor(base, dtype=out.primal.dtype, device=out.primal.device)
+        log = torch.where(base == 0, torch.ones_like(base), base).log()
+        # The second derivative by both.
+        mixed = _base_derivative(base, exponent) * log + base ** (exponent - 1)
+    if needs[0]:
+        bend = 0 if moved_b is None else mixed * moved_b
+        if moved_a is not None:
+            bend = bend + _base_curvature(base, exponent) * moved_a
+        grad_a = _pull_product(grad, a, _base_derivative(base, exponent), bend)
+    if needs[1]:
+        bend = 0 if moved_a is None else mixed * moved_a
+        if moved_b is not None:
+            bend = bend + out.primal * log**2 * moved_b
+        grad_b = _pull_product(grad, b, out.primal * log, bend)
+    return grad_a, grad_b
 
 
 @rule("where", several=True)
@@ -199,7 +214,7 @@ def where(condition: Tensor, a: Any, b: Any) -> Jet:
     return broadcast_jet(primal, torch.where(condition, 0.0, align(b, primal.ndim)))
 
 
-@adjoint("where", covers=_always)
+@adjoint("where", covers=always)
 def _where_adjoint(grad: Jet, out: Jet, needs: tuple, condition: Tensor, a: Any, b: Any):
     def kept(operand: Any, taken: Tensor) -> Any:
         if not isinstance(operand, Jet):
@@ -209,21 +224,10 @@ def _where_adjoint(grad: Jet, out: Jet, needs: tuple, condition: Tensor, a: Any,
     return None, kept(a, condition), kept(b, ~condition)
 
 
-@rule("masked_fill", several=True)
+@rule("masked_fill", several=True, composed=True, covers=always)
 def masked_fill(x: Any, mask: Tensor, value: Any) -> Jet:
     """X where the mask is False, a 0-d value elsewhere."""
-    return where(mask, value, x) if isinstance(value, Jet) else _filled(x, mask, value)
-
-
-def _filled(x: Jet, mask: Tensor, value: Any) -> Jet:
-    primal = torch.masked_fill(x.primal, mask, value)
-    return broadcast_jet(primal, torch.masked_fill(align(x, primal.ndim), mask, 0.0))
-
-
-@adjoint("masked_fill")
-def _filled_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, mask: Tensor, value: Any):
-    filled = None if not needs[2] else torch.where(mask, grad.primal, 0.0)
-    return move(grad, lambda g, _: g.masked_fill(mask, 0.0)), None, filled
+    return where(mask, value, x)
 
 
 @rule("maximum", several=True)
@@ -242,50 +246,55 @@ def minimum(a: Any, b: Any) -> Jet:
     return combine(torch.minimum(value_a, value_b), (a, share), (b, 1 - share))
 
 
+@adjoint("maximum", "minimum", covers=always)
+def _extreme_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
+    """Of either: the value tells which operand it took."""
+    value_a, value_b = primal_of(a), primal_of(b)
+    share = (value_a == out.primal).to(out.primal.dtype)
+    share = share / (share + (value_b == out.primal))
+    return _pull_product(grad, a, share, None), _pull_product(grad, b, 1 - share, None)
+
+
 def _share(a: Tensor, b: Tensor) -> Tensor:
     return (a > b).to(a.dtype) + 0.5 * (a == b).to(a.dtype)
 
 
 @rule("clamp", "clip", several=True)
-def clamp(x: Jet, min: Any = None, max: Any = None) -> Jet:  # noqa: A002
+def clamp(x: Any, min: Any = None, max: Any = None) -> Jet:  # noqa: A002
     """The tangents where the value lies within the bounds, the bounds' own elsewhere."""
-    low, high = primal_of(min), primal_of(max)
-    value = primal_of(x)
-    primal = torch.clamp(value, low, high)
-    below = torch.zeros_like(primal, dtype=torch.bool) if low is None else value < low
+    value, low, high = primal_of(x), primal_of(min), primal_of(max)
+    inside, below, above = _zones(value, low, high)
+    return combine(torch.clamp(value, low, high), (x, inside), (min, below), (max, above))
+
+
+def _zones(value: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """1 where the value, the lower bound, the upper bound is what clamp returns, 0 elsewhere."""
+    below = torch.zeros_like(value, dtype=torch.bool) if low is None else value < low
     above = torch.zeros_like(below) if high is None else value > high
     if low is not None and high is not None:
         # torch.clamp returns the upper bound where the bounds cross.
         crossed = torch.as_tensor(low, device=value.device) > torch.as_tensor(high).to(value.device)
         below, above = below & ~crossed, above | crossed
-    dtype = primal.dtype
-    inside = (~(below | above)).to(dtype)
-    return combine(primal, (x, inside), (min, below.to(dtype)), (max, above.to(dtype)))
+    return tuple(zone.to(value.dtype) for zone in (~(below | above), below, above))
 
 
-def _numeric_bounds(args: tuple, kwargs: dict) -> bool:
-    return not any(isinstance(bound, (Jet, Tensor)) for bound in (*args[1:], *kwargs.values()))
+@adjoint("clamp", "clip", covers=always)
+def _clamp_adjoint(grad: Jet, out: Jet, needs: tuple, x: Any, min: Any = None, max: Any = None):  # noqa: A002
+    bounded = x, min, max
+    zones = _zones(*map(primal_of, bounded))
+    return tuple(
+        _pull_product(grad, operand, zone, None) if need else None
+        for operand, zone, need in zip(bounded, zones, needs, strict=False)
+    )
 
 
-@adjoint("clamp", "clip", covers=_numeric_bounds)
-def _clamp_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, min: Any = None, max: Any = None):  # noqa: A002
-    inside = torch.ones_like(x.primal, dtype=torch.bool)
-    if min is not None:
-        inside &= x.primal >= min
-    if max is not None:
-        inside &= x.primal <= max
-    if min is not None and max is not None and min > max:
-        inside.zero_()
-    return (move(grad, lambda g, _: g * inside),)
-
-
-@rule("clamp_min", several=True, composed=True, covers=_numeric_bounds)
+@rule("clamp_min", several=True, composed=True, covers=always)
 def clamp_min(x: Any, min: Any) -> Jet:  # noqa: A002
     """Clamp from below."""
     return clamp(x, min, None)
 
 
-@rule("clamp_max", several=True, composed=True, covers=_numeric_bounds)
+@rule("clamp_max", several=True, composed=True, covers=always)
 def clamp_max(x: Any, max: Any) -> Jet:  # noqa: A002
     """Clamp from above."""
     return clamp(x, None, max)
@@ -297,6 +306,24 @@ def lerp(a: Any, b: Any, weight: Any) -> Jet:
     value_a, value_b, w = primal_of(a), primal_of(b), primal_of(weight)
     primal = torch.lerp(value_a, value_b, w)
     return combine(primal, (a, 1 - w), (b, w), (weight, lambda: value_b - value_a))
+
+
+@adjoint("lerp", covers=always)
+def _lerp_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, weight: Any):
+    w, step = primal_of(weight), primal_of(b) - primal_of(a)
+    moved_a, moved_b, moved_w = (_tangent_of(x, out) for x in (a, b, weight))
+    moved_step = _difference(moved_b, moved_a)
+    return (
+        _pull_product(grad, a, 1 - w, None if moved_w is None else -moved_w),
+        _pull_product(grad, b, w, moved_w),
+        _pull_product(grad, weight, step, moved_step) if needs[2] else None,
+    )
+
+
+def _difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if b is None:
+        return a
+    return -b if a is None else a - b
 
 
 def _jet_product(args: tuple, kwargs: dict) -> bool:
@@ -324,3 +351,22 @@ def atan2(a: Any, b: Any) -> Jet:
     y, x = primal_of(a), primal_of(b)
     square = x * x + y * y
     return combine(torch.atan2(y, x), (a, lambda: x / square), (b, lambda: -y / square))
+
+
+@adjoint("atan2", "arctan2", covers=always)
+def _atan2_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
+    y, x = primal_of(a), primal_of(b)
+    moved_y, moved_x = _tangent_of(a, out), _tangent_of(b, out)
+    square = x * x + y * y
+    by_y, by_x = x / square, -y / square
+    # The second derivatives: by y twice, by both, and by x twice, which is minus the first.
+    twice, mixed = 2 * by_y * by_x, by_x * by_x - by_y * by_y
+    grads = []
+    for operand, partial, by_moved_y, by_moved_x in (
+        (a, by_y, twice, mixed),
+        (b, by_x, mixed, -twice),
+    ):
+        terms = ((moved_y, by_moved_y), (moved_x, by_moved_x))
+        bend = sum(moved * factor for moved, factor in terms if moved is not None)
+        grads.append(_pull_product(grad, operand, partial, bend))
+    return grads

@@ -11,9 +11,10 @@ from torch import Tensor
 from fastsfvae.jacobian.jet import Jet, primal_of
 from fastsfvae.jacobian.registry import rule
 from fastsfvae.jacobian.rules.arithmetic import add, mul
+from fastsfvae.jacobian.rules.arrange import repeat_interleave
 from fastsfvae.jacobian.rules.linear import matmul
-from fastsfvae.jacobian.rules.norm import softmax
-from fastsfvae.jacobian.rules.shape import repeat_interleave, transpose
+from fastsfvae.jacobian.rules.shape import transpose
+from fastsfvae.jacobian.rules.softmax import softmax
 
 
 def _all_jets(args: tuple, kwargs: dict) -> bool:

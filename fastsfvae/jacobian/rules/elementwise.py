@@ -22,12 +22,6 @@ def _neg_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet) -> tuple[Jet]:
     return (move(grad, lambda g, _: -g),)
 
 
-@rule("positive")
-def positive(x: Jet) -> Jet:
-    """+x."""
-    return x
-
-
 pointwise("exp", curvature=lambda a, y, d: y)(lambda a, y: y)
 pointwise("exp2", "special_exp2", curvature=lambda a, y, d: d * math.log(2))(
     lambda a, y: y * math.log(2)
@@ -71,7 +65,11 @@ pointwise("erfinv", "special_erfinv", curvature=lambda a, y, d: 2 * y * d * d)(
 pointwise("frac", straight=True)(lambda a, y: torch.ones_like(a))
 
 
-@pointwise("logit", "special_logit")
+def _logit_curvature(a, y, d, eps=None):
+    return (2 * a - 1) * d * d
+
+
+@pointwise("logit", "special_logit", curvature=_logit_curvature)
 def _logit(a, y, eps=None):
     slope = 1 / (a * (1 - a))
     if eps is None:

@@ -6,6 +6,7 @@ Products of two values that depend on z follow the product rule.
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from fastsfvae.jacobian.jet import (
     sum_over_parts,
 )
 from fastsfvae.jacobian.registry import adjoint, rule
-from fastsfvae.jacobian.rules.arithmetic import add, scaled
+from fastsfvae.jacobian.rules.arithmetic import add, mul
 from fastsfvae.jacobian.rules.shape import transpose, unsqueeze
 
 
@@ -90,12 +91,24 @@ def _full(x: Jet) -> Jet:
 
 
 def _squeezed(x: Jet, axis: int) -> Jet:
-    return Jet(x.primal.squeeze(axis), full_tangent(x).squeeze(axis))
+    keeps_batch = axis + x.primal.ndim > 0
+    return move(x, lambda t, _: t.squeeze(axis), keeps_batch)
 
 
-@adjoint("matmul", "mm", "bmm", "linalg_matmul", covers=lambda args, kwargs: _matrices(*args))
+@adjoint("matmul", "mm", "bmm", "mv", "linalg_matmul", covers=lambda args, _: _batch_stays(*args))
 def _matmul_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
+    row, column = primal_of(a).ndim == 1, primal_of(b).ndim == 1
+    # Vectors as matrices of one row or column, which the result lacks.
+    if row:
+        a, grad, out = a[None], _unsqueezed(grad, -2), _unsqueezed(out, -2)
+    if column:
+        b, grad, out = b[:, None], _unsqueezed(grad, -1), _unsqueezed(out, -1)
+    if isinstance(b, Jet) and b.primal.ndim == 2:
+        b = _full(b)
     (value_a, tangent_a), (value_b, tangent_b) = _parts(a, out), _parts(b, out)
+    if tangent_a is not None and out.primal.ndim == 2:
+        # The other factor's gradient sums over the rows, which are the samples.
+        tangent_a = tangent_a.expand(-1, grad.tangent.shape[1], -1)
     grad_a: Any = None
     grad_b: Any = None
     if needs[0]:
@@ -110,11 +123,20 @@ def _matmul_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
             grad_b = join(grad_b, (tangent_a.mT @ grad.tangent).sum(0))
         if isinstance(b, Jet):
             grad_b = Jet(grad_b, value_a.mT @ grad.tangent)
+    if needs[0] and row:
+        grad_a = grad_a.squeeze(-2)
+    if needs[1] and column:
+        grad_b = grad_b.squeeze(-1)
     return grad_a, grad_b
 
 
-def _matrices(a: Any, b: Any) -> bool:
-    return primal_of(a).ndim > 1 and primal_of(b).ndim > 1
+def _batch_stays(a: Any, b: Any) -> bool:
+    """Whether no vector depends on z: it would have the batch as its only axis."""
+    return all(primal_of(x).ndim > 1 or not isinstance(x, Jet) for x in (a, b))
+
+
+def _unsqueezed(x: Jet, axis: int) -> Jet:
+    return Jet(x.primal.unsqueeze(axis), x.tangent.unsqueeze(axis))
 
 
 def _parts(x: Any, out: Jet) -> tuple[Tensor, Tensor | None]:
@@ -124,34 +146,102 @@ def _parts(x: Any, out: Jet) -> tuple[Tensor, Tensor | None]:
     return x.primal.to(out.primal.dtype), align(x, out.primal.ndim).to(out.primal.dtype)
 
 
-@rule("addmm", "baddbmm", several=True, composed=True)
+def _jet_factor(args: tuple, kwargs: dict) -> bool:
+    # A product of two parameters is plain arithmetic, which no adjoint sees.
+    return isinstance(args[1], Jet) or isinstance(args[2], Jet)
+
+
+@rule("addmm", "baddbmm", several=True, composed=True, covers=_jet_factor)
 def addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     """Beta * bias + alpha * A B."""
-    product = matmul(a, b)
-    product = product if alpha == 1 else scaled(product, alpha)
-    if beta == 0:
-        return product
-    if beta != 1:
-        bias = scaled(bias, beta) if isinstance(bias, Jet) else bias * beta
-    return add(product, bias)
+    product = mul(matmul(a, b), alpha)
+    return product if beta == 0 else add(product, bias, alpha=beta)
+
+
+@rule("bilinear", several=True, composed=True, covers=lambda args, _: _bilinear_covers(*args))
+def bilinear(a: Any, b: Any, weight: Any, bias: Any = None) -> Jet:
+    """A W_o b + bias for each output o."""
+    product = einsum("...i,oij,...j->...o", [a, weight, b])
+    return product if bias is None else add(product, bias)
+
+
+def _bilinear_covers(a: Any, b: Any, weight: Any, bias: Any = None) -> bool:
+    return any(isinstance(x, Jet) for x in (a, b, weight))
 
 
 @rule("einsum", several=True)
 def einsum(equation: str, operands: list[Any], *, path: Any = None) -> Jet:
     """Multilinear: one term per operand that depends on z, with one more letter for m."""
-    values = [primal_of(x) for x in operands]
-    equation = equation.replace(" ", "")
-    inputs, arrow, output = equation.partition("->")
-    if not arrow:
-        letters = sorted(c for c in set(inputs) if c.isalpha() and inputs.count(c) == 1)
-        output = ("..." if "..." in inputs else "") + "".join(letters)
-    free = next(c for c in "mMqQxXzZuvwabcdefghijklnoprsty" if c not in equation)
+    inputs, output = _subscripts(equation, operands)
+    factors = [(name, primal_of(x)) for name, x in zip(inputs, operands, strict=True)]
     terms = []
-    for index, operand in enumerate(operands):
+    for k, operand in enumerate(operands):
         if isinstance(operand, Jet):
-            names = inputs.split(",")
-            names[index] = free + names[index]
-            tensors = list(values)
-            tensors[index] = full_tangent(operand)
-            terms.append(torch.einsum(f"{','.join(names)}->{free}{output}", *tensors))
-    return broadcast_jet(torch.einsum(equation, *values), sum(terms[1:], terms[0]))
+            moved = (_M + inputs[k], full_tangent(operand))
+            terms.append(_contract(_M + output, [*factors[:k], moved, *factors[k + 1 :]]))
+    return broadcast_jet(_contract(output, factors), sum(terms[1:], terms[0]))
+
+
+# The tangents' letter, which `_subscripts` leaves free.
+_M = "Z"
+
+
+def _contract(output: str, factors: list[tuple[str, Tensor]]) -> Tensor:
+    names, tensors = zip(*factors, strict=True)
+    return torch.einsum(f"{','.join(names)}->{output}", *tensors)
+
+
+def _subscripts(equation: str, operands: list[Any]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result, an ellipsis spelled out."""
+    joined, arrow, output = equation.replace(" ", "").partition("->")
+    inputs = joined.split(",")
+    letters = sorted(set(joined) - set(",."))
+    if not arrow:
+        once = "".join(c for c in letters if joined.count(c) == 1)
+        output = ("..." if "..." in joined else "") + once
+    ranks = [
+        primal_of(x).ndim - len(name.replace("...", ""))
+        for x, name in zip(operands, inputs, strict=True)
+    ]
+    free = "".join(c for c in string.ascii_letters if c not in letters and c != _M)[: max(ranks)]
+
+    def spelled(name: str, rank: int) -> str:
+        # Aligned at the last axis, as broadcasting is.
+        return name.replace("...", free[len(free) - rank :])
+
+    return [spelled(*pair) for pair in zip(inputs, ranks, strict=True)], spelled(output, len(free))
+
+
+def _no_diagonals(args: tuple, kwargs: dict) -> bool:
+    inputs, _ = _subscripts(*args)
+    return all(len(set(name)) == len(name) for name in inputs)
+
+
+@adjoint("einsum", covers=_no_diagonals)
+def _einsum_adjoint(
+    grad: Jet, out: Jet, needs: tuple, equation: str, operands: list[Any], **_: Any
+) -> tuple[None, list[Any]]:
+    inputs, output = _subscripts(equation, operands)
+    dtype = grad.primal.dtype
+    factors = [(name, primal_of(x).to(dtype)) for name, x in zip(inputs, operands, strict=True)]
+    by_value, by_tangents = (output, grad.primal), (_M + output, grad.tangent)
+
+    def pulled(k: int) -> Any:
+        name, value = factors[k]
+        others = [(i, factor) for i, factor in enumerate(factors) if i != k]
+        # Letters that the operand was summed over by itself: its gradient repeats along them.
+        elsewhere = output + "".join(n for _, (n, _) in others)
+        ones = [(c, value.new_ones(n)) for c, n in zip(name, value.shape, strict=True)]
+        ones = [(c, one) for c, one in ones if c not in elsewhere]
+        fixed = [factor for _, factor in others] + ones
+        result = _contract(name, [by_value, *fixed])
+        for position, (j, _) in enumerate(others):
+            if isinstance(operands[j], Jet):
+                moved = (_M + inputs[j], full_tangent(operands[j]).to(dtype))
+                swapped = [*fixed[:position], moved, *fixed[position + 1 :]]
+                result = result + _contract(name, [by_tangents, *swapped])
+        if not isinstance(operands[k], Jet):
+            return result
+        return Jet(result, _contract(_M + name, [by_tangents, *fixed]))
+
+    return None, [pulled(k) if need else None for k, need in enumerate(needs[1])]

@@ -1,21 +1,56 @@
-"""The adjoint that all normalisations share.
+"""The tangents and the adjoint that all normalisations share.
 
 With c = x - mean(x) (c = x where nothing is subtracted), xh = rstd c and t = T - mean(T), all means
-over the normalised axes, the tangents of xh are rstd (t - xh s) with s = mean(xh t). A gradient g
-of xh and gradients V_i of its tangents are pulled back by
+over the normalised axes, the tangents of xh are D = rstd (t - xh s) with s = mean(xh t). A gradient
+g of xh and gradients V_i of its tangents are pulled back by
 
     T_i:  P(V_i)                                          P(v) = rstd (v - mean(v) - xh mean(xh v))
     x:    P(g - rstd sum_i (s_i V_i + a_i t_i)) - rstd xh mean(sum_i V_i D_i)
 
-with a_i = mean(xh V_i) and D_i the tangents of xh. (mean(v) is left out of P without centring.)
+with a_i = mean(xh V_i). (mean(v) is left out of P without centring.)
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.jet import Jet
+
+
+def precise(t: Tensor) -> Tensor:
+    """Statistics of half-precision values are taken in float32."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+class _Normalized(NamedTuple):
+    """The quantities of the formulas: t, rstd, xh, s and D."""
+
+    tangent: Tensor
+    rstd: Tensor
+    normal: Tensor
+    along: Tensor
+    moved: Tensor
+
+
+def _normalize(value: Tensor, tangent: Tensor, axes: list[int], eps: float, center: bool):
+    value, tangent = precise(value), precise(tangent)
+    if center:
+        value = value - value.mean(axes, keepdim=True)
+        tangent = tangent - tangent.mean(axes, keepdim=True)
+    rstd = torch.rsqrt(value.square().mean(axes, keepdim=True) + eps)
+    normal = value * rstd
+    along = (normal * tangent).mean(axes, keepdim=True)
+    return _Normalized(tangent, rstd, normal, along, rstd * (tangent - normal * along))
+
+
+def move_normalized(
+    value: Tensor, tangent: Tensor, axes: list[int], eps: float, center: bool
+) -> Tensor:
+    """The tangents of xh; see `pull_normalized`."""
+    return _normalize(value, tangent, axes, eps, center).moved
 
 
 def pull_normalized(
@@ -31,17 +66,8 @@ def pull_normalized(
         center: whether the mean is subtracted.
         weight: broadcasts against x, or None.
     """
-    dtype = torch.promote_types(x.primal.dtype, torch.float32)
-    value, tangent = x.primal.to(dtype), x.tangent.to(dtype)
-    g, V = grad.primal.to(dtype), grad.tangent.to(dtype)
-    if center:
-        value = value - value.mean(axes, keepdim=True)
-        tangent = tangent - tangent.mean(axes, keepdim=True)
-    rstd = torch.rsqrt(value.square().mean(axes, keepdim=True) + eps)
-    normal = value * rstd
-    along = (normal * tangent).mean(axes, keepdim=True)
-    moved = rstd * (tangent - normal * along)
-
+    tangent, rstd, normal, along, moved = _normalize(x.primal, x.tangent, axes, eps, center)
+    g, V = precise(grad.primal), precise(grad.tangent)
     by_weight = None
     if weight is not None:
         by_weight = g * normal + (V * moved).sum(0)

@@ -1,4 +1,4 @@
-"""Pooling and resampling in space: [B, C, *space] to [B, C, *other space]."""
+"""Pooling, windows and resampling in space: [B, C, *space] to [B, *other extents]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastsfvae.jacobian.jet import Jet, full_tangent, move_folded
 from fastsfvae.jacobian.registry import adjoint, rule
+from fastsfvae.jacobian.rules.indexing import gather
+from fastsfvae.jacobian.rules.shape import flatten, unflatten
 
 
 def _linear_in_space(name: str, spatial: int) -> None:
@@ -33,30 +35,27 @@ for _spatial in (1, 2, 3):
         f"_upsample_nearest_exact{_spatial}d",
     ):
         _linear_in_space(_name, _spatial)
-for _name, _spatial in (
+_SMOOTH = (
     ("upsample_linear1d", 1),
     ("upsample_bilinear2d", 2),
     ("upsample_bicubic2d", 2),
     ("upsample_trilinear3d", 3),
     ("_upsample_bilinear2d_aa", 2),
     ("_upsample_bicubic2d_aa", 2),
-):
+)
+for _name, _spatial in (*_SMOOTH, ("im2col", 2), ("col2im", 1)):
     _linear_in_space(_name, _spatial)
 
 
-def _pick(x: Jet, values: Tensor, indices: Tensor, spatial: int) -> Jet:
-    """The tangents of the entries that a maximum took, by their flat index within a plane."""
-    tangent = full_tangent(x).flatten(-spatial)
-    flat = indices.flatten(-spatial).expand(tangent.shape[0], *indices.shape[:-spatial], -1)
-    return Jet(values, tangent.gather(-1, flat).view(tangent.shape[0], *values.shape))
-
-
 def _max_rule(name: str, operation: Callable[..., Any], spatial: int, pair: bool) -> None:
-    @rule(name)
+    """The entries that the maxima took, by their flat index within a plane."""
+
+    @rule(name, composed=True)
     def pooled(x: Jet, *args: Any, **kwargs: Any) -> Any:
-        values, indices = operation(x.primal, *args, **kwargs)
-        jet = _pick(x, values, indices, spatial)
-        return (jet, indices) if pair else jet
+        positions = operation(x.primal, *args, **kwargs)[1]
+        taken = gather(flatten(x, -spatial), -1, positions.flatten(-spatial))
+        maxima = unflatten(taken, -1, list(positions.shape[-spatial:]))
+        return (maxima, positions) if pair else maxima
 
 
 def _with_indices(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,11 +77,18 @@ for _spatial, _maximum in (
     _max_rule(f"adaptive_max_pool{_spatial}d", _both, _spatial, pair=True)
 
 
+def _batched(spatial: int) -> Callable[[tuple, dict], bool]:
+    def covers(args: tuple, kwargs: dict[str, Any]) -> bool:
+        return args[0].primal.ndim == spatial + 2 and not kwargs
+
+    return covers
+
+
 def _resampling_adjoint(name: str, spatial: int, corners: bool) -> None:
     """Of upsample_*(x, size, [align_corners,] scales): PyTorch's own backward operator."""
     operation = getattr(torch.ops.aten, f"{name}_backward")
 
-    @adjoint(name, covers=lambda args, kwargs: args[0].primal.ndim == spatial + 2 and not kwargs)
+    @adjoint(name, covers=_batched(spatial))
     def pulled(grad: Jet, out: Jet, needs: tuple, x: Jet, size: Any, *options: Any) -> tuple[Jet]:
         mode = options[:1] if corners else ()
         # One list of factors, or one number for each axis.
@@ -100,34 +106,54 @@ def _resampling_adjoint(name: str, spatial: int, corners: bool) -> None:
 for _spatial in (1, 2, 3):
     _resampling_adjoint(f"upsample_nearest{_spatial}d", _spatial, corners=False)
     _resampling_adjoint(f"_upsample_nearest_exact{_spatial}d", _spatial, corners=False)
-for _name, _spatial in (
-    ("upsample_linear1d", 1),
-    ("upsample_bilinear2d", 2),
-    ("upsample_bicubic2d", 2),
-    ("upsample_trilinear3d", 3),
-):
+for _name, _spatial in _SMOOTH:
     _resampling_adjoint(_name, _spatial, corners=True)
 
 
-def _average_adjoint(name: str, spatial: int) -> None:
-    adaptive = name.startswith("adaptive")
-    prefix = "_" if adaptive else ""
-    operation = getattr(torch.ops.aten, f"{prefix}{name}_backward")
+def _average_adjoint(spatial: int, adaptive: bool) -> None:
+    """PyTorch's own backward operators; a line is pooled as a plane of one row."""
+    planar = max(2, spatial)
+    name = f"adaptive_avg_pool{spatial}d" if adaptive else f"avg_pool{spatial}d"
+    operation = getattr(
+        torch.ops.aten,
+        f"_adaptive_avg_pool{planar}d_backward" if adaptive else f"avg_pool{planar}d_backward",
+    )
 
-    @adjoint(name, covers=lambda args, kwargs: args[0].primal.ndim == spatial + 2 and not kwargs)
+    def settings_of(kernel: Any, stride: Any = (), padding: Any = 0, *flags: Any) -> tuple:
+        window = kernel, stride or kernel, padding
+        if spatial == 1:
+            lists = [[size] if isinstance(size, int) else size for size in window]
+            window = tuple([fill, *size] for fill, size in zip((1, 1, 0), lists, strict=True))
+        defaults = (False, True, None)
+        return *window, *flags, *defaults[len(flags) :]
+
+    @adjoint(name, covers=_batched(spatial))
     def pulled(grad: Jet, out: Jet, needs: tuple, x: Jet, *options: Any) -> tuple[Jet]:
-        if not adaptive:
-            defaults: tuple[Any, ...] = (None, [], 0, False, True, None)
-            options = (*options, *defaults[len(options) :])
+        settings = () if adaptive else settings_of(*options)
 
         def back(g: Tensor) -> Tensor:
             # Only the shape of the argument counts.
             source = g.new_empty((g.shape[0], *x.primal.shape[1:]))
-            return operation(g.contiguous(), source, *(() if adaptive else options))
+            if spatial == 1:
+                return operation(g.unsqueeze(-2), source.unsqueeze(-2), *settings).squeeze(-2)
+            return operation(g.contiguous(), source, *settings)
 
         return (move_folded(grad, back),)
 
 
-for _spatial in (2, 3):
-    _average_adjoint(f"avg_pool{_spatial}d", _spatial)
-    _average_adjoint(f"adaptive_avg_pool{_spatial}d", _spatial)
+for _spatial in (1, 2, 3):
+    _average_adjoint(_spatial, adaptive=False)
+    _average_adjoint(_spatial, adaptive=True)
+
+
+@adjoint("im2col", covers=_batched(2))
+def _im2col_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, *window: Any) -> tuple[Jet]:
+    space = list(x.primal.shape[2:])
+    return (move_folded(grad, lambda g: torch.ops.aten.col2im(g, space, *window)),)
+
+
+@adjoint("col2im", covers=_batched(1))
+def _col2im_adjoint(
+    grad: Jet, out: Jet, needs: tuple, x: Jet, space: list[int], *window: Any
+) -> tuple[Jet]:
+    return (move_folded(grad, lambda g: torch.ops.aten.im2col(g, *window)),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.fallback import generic_rule
-from fastsfvae.jacobian.jet import Jet, broadcast_jet, full_tangent
-from fastsfvae.jacobian.registry import RULES, adjoint, rule
-from fastsfvae.jacobian.rules.arithmetic import maximum, minimum
-
-aten = torch.ops.aten
+from fastsfvae.jacobian.jet import Jet, broadcast_jet, move
+from fastsfvae.jacobian.registry import adjoint, always, rule
+from fastsfvae.jacobian.rules.arithmetic import maximum, minimum, power
+from fastsfvae.jacobian.rules.indexing import gather
+from fastsfvae.jacobian.rules.shape import squeeze, tangent_of
 
 
 def _axes(x: Jet, dim: Any) -> list[int]:
@@ -26,7 +27,7 @@ def _axes(x: Jet, dim: Any) -> list[int]:
 
 
 def _tangent(x: Jet, axes: list[int]) -> Tensor:
-    return full_tangent(x) if -x.primal.ndim in axes else x.tangent
+    return tangent_of(x, -x.primal.ndim not in axes)
 
 
 def _reduced(tangent: Tensor, axes: list[int], keepdim: bool) -> Tensor:
@@ -50,6 +51,15 @@ def mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -
     return broadcast_jet(primal, tangent.mean(axes, keepdim=keepdim) if axes else tangent)
 
 
+def _widened(g: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+    """The gradient of a result with the reduced axes put back, of extent 1."""
+    if not keepdim:
+        # The last axis first: the others are counted from the end.
+        for axis in sorted(axes, reverse=True):
+            g = g.unsqueeze(axis)
+    return g
+
+
 def _spreading(name: str, average: bool) -> None:
     @adjoint(name)
     def spread(
@@ -59,11 +69,7 @@ def _spreading(name: str, average: bool) -> None:
         share = out.primal.numel() / x.primal.numel() if average else 1
 
         def wide(g: Tensor, shape: torch.Size) -> Tensor:
-            if not keepdim:
-                # The last axis first: the others are counted from the end.
-                for axis in sorted(axes, reverse=True):
-                    g = g.unsqueeze(axis)
-            return (g * share).expand(shape)
+            return (_widened(g, axes, keepdim) * share).expand(shape)
 
         tangents = wide(grad.tangent, _tangent(x, axes).shape)
         return (Jet(wide(grad.primal, x.primal.shape), tangents),)
@@ -73,6 +79,30 @@ _spreading("sum", average=False)
 _spreading("mean", average=True)
 
 
+def _pull_weighted(
+    grad: Jet,
+    axes: list[int],
+    keepdim: bool,
+    weights: Tensor,
+    bend: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Jet]:
+    """The adjoint of a function whose tangents are ``sum(weights * dx)``.
+
+    Args:
+        grad: of the result.
+        axes: the reduced ones, from the end.
+        keepdim: whether the result has them.
+        weights: the derivative by x, in x's shape.
+        bend: maps the gradients of the tangents, with the axes put back, to the gradients that
+            reach x through the weights, one for each tangent; None where the weights are constant.
+    """
+    value, tangents = (_widened(g, axes, keepdim) for g in (grad.primal, grad.tangent))
+    by_value = value * weights
+    if bend is not None:
+        by_value = by_value + bend(tangents).sum(0)
+    return (Jet(by_value, tangents * weights),)
+
+
 @rule("cumsum")
 def cumsum(x: Jet, dim: int, *, dtype: Any = None) -> Jet:
     """Linear."""
@@ -80,20 +110,26 @@ def cumsum(x: Jet, dim: int, *, dtype: Any = None) -> Jet:
     return broadcast_jet(x.primal.cumsum(axis, dtype=dtype), _tangent(x, [axis]).cumsum(axis))
 
 
-def _moment(x: Jet, dim: Any, unbiased: Any, correction: Any, keepdim: bool):
-    """(axes, centred value, d variance) for the variance's two spellings."""
+@adjoint("cumsum")
+def _cumsum_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, **_: Any) -> tuple[Jet]:
+    (axis,) = _axes(x, dim)
+    return (move(grad, lambda g, _: g.flip(axis).cumsum(axis).flip(axis)),)
+
+
+def _moment(x: Jet, dim: Any, unbiased: Any, correction: Any) -> tuple[list[int], Any, float]:
+    """(axes, correction, 2 / (N - correction)) for the variance's two spellings."""
     if isinstance(dim, bool):
         dim, unbiased = None, dim
     if unbiased is not None:
         correction = int(unbiased)
     correction = 1 if correction is None else correction
     axes = _axes(x, dim)
-    centred = x.primal - x.primal.mean(axes, keepdim=True)
-    count = 1
-    for axis in axes:
-        count *= x.primal.shape[axis]
-    product = (centred * _tangent(x, axes)).sum(axes, keepdim=keepdim)
-    return axes, correction, product * (2 / max(0, count - correction))
+    divisor = math.prod(x.primal.shape[axis] for axis in axes) - correction
+    return axes, correction, 2 / divisor if divisor > 0 else math.inf
+
+
+def _centred(t: Tensor, axes: list[int]) -> Tensor:
+    return t - t.mean(axes, keepdim=True)
 
 
 @rule("var")
@@ -101,28 +137,54 @@ def var(
     x: Jet, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Jet:
     """D var = 2 / (N - correction) * sum((x - mean) dx)."""
-    axes, correction, tangent = _moment(x, dim, unbiased, correction, keepdim)
-    return broadcast_jet(x.primal.var(axes, correction=correction, keepdim=keepdim), tangent)
+    axes, correction, factor = _moment(x, dim, unbiased, correction)
+    primal = x.primal.var(axes, correction=correction, keepdim=keepdim)
+    moved = (_centred(x.primal, axes) * _tangent(x, axes)).sum(axes, keepdim=keepdim)
+    return broadcast_jet(primal, moved * factor)
 
 
-@rule("std")
+@adjoint("var")
+def _var_adjoint(
+    grad: Jet,
+    out: Jet,
+    needs: tuple,
+    x: Jet,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+) -> tuple[Jet]:
+    axes, _, factor = _moment(x, dim, unbiased, correction)
+    bend = factor * _centred(_tangent(x, axes), axes)
+    weights = factor * _centred(x.primal, axes)
+    return _pull_weighted(grad, axes, keepdim, weights, lambda g: g * bend)
+
+
+@rule("std", composed=True)
 def std(
     x: Jet, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Jet:
-    """D std = d var / (2 std)."""
-    axes, correction, tangent = _moment(x, dim, unbiased, correction, keepdim)
-    primal = x.primal.std(axes, correction=correction, keepdim=keepdim)
-    return broadcast_jet(primal, tangent / (2 * primal))
+    """The root of the variance."""
+    return power(var(x, dim, unbiased, keepdim, correction=correction), 0.5)
 
 
-@rule("var_mean")
-def var_mean(
-    x: Jet, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> tuple[Jet, Jet]:
-    """Both moments."""
-    mean_dim = None if isinstance(dim, bool) else dim
-    variance = var(x, dim, unbiased, keepdim, correction=correction)
-    return variance, mean(x, mean_dim, keepdim)
+def _with_mean(name: str, moment: Callable[..., Jet]) -> None:
+    @rule(name, composed=True)
+    def both(
+        x: Jet,
+        dim: Any = None,
+        unbiased: Any = None,
+        keepdim: bool = False,
+        *,
+        correction: Any = None,
+    ) -> tuple[Jet, Jet]:
+        spread = moment(x, dim, unbiased, keepdim, correction=correction)
+        return spread, mean(x, None if isinstance(dim, bool) else dim, keepdim)
+
+
+_with_mean("var_mean", var)
+_with_mean("std_mean", std)
 
 
 @rule("logsumexp", "special_logsumexp")
@@ -135,66 +197,132 @@ def logsumexp(x: Jet, dim: Any, keepdim: bool = False) -> Jet:
     return broadcast_jet(primal, (weights * _tangent(x, axes)).sum(axes, keepdim=keepdim))
 
 
+@adjoint("logsumexp", "special_logsumexp")
+def _logsumexp_adjoint(
+    grad: Jet, out: Jet, needs: tuple, x: Jet, dim: Any, keepdim: bool = False
+) -> tuple[Jet]:
+    axes = _axes(x, dim)
+    weights = (x.primal - _widened(out.primal, axes, keepdim)).exp()
+    moved = _tangent(x, axes) - _widened(out.tangent, axes, keepdim)
+    return _pull_weighted(grad, axes, keepdim, weights, lambda g: g * weights * moved)
+
+
 @rule("linalg_vector_norm")
 def norm(x: Jet, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
     """D |x|_p = sum(sign(x) |x|^(p-1) dx) / |x|^(p-1), 0 at 0."""
-    ord = 2.0 if ord is None else float(ord)
+    ord = _order(ord)
     axes = _axes(x, dim)
     value = x.primal if dtype is None else x.primal.to(dtype)
-    if not 1 <= ord < float("inf"):
-        moved = generic_rule(torch.linalg.vector_norm, "")(x, ord, axes, keepdim)
-        return broadcast_jet(moved.primal, moved.tangent)
+    if not 1 <= ord < math.inf:
+        return generic_rule(torch.linalg.vector_norm, "")(x, ord, axes, keepdim)
     kept = torch.linalg.vector_norm(value, ord, axes, keepdim=True)
-    if ord == 1.0:
-        weights = torch.sign(value)
-    else:
-        # A vector of zeros gets tangent zero, as PyTorch's backward does.
-        safe = torch.where(kept == 0, torch.ones_like(kept), kept)
-        ratio = value / safe
-        weights = ratio if ord == 2.0 else ratio * ratio.abs() ** (ord - 2)
     primal = kept if keepdim else torch.linalg.vector_norm(value, ord, axes)
-    return broadcast_jet(primal, (weights * _tangent(x, axes)).sum(axes, keepdim=keepdim))
+    moved = _norm_weights(value, kept, ord) * _tangent(x, axes)
+    return broadcast_jet(primal, moved.sum(axes, keepdim=keepdim))
 
 
-def _even_share(name: str) -> None:
+def _order(ord: Any) -> float:
+    return 2.0 if ord is None else float(ord)
+
+
+def _nonzero(norm: Tensor) -> Tensor:
+    # A vector of zeros gets tangent zero, as PyTorch's backward does.
+    return torch.where(norm == 0, torch.ones_like(norm), norm)
+
+
+def _norm_weights(value: Tensor, norm: Tensor, ord: float) -> Tensor:
+    if ord == 1.0:
+        return torch.sign(value)
+    ratio = value / _nonzero(norm)
+    return ratio if ord == 2.0 else ratio * ratio.abs() ** (ord - 2)
+
+
+@adjoint(
+    "linalg_vector_norm", covers=lambda args, kwargs: 1 <= _order(*args[1:2] or (2,)) < math.inf
+)
+def _norm_adjoint(
+    grad: Jet,
+    out: Jet,
+    needs: tuple,
+    x: Jet,
+    ord: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    **_: Any,
+) -> tuple[Jet]:
+    ord, axes = _order(ord), _axes(x, dim)
+    value, kept = x.primal.to(out.primal.dtype), _widened(out.primal, axes, keepdim)
+    weights = _norm_weights(value, kept, ord)
+    if ord == 1.0:
+        return _pull_weighted(grad, axes, keepdim, weights)
+    moved = _tangent(x, axes)
+    if ord != 2.0:
+        moved = moved * (value / _nonzero(kept)).abs() ** (ord - 2)
+    moved = moved - weights * _widened(out.tangent, axes, keepdim)
+    bend = moved * ((ord - 1) * (kept != 0) / _nonzero(kept))
+    return _pull_weighted(grad, axes, keepdim, weights, lambda g: g * bend)
+
+
+@rule("linalg_norm", composed=True, covers=lambda args, kwargs: _is_vector_norm(*args))
+def linalg_norm(
+    x: Jet, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Jet:
+    """Of vectors through `norm`; of matrices generically."""
+    if _is_vector_norm(x, ord, dim):
+        return norm(x, ord, dim, keepdim, dtype=dtype)
+    return generic_rule(torch.linalg.norm, "")(x, ord, dim, keepdim, dtype=dtype)
+
+
+def _is_vector_norm(x: Jet, ord: Any = None, dim: Any = None, *_: Any) -> bool:
+    if isinstance(ord, str) or (ord is not None and not 1 <= ord < math.inf):
+        return False
+    # Without an order, all axes together are one vector.
+    axes = [dim] if isinstance(dim, int) else dim
+    return ord is None or (axes is not None and len(axes) == 1)
+
+
+def _even_share(name: str) -> Callable[..., Jet]:
     """Amax and amin: the tangents of all the extreme entries, averaged."""
     operation = getattr(torch, name)
+
+    def share(x: Jet, kept: Tensor, axes: list[int]) -> Tensor:
+        taken = (x.primal == kept).to(x.primal.dtype)
+        return taken / taken.sum(axes, keepdim=True)
 
     @rule(name)
     def extreme(x: Jet, dim: Any = (), keepdim: bool = False) -> Jet:
         axes = _axes(x, dim)
         primal = operation(x.primal, axes, keepdim=keepdim)
-        kept = primal if keepdim else operation(x.primal, axes, keepdim=True)
-        share = (x.primal == kept).to(x.primal.dtype)
-        share = share / share.sum(axes, keepdim=True)
-        return broadcast_jet(primal, (share * _tangent(x, axes)).sum(axes, keepdim=keepdim))
+        weights = share(x, _widened(primal, axes, keepdim), axes)
+        return broadcast_jet(primal, (weights * _tangent(x, axes)).sum(axes, keepdim=keepdim))
 
+    @adjoint(name)
+    def spread(
+        grad: Jet, out: Jet, needs: tuple, x: Jet, dim: Any = (), keepdim: bool = False
+    ) -> tuple[Jet]:
+        axes = _axes(x, dim)
+        weights = share(x, _widened(out.primal, axes, keepdim), axes)
+        return _pull_weighted(grad, axes, keepdim, weights)
 
-_even_share("amax")
-_even_share("amin")
+    return extreme
 
 
 def _extreme(name: str, pairwise: Callable[..., Jet]) -> None:
     """Max and min in their three forms: of everything, along an axis, of two tensors."""
     operation = getattr(torch, name)
+    of_everything = _even_share(f"a{name}")
 
-    @rule(name, several=True)
+    @rule(name, several=True, composed=True, covers=always)
     def extreme(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
         if dim is None:
-            return RULES[f"a{name}"].forward(x)
+            return of_everything(x)
         if not isinstance(dim, int):
             return pairwise(x, dim)
-        (axis,) = _axes(x, dim)
-        values, indices = operation(x.primal, axis, keepdim=keepdim)
-        return along_axis(x, values, indices, axis, keepdim), indices
-
-
-def along_axis(x: Jet, values: Tensor, indices: Tensor, axis: int, keepdim: bool) -> Jet:
-    """The tangents of the entries taken along an axis, counted from the end."""
-    index = indices if keepdim else indices.unsqueeze(axis)
-    tangent = full_tangent(x)
-    moved = tangent.gather(axis, index.expand(tangent.shape[0], *index.shape))
-    return Jet(values, moved if keepdim else moved.squeeze(axis))
+        positions = operation(x.primal, dim, keepdim=True).indices
+        taken = gather(x, dim, positions)
+        if keepdim:
+            return taken, positions
+        return squeeze(taken, dim), positions.squeeze(dim)
 
 
 _extreme("max", maximum)
