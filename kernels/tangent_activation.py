@@ -201,7 +201,8 @@ def tangent_activation_bwd(
     *,
     bias: Tensor | None = None,
     axis: int = 1,
-    in_place: bool = False,
+    g_a: Tensor | None = None,
+    g_T_in: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pull cotangents back: ``(g_a [B, *F], g_T_in [m, B, *F])``.
 
@@ -214,7 +215,8 @@ def tangent_activation_bwd(
         params: as in the forward.
         bias: as in the forward; its own gradient is g_a, summed over all axes but `axis`.
         axis: as in the forward.
-        in_place: overwrite g_out and g_T, where they lie in a's memory order.
+        g_a: where the first result goes, in a's memory order; may be g_out.
+        g_T_in: where the second goes, each in a's memory order; may be g_T.
 
     Returns:
         g_a in a's dtype, g_T_in in g_T's; g_T_in is per sample even where T was shared.
@@ -232,7 +234,9 @@ def tangent_activation_bwd(
     fmt = memory_format(a)
     a, g_out = a.contiguous(memory_format=fmt), g_out.contiguous(memory_format=fmt)
     T, g_T = tangents_like(T, fmt), tangents_like(g_T, fmt)
-    g_a, g_T_in = (g_out, g_T) if in_place else (torch.empty_like(a), empty_tangents(a, g_T))
+    g_a = torch.empty_like(a) if g_a is None else g_a
+    g_T_in = empty_tangents(a, g_T) if g_T_in is None else g_T_in
+    _check_results(a, fmt, g_a=g_a, g_T_in=g_T_in)
     bias, channels = _bias_arguments(a, bias, axis)
     m, numel = T.shape[0], a.numel()
     with torch.cuda.device_of(a):
@@ -259,8 +263,9 @@ def _check(a: Tensor, T: Tensor) -> None:
         )
 
 
-def _check_results(a: Tensor, fmt: torch.memory_format, out: Tensor, out_T: Tensor) -> None:
-    for name, given, first in (("out", out, out), ("out_T", out_T, out_T[0])):
+def _check_results(a: Tensor, fmt: torch.memory_format, **results: Tensor) -> None:
+    for name, given in results.items():
+        first = given if given.dim() == a.dim() else given[0]
         if first.shape != a.shape or not first.is_contiguous(memory_format=fmt):
             raise ValueError(
                 f"{name} has shape {tuple(given.shape)} and strides {given.stride()}: "

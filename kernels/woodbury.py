@@ -15,6 +15,7 @@ other. A program keeps all tiles of its sample in registers; the steps, not the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
@@ -44,10 +45,14 @@ def _woodbury_fwd_kernel(
     q_ptr,  # [B, m]
     w_ptr,  # [B, m]
     lost_ptr,  # [B], uint8
+    g_sum_ptr,  # [B, m, m], or g itself without SUMS
+    p_sum_ptr,  # [B, m]
+    rr_sum_ptr,  # [B]
     B,
     m,
     splits,
     BLOCK_M: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_M)
@@ -64,6 +69,10 @@ def _woodbury_fwd_kernel(
         G += tl.load(g_ptr + part * m * m + at, mask=tile, other=0.0)
         p += tl.load(p_ptr + part * m + i, mask=inside, other=0.0)
         rr += tl.load(rr_ptr + part)
+    if SUMS:
+        tl.store(g_sum_ptr + b * m * m + at, G, mask=tile)
+        tl.store(p_sum_ptr + b * m + i, p, mask=inside)
+        tl.store(rr_sum_ptr + b, rr)
     s = tl.sqrt(tl.load(h_ptr + b * m + i, mask=inside, other=0.0))
     c = tl.load(c_ptr + b)
     A = s[:, None] * G * s[None, :]
@@ -146,6 +155,25 @@ def woodbury_fwd(G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor) -> Wood
         TypeError: an input that is not float32.
         ValueError: m above 64.
     """
+    return _launch(G, p, rr, h, c, None)
+
+
+def woodbury_of_partials(
+    G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Woodbury]:
+    """`woodbury_fwd` of partial sums, and ``(G [B, m, m], p [B, m], rr [B])`` themselves."""
+    sums = tuple(torch.empty(t.shape[1:], dtype=t.dtype, device=t.device) for t in (G, p, rr))
+    return sums, _launch(G, p, rr, h, c, sums)
+
+
+def _launch(
+    G: Tensor,
+    p: Tensor,
+    rr: Tensor,
+    h: Tensor,
+    c: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor] | None,
+) -> Woodbury:
     for name, tensor in {"G": G, "p": p, "rr": rr, "h": h, "c": c}.items():
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} has dtype {tensor.dtype}: this kernel takes float32")
@@ -166,8 +194,9 @@ def woodbury_fwd(G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor) -> Wood
     with torch.cuda.device_of(h):
         _woodbury_fwd_kernel[(B,)](
             *(G, p, rr, h, c, log_det, explained, K, y, q, w, lost.view(torch.uint8)),
-            *(B, m, splits),
+            *(*(sums or (G, p, rr)), B, m, splits),
             BLOCK_M=block_m,
+            SUMS=sums is not None,
             num_warps=_num_warps(block_m),
         )
     return Woodbury(log_det, explained, K, y, q, w, lost)
@@ -175,13 +204,13 @@ def woodbury_fwd(G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor) -> Wood
 
 def configurations() -> Iterator[Configuration]:
     """Every compilation of this kernel: the buckets of m."""
-    names = "g p rr h c log_det explained k y q w".split()
+    names = "g p rr h c log_det explained k y q w g_sum p_sum rr_sum".split()
     types = {f"{name}_ptr": "*fp32" for name in names} | {"lost_ptr": "*u8"}
-    for block_m in (16, 32, 64):
+    for block_m, sums in product((16, 32, 64), (False, True)):
         yield Configuration(
             _woodbury_fwd_kernel,
-            f"m={block_m}",
+            f"m={block_m}" + (" sums" if sums else ""),
             types,
-            {"BLOCK_M": block_m},
+            {"BLOCK_M": block_m, "SUMS": sums},
             num_warps=_num_warps(block_m),
         )

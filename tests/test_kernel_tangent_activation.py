@@ -175,11 +175,24 @@ def test_stack_with_bias(kind, shape, fmt, axis, dtype, poisoned_empty):
     stack = stack_activation(a, T, kind, params, bias, axis)
     assert stack[0].is_contiguous(memory_format=fmt)
     result = (stack[0], None, None) if reads_result(kind, params) else (a, T, bias)
-    grads = stack_activation_backward(*result[:2], g_out, g_T, kind, params, result[2], axis)
-    assert [g.data_ptr() for g in grads] == [g_out.data_ptr(), g_T.data_ptr()]
-    for g, w, p in zip((stack[0], stack[1:], *grads), want, plain, strict=True):
+    options = kind, params, result[2], axis
+    grads = stack_activation_backward(*result[:2], g_out, g_T, *options)
+    for g, w, p in zip((*split(stack), *split(grads)), want, plain, strict=True):
         assert g.dtype == dtype
         assert_as_good(g, w, p, w.abs().max())
+    # A stack in the result's order is overwritten with the same; one in another is left alone.
+    mine = torch.empty_like(stack)
+    mine[0], mine[1:] = g_out, g_T
+    other = mine.transpose(1, -1).contiguous().transpose(1, -1)
+    before = other.clone()
+    for given in (mine, other):
+        again = stack_activation_backward(*result[:2], *split(given), *options, given)
+        assert torch.equal(again, grads) and (again is given) == (given is mine)
+    assert torch.equal(other, before)
+
+
+def split(stack):
+    return stack[0], stack[1:]
 
 
 def test_stack_in_place_and_of_shared_tangents():
@@ -188,7 +201,7 @@ def test_stack_in_place_and_of_shared_tangents():
     want = oracle(F.relu, a.double(), T.double().expand(4, 3, 20))
     for _ in range(2):
         # ReLU of its own result changes nothing but the tangents where it is 0, which are 0.
-        for g, w in zip((stack[0], stack[1:]), want, strict=True):
+        for g, w in zip(split(stack), want, strict=True):
             torch.testing.assert_close(g, w.float(), rtol=0, atol=0)
         assert stack_activation(stack[0], stack[1:], "relu", (), out=stack) is stack
 
@@ -203,7 +216,7 @@ def test_the_result_has_the_arguments_slope(kind, dtype):
     stack = stack_activation(a, ones[None], kind, params)
     assert reads_result(kind, params)
     grads = stack_activation_backward(stack[0], None, ones, ones.clone()[None], kind, params)
-    assert torch.equal(grads[1], stack[1:])
+    assert torch.equal(grads[1:], stack[1:])
     assert not reads_result("leaky_relu", (-0.25,)) and not reads_result("hardtanh", (-1.0, 1.0))
 
 

@@ -5,7 +5,12 @@ import torch
 
 from fastsfvae import reference
 from fastsfvae.ops import _library
-from fastsfvae.ops.woodbury import Woodbury, woodbury_native, woodbury_triton
+from fastsfvae.ops.woodbury import (
+    Woodbury,
+    gram_woodbury_triton,
+    woodbury_native,
+    woodbury_triton,
+)
 
 from ._triton import DEVICE, assert_as_good, poisoned_empty, requires_triton
 
@@ -141,7 +146,21 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("B, m, n", [(1, 5, 3000), (3, 16, 40)])
+def test_partial_sums_are_added_up_in_the_factorisation(B, m, n, poisoned_empty):
+    g = torch.Generator().manual_seed(0)
+    J, r = (torch.randn(*s, generator=g).to(DEVICE) / n**0.5 for s in ((B, m, n), (B, n)))
+    h, c = torch.rand(B, m, generator=g).to(DEVICE), torch.full((B,), 0.5, device=DEVICE)
+    sums, solved = gram_woodbury_triton(J, r, h, c)
+    want = reference.gram_project(J.double(), r.double())
+    for got, exact, plain in zip(sums, want, reference.gram_project(J, r), strict=True):
+        assert_as_good(got, exact, plain, exact.abs().max())
+    check((*sums, h, c), solved)
+
+
 def test_opcheck():
+    G, p, _, h, c = problem(2, 3, 9)
+    torch.library.opcheck(_library.gram_woodbury, (G, p, h, c))
     torch.library.opcheck(_library.woodbury, problem(2, 3, 9))
 
 

@@ -34,6 +34,10 @@ from fastsfvae.jacobian.trace import Trace
 _INDENT = "    "
 # What passes a private argument on.
 _VIEWS = frozenset("view reshape unflatten unsqueeze squeeze".split())
+# Layers whose third argument is a bias, which an activation's kernel can add.
+_BIASED = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,17 +238,43 @@ class _Emitter:
             packet = "linear_of_latents"
         found = RULES.get(packet)
         others = (*node.args[1:], *node.kwargs.values())
+        arguments = [self._text(arg) for arg in node.args]
         if found is not None and (found.several or not _contains(others, self.jets)):
-            function, handled = found.bind(self.backend, self._private(node.args[0])), "rule"
-            if not found.pulls(*self._described(node)):
+            described = self._described(node)
+            chosen = found.on(self.backend, *described)
+            function, handled = chosen.bind(self._private(node.args[0])), "rule"
+            if not found.pulls(*described):
                 self._obstruct(f"{packet} has no adjoint", node)
+            if chosen is found.fused:
+                arguments[1:1] = self._bias_left_by(node.args[0])
         else:
             path = self.trace.paths.get(node, "")
             function, handled = generic_rule(target, path), "fallback"
             self._obstruct(f"{packet} has no rule", node)
             packet = node.name
         name = self._bind(f"{packet}_{handled}", function)
-        return f"{name}({self._arguments(node, self._text)})", handled
+        arguments += [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
+        return f"{name}({', '.join(arguments)})", handled
+
+    def _bias_left_by(self, layer: Any) -> tuple[str, str]:
+        """A bias, taken out of the layer's own call, and its axis; "None" where it must stay."""
+        nothing = "None", "0"
+        if layer not in self.jets or len(layer.users) > 1 or len(layer.args) < 3:
+            return nothing
+        name, bias = _packet_name(layer.target), layer.args[2]
+        # What is computed in the body would be deleted behind the layer.
+        if name not in _BIASED or not isinstance(bias, fx.Node) or bias in self.dynamic:
+            return nothing
+        # Behind the batch axis come the channels, or any axes with the features last.
+        spatial = layer.args[1].meta["val"].ndim - 2
+        if spatial and layer.meta["val"].ndim != spatial + 2:
+            return nothing
+        place = next(i for i, (_, node) in enumerate(self.body) if node is layer)
+        function, _, _ = self.body[place][0].partition("(")
+        x, weight, _, *rest = (self._text(arg) for arg in layer.args)
+        rest += [f"{key}={self._text(value)}" for key, value in layer.kwargs.items()]
+        self.body[place] = f"{function}({', '.join([x, weight, 'None', *rest])})", layer
+        return self._text(bias), "1" if spatial else "-1"
 
     def _described(self, node: fx.Node) -> tuple[tuple, dict[str, Any]]:
         """The arguments as a rule gets them, with fake tensors."""

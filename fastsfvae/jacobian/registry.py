@@ -25,7 +25,9 @@ class Rule:
         forward: takes the operation's arguments with a Jet in place of every tensor that depends
             on z, and returns a Jet (or a tuple with Jets where the operation has several results).
             It is written with differentiable operations, so autograd gives every gradient.
-        fused: the same function on the Triton kernels, or None.
+        fused: the same on the Triton kernels, or None. It covers the calls that they take, and has
+            two more arguments behind the first: a bias to be added to the value, or None, and its
+            axis there. So the layer in front can leave its bias to the kernel's one pass.
         several: whether arguments other than the first may be Jets as well; where they may not
             and one is, the operation is differentiated generically.
         composed: whether `forward` does all its work on Jets and parameters by calling other
@@ -42,7 +44,7 @@ class Rule:
 
     name: str
     forward: Callable[..., Any]
-    fused: Callable[..., Any] | None = None
+    fused: Rule | None = None
     several: bool = False
     composed: bool = False
     adjoint: Callable[..., Any] | None = None
@@ -61,23 +63,25 @@ class Rule:
             return self.covers(args, kwargs)
         return not any(isinstance(arg, Jet) for arg in flat(args[1:]))
 
-    def bind(self, backend: str, private: bool = False) -> Callable[..., Any]:
-        """The function that runs on the resolved backend, "torch" or "triton".
+    def on(self, backend: str, args: tuple, kwargs: dict[str, Any]) -> Rule:
+        """The rule that runs a call on the resolved backend: this one, or `fused`."""
+        fused = self.fused if backend == "triton" else None
+        return fused if fused is not None and fused.pulls(args, kwargs) else self
+
+    def bind(self, private: bool = False) -> Callable[..., Any]:
+        """The function that runs, and is recorded where a tape is running.
 
         Args:
-            backend: chooses the implementation.
             private: whether nothing else reads the first argument's memory.
         """
-        function = self.fused if backend == "triton" and self.fused is not None else self.forward
-        lean = self.lean if function is self.forward else None
 
         def run(*args: Any, **kwargs: Any) -> Any:
             tape = current_tape()
             if tape is None:
-                return function(*args, **kwargs)
-            if lean is not None:
-                return tape.record(self, lean, (private, *args), kwargs, skip=1)
-            return tape.record(self, function, args, kwargs)
+                return self.forward(*args, **kwargs)
+            if self.lean is not None:
+                return tape.record(self, self.lean, (private, *args), kwargs, skip=1)
+            return tape.record(self, self.forward, args, kwargs)
 
         return run
 
@@ -87,7 +91,7 @@ RULES: dict[str, Rule] = {}
 
 def rule(
     *names: str,
-    fused: Callable[..., Any] | None = None,
+    fused: Rule | None = None,
     several: bool = False,
     composed: bool = False,
     covers: Callable[..., bool] | None = None,
@@ -103,7 +107,7 @@ def rule(
             if name in RULES:
                 raise ValueError(f"there are two tangent rules for {name!r}")
             RULES[name] = Rule(name, function, fused, several, composed, covers=covers)
-        return RULES[names[0]].bind("torch")
+        return RULES[names[0]].bind()
 
     return register
 

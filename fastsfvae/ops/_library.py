@@ -99,6 +99,23 @@ def _(G, p, rr, h, c):
     return sample(), sample(), h.new_empty((B, m, m)), vector(), vector(), vector(), lost
 
 
+@torch.library.custom_op("fastsfvae::gram_woodbury", mutates_args=())
+def gram_woodbury(J: Tensor, r: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
+    """`gram_project`, then `woodbury` on its partial sums: their ten results, in two launches."""
+    from fastsfvae.kernels.gram_project import gram_project_partials
+    from fastsfvae.kernels.woodbury import woodbury_of_partials
+
+    sums, solved = woodbury_of_partials(*gram_project_partials(J, r), h, c)
+    return [*sums, *solved]
+
+
+@gram_woodbury.register_fake
+def _(J, r, h, c):
+    B, m = h.shape
+    shapes = (B, m, m), (B, m), (B,), (B,), (B,), (B, m, m), (B, m), (B, m), (B, m)
+    return [*(h.new_empty(shape) for shape in shapes), h.new_empty((B,), dtype=torch.bool)]
+
+
 @torch.library.custom_op("fastsfvae::tangent_activation", mutates_args=())
 def tangent_activation(
     a: Tensor, T: Tensor, kind: str, params: Sequence[float]

@@ -15,7 +15,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -166,7 +166,8 @@ def _rate(operation: str, device: Device, dtype: torch.dtype) -> int:
     known = max(c for c in _TENSOR_RATE if c <= device.capability)
     if dtype != torch.float32:
         return _TENSOR_RATE[known]
-    backends = torch.backends
+    # The submodule is made at run time, where a type checker does not see it.
+    backends: Any = torch.backends
     settings = backends.cuda.matmul if operation == "linear" else backends.cudnn.conv
     tf32 = settings.fp32_precision == "tf32"
     return max(_PLAIN_RATE[known], _TENSOR_RATE[known] // 2 if tf32 else 0)

@@ -27,7 +27,12 @@ from torch import Tensor
 from fastsfvae import reference
 from fastsfvae.kernels._contract import WOODBURY_MAX_M
 from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
-from fastsfvae.ops.woodbury import Woodbury, woodbury_native, woodbury_triton
+from fastsfvae.ops.woodbury import (
+    Woodbury,
+    gram_woodbury_triton,
+    woodbury_native,
+    woodbury_triton,
+)
 
 
 class LowRankTerms(NamedTuple):
@@ -120,10 +125,17 @@ def low_rank_forward(
     backend: str,
 ) -> Solved:
     """`low_rank_terms` without a graph of its own, for use inside an autograd.Function."""
-    gram, projection, rr = gram_project_forward(jacobian, residual, backend)
-    factorise = _factoriser(gram, projection, rr, noise_var, jacobian, residual, backend)
-    second = None if second_var is None else factorise(second_var)
-    return Solved(gram, projection, rr, factorise(latent_var), second)
+    first = None
+    if _fits_triton(jacobian, backend):
+        sums, first = gram_woodbury_triton(jacobian, residual, latent_var, noise_var)
+    else:
+        sums = gram_project_forward(jacobian, residual, backend)
+    rescue = jacobian, residual, noise_var
+    first = _factorised(sums, latent_var, rescue, backend, first)
+    second = None
+    if second_var is not None:
+        second = _factorised(sums, second_var, rescue, backend)
+    return Solved(*sums, first, second)
 
 
 class LowRankGradients(NamedTuple):
@@ -262,32 +274,41 @@ def _plain_backward(needs, inputs, cotangents):
     return *(next(grads) if need else None for need in needs[:5]), None
 
 
-def _factoriser(gram, projection, rr, noise_var, jacobian, residual, backend):
-    """The function h -> Woodbury for one Gram, with the float64 rescue of lost samples on the CPU.
+def _fits_triton(jacobian: Tensor, backend: str) -> bool:
+    return backend == "triton" and jacobian.shape[1] <= WOODBURY_MAX_M
+
+
+def _factorised(
+    sums: tuple[Tensor, Tensor, Tensor],
+    latent_var: Tensor,
+    given: tuple[Tensor, Tensor, Tensor],
+    backend: str,
+    solved: Woodbury | None = None,
+) -> Woodbury:
+    """The factorisation of one Gram's system, with the float64 rescue of lost samples on the CPU.
 
     A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c. Products of float32 numbers
     are exact in float64, so a lost sample's Gram is formed again there; only those samples pay. On
     CUDA the choice would synchronise with the host, so there the flag alone is returned.
+
+    Args:
+        sums: G, p and rr.
+        latent_var: h.
+        given: J, r and c, in which `sums` originate.
+        backend: "torch" or "triton".
+        solved: the factorisation where there is one already, which lost samples overwrite.
     """
-
-    def factorise(latent_var: Tensor) -> Woodbury:
-        if backend == "triton" and gram.shape[-1] <= WOODBURY_MAX_M:
-            solved = woodbury_triton(gram, projection, rr, latent_var, noise_var)
-        else:
-            solved = woodbury_native(gram, projection, rr, latent_var, noise_var)
-        if jacobian.dtype != torch.float32 or jacobian.device.type != "cpu":
-            return solved
-        if not bool(solved.lost.any()):
-            return solved
-        lost = solved.lost.nonzero().squeeze(-1)
-        gram64, projection64, rr64 = reference.gram_project(
-            jacobian[lost].double(), residual[lost].double()
-        )
-        redone = woodbury_native(
-            gram64, projection64, rr64, latent_var[lost].double(), noise_var[lost].double()
-        )
-        for whole, part in zip(solved, redone, strict=True):
-            whole[lost] = part.to(whole.dtype)
+    jacobian, residual, noise_var = given
+    if solved is None:
+        solve = woodbury_triton if _fits_triton(jacobian, backend) else woodbury_native
+        solved = solve(*sums, latent_var, noise_var)
+    if jacobian.dtype != torch.float32 or jacobian.device.type != "cpu":
         return solved
-
-    return factorise
+    if not bool(solved.lost.any()):
+        return solved
+    lost = solved.lost.nonzero().squeeze(-1)
+    sums64 = reference.gram_project(jacobian[lost].double(), residual[lost].double())
+    redone = woodbury_native(*sums64, latent_var[lost].double(), noise_var[lost].double())
+    for whole, part in zip(solved, redone, strict=True):
+        whole[lost] = part.to(whole.dtype)
+    return solved

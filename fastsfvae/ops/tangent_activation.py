@@ -95,10 +95,7 @@ def stack_activation(
     from fastsfvae.kernels.tangent_activation import tangent_activation_fwd
 
     _library.require_triton(a)
-    if out is None:
-        a = a.contiguous(memory_format=memory_format(a))
-        shape, strides = (1 + len(T), *a.shape), (a.numel(), *a.stride())
-        out = torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
+    out = _empty_stack(a, len(T)) if out is None else out
     tangent_activation_fwd(a, T, kind, params, bias=bias, axis=axis, out=out[0], out_T=out[1:])
     return out
 
@@ -112,22 +109,35 @@ def stack_activation_backward(
     params: tuple[float, ...],
     bias: Tensor | None = None,
     axis: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Pullback of `stack_activation`: ``(g_a [B, *F], g_T_in [m, B, *F])``.
+    out: Tensor | None = None,
+) -> Tensor:
+    """Pullback of `stack_activation`: g_a and the tangents' gradients in one ``[1 + m, B, *F]``.
 
     Args:
         a: as in the forward; or, where `reads_result`, phi(a), without a bias.
         T: as in the forward; not read where phi'' = 0.
-        g_out: of phi(a); overwritten, like g_T, where it lies in a's memory order.
-        g_T: of its tangents.
+        g_out: of phi(a).
+        g_T: of its tangents, ``[m, B, *F]``.
         kind: as in the forward.
         params: likewise.
         bias: likewise; its gradient is g_a summed over the other axes.
         axis: likewise.
+        out: the stack whose slices g_out and g_T are, overwritten if it lies in a's memory order;
+            None for a new one.
     """
     from fastsfvae.kernels.tangent_activation import tangent_activation_bwd
 
     _library.require_triton(a)
-    return tangent_activation_bwd(
-        a, T, g_out, g_T, kind, params, bias=bias, axis=axis, in_place=True
+    if out is None or not out[0].is_contiguous(memory_format=memory_format(a)):
+        out = _empty_stack(a, len(g_T))
+    tangent_activation_bwd(
+        *(a, T, g_out, g_T, kind, params), bias=bias, axis=axis, g_a=out[0], g_T_in=out[1:]
     )
+    return out
+
+
+def _empty_stack(a: Tensor, m: int) -> Tensor:
+    """Uninitialised ``[1 + m, *a.shape]``, each in the memory order that a has once it is dense."""
+    a = a.contiguous(memory_format=memory_format(a))
+    shape, strides = (1 + m, *a.shape), (a.numel(), *a.stride())
+    return torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)

@@ -114,6 +114,27 @@ def _factorise_blocked(C: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor
     return L, d, floored
 
 
+def gram_woodbury_triton(
+    jacobian: Tensor, residual: Tensor, latent_var: Tensor, noise_var: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Woodbury]:
+    """``(G, p, rr)`` and the factorisation of their system, in two launches; no graph of its own.
+
+    Args:
+        jacobian: J, ``[B, m, n]`` with m <= 64; float32, bfloat16 or float16.
+        residual: r, ``[B, n]``, one of the same dtypes.
+        latent_var: as in `woodbury_triton`.
+        noise_var: as in `woodbury_triton`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as `woodbury_triton`.
+    """
+    _library.require_triton(jacobian)
+    gram, projection, rr, *solved = _library.gram_woodbury(
+        jacobian, residual, latent_var, noise_var
+    )
+    return (gram, projection, rr), Woodbury(*solved)
+
+
 def woodbury_triton(
     gram: Tensor, projection: Tensor, rr: Tensor, latent_var: Tensor, noise_var: Tensor
 ) -> Woodbury:

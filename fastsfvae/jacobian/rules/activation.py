@@ -18,6 +18,7 @@ from torch import Tensor
 from fastsfvae.jacobian.jet import Jet, broadcast_jet, from_stack
 from fastsfvae.jacobian.registry import RULES, adjoint, rule
 from fastsfvae.jacobian.rules.arithmetic import mul
+from fastsfvae.jacobian.rules.fused_activation import Read, fused_rule
 from fastsfvae.jacobian.rules.pieces import chunk
 
 _SELU_ALPHA = 1.6732632423543772848170429916717
@@ -28,7 +29,7 @@ def pointwise(
     *names: str,
     curvature: Callable[..., Tensor] | None = None,
     straight: bool = False,
-    fused: Callable[..., Any] | None = None,
+    kernel: Read | None = None,
 ):
     """Register `derivative(a, y, *arguments)` as the rule of operations phi(a, *arguments).
 
@@ -36,12 +37,13 @@ def pointwise(
         *names: ATen operations.
         curvature: phi'' as ``(a, y, phi', *arguments)``, for the adjoint.
         straight: phi'' is 0.
-        fused: the rule on the Triton kernel.
+        kernel: which Triton kernel takes a call; see `fused_activation`.
     """
 
     def register(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for name in names:
             operation = getattr(torch.ops.aten, name)
+            fused = None if kernel is None else fused_rule(name, kernel)
             rule(name, fused=fused)(_pointwise_rule(operation, derivative))
             if straight or curvature is not None:
                 pull = _pointwise_adjoint(derivative, curvature)
@@ -111,18 +113,6 @@ def _pointwise_adjoint(
     return pull
 
 
-def _kernel(kind: str, parameters: Callable[..., tuple[float, ...]]) -> Callable[..., Jet]:
-    """The same on the fused kernel, which makes one pass over the tangents."""
-
-    def fused(x: Jet, *args: Any, **kwargs: Any) -> Jet:
-        from fastsfvae.ops.tangent_activation import tangent_activation
-
-        values = tuple(float(p) for p in parameters(*args, **kwargs))
-        return Jet(*tangent_activation(x.primal, x.tangent, kind, values, "triton"))
-
-    return fused
-
-
 def _between(a: Tensor, low: float, high: float) -> Tensor:
     return (a > low) & (a < high)
 
@@ -131,7 +121,7 @@ def _unit_like(a: Tensor, value: float = 1.0) -> Tensor:
     return torch.full_like(a, value)
 
 
-@pointwise("relu", straight=True, fused=_kernel("relu", lambda: ()))
+@pointwise("relu", straight=True, kernel=lambda: ("relu", ()))
 def _relu(a, y):
     return a > 0
 
@@ -144,7 +134,7 @@ def _relu6(a, y):
 @pointwise(
     "leaky_relu",
     straight=True,
-    fused=_kernel("leaky_relu", lambda negative_slope=0.01: (negative_slope,)),
+    kernel=lambda negative_slope=0.01: ("leaky_relu", (negative_slope,)),
 )
 def _leaky_relu(a, y, negative_slope=0.01):
     return torch.where(a > 0, 1.0, _unit_like(a, negative_slope))
@@ -155,7 +145,7 @@ def _rrelu(a, y, lower=1 / 8, upper=1 / 3, training=False, generator=None):
     return torch.where(a > 0, 1.0, _unit_like(a, (lower + upper) / 2))
 
 
-@pointwise("hardtanh", straight=True, fused=_kernel("hardtanh", lambda lo=-1.0, hi=1.0: (lo, hi)))
+@pointwise("hardtanh", straight=True, kernel=lambda lo=-1.0, hi=1.0: ("hardtanh", (lo, hi)))
 def _hardtanh(a, y, min_val=-1.0, max_val=1.0):
     return _between(a, min_val, max_val)
 
@@ -185,17 +175,15 @@ def _elu_curvature(a, y, d, alpha=1.0, scale=1.0, input_scale=1.0):
     return torch.where(a > 0, 0.0, d * input_scale)
 
 
-@pointwise("elu", curvature=_elu_curvature, fused=lambda x, *args: _fused_elu(x, *args))
+@pointwise("elu", curvature=_elu_curvature, kernel=lambda *args: _elu_kernel(*args))
 def _elu(a, y, alpha=1.0, scale=1.0, input_scale=1.0):
     # The exponential of the clamped value: where() would pass on the nan of an overflow.
     negative = (alpha * scale * input_scale) * (a.clamp(max=0) * input_scale).exp()
     return torch.where(a > 0, scale, negative)
 
 
-def _fused_elu(x: Jet, alpha=1.0, scale=1.0, input_scale=1.0) -> Jet:
-    if scale != 1 or input_scale != 1:
-        return _pointwise_rule(torch.ops.aten.elu, _elu)(x, alpha, scale, input_scale)
-    return _kernel("elu", lambda: (alpha,))(x)
+def _elu_kernel(alpha=1.0, scale=1.0, input_scale=1.0):
+    return ("elu", (alpha,)) if scale == 1 and input_scale == 1 else None
 
 
 @pointwise("celu", curvature=lambda a, y, d, alpha=1.0: torch.where(a > 0, 0.0, d / alpha))
@@ -203,7 +191,7 @@ def _celu(a, y, alpha=1.0):
     return torch.where(a > 0, 1.0, (a.clamp(max=0) / alpha).exp())
 
 
-@pointwise("selu", curvature=_elu_curvature, fused=_kernel("selu", lambda: ()))
+@pointwise("selu", curvature=_elu_curvature, kernel=lambda: ("selu", ()))
 def _selu(a, y):
     return _elu(a, y, _SELU_ALPHA, _SELU_SCALE)
 
@@ -213,7 +201,7 @@ def _silu_curvature(a, y, d):
     return s * (1 - s) * (2 + a * (1 - 2 * s))
 
 
-@pointwise("silu", curvature=_silu_curvature, fused=_kernel("silu", lambda: ()))
+@pointwise("silu", curvature=_silu_curvature, kernel=lambda: ("silu", ()))
 def _silu(a, y):
     s = torch.sigmoid(a)
     return s * (1 + a * (1 - s))
@@ -228,7 +216,7 @@ def _gelu_curvature(a, y, d, *, approximate="none"):
     return torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi) * (2 - a * a)
 
 
-@pointwise("gelu", curvature=_gelu_curvature, fused=lambda x, **kwargs: _fused_gelu(x, **kwargs))
+@pointwise("gelu", curvature=_gelu_curvature, kernel=lambda **kwargs: _gelu_kernel(**kwargs))
 def _gelu(a, y, *, approximate="none"):
     if approximate == "tanh":
         inner = math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)
@@ -239,8 +227,8 @@ def _gelu(a, y, *, approximate="none"):
     return 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * density
 
 
-def _fused_gelu(x: Jet, *, approximate: str = "none") -> Jet:
-    return _kernel("gelu_tanh" if approximate == "tanh" else "gelu", lambda: ())(x)
+def _gelu_kernel(*, approximate="none"):
+    return "gelu_tanh" if approximate == "tanh" else "gelu", ()
 
 
 def _mish_curvature(a, y, d):
@@ -254,7 +242,7 @@ def _mish(a, y):
     return t + a * (1 - t * t) * torch.sigmoid(a)
 
 
-@pointwise("tanh", curvature=lambda a, y, d: -2 * y * d, fused=_kernel("tanh", lambda: ()))
+@pointwise("tanh", curvature=lambda a, y, d: -2 * y * d, kernel=lambda: ("tanh", ()))
 def _tanh(a, y):
     return 1 - y * y
 
@@ -263,7 +251,7 @@ def _tanh(a, y):
     "sigmoid",
     "special_expit",
     curvature=lambda a, y, d: d * (1 - 2 * y),
-    fused=_kernel("sigmoid", lambda: ()),
+    kernel=lambda: ("sigmoid", ()),
 )
 def _sigmoid(a, y):
     return y * (1 - y)
@@ -281,7 +269,7 @@ def _softplus_curvature(a, y, d, beta=1, threshold=20):
 @pointwise(
     "softplus",
     curvature=_softplus_curvature,
-    fused=_kernel("softplus", lambda beta=1, threshold=20: (beta, threshold)),
+    kernel=lambda beta=1, threshold=20: ("softplus", (beta, threshold)),
 )
 def _softplus(a, y, beta=1, threshold=20):
     return torch.where(a * beta > threshold, 1.0, torch.sigmoid(a * beta))
@@ -309,7 +297,7 @@ def _prelu_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor):
     return grad_x, by_weight.sum().view(weight.shape) if weight.numel() == 1 else by_weight
 
 
-_open = RULES["sigmoid"].bind("torch")
+_open = RULES["sigmoid"].bind()
 
 
 @rule("glu", composed=True)
