@@ -91,14 +91,8 @@ def test_estimates_equal_plain_formulas_on_the_same_draws(chunk_size, samples):
     posterior = Independent(Normal(mean, (0.5 * log_var).exp()), 1)
 
     def draws(calls):
-        """The recorded latents as [K, N, m], whichever way they were chunked."""
-        rows = chunk_size or 10**6
-        if rows >= len(x):
-            return torch.cat([z.unflatten(0, (-1, len(x))) for z in calls])
-        per_image_block = [
-            torch.stack(calls[i : i + samples]) for i in range(0, len(calls), samples)
-        ]
-        return torch.cat(per_image_block, dim=1)
+        """The recorded latents as [K, N, m]: one image's draws follow another's."""
+        return torch.cat(calls).unflatten(0, (len(x), samples)).transpose(0, 1)
 
     def log_likelihood(z):
         return Independent(Normal(decoder(z), math.sqrt(c)), 1).log_prob(x)
