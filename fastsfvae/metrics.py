@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from fastsfvae.checkpoint import write_text
@@ -14,13 +14,24 @@ METRICS = "metrics.csv"
 Row = dict[str, float]
 
 
-def rewind_metrics(path: Path, step: int, columns: Iterable[str]) -> None:
-    """Start the file, or drop the rows after `step`: those steps are done again."""
-    header, *rows = path.read_text().splitlines() if path.is_file() else [",".join(columns)]
-    # A full disk may have cut the last row short; its step, the first cell, is whole in a row
-    # that has them all.
-    whole = (row for row in rows if row.count(",") == header.count(","))
-    kept = [row for row in whole if int(row.split(",")[0]) <= step]
+def rewind_metrics(path: Path, step: int, columns: Collection[str]) -> None:
+    """Start the file, or drop the rows after `step`: those steps are done again.
+
+    Raises:
+        ValueError: for a damaged file, in one line.
+    """
+    try:
+        header, *rows = path.read_text().splitlines() if path.is_file() else [",".join(columns)]
+        if unknown := set(header.split(",")) - set(columns):
+            raise ValueError(f"unknown columns {', '.join(map(repr, sorted(unknown)))}")
+        # A full disk may have cut the last row short; its step, the first cell, is whole in a row
+        # that has them all.
+        whole = (row for row in rows if row.count(",") == header.count(","))
+        kept = [row for row in whole if int(row.split(",")[0]) <= step]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): restore it, or move it away to go on without its rows"
+        ) from error
     write_text(path, "\n".join([header, *kept]) + "\n")
 
 

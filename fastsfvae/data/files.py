@@ -43,7 +43,8 @@ def list_celeba(folder: Path, split: str) -> list[Path]:
     if not partition.is_file():
         return _every_tenth(images, split)
     wanted = {"train": "0", "test": "2"}[split]
-    rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
+    text = partition.read_text(errors="replace")
+    rows = [line.split() for line in text.splitlines() if line.strip()]
     if any(len(row) != 2 for row in rows):
         raise ValueError(f"{partition} is damaged: each line is a file name and a partition")
     if [name for name, _ in rows] != [path.name for path in images]:
