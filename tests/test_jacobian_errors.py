@@ -79,6 +79,13 @@ REFUSED = {
         RuntimeError,
         r"decoder\.2\.1 normalises by batch statistics.*decoder\.2\.1\.eval\(\).*GroupNorm",
     ),
+    # PyTorch itself refuses one sample, without the layer's name.
+    "batch_norm_of_one_sample": (
+        lambda: nn.Sequential(nn.Linear(M, 4), nn.BatchNorm1d(4)),
+        Z[:1],
+        RuntimeError,
+        r"decoder\.1 normalises by batch statistics.*decoder\.1\.eval\(\).*GroupNorm",
+    ),
     "batch_norm_without_statistics": (
         lambda: blocks(nn.BatchNorm2d(4, track_running_stats=False)).eval(),
         Z,

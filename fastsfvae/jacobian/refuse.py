@@ -21,6 +21,7 @@ _TRAINING_ARGUMENT = {
     "native_dropout": 2,
     "rrelu": 3,
 }
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _warned_hooks: set[type] = set()
 
 
@@ -47,10 +48,7 @@ def refuse_training_mode(operation: str, node: fx.Node, path: str) -> None:
     if place is None or len(args) <= place or not args[place]:
         return
     if operation == "batch_norm":
-        raise RuntimeError(
-            f"{layer} normalises by batch statistics, so samples have no Jacobian of their own: "
-            f"{fix} (with running statistics), or use GroupNorm"
-        )
+        raise _batch_statistics(path)
     if operation == "instance_norm":
         if args[3] is not None:
             raise RuntimeError(
@@ -60,6 +58,26 @@ def refuse_training_mode(operation: str, node: fx.Node, path: str) -> None:
         return
     if operation == "rrelu" or args[1]:
         raise RuntimeError(f"{layer} draws at random in training mode ({operation}): {fix}")
+
+
+def refuse_batch_statistics(module: nn.Module, path: str) -> None:
+    """Refuse a BatchNorm that is about to run on batch statistics.
+
+    On a batch of one it would raise a message of its own before there is an operation to refuse.
+
+    Raises:
+        RuntimeError: names the layer and the fix.
+    """
+    if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
+        raise _batch_statistics(path)
+
+
+def _batch_statistics(path: str) -> RuntimeError:
+    layer = layer_name(path)
+    return RuntimeError(
+        f"{layer} normalises by batch statistics, so samples have no Jacobian of their own: "
+        f"call {layer}.eval() (with running statistics), or use GroupNorm"
+    )
 
 
 def refuse_custom_functions(output: Tensor) -> None:

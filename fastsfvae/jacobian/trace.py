@@ -36,7 +36,11 @@ from torch.nn.modules.module import (
 )
 
 from fastsfvae.jacobian.fingerprint import modules_with_paths
-from fastsfvae.jacobian.refuse import refuse_custom_functions, warn_about_hooks
+from fastsfvae.jacobian.refuse import (
+    refuse_batch_statistics,
+    refuse_custom_functions,
+    warn_about_hooks,
+)
 from fastsfvae.jacobian.validate import check_output
 
 _DATA_DEPENDENT = (
@@ -193,7 +197,11 @@ def _batch_predicate(shapes: ShapeEnv, size: Any, traced: int) -> Callable[[int]
 
 @contextlib.contextmanager
 def _recorded_paths(decoder: Callable[..., Any], paths: dict[fx.Node, str]) -> Iterator[None]:
-    """Note which submodule creates each node, for error messages and reports."""
+    """Note which submodule creates each node, for error messages and reports.
+
+    Raises:
+        RuntimeError: a submodule that runs on batch statistics.
+    """
     names: dict[nn.Module, str] = {}
     if isinstance(decoder, nn.Module):
         names = {module: path for path, module in modules_with_paths(decoder)}
@@ -204,6 +212,7 @@ def _recorded_paths(decoder: Callable[..., Any], paths: dict[fx.Node, str]) -> I
         return iter(()) if mode is None else iter(reversed(mode.tracer.graph.nodes))
 
     def enter(module: nn.Module, inputs: Any) -> None:
+        refuse_batch_statistics(module, names.get(module, ""))
         starts.append(next(newest_first(), None))
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -183,14 +183,17 @@ def _base_curvature(base: Tensor, exponent: Any) -> Tensor:
 def _power_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
     base, exponent = primal_of(a), primal_of(b)
     moved_a, moved_b = _tangent_of(a, out), _tangent_of(b, out)
-    grad_a = grad_b = log = mixed = None
+    grad_a: Any = None
+    grad_b: Any = None
+    log: Any = None
+    mixed: Any = None
     if moved_b is not None or needs[1]:
         base = torch.as_tensor(base, dtype=out.primal.dtype, device=out.primal.device)
         log = torch.where(base == 0, torch.ones_like(base), base).log()
         # The second derivative by both.
         mixed = _base_derivative(base, exponent) * log + base ** (exponent - 1)
     if needs[0]:
-        bend = 0 if moved_b is None else mixed * moved_b
+        bend: Any = 0 if moved_b is None else mixed * moved_b
         if moved_a is not None:
             bend = bend + _base_curvature(base, exponent) * moved_a
         grad_a = _pull_product(grad, a, _base_derivative(base, exponent), bend)
@@ -275,7 +278,8 @@ def _zones(value: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor, Tensor]:
         # torch.clamp returns the upper bound where the bounds cross.
         crossed = torch.as_tensor(low, device=value.device) > torch.as_tensor(high).to(value.device)
         below, above = below & ~crossed, above | crossed
-    return tuple(zone.to(value.dtype) for zone in (~(below | above), below, above))
+    dtype = value.dtype
+    return (~(below | above)).to(dtype), below.to(dtype), above.to(dtype)
 
 
 @adjoint("clamp", "clip", covers=always)

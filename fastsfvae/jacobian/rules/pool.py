@@ -120,7 +120,7 @@ def _average_adjoint(spatial: int, adaptive: bool) -> None:
     )
 
     def settings_of(kernel: Any, stride: Any = (), padding: Any = 0, *flags: Any) -> tuple:
-        window = kernel, stride or kernel, padding
+        window: tuple = kernel, stride or kernel, padding
         if spatial == 1:
             lists = [[size] if isinstance(size, int) else size for size in window]
             window = tuple([fill, *size] for fill, size in zip((1, 1, 0), lists, strict=True))
