@@ -77,30 +77,21 @@ def prepare(
     if settings.backend == "reference":
         return None
     if torch.compiler.is_compiling():
-        if args or kwargs:
-            raise RuntimeError(
-                "under torch.compile the loss takes no further decoder inputs: make them "
-                "attributes of the decoder, or call the loss outside the compiled function"
-            )
         from fastsfvae import compiled
 
-        # A loop over a size makes the compiler fix it: m belongs to the decoder.
-        m = len([None for _ in range(z.shape[1])])
-        plan = compiled.plan(id(decoder), m, z.dtype, z.device, settings.backend)
-        number, size, shape, names = plan
-        size = settings.chunk_size or size
-        along: list[Tensor] = []
-        whole = [compiled.attribute(decoder, name) for name in names]
+        found = compiled.gather(decoder, z, args, kwargs, settings.backend)
+        number, shape, along, whole = found.number, found.output_shape, found.along, found.whole
+        size = settings.chunk_size or found.chunk_size
     else:
         remember(decoder)
         linearizer = Linearizer(decoder, z, args, kwargs, settings.backend)
         size = settings.chunk_size or default_chunk(linearizer)
         bounds = chunk_bounds(z.shape[0], size)
-        found = program_of(linearizer, sorted({stop - start for start, stop in bounds}))
-        if found is None:
+        program = program_of(linearizer, sorted({stop - start for start, stop in bounds}))
+        if program is None:
             return None
-        number, shape = found.number, found.plans[0].output_shape
-        along, whole = found.gather(linearizer.tensors, linearizer.extras)
+        number, shape = program.number, program.plans[0].output_shape
+        along, whole = program.gather(linearizer.tensors, linearizer.extras)
     if list(x.shape[1:]) != list(shape):
         raise ValueError(
             f"x has shape {tuple(x.shape)} but the decoder returns {(x.shape[0], *shape)}: "

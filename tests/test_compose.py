@@ -22,23 +22,87 @@ def equal(ours, theirs, tolerance=1e-12):
         assert (mine - want).abs().max() <= tolerance * (1 + want.abs().max())
 
 
+class Conditional(nn.Module):
+    """A label for each sample, a shift for all of them, and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.label, self.layer, self.out = nn.Embedding(3, 8), nn.Linear(M, 8), nn.Linear(8, 6)
+
+    def forward(self, z, label, gain=1.0, *, shift):
+        return self.out(torch.tanh(self.layer(z) + self.label(label)) * gain) + shift
+
+
+def spectral():
+    norm = nn.utils.parametrizations.spectral_norm
+    return nn.Sequential(norm(nn.Linear(M, 9)), nn.SiLU(), nn.Linear(9, 6)).double().eval()
+
+
+COMPILED = {
+    "conditional": lambda: Conditional().double(),
+    "spectral_norm": spectral,
+    **{n: lambda n=n: build(n) for n in ("higgins", "weight_norm", "shared", "frozen", "residual")},
+}
+
+
+def problem(name, decoder, size):
+    """(x, mean, log_var), further inputs, and all that a gradient is wanted of."""
+    generator = torch.Generator().manual_seed(size)
+    further = {}
+    if name == "conditional":
+        shift = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
+        further = {"label": torch.randint(3, (size,), generator=generator), "shift": shift}
+    with torch.no_grad():
+        shape = decoder(torch.zeros(size, M, dtype=torch.float64), **further).shape
+    tensors = [
+        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
+        for s in (shape, (size, M), (size, M))
+    ]
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    leaves = [*tensors, *trained, *([further["shift"]] if further else [])]
+    return tensors, further, leaves
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile_in_one_graph_for_all_batch_sizes(reduction):
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_in_one_graph_for_all_batch_sizes(name, reduction):
     torch._dynamo.reset()
-    decoder = build("higgins")
-    module = sf.SamplingFreeLoss(decoder, reduction=reduction, chunk_size=2)
+    torch.manual_seed(0)
+    decoder = COMPILED[name]()
+    module, oracle = (
+        sf.SamplingFreeLoss(decoder, reduction=reduction, chunk_size=2, backend=backend)
+        for backend in ("torch", "reference")
+    )
     counter = CompileCounterWithBackend("aot_eager")
-
-    def loss(*tensors):
-        return module(*tensors).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
     for size in (5, 7, 9):
-        tensors = batch(decoder, size)
-        equal(step(compiled, decoder, tensors), step(loss, decoder, tensors))
+        tensors, further, leaves = problem(name, decoder, size)
+        results = []
+        for loss in (compiled, module, oracle):
+            value = loss(*tensors, **further).sum()
+            results.append((value.detach(), *torch.autograd.grad(value, leaves)))
         graphs.append(counter.frame_count)
+        equal(results[0], results[1])
+        equal(results[0], results[2], 1e-10)
     assert graphs[0] == graphs[-1]
+
+
+def test_compile_says_what_it_cannot_take():
+    torch._dynamo.reset()
+
+    class Digamma(nn.Linear):
+        def forward(self, z, *_):
+            return super().forward(z).exp().digamma()
+
+    decoder = Digamma(M, 6).double()
+    tensors = batch(decoder)
+    compiled = torch.compile(sf.SamplingFreeLoss(decoder), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"as one graph \(digamma has no rule\): call the loss out"):
+        compiled(*tensors)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="further decoder inputs one by one, not in a list"):
+        compiled(*tensors, [tensors[1]])
 
 
 def test_function_transforms_and_functional_call():
