@@ -1,0 +1,157 @@
+"""Pictures of a decoder, as matplotlib figures. Needs matplotlib.
+
+Images are ``[N, C, H, W]`` in [0, 1], C = 1 or 3; what lies outside is clamped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Decoder = Callable[[Tensor], Tensor]
+
+# Rows of a block of traversals: more dimensions go beside it.
+_TRAVERSAL_ROWS = 25
+
+
+def new_figure(width: float, height: float):
+    """An empty figure of so many inches."""
+    # The object-oriented interface needs no display and leaves no global state behind.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def image_grid(images: Tensor, columns: int, title: str):
+    """Draw images row by row."""
+    rows = len(images) // columns
+    figure = new_figure(0.5 * columns, 0.5 * rows + 0.3)
+    axes = figure.subplots()
+    _show(axes, images, columns)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+@torch.no_grad()
+def reconstructions(
+    encoder: Callable[[Tensor], tuple[Tensor, Tensor]],
+    decoder: Decoder,
+    x: Tensor,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Images, decoded at their mean and at one draw, as the rows of `rows_of_images`."""
+    mean, log_var = encoder(x)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    sampled = mean + torch.exp(0.5 * log_var) * noise
+    return {"test image": x, "f(mean)": decoder(mean), "f(z), z ~ q(z|x)": decoder(sampled)}
+
+
+def rows_of_images(rows: dict[str, Tensor]):
+    """Draw rows of equally many images, each under its name."""
+    columns, _, size, _ = next(iter(rows.values())).shape
+    figure = new_figure(0.5 * columns + 1.2, 0.5 * len(rows) + 0.1)
+    axes = figure.subplots()
+    _show(axes, torch.cat(list(rows.values())), columns)
+    axes.set_yticks([size * (row + 0.5) for row in range(len(rows))], list(rows), fontsize=9)
+    axes.tick_params(left=False)
+    return figure
+
+
+@torch.no_grad()
+def traversals(
+    decoder: Decoder,
+    z: Tensor,
+    kl: Sequence[float],
+    *,
+    limit: float = 3.0,
+    steps: int = 11,
+):
+    """Draw f along every latent dimension from -limit to limit, the others held at z ``[m]``.
+
+    Args:
+        decoder: f.
+        z: where the others are held.
+        kl: mean KL of each dimension in nats; those of the largest come first.
+        limit: end of the range, in prior standard deviations.
+        steps: images a dimension.
+    """
+    order = sorted(range(len(z)), key=lambda i: -kl[i])
+    ticks = torch.linspace(-limit, limit, steps, device=z.device, dtype=z.dtype)
+    blocks = math.ceil(len(order) / _TRAVERSAL_ROWS)
+    rows = math.ceil(len(order) / blocks)
+    figure = new_figure(blocks * (0.4 * steps + 1.3), 0.4 * rows + 0.7)
+    panels = figure.subplots(1, blocks, squeeze=False)[0]
+    for axes, start in zip(panels, range(0, len(z), rows), strict=True):
+        dimensions = order[start : start + rows]
+        latents = z.repeat(len(dimensions), steps, 1)
+        for row, dimension in enumerate(dimensions):
+            latents[row, :, dimension] = ticks
+        images = decoder(latents.flatten(0, 1))
+        _show(axes, images, steps)
+        height, width = images.shape[-2:]
+        labels = [f"$z_{{{i + 1}}}$  KL {kl[i]:.2f}" for i in dimensions]
+        axes.set_yticks([height * (row + 0.5) for row in range(len(labels))], labels, fontsize=8)
+        ends = [f"{value:g}" for value in (-limit, 0, limit)]
+        axes.set_xticks([width * (t * (steps - 1) + 0.5) for t in (0, 0.5, 1)], ends, fontsize=8)
+        axes.tick_params(length=0)
+    figure.suptitle("Decoder output along each latent dimension, the others held", fontsize=10)
+    return figure
+
+
+@torch.no_grad()
+def manifold(decoder: Decoder, device: torch.device, count: int = 20, limit: float = 5.0):
+    """Draw f over [-limit, limit]^2, for m = 2."""
+    ticks = torch.linspace(-limit, limit, count, device=device)
+    # Rows from the top: z_2 falls, as on the page.
+    z = torch.cartesian_prod(ticks.flip(0), ticks).flip(1)
+    images = decoder(z)
+    figure = new_figure(6.4, 6.4)
+    axes = figure.subplots()
+    half_cell = limit / (count - 1)
+    edge = limit + half_cell
+    axes.imshow(
+        _tile(images, count),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        extent=(-edge, edge, -edge, edge),
+    )
+    axes.set_xlabel("$z_1$")
+    axes.set_ylabel("$z_2$")
+    axes.set_title("Decoder output f(z) over the latent plane", fontsize=10)
+    return figure
+
+
+def kl_bars(kl: Sequence[float], epsilon: float):
+    """Draw the mean KL of each latent dimension, sorted, with the threshold of collapse."""
+    figure = new_figure(6.4, 2.6)
+    axes = figure.subplots()
+    axes.bar(range(1, len(kl) + 1), sorted(kl, reverse=True), width=0.8)
+    axes.axhline(epsilon, color="black", linewidth=0.8, linestyle="--")
+    axes.annotate(
+        f"{epsilon:g} nats", (len(kl) + 0.5, epsilon), fontsize=8, ha="right", va="bottom"
+    )
+    axes.set_xlabel("latent dimension, sorted", fontsize=9)
+    axes.set_title("Mean KL(q || p) of each latent dimension (nats)", fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _tile(images: Tensor, columns: int) -> np.ndarray:
+    """Lay images ``[N, C, H, W]`` out row by row: ``[H', W']`` or, in colour, ``[H', W', 3]``."""
+    rows = images.clamp(0, 1).cpu().unflatten(0, (-1, columns))
+    sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return sheet.squeeze(-1).numpy()
+
+
+def _show(axes, images: Tensor, columns: int) -> None:
+    axes.imshow(_tile(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
