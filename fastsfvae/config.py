@@ -32,7 +32,7 @@ _TAKEN_BY = {
 }
 
 # What a resumed run may change: how long and where it runs, not what is trained.
-CHANGEABLE = ("steps", "device", "backend", "compile", "data_dir")
+CHANGEABLE = ("steps", "device", "backend", "compile", "data_dir", "data_budget")
 
 # The fields that every version has written; one that is missing besides takes its default.
 _ALWAYS_WRITTEN = ("method", "model", "latent_dim", "seed", "steps")
@@ -63,6 +63,10 @@ class TrainConfig:
 
     crop: int = -1
     """Side of the centre square taken of an image file; 0: the largest, -1: the set's own."""
+
+    data_budget: float = 0.0
+    """GiB of the device's memory that the training images may take; a larger set is streamed to it
+    while it computes. 0: half of what a GPU has free, no limit on the CPU."""
 
     latent_dim: int = 16
     """Number of latent dimensions m; 2 adds a figure of the latent plane."""
@@ -144,6 +148,8 @@ class TrainConfig:
             raise ValueError(
                 f"image_size={self.image_size} and crop={self.crop} must be sizes in pixels"
             )
+        if not 0 <= self.data_budget < math.inf:
+            raise ValueError(f"data_budget={self.data_budget} must be finite and not negative")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr={self.lr!r} must be finite and positive")
         if not 0 <= self.seed < 2**63:

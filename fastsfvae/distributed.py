@@ -82,6 +82,12 @@ def join(tensor: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def wait() -> None:
+    """Return when every process has come here."""
+    if size() > 1:
+        dist.barrier()
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any process."""
     if size() == 1:

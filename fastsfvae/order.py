@@ -22,7 +22,7 @@ def mix_seed(seed: int, stream: int, index: int) -> int:
 def iterate_orders(
     images: int, batch_size: int, seed: int, first_step: int = 0, rows: slice = slice(None)
 ) -> Iterator[Tensor]:
-    """Yield the numbers of the images of each step, ``[steps, B]`` for what is left of each epoch.
+    """Yield what is left of each epoch: the numbers ``[steps, B]`` of the images of its steps.
 
     Each epoch is a permutation of the images that (seed, epoch) determines; its incomplete last
     batch is left out.
@@ -41,16 +41,6 @@ def iterate_orders(
         order = torch.randperm(images, generator=generator)[: per_epoch * batch_size]
         yield order.unflatten(0, (per_epoch, batch_size))[done:, rows]
         done = 0
-
-
-def iterate_batches(images: Tensor, orders: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yield batches in [0, 1], float32 ``[B, C, H, W]``, of images uint8 ``[N, C, H, W]``.
-
-    The order of an epoch crosses to the images' device at once: a step copies nothing.
-    """
-    for order in orders:
-        for numbers in order.to(images.device):
-            yield to_unit(images[numbers])
 
 
 def to_unit(images: Tensor) -> Tensor:

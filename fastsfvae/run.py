@@ -22,6 +22,7 @@ from fastsfvae.checkpoint import (
     write_text,
 )
 from fastsfvae.config import CHANGEABLE, TrainConfig
+from fastsfvae.data.batches import ImageSet
 from fastsfvae.metrics import METRICS, rewind_metrics
 from fastsfvae.models import build
 from fastsfvae.objectives import Objective, Terms
@@ -69,7 +70,7 @@ class Run:
         device: where the modules and the images lie.
         model: encoder, decoder and objective.
         optimizer: of the encoder and the decoder.
-        images: training images, uint8 ``[N, C, H, W]``.
+        images: training images.
         scheduled: the settings that change while training, each its schedule and the 0-d tensor
             on the device that the objective reads.
         step: optimiser steps done.
@@ -83,7 +84,7 @@ class Run:
     device: torch.device
     model: Model
     optimizer: torch.optim.Optimizer
-    images: Tensor
+    images: ImageSet
     scheduled: dict[str, tuple[Schedule, Tensor]]
     folder: Path = Path()
     step: int = 0
@@ -238,7 +239,8 @@ def _prepare(config: TrainConfig) -> Run:
         z = torch.zeros(2, config.latent_dim, device=device)
         objective(to_unit(images[:2].to(device)), z, z)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    return Run(config, device, model, optimizer, images.to(device), scheduled)
+    budget = round(config.data_budget * 2**30) or None
+    return Run(config, device, model, optimizer, ImageSet(images, device, budget), scheduled)
 
 
 def evaluation_generator(config: TrainConfig, device: torch.device) -> torch.Generator:

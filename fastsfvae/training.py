@@ -18,8 +18,7 @@ from fastsfvae.interrupt import deferred_interrupt
 from fastsfvae.metrics import METRICS, MetricsFile, Row
 from fastsfvae.objectives import Terms
 from fastsfvae.objectives.build import make_objective as make_objective
-from fastsfvae.order import LAYERS, NOISE, iterate_batches, iterate_orders, mix_seed
-from fastsfvae.order import to_unit as to_unit
+from fastsfvae.order import LAYERS, NOISE, iterate_orders, mix_seed, to_unit
 from fastsfvae.run import Run, save
 from fastsfvae.run import evaluation_generator as evaluation_generator
 from fastsfvae.run import resume as resume
@@ -57,13 +56,13 @@ def train(run: Run, *monitors: Monitor) -> None:
     noise = torch.Generator(run.device)
     rows = distributed.rows(config.batch_size)
     orders = iterate_orders(len(run.images), config.batch_size, config.seed, run.step, rows)
-    batches = iterate_batches(run.images, orders)
+    batches = run.images.batches(orders)
     metrics_path = run.folder / METRICS if writes else None
     started = time.perf_counter() - run.seconds
     try:
         with deferred_interrupt() as interrupted, MetricsFile(metrics_path) as metrics:
             while not (run.finished or _all_stop(run, interrupted.is_set())):
-                x = next(batches)
+                x = to_unit(next(batches))
                 _seed_step(run, noise)
                 for schedule, value in run.scheduled.values():
                     value.fill_(schedule.at(run.step))
@@ -88,6 +87,8 @@ def train(run: Run, *monitors: Monitor) -> None:
             _read_window(run)
             metrics.sync()
             save(run)
+            # A process that resumes at once must find what process 0 has saved.
+            distributed.wait()
     finally:
         if run.lock is not None:
             run.lock.release()
