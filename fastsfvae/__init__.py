@@ -15,6 +15,8 @@ from fastsfvae.distributions import LinearizedGaussian as LinearizedGaussian
 from fastsfvae.elbo import Elbo as Elbo
 from fastsfvae.elbo import low_rank_log_prob as low_rank_log_prob
 from fastsfvae.elbo import sampling_free_elbo as sampling_free_elbo
+from fastsfvae.graphed import GraphedStep as GraphedStep
+from fastsfvae.graphed import make_graphed_step as make_graphed_step
 from fastsfvae.jacobian import DecoderReport as DecoderReport
 from fastsfvae.jacobian import Pullback as Pullback
 from fastsfvae.jacobian import check_decoder as check_decoder
