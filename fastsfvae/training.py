@@ -98,7 +98,12 @@ def _seed_step(run: Run, noise: torch.Generator) -> None:
     """Seed the objective's noise and that of layers such as Dropout, each process its own."""
     index = run.step * distributed.size() + distributed.rank()
     noise.manual_seed(mix_seed(run.config.seed, NOISE, index))
-    torch.manual_seed(mix_seed(run.config.seed, LAYERS, index))
+    layers = mix_seed(run.config.seed, LAYERS, index)
+    # torch.manual_seed would call at every device there could be, which outlasts a small step.
+    torch.default_generator.manual_seed(layers)
+    if run.device.type == "cuda":
+        with torch.cuda.device(run.device):
+            torch.cuda.manual_seed(layers)
 
 
 def _all_stop(run: Run, interrupted: bool) -> bool:
