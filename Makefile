@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint audit bench clean
+.PHONY: help install train test lint audit bench bench-full clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else "Python " + v + " is too old: fastsfvae needs 3.10 or newer (make PYTHON=python3.12 ...)")'
@@ -37,8 +37,11 @@ lint: $(INSTALLED) ## Check style and types
 audit: $(INSTALLED) ## Compile every kernel configuration for sm_75 to sm_120 and print its resources
 	$(BIN)/python -m fastsfvae.kernels.audit
 
-bench: $(INSTALLED) ## Time the operations against their peers on this machine
-	$(BIN)/python -m pytest bench --benchmark-only
+bench: $(INSTALLED) ## Time every operation against its peers here, in ten minutes; rows go to the ledger
+	$(BIN)/python -m pytest bench --benchmark-only -rs --ledger bench/results/ledger.csv
+
+bench-full: $(INSTALLED) ## The same for every workload, with the peak memory of each
+	$(BIN)/python -m pytest bench --benchmark-only -rs --full --ledger bench/results/ledger.csv
 
 clean: ## Remove caches and builds (never runs/ or .venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

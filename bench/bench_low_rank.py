@@ -1,16 +1,9 @@
-"""The log-density with J given under pytest-benchmark: `pytest bench/bench_low_rank.py`."""
+"""The log-density with J given, against its peers: `pytest bench/bench_low_rank.py`."""
 
-import pytest
+from bench.cases_kernels import low_rank
+from bench.suite import DEVICE, given
 
-from bench.loss_only import CANDIDATES, SHAPES, inputs, run_both, worst_error
 
-
-@pytest.mark.parametrize("name", CANDIDATES)
-@pytest.mark.parametrize("shape", ["m16"])
-def test_log_prob_forward_and_backward(benchmark, name, shape):
-    pytest.importorskip("linear_operator" if name == "linear_operator" else "torch")
-    error = worst_error(CANDIDATES[name], SHAPES[shape])
-    assert error < 1e-3, f"{name} is wrong by {error:.1e}: not timed"
-    tensors = inputs(SHAPES[shape])
-    benchmark.extra_info.update(shape=SHAPES[shape], dtype="float32", error=error)
-    benchmark.pedantic(run_both, (CANDIDATES[name], tensors), rounds=7, warmup_rounds=1)
+@given(low_rank(DEVICE, ["m16"]), full=low_rank(DEVICE, ["m16", "m64", "m200"]))
+def test_low_rank(timed, case):
+    timed(case)

@@ -23,7 +23,8 @@ import torch
 
 import bench.checkout  # noqa: F401 - before anything that imports fastsfvae
 from bench import ledger
-from bench.gpu_measure import Context, OutOfTime, Recorder, read_rows
+from bench.ledger import Recorder, read_rows
+from bench.measure import Context, OutOfTime
 
 ROWS = "rows.csv"
 # Apart from the measurements: --merge must not find them.
@@ -33,11 +34,11 @@ LOG = "sections.log"
 SECTIONS = {
     "correctness": ("bench.gpu_correctness:section", 0.30),
     "ceilings": ("bench.ceilings:section", 0.15),
-    "kernels": ("bench.gpu_kernels:kernels", 0.20),
-    "loss_only": ("bench.gpu_kernels:loss_only", 0.25),
-    "decoder_loss": ("bench.gpu_steps:decoder_loss", 0.40),
-    "training_step": ("bench.gpu_steps:training_step", 0.30),
-    "short_training": ("bench.gpu_steps:short_training", 0.30),
+    "kernels": ("bench.gpu_sections:kernels", 0.20),
+    "loss_only": ("bench.gpu_sections:loss_only", 0.25),
+    "decoder_loss": ("bench.gpu_sections:decoder_loss", 0.40),
+    "training_step": ("bench.gpu_sections:training_step", 0.30),
+    "short_training": ("bench.gpu_sections:short_training", 0.30),
 }
 # Seconds that a section has to end its last case before it is stopped.
 GRACE = 20.0
@@ -145,7 +146,8 @@ def _summarise(rows: list[dict[str, str]]) -> None:
     for row in rows:
         ceiling = f"{row['share_of_ceiling']} of ceiling" if row["share_of_ceiling"] else ""
         cells = [row["op"], row["implementation"], row["mode"], row["shape"], row["dtype"]]
-        cells += [f"{row['p50_ms']} ms" if row["p50_ms"] else "", row["error"], ceiling]
+        ratio = f"{row['ratio']} times {row['ratio_to']}" if row["ratio"] else ""
+        cells += [f"{row['p50_ms']} ms" if row["p50_ms"] else "", row["error"], ceiling, ratio]
         print(" | ".join(cell for cell in [*cells, row["note"]] if cell))
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from bench.checkout import ROOT
-from bench.gpu_measure import Context
+from bench.measure import Context
 
 SUITES = (
     "test_kernel_gram_project",

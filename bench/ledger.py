@@ -15,38 +15,71 @@ from bench.timing import Timing
 
 RESULTS = Path(__file__).parent / "results"
 LEDGER = RESULTS / "ledger.csv"
+# Rows that are older than a column end before it.
 COLUMNS = (
     "op", "implementation", "mode", "shape", "dtype", "p50_ms", "p20_ms", "p80_ms", "threads",
     "device", "torch", "triton", "commit", "date",
+    "bytes_per_s", "flop_per_s", "share_of_ceiling", "error", "peak_mib", "ratio", "ratio_to",
+    "note",
 )  # fmt: skip
 
 
-def append(op: str, mode: str, shape: str, dtype: str, timings: dict[str, Timing], device: str):
-    """Add one row for each implementation; rows that stand are never changed."""
-    RESULTS.mkdir(exist_ok=True)
-    new = not LEDGER.exists()
-    with LEDGER.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        for implementation, timing in timings.items():
-            times = [f"{value:.3f}" for value in timing]
-            writer.writerow([op, implementation, mode, shape, dtype, *times, *provenance(device)])
+def provenance(device: str) -> dict[str, str]:
+    """What a time holds for: the columns from `threads` to `date`."""
+    return {
+        "threads": str(torch.get_num_threads()),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
-def provenance(device: str) -> list:
-    """The columns from `threads` on: what a time holds for."""
-    versions = [torch.__version__, _triton_version(), commit()]
-    return [torch.get_num_threads(), device, *versions, datetime.date.today().isoformat()]
+class Recorder:
+    """Appends each row to a CSV file as soon as it is known; rows that stand are never changed."""
+
+    def __init__(self, path: Path, device: str, commit: str | None = None):
+        self.path = path
+        self.provenance = provenance(device)
+        if commit:
+            self.provenance["commit"] = commit
+
+    def write(self, timing: Timing | None = None, **columns: object) -> None:
+        """Add a row; columns that are not given stay empty."""
+        new = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow({**self.provenance, **times(timing), **columns})
+
+
+def times(timing: Timing | None) -> dict[str, str]:
+    """The columns of a timing."""
+    names = ("p50_ms", "p20_ms", "p80_ms")
+    return {name: f"{value:.5g}" for name, value in zip(names, timing or (), strict=False)}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a file, or none where it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, restval=""))
 
 
 def merge(rows: Iterable[Mapping[str, str]]) -> int:
     """Append the rows that carry a time and do not stand in the ledger yet; return how many."""
-    with LEDGER.open(newline="") as file:
-        known = {tuple(row[column] for column in COLUMNS) for row in csv.DictReader(file)}
-    timed = [tuple(row[column] for column in COLUMNS) for row in rows if row["p50_ms"]]
+
+    def key(row: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple(row.get(column, "") for column in COLUMNS)
+
+    known = {key(row) for row in read_rows(LEDGER)}
     # A dictionary keeps the order in which the rows were measured.
-    new = [row for row in dict.fromkeys(timed) if row not in known]
+    timed = dict.fromkeys(key(row) for row in rows if row["p50_ms"])
+    new = [row for row in timed if row not in known]
     with LEDGER.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(new)
     return len(new)
