@@ -5,11 +5,14 @@ With n outputs, c = noise_var and rr = |x - f(mu)|^2 (all per sample):
     log_likelihood = -(n/2) log(2 pi c) - (lambda/2) log_det - rr / (2c) + gamma / (2c) explained
 
     precision    lambda = 1                     only Sigma^-1 is mixed (paper, eq. 21 to the letter)
-    mixture      lambda = gamma                 gamma log N(x; f, Sigma) + (1 - gamma) log N(x; f,
-    cI) normalized   lambda = 1, and log_det is     the Gaussian whose precision is eq. 21's mix
+    mixture      lambda = gamma                 gamma log N(x; f, Sigma)
+                                                + (1 - gamma) log N(x; f, cI)
+    normalized   lambda = 1, and log_det is     the Gaussian whose precision is eq. 21's mix
                  logdet(I + A/c) - logdet(I + (1 - gamma) A/c)
     expected     lambda = 1, gamma = 0, and     E_q of log N(x; f_lin(z), cI): the exact ELBO's
                  log_det is trace(A)/c          likelihood term for a linear decoder
+
+`likelihood_terms` is differentiable; `fastsfvae.likelihood_adjoint` has the same gradients by hand.
 """
 
 from __future__ import annotations
@@ -35,6 +38,47 @@ class LikelihoodTerms(NamedTuple):
     log_det: Tensor
     explained: Tensor
     lost: Tensor
+
+
+def log_det_weight(likelihood: str, gamma: float | Tensor) -> float | Tensor:
+    """The formula's lambda."""
+    return gamma if likelihood == "mixture" else 1.0
+
+
+def second_variance(latent_var: Tensor, gamma: float | Tensor, likelihood: str) -> Tensor | None:
+    """The h of the log-determinant that "normalized" subtracts, None elsewhere."""
+    return (1 - gamma) * latent_var if likelihood == "normalized" else None
+
+
+def log_likelihood(
+    squared_error: Tensor,
+    log_det: Tensor,
+    explained: Tensor,
+    n: int,
+    c: Tensor,
+    gamma: float | Tensor,
+    likelihood: str,
+) -> Tensor:
+    """The module's formula, ``[B]``, from its terms."""
+    return (
+        -0.5 * n * (math.log(2 * math.pi) + c.log())
+        - 0.5 * log_det_weight(likelihood, gamma) * log_det
+        - (squared_error - gamma * explained) / (2 * c)
+    )
+
+
+def expected_terms(J: Tensor, r: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """(squared_error, log_det, explained, row norms of J) for "expected", in c's dtype.
+
+    Args:
+        J: ``[B, m, n]``.
+        r: ``[B, n]``.
+        h: ``[B, m]``.
+        c: 0-d, in float32 at least, like every sum here.
+    """
+    row_norms = J.to(c.dtype).square().sum(-1)
+    log_det = (h.to(c.dtype) * row_norms).sum(-1) / c
+    return r.to(c.dtype).square().sum(-1), log_det, torch.zeros_like(log_det), row_norms
 
 
 def likelihood_terms(
@@ -66,25 +110,14 @@ def likelihood_terms(
         # Filled on the device: a copy from the host would wait for it, and not be captured.
         c = torch.full((), noise_var, dtype=dtype, device=residual.device)
     if likelihood == "expected":
-        # Row norms of J are all it needs; in float32 at least, like every sum here.
-        row_norms = jacobian.to(dtype).square().sum(-1)
-        log_det = (latent_var.to(dtype) * row_norms).sum(-1) / c
-        explained = torch.zeros_like(log_det)
-        rr = residual.to(dtype).square().sum(-1)
+        rr, log_det, explained, _ = expected_terms(jacobian, residual, latent_var, c)
         lost = torch.zeros_like(log_det, dtype=torch.bool)
-        log_det_weight: float | Tensor = 1.0
     else:
-        second_var = (1 - gamma) * latent_var if likelihood == "normalized" else None
-        terms = low_rank_terms(
+        second_var = second_variance(latent_var, gamma, likelihood)
+        log_det, explained, rr, second, lost = low_rank_terms(
             jacobian, residual, latent_var, c.expand(batch), second_var, backend=backend
         )
-        log_det, explained, rr, second, lost = terms
         if second is not None:
             log_det = log_det - second
-        log_det_weight = gamma if likelihood == "mixture" else 1.0
-    log_likelihood = (
-        -0.5 * n * (math.log(2 * math.pi) + c.log())
-        - 0.5 * log_det_weight * log_det
-        - (rr - gamma * explained) / (2 * c)
-    )
-    return LikelihoodTerms(log_likelihood, rr, log_det, explained, lost)
+    value = log_likelihood(rr, log_det, explained, n, c, gamma, likelihood)
+    return LikelihoodTerms(value, rr, log_det, explained, lost)

@@ -12,12 +12,17 @@ With cotangents a of log_likelihood and b_rr, b_ld, b_ex of the terms, and lambd
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsfvae.likelihood import (
+    expected_terms,
+    log_det_weight,
+    log_likelihood,
+    second_variance,
+)
 from fastsfvae.ops.low_rank import Solved, low_rank_backward, low_rank_forward
 
 # Rows of a terms tensor [4, B].
@@ -60,27 +65,17 @@ def evaluate(J: Tensor, r: Tensor, h: Tensor, c: Tensor, gamma: Tensor, kind: Ki
         kind: the likelihood and the resolved backend.
     """
     b, n = r.shape
-    weight: float | Tensor = 1.0
+    solved = row_norms = None
     if kind.likelihood == "expected":
-        row_norms = J.to(h.dtype).square().sum(-1)
-        log_det = (h * row_norms).sum(-1) / c
-        rr = r.to(h.dtype).square().sum(-1)
-        explained, solved = torch.zeros_like(rr), None
+        rr, log_det, explained, row_norms = expected_terms(J, r, h, c)
     else:
-        row_norms = None
-        second_var = (1 - gamma) * h if kind.likelihood == "normalized" else None
+        second_var = second_variance(h, gamma, kind.likelihood)
         solved = low_rank_forward(J, r, h, c.expand(b), second_var, kind.backend)
         rr, log_det, explained = solved.squared_error, solved.first.log_det, solved.first.explained
         if solved.second is not None:
             log_det = log_det - solved.second.log_det
-        if kind.likelihood == "mixture":
-            weight = gamma
-    log_likelihood = (
-        -0.5 * n * (math.log(2 * math.pi) + c.log())
-        - 0.5 * weight * log_det
-        - (rr - gamma * explained) / (2 * c)
-    )
-    return Evaluated(torch.stack([log_likelihood, rr, log_det, explained]), solved, row_norms)
+    value = log_likelihood(rr, log_det, explained, n, c, gamma, kind.likelihood)
+    return Evaluated(torch.stack([value, rr, log_det, explained]), solved, row_norms)
 
 
 def pull(
@@ -102,13 +97,12 @@ def pull(
     J, r, h, c, gamma = inputs
     a, b_rr, b_ld, b_ex = cotangents
     _, rr, log_det, explained = evaluated.terms
-    mixture = kind.likelihood == "mixture"
-    g_ld = b_ld - 0.5 * (gamma if mixture else 1.0) * a
+    g_ld = b_ld - 0.5 * log_det_weight(kind.likelihood, gamma) * a
     g_ex = b_ex + gamma / (2 * c) * a
     g_rr = b_rr - a / (2 * c)
     dc = (a * (rr - gamma * explained)).sum() / (2 * c * c) - a.sum() * r.shape[1] / (2 * c)
     dgamma = (a * explained).sum() / (2 * c)
-    if mixture:
+    if kind.likelihood == "mixture":
         dgamma = dgamma - 0.5 * (a * log_det).sum()
     if evaluated.solved is None:
         assert evaluated.row_norms is not None
@@ -117,8 +111,8 @@ def pull(
         dh = rate * evaluated.row_norms
         dc = dc - (g_ld * log_det).sum() / c
         return Gradients((2 * g_rr.unsqueeze(-1) * r).to(r.dtype), dh, dc, torch.zeros_like(c))
-    normalized = kind.likelihood == "normalized"
-    second_var = (1 - gamma) * h if normalized else None
+    second_var = second_variance(h, gamma, kind.likelihood)
+    normalized = second_var is not None
     g = low_rank_backward(
         evaluated.solved,
         (J, r, h, c.expand(len(r)), second_var),
