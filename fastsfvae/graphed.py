@@ -143,7 +143,9 @@ class GraphedStep:
         # Without the cache: its casts would be made in one graph and read in another.
         enabled = self._autocast is not None
         with torch.autocast(x.device.type, self._autocast, enabled=enabled, cache_enabled=False):
-            value, terms = self._loss(x, *self._encoder(x), *args, return_terms=True)
+            # A posterior is no place for eight bits.
+            posterior = (t.to(torch.promote_types(t.dtype, x.dtype)) for t in self._encoder(x))
+            value, terms = self._loss(x, *posterior, *args, return_terms=True)
         self._optimizer.zero_grad(set_to_none=True)
         value.backward()
         self._optimizer.step()
