@@ -140,6 +140,7 @@ RECOMPUTED = {
     "norms_orders": "linalg_norm has no adjoint",
     "conv2d_same": "conv2d has no adjoint in decoder.layers.0",
     "modulation": "conv2d has no adjoint",
+    "plain_copy": "aten.copy.default on z without tangents",
 }
 
 

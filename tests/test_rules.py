@@ -412,6 +412,7 @@ CASES = {
         )
     ),
     "trained_writes": with_linear(lambda h, w, b: _write_trained(h, w, b)),
+    "plain_copy": with_linear(lambda h, w, b: h * torch.zeros_like(h).copy_(b)),
     "einsum_factors": with_linear(
         lambda h, w, b: (
             torch.einsum("bi,oi,bj->bo", h, w, h.sin())

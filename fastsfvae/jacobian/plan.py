@@ -12,28 +12,39 @@ on Jets has an adjoint, and no other operation of the body carries a gradient.
 from __future__ import annotations
 
 import dataclasses
-import keyword
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.cost import tangent_flops
 from fastsfvae.jacobian.fallback import generic_rule, where
-from fastsfvae.jacobian.functionalize import functionalize, is_mutation
+from fastsfvae.jacobian.functionalize import functionalize
 from fastsfvae.jacobian.jet import Jet, full_tangent, latent_jet
+from fastsfvae.jacobian.nodes import (
+    contains,
+    differentiable,
+    is_autocast,
+    is_control,
+    is_floating,
+    is_tensor,
+    leading,
+    live_nodes,
+    packet_name,
+)
 from fastsfvae.jacobian.refuse import refuse_training_mode
 from fastsfvae.jacobian.registry import RULES
-from fastsfvae.jacobian.rules import NOT_DIFFERENTIABLE
+from fastsfvae.jacobian.rules.scatter import copied
+from fastsfvae.jacobian.source import Source, identifier, tuple_text
 from fastsfvae.jacobian.trace import Trace
 
-_INDENT = "    "
 # What passes a private argument on.
 _VIEWS = frozenset("view reshape unflatten unsqueeze squeeze".split())
+# What stands for an operation that autograd does not know.
+_PLAIN = {torch.ops.aten.copy.default: copied}
 # Layers whose third argument is a bias, which an activation's kernel can add.
 _BIASED = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
@@ -117,7 +128,7 @@ def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: 
     batch_inputs = {z, *(node for node, along in zip(extras, batched, strict=True) if along)}
     functionalize(graph, batch_inputs)
     carriers = {node for node, along in zip(params, trained, strict=True) if along}
-    carriers.update(node for node in extras if _is_floating(node))
+    carriers.update(node for node in extras if is_floating(node))
     emitter = _Emitter(trace, params, z, extras, batch_inputs, carriers, backend)
     # The caller may be inside torch.func.grad, where stand-ins cannot ask for gradients.
     with temporarily_clear_interpreter_stack():
@@ -125,20 +136,14 @@ def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: 
 
 
 class _Emitter:
-    """Classifies the nodes of a graph and writes prelude and body."""
+    """Sorts the nodes of a graph into prelude, side and body, and has them written."""
 
     def __init__(self, trace, params, z, extras, batch_inputs, carriers, backend):
         self.trace, self.params, self.z, self.extras = trace, params, z, extras
         self.backend = backend
         self.dynamic: set[fx.Node] = set(batch_inputs)
         self.jets: set[fx.Node] = {z}
-        self.namespace: dict[str, Any] = {
-            "torch": torch,
-            "device": torch.device,
-            "inf": float("inf"),
-            "nan": float("nan"),
-        }
-        self.names: dict[fx.Node, str] = {}
+        self.source = Source(params, z, extras)
         self.prelude: list[tuple[str, fx.Node]] = []
         self.body: list[tuple[str, fx.Node]] = []
         self.controls = 0
@@ -151,7 +156,7 @@ class _Emitter:
 
     def plan(self) -> Plan:
         grad_enabled = True
-        used = _live_nodes(self.trace.module.graph)
+        used = live_nodes(self.trace.module.graph)
         result: fx.Node | None = None
         for node in self.trace.module.graph.nodes:
             if node.op == "placeholder":
@@ -164,11 +169,11 @@ class _Emitter:
                 value = operator.attrgetter(node.target)(self.trace.module)
                 if isinstance(value, Tensor) and value.requires_grad:
                     self._obstruct("a trained tensor that is no parameter of the decoder", node)
-                self.names[node] = self._bind(_identifier(node.target), value)
+                self.source.names[node] = self.source.bind(identifier(node.target), value)
             elif node.target is torch._C._set_grad_enabled:
                 grad_enabled = bool(node.args[0])
                 self._control(node, f"torch.set_grad_enabled({grad_enabled} and ambient)")
-            elif _is_autocast(node.target):
+            elif is_autocast(node.target):
                 self._control(node, f"{node.name} = {self._plain_call(node)}")
             else:
                 self._operation(node, grad_enabled)
@@ -187,7 +192,7 @@ class _Emitter:
     def _operation(self, node: fx.Node, grad_enabled: bool) -> None:
         inputs = node.all_input_nodes
         trained = any(arg in self.carriers for arg in inputs)
-        if trained and grad_enabled and _differentiable(node):
+        if trained and grad_enabled and differentiable(node):
             self.carriers.add(node)
         if not any(arg in self.dynamic for arg in inputs):
             self.prelude.append((f"{node.name} = {self._plain_call(node)}", node))
@@ -196,9 +201,9 @@ class _Emitter:
         if any(arg in self.from_z for arg in inputs):
             self.from_z.add(node)
         if isinstance(node.target, torch._ops.OpOverload):
-            refuse_training_mode(_packet_name(node.target), node, self.trace.paths.get(node, ""))
+            refuse_training_mode(packet_name(node.target), node, self.trace.paths.get(node, ""))
         handled = "plain"
-        if grad_enabled and _differentiable(node) and any(arg in self.jets for arg in inputs):
+        if grad_enabled and differentiable(node) and any(arg in self.jets for arg in inputs):
             self.jets.add(node)
             self.carriers.discard(node)
             call, handled = self._jet_call(node)
@@ -215,7 +220,7 @@ class _Emitter:
         if handled is not None:
             shape = tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
             path = self.trace.paths.get(node, "")
-            op, flops = _packet_name(node.target), 0
+            op, flops = packet_name(node.target), 0
             if handled != "plain":
                 flops = tangent_flops(op, node, int(self.z.meta["val"].shape[0]))
             self.steps.append(Step(op, path, handled, shape, flops))
@@ -228,18 +233,14 @@ class _Emitter:
     def _jet_call(self, node: fx.Node) -> tuple[str, str]:
         target: Any = node.target
         if target is operator.getitem:
-            return f"{self._text(node.args[0])}[{node.args[1]!r}]", "rule"
-        packet = _packet_name(target)
-        if (
-            packet == "linear"
-            and node.args[0] is self.z
-            and not _contains(node.args[1:], self.jets)
-        ):
+            return f"{self.source.text(node.args[0])}[{node.args[1]!r}]", "rule"
+        packet = packet_name(target)
+        if packet == "linear" and node.args[0] is self.z and not contains(node.args[1:], self.jets):
             packet = "linear_of_latents"
         found = RULES.get(packet)
         others = (*node.args[1:], *node.kwargs.values())
-        arguments = [self._text(arg) for arg in node.args]
-        if found is not None and (found.several or not _contains(others, self.jets)):
+        arguments = [self.source.text(arg) for arg in node.args]
+        if found is not None and (found.several or not contains(others, self.jets)):
             described = self._described(node)
             chosen = found.on(self.backend, *described)
             function, handled = chosen.bind(self._private(node.args[0])), "rule"
@@ -252,8 +253,8 @@ class _Emitter:
             function, handled = generic_rule(target, path), "fallback"
             self._obstruct(f"{packet} has no rule", node)
             packet = node.name
-        name = self._bind(f"{packet}_{handled}", function)
-        arguments += [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
+        name = self.source.bind(f"{packet}_{handled}", function)
+        arguments += [f"{key}={self.source.text(value)}" for key, value in node.kwargs.items()]
         return f"{name}({', '.join(arguments)})", handled
 
     def _bias_left_by(self, layer: Any) -> tuple[str, str]:
@@ -261,7 +262,7 @@ class _Emitter:
         nothing = "None", "0"
         if layer not in self.jets or len(layer.users) > 1 or len(layer.args) < 3:
             return nothing
-        name, bias = _packet_name(layer.target), layer.args[2]
+        name, bias = packet_name(layer.target), layer.args[2]
         # What is computed in the body would be deleted behind the layer.
         if name not in _BIASED or not isinstance(bias, fx.Node) or bias in self.dynamic:
             return nothing
@@ -271,10 +272,10 @@ class _Emitter:
             return nothing
         place = next(i for i, (_, node) in enumerate(self.body) if node is layer)
         function, _, _ = self.body[place][0].partition("(")
-        x, weight, _, *rest = (self._text(arg) for arg in layer.args)
-        rest += [f"{key}={self._text(value)}" for key, value in layer.kwargs.items()]
+        x, weight, _, *rest = (self.source.text(arg) for arg in layer.args)
+        rest += [f"{key}={self.source.text(value)}" for key, value in layer.kwargs.items()]
         self.body[place] = f"{function}({', '.join([x, weight, 'None', *rest])})", layer
-        return self._text(bias), "1" if spatial else "-1"
+        return self.source.text(bias), "1" if spatial else "-1"
 
     def _described(self, node: fx.Node) -> tuple[tuple, dict[str, Any]]:
         """The arguments as a rule gets them, with fake tensors."""
@@ -293,18 +294,18 @@ class _Emitter:
             return False
         if arg is self.z or not isinstance(arg.target, torch._ops.OpOverload):
             return False
-        name = _packet_name(arg.target)
+        name = packet_name(arg.target)
         if name in _VIEWS:
             return self._private(arg.args[0])
         return name in RULES and RULES[name].fresh and not RULES[name].overwrites
 
     def _plain_call(self, node: fx.Node) -> str:
-        target = node.target
+        target: Any = node.target
         if isinstance(target, torch._ops.OpOverload):
-            name = _identifier(str(target))
+            name, target = identifier(str(target)), _PLAIN.get(target, target)
         else:
-            name = "py_" + _identifier(getattr(target, "__name__", "function"))
-        name = self._bind(name, target)
+            name = "py_" + identifier(getattr(target, "__name__", "function"))
+        name = self.source.bind(name, target)
         return f"{name}({self._arguments(node, self._primal_text)})"
 
     def _arguments(self, node: fx.Node, text: Callable[[Any], str]) -> str:
@@ -314,69 +315,42 @@ class _Emitter:
 
     def _primal_text(self, value: Any) -> str:
         if isinstance(value, fx.Node) and value in self.jets:
-            return f"{self._text(value)}.primal"
-        return self._text(value, self._primal_text)
-
-    def _text(self, value: Any, inner: Callable[[Any], str] | None = None) -> str:
-        inner = inner or self._text
-        if isinstance(value, fx.Node):
-            return self.names.get(value, value.name)
-        if isinstance(value, list):
-            return f"[{', '.join(inner(item) for item in value)}]"
-        if isinstance(value, tuple):
-            return f"({''.join(inner(item) + ', ' for item in value)})"
-        if isinstance(value, slice):
-            return f"slice({inner(value.start)}, {inner(value.stop)}, {inner(value.step)})"
-        return repr(value)
-
-    def _bind(self, name: str, value: Any) -> str:
-        """Make a value reachable from the generated code under a free name."""
-        candidate, count = name, 0
-        while candidate in self.namespace and self.namespace[candidate] is not value:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.namespace[candidate] = value
-        return candidate
+            return f"{self.source.text(value)}.primal"
+        return self.source.text(value, self._primal_text)
 
     def _finish(self, result: fx.Node) -> Plan:
         aside = self._aside()
-        side = [(line, n) for line, n in self.body if n in aside or _is_control(n)]
+        side = [(line, n) for line, n in self.body if n in aside or is_control(n)]
         # Sizes are asked for again: those of a chunk are other ones.
-        body = [(line, n) for line, n in self.body if n not in aside or not _is_tensor(n)]
+        body = [(line, n) for line, n in self.body if n not in aside or not is_tensor(n)]
         in_body = {arg for _, node in body for arg in node.all_input_nodes} | {result}
-        sides = [node for _, node in side if node in aside & in_body and _is_tensor(node)]
+        sides = [node for _, node in side if node in aside & in_body and is_tensor(node)]
         produced = {node for line, node in self.prelude if node not in self.dynamic}
         wanted = in_body | {arg for _, node in side for arg in node.all_input_nodes}
         carried = [n for n in dict.fromkeys(n for _, n in self.prelude) if n in produced & wanted]
         body_inputs = [index for index, node in enumerate(self.params) if node in in_body]
         if result not in self.jets:
             self.obstacles.append("a result that does not depend on z")
-        if not all(_is_tensor(node) for node in carried):
+        if not all(is_tensor(node) for node in carried):
             self.obstacles.append("numbers computed from parameters")
-        if not all(_leading(node) == _leading(self.z) for node in sides):
+        if not all(leading(node) == leading(self.z) for node in sides):
             self.obstacles.append("parts without a batch axis that depend on a batched input")
-        statics, side_values = (_tuple_text(map(self._text, nodes)) for nodes in (carried, sides))
-        sources = [
-            self._function("prelude", "tensors, extras", self.prelude, carried, statics),
-            self._function(
-                *("side", "tensors, extras, statics", side, sides, side_values),
-                unpacked=[(statics, "statics")] if carried else [],
-            ),
-            self._function(
-                *("body", "z, tensors, extras, statics, sides", body, [result]),
-                self._text(result),
-                unpacked=[(statics, "statics")] * bool(carried)
-                + [(side_values, "sides")] * bool(sides),
-            ),
-        ]
-        source = "\n\n\n".join(sources) + "\n"
-        exec(compile(source, "<fastsfvae plan>", "exec"), self.namespace)
-        functions = [self.namespace[name] for name in ("prelude", "side", "body")]
+        statics, side_values = (
+            tuple_text(map(self.source.text, nodes)) for nodes in (carried, sides)
+        )
+        write, of_statics = self.source.function, [(statics, "statics")] * bool(carried)
+        of_sides = [(side_values, "sides")] * bool(sides)
+        write("prelude", "tensors, extras", self.prelude, carried, statics)
+        write("side", "tensors, extras, statics", side, sides, side_values, of_statics)
+        returned = self.source.text(result)
+        parameters = "z, tensors, extras, statics, sides"
+        write("body", parameters, body, [result], returned, of_statics + of_sides)
+        functions = self.source.run()
         if self.controls:
             functions = [_keeping_modes(function) for function in functions]
         prelude, side_of_batch, body_of_chunk = functions
         return Plan(
-            source,
+            str(self.source),
             prelude,
             side_of_batch,
             body_of_chunk,
@@ -399,99 +373,6 @@ class _Emitter:
                 aside.update(arg for arg in node.all_input_nodes if arg in self.dynamic)
         return aside
 
-    def _function(self, name, parameters, statements, kept, result, unpacked=()) -> str:
-        lines = [f"def {name}({parameters}):"]
-        lines += [f"{_INDENT}{values} = {source}" for values, source in unpacked]
-        lines += self._unpack(statements, kept)
-        lines += self._statements(statements, set(kept))
-        return "\n".join([*lines, f"{_INDENT}return {result}"])
-
-    def _unpack(self, statements, results: list[fx.Node]) -> list[str]:
-        wanted = {arg for _, node in statements for arg in node.all_input_nodes} | set(results)
-        lines = [
-            f"{_INDENT}{node.name} = {source}[{index}]"
-            for source, nodes in (("tensors", self.params), ("extras", self.extras))
-            for index, node in enumerate(nodes)
-            if node in wanted
-        ]
-        if self.z in wanted and self.z.name != "z":
-            lines.append(f"{_INDENT}{self.z.name} = z")
-        return lines
-
-    def _statements(self, statements, kept: set[fx.Node]) -> list[str]:
-        """The lines, with `del` after a value's last use so that memory is returned early."""
-        mine = {node for line, node in statements}
-        last: dict[fx.Node, int] = {}
-        for index, (_, node) in enumerate(statements):
-            last[node] = index
-            for arg in node.all_input_nodes:
-                last[arg] = index
-        dying: dict[int, list[str]] = {}
-        for node, index in last.items():
-            if node in mine and node not in kept and not _is_control(node):
-                dying.setdefault(index, []).append(node.name)
-        lines = []
-        for index, (line, _) in enumerate(statements):
-            lines.append(_INDENT + line)
-            if index in dying:
-                lines.append(f"{_INDENT}del {', '.join(dying[index])}")
-        if self.controls:
-            lines.insert(0, f"{_INDENT}ambient = torch.is_grad_enabled()")
-        return lines
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-def _is_floating(node: fx.Node) -> bool:
-    return _is_tensor(node) and node.meta["val"].is_floating_point()
-
-
-def _leading(node: fx.Node) -> str:
-    shape = node.meta["val"].shape
-    return str(shape[0]) if shape else ""
-
-
-def _contains(arguments: Any, nodes: set[fx.Node]) -> bool:
-    leaves = pytree.tree_leaves(arguments)
-    return any(isinstance(leaf, fx.Node) and leaf in nodes for leaf in leaves)
-
-
-def _differentiable(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        value = node.meta.get("val")
-        return isinstance(value, Tensor) and value.is_floating_point()
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if _packet_name(node.target) in NOT_DIFFERENTIABLE:
-        return False
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
-
-
-def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that the result needs, and those that act by side effect."""
-    live: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        needed = node.op == "output" or node in live or is_mutation(node) or _is_control(node)
-        if needed:
-            live.add(node)
-            live.update(node.all_input_nodes)
-    return live
-
-
-def _is_autocast(target: Any) -> bool:
-    return target in (
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
-    )
-
-
-def _is_control(node: fx.Node) -> bool:
-    return node.target is torch._C._set_grad_enabled or _is_autocast(node.target)
-
 
 def _keeping_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     """Restore the gradient mode also where the decoder's own no_grad block raises."""
@@ -501,16 +382,3 @@ def _keeping_modes(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return guarded
-
-
-def _packet_name(target: Any) -> str:
-    return target._schema.name.partition("::")[2] if target.namespace == "aten" else str(target)
-
-
-def _identifier(text: str) -> str:
-    name = "".join(c if c.isalnum() or c == "_" else "_" for c in text)
-    return name + "_" if keyword.iskeyword(name) else name
-
-
-def _tuple_text(items: Iterable[str]) -> str:
-    return f"({''.join(item + ', ' for item in items)})"

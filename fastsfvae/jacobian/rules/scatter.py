@@ -181,12 +181,15 @@ def _select_scatter_adjoint(
 @rule("copy", several=True)
 def copy(x: Any, source: Any, non_blocking: bool = False) -> Jet:
     """X with all its values replaced by the source's, broadcast."""
-    value = primal_of(x)
+    primal = copied(primal_of(x), primal_of(source))
     if not isinstance(source, Jet):
-        replaced = source.to(value.device, value.dtype).expand_as(value)
-        return Jet(replaced, zero_tangent(replaced, x.tangent))
-    primal = source.primal.to(value.device, value.dtype).expand_as(value)
-    return broadcast_jet(primal, align(source, primal.ndim).to(value.device))
+        return Jet(primal, zero_tangent(primal, x.tangent))
+    return broadcast_jet(primal, align(source, primal.ndim).to(primal.device))
+
+
+def copied(value: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """aten.copy in operations that PyTorch can differentiate."""
+    return source.to(value.device, value.dtype).expand_as(value)
 
 
 @rule("fill", several=True)
