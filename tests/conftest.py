@@ -1,9 +1,32 @@
-"""Fixtures and the summary of the largest errors that the tests saw."""
+"""Fixtures, a closed network, and the summary of the largest errors that the tests saw."""
+
+import sys
 
 import pytest
 import torch
 
+_HERE = {"127.0.0.1", "::1", "localhost", "", None}
 _LARGEST: dict[str, float] = {}
+
+
+def _refuse_network(event, arguments):
+    """Let no test reach another machine; an audit hook sees what any library tries."""
+    host = None
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    if host not in _HERE:
+        raise RuntimeError(f"a test asks for the network: {event} {host}")
+
+
+sys.addaudithook(_refuse_network)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kills", type=int, default=10, help="kills of training, converting, saving (test_faults)"
+    )
 
 
 @pytest.fixture
