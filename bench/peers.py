@@ -23,6 +23,7 @@ import fastsfvae as sf
 from bench.problems import GAMMA, NOISE_VAR, Problem, autocast
 from fastsfvae.elbo import gaussian_kl
 from fastsfvae.objectives import Sampling, SamplingFree
+from fastsfvae.ranges import span
 
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -178,7 +179,8 @@ EAGER = tuple(name for name in DECODER_LOSSES if "compiled" not in name)
 
 def _posterior(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     # As training does it: out of autocast's bfloat16.
-    mean, log_var = encoder(x)
+    with span("encode"):
+        mean, log_var = encoder(x)
     return mean.to(x.dtype), log_var.to(x.dtype)
 
 

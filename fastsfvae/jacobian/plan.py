@@ -243,7 +243,8 @@ class _Emitter:
         if found is not None and (found.several or not contains(others, self.jets)):
             described = self._described(node)
             chosen = found.on(self.backend, *described)
-            function, handled = chosen.bind(self._private(node.args[0])), "rule"
+            label = f"{packet} {self.trace.paths.get(node, '')}".rstrip()
+            function, handled = chosen.bind(self._private(node.args[0]), label), "rule"
             if not found.pulls(*described):
                 self._obstruct(f"{packet} has no adjoint", node)
             if chosen is found.fused:

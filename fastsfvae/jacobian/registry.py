@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsfvae.jacobian.jet import Jet
 from fastsfvae.jacobian.tape import current_tape, flat
+from fastsfvae.ranges import span
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,20 +69,23 @@ class Rule:
         fused = self.fused if backend == "triton" else None
         return fused if fused is not None and fused.pulls(args, kwargs) else self
 
-    def bind(self, private: bool = False) -> Callable[..., Any]:
+    def bind(self, private: bool = False, label: str = "") -> Callable[..., Any]:
         """The function that runs, and is recorded where a tape is running.
 
         Args:
             private: whether nothing else reads the first argument's memory.
+            label: its name for a profiler; that of the rule where none is given.
         """
+        label = label or self.name
 
         def run(*args: Any, **kwargs: Any) -> Any:
             tape = current_tape()
-            if tape is None:
-                return self.forward(*args, **kwargs)
-            if self.lean is not None:
-                return tape.record(self, self.lean, (private, *args), kwargs, skip=1)
-            return tape.record(self, self.forward, args, kwargs)
+            with span(label):
+                if tape is None:
+                    return self.forward(*args, **kwargs)
+                if self.lean is not None:
+                    return tape.record(self, self.lean, (private, *args), kwargs, label, skip=1)
+                return tape.record(self, self.forward, args, kwargs, label)
 
         return run
 

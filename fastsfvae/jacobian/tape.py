@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.jet import Jet
+from fastsfvae.ranges import span
 
 if TYPE_CHECKING:
     from fastsfvae.jacobian.registry import Rule
@@ -32,6 +33,7 @@ class _Entry(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     out: Any
+    label: str
 
 
 class _Gradient(NamedTuple):
@@ -77,7 +79,13 @@ class Tape:
         return self._once[key]
 
     def record(
-        self, rule: Rule, function: Callable[..., Any], args: tuple, kwargs: dict, skip: int = 0
+        self,
+        rule: Rule,
+        function: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        label: str,
+        skip: int = 0,
     ) -> Any:
         """Call `function(*args, **kwargs)` for a rule whose own arguments begin at `skip`."""
         if rule.composed:
@@ -93,7 +101,7 @@ class Tape:
             fresh = [r for r in results if isinstance(r, Jet) and id(r) not in self._active]
             if fresh:
                 self._active.update(map(id, fresh))
-                self._entries.append(_Entry(rule, args, kwargs, out))
+                self._entries.append(_Entry(rule, args, kwargs, out, label))
         return out
 
     def pull(self, out: Jet, grad: Jet) -> None:
@@ -117,9 +125,10 @@ class Tape:
                 for arg in entry.args
             )
             assert entry.rule.adjoint is not None
-            results = entry.rule.adjoint(
-                gradient.value, entry.out, needs, *entry.args, **entry.kwargs
-            )
+            with span(entry.label, "backward"):
+                results = entry.rule.adjoint(
+                    gradient.value, entry.out, needs, *entry.args, **entry.kwargs
+                )
             # An adjoint may leave out trailing arguments, and name some that were not given.
             results = (*results, *[None] * len(needs))[: len(needs)]
             for arg, need, result in zip(entry.args, needs, results, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsfvae import reference
 from fastsfvae.ops import _library
+from fastsfvae.ranges import ranged
 
 
 def gram_project(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +37,7 @@ def gram_project(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Tensor, Te
     return _forward(J, r)
 
 
+@ranged("gram")
 def gram_project_forward(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """`gram_project` for use inside an autograd.Function: the same values, no graph of its own."""
     if backend == "triton":
@@ -44,6 +46,7 @@ def gram_project_forward(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Te
     return _forward(J, r)
 
 
+@ranged("gram backward")
 def gram_project_backward(
     J: Tensor,
     r: Tensor,
