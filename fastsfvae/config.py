@@ -68,6 +68,9 @@ class TrainConfig:
     """GiB of the device's memory that the training images may take; a larger set is streamed to it
     while it computes. 0: half of what a GPU has free, no limit on the CPU."""
 
+    train_images: int = 0
+    """Train on the first so many images only; 0 takes all."""
+
     latent_dim: int = 16
     """Number of latent dimensions m; 2 adds a figure of the latent plane."""
 
@@ -148,6 +151,8 @@ class TrainConfig:
             raise ValueError(
                 f"image_size={self.image_size} and crop={self.crop} must be sizes in pixels"
             )
+        if self.train_images < 0:
+            raise ValueError(f"train_images={self.train_images} must not be negative")
         if not 0 <= self.data_budget < math.inf:
             raise ValueError(f"data_budget={self.data_budget} must be finite and not negative")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -230,9 +235,10 @@ class TrainConfig:
         """Load the "train" or "test" images, uint8 ``[N, C, H, W]`` as the model takes them.
 
         Raises:
-            FileNotFoundError, ValueError, RuntimeError: as `fastsfvae.data.load.load_images`.
+            FileNotFoundError, ValueError, RuntimeError: as `fastsfvae.data.load.load_images`, or
+                where the set has fewer than `train_images`.
         """
-        return load_images(
+        images = load_images(
             self.data,
             self.data_dir,
             split,
@@ -241,6 +247,13 @@ class TrainConfig:
             crop=DATA_SETS[self.data].crop if self.crop == -1 else self.crop,
             padding=self.padding,
         )
+        if split != "train" or not self.train_images:
+            return images
+        if self.train_images > len(images):
+            raise ValueError(
+                f"train_images={self.train_images} but data={self.data!r} has {len(images)}"
+            )
+        return images[: self.train_images]
 
     def resolve_device(self) -> torch.device:
         """The device that `device` names, or RuntimeError / ValueError where there is none."""
