@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gram_project, tangent_activation, woodbury
+from . import gram_project, tangent_activation, woodbury, woodbury_float64
 from ._launch import Configuration
 
 # Shared memory that one block can have, in KiB, by compute capability.
@@ -69,7 +69,7 @@ class Row:
 
 def configurations() -> list[Configuration]:
     """Every configuration of every kernel, from the modules that launch them."""
-    modules = (gram_project, woodbury, tangent_activation)
+    modules = (gram_project, woodbury, woodbury_float64, tangent_activation)
     return list(chain.from_iterable(module.configurations() for module in modules))
 
 

@@ -25,11 +25,6 @@ from torch import Tensor
 from ._contract import WOODBURY_MAX_M, Woodbury
 from ._launch import Configuration
 
-# Four float32 epsilons: the share of C_kk below which a pivot is rounding noise.
-_PIVOT_EPS = tl.constexpr(4 * 2.0**-23)
-# sqrt(eps): below this share of C_kk a pivot has lost more than half of its digits.
-_HALF_EPS = tl.constexpr(2.0**-11.5)
-
 
 @triton.jit(do_not_specialize=["B", "m", "splits"])
 def _woodbury_fwd_kernel(
@@ -53,40 +48,52 @@ def _woodbury_fwd_kernel(
     splits,
     BLOCK_M: tl.constexpr,
     SUMS: tl.constexpr,
+    RESCUE: tl.constexpr,
 ):
+    # A rescue computes lost samples again, in float64, and leaves the others alone.
+    dtype: tl.constexpr = tl.float64 if RESCUE else tl.float32
+    EPS: tl.constexpr = 2.0**-52 if RESCUE else 2.0**-23
+    # The share of C_kk below which a pivot is rounding noise.
+    PIVOT_EPS: tl.constexpr = 4 * EPS
+    # Below this share of C_kk, sqrt(eps), a pivot has lost more than half of its digits.
+    HALF_EPS: tl.constexpr = 2.0**-26 if RESCUE else 2.0**-11.5
     b = tl.program_id(0).to(tl.int64)
+    if RESCUE:
+        if tl.load(lost_ptr + b) == 0:
+            return
     i = tl.arange(0, BLOCK_M)
     inside = i < m
     tile = inside[:, None] & inside[None, :]
     at = i[:, None] * m + i[None, :]
     diagonal = i[:, None] == i[None, :]
 
-    G = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    p = tl.zeros([BLOCK_M], tl.float32)
-    rr = 0.0
+    G = tl.zeros([BLOCK_M, BLOCK_M], dtype)
+    p = tl.zeros([BLOCK_M], dtype)
     for split in range(0, splits):
         part = split * B + b
         G += tl.load(g_ptr + part * m * m + at, mask=tile, other=0.0)
         p += tl.load(p_ptr + part * m + i, mask=inside, other=0.0)
-        rr += tl.load(rr_ptr + part)
+    rr = tl.load(rr_ptr + b)
+    for split in range(1, splits):
+        rr += tl.load(rr_ptr + split * B + b)
     if SUMS:
         tl.store(g_sum_ptr + b * m * m + at, G, mask=tile)
         tl.store(p_sum_ptr + b * m + i, p, mask=inside)
         tl.store(rr_sum_ptr + b, rr)
-    s = tl.sqrt(tl.load(h_ptr + b * m + i, mask=inside, other=0.0))
-    c = tl.load(c_ptr + b)
+    s = tl.sqrt(tl.load(h_ptr + b * m + i, mask=inside, other=0.0).to(dtype))
+    c = tl.load(c_ptr + b).to(dtype)
     A = s[:, None] * G * s[None, :]
     a = tl.sum(tl.where(diagonal, A, 0.0), 0)
-    floor = tl.maximum(c, (c + a) * _PIVOT_EPS)
+    floor = tl.maximum(c, (c + a) * PIVOT_EPS)
 
     # One tile holds both factors: after step k its columns up to k are L^-1 and the others are what
     # is left of C. Row k of L^-1, e_k, is final at step k, which adds its share of the inverse:
     # C^-1 = sum_k e_k e_k^T / d_k.
     T = tl.where(diagonal, c + A, A)
-    C_inv = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    C_inv = tl.zeros([BLOCK_M, BLOCK_M], dtype)
     v = s * p
-    w = tl.zeros([BLOCK_M], tl.float32)
-    pivots = tl.zeros([BLOCK_M], tl.float32) + c
+    w = tl.zeros([BLOCK_M], dtype)
+    pivots = tl.zeros([BLOCK_M], dtype) + c
     lost = 0
     # The padding is never a pivot and its rows of T are 0, so it takes no part.
     for k in range(0, m):
@@ -111,7 +118,7 @@ def _woodbury_fwd_kernel(
             - multiplier[:, None] * tl.where(is_k, 1.0, row)[None, :]
         )
 
-    lost = tl.maximum(lost, tl.max((pivots < (c + a) * _HALF_EPS).to(tl.int32), 0))
+    lost = tl.maximum(lost, tl.max((pivots < (c + a) * HALF_EPS).to(tl.int32), 0))
     # v has become vhat, and a padded lane's pivot is c. Summed here, over lanes, rather than in the
     # loop: a tree of additions loses less than a chain.
     log_det = tl.sum(tl.log(pivots / c), 0)
@@ -131,7 +138,8 @@ def _woodbury_fwd_kernel(
     tl.store(lost_ptr + b, lost.to(tl.uint8))
 
 
-def _block_m(m: int) -> int:
+def woodbury_block(m: int) -> int:
+    """The side of the tile that holds an m x m system."""
     return max(16, triton.next_power_of_2(m))
 
 
@@ -190,13 +198,14 @@ def _launch(
     K = torch.empty((B, m, m), dtype=h.dtype, device=h.device)
     y, q, w = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
     lost = torch.empty((B,), dtype=torch.bool, device=h.device)
-    block_m = _block_m(m)
+    block_m = woodbury_block(m)
     with torch.cuda.device_of(h):
         _woodbury_fwd_kernel[(B,)](
             *(G, p, rr, h, c, log_det, explained, K, y, q, w, lost.view(torch.uint8)),
             *(*(sums or (G, p, rr)), B, m, splits),
             BLOCK_M=block_m,
             SUMS=sums is not None,
+            RESCUE=False,
             num_warps=_num_warps(block_m),
         )
     return Woodbury(log_det, explained, K, y, q, w, lost)
@@ -211,6 +220,6 @@ def configurations() -> Iterator[Configuration]:
             _woodbury_fwd_kernel,
             f"m={block_m}" + (" sums" if sums else ""),
             types,
-            {"BLOCK_M": block_m, "SUMS": sums},
+            {"BLOCK_M": block_m, "SUMS": sums, "RESCUE": False},
             num_warps=_num_warps(block_m),
         )

@@ -83,16 +83,29 @@ def _(J, r, M, u, g_rr):
 
 @torch.library.custom_op("fastsfvae::woodbury", mutates_args=())
 def woodbury(
-    G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor
+    G: Tensor,
+    p: Tensor,
+    rr: Tensor,
+    h: Tensor,
+    c: Tensor,
+    J: Tensor | None = None,
+    r: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One factorisation a sample -> (log_det, explained, K, y, q, w, lost); m <= 64."""
-    from fastsfvae.kernels.woodbury import woodbury_fwd
+    """One factorisation a sample -> (log_det, explained, K, y, q, w, lost); m <= 64.
 
-    return tuple(woodbury_fwd(G, p, rr, h, c))
+    Lost samples are rescued where J and r are given.
+    """
+    from fastsfvae.kernels.woodbury import woodbury_fwd
+    from fastsfvae.kernels.woodbury_float64 import rescue
+
+    solved = woodbury_fwd(G, p, rr, h, c)
+    if J is not None and r is not None:
+        rescue(J, r, h, c, solved)
+    return tuple(solved)
 
 
 @woodbury.register_fake
-def _(G, p, rr, h, c):
+def _(G, p, rr, h, c, J=None, r=None):
     B, m = h.shape
     sample, vector = (lambda: c.new_empty((B,))), (lambda: h.new_empty((B, m)))
     lost = h.new_empty((B,), dtype=torch.bool)
@@ -101,11 +114,17 @@ def _(G, p, rr, h, c):
 
 @torch.library.custom_op("fastsfvae::gram_woodbury", mutates_args=())
 def gram_woodbury(J: Tensor, r: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
-    """`gram_project`, then `woodbury` on its partial sums: their ten results, in two launches."""
+    """`gram_project`, then `woodbury` on its partial sums: their ten results, in two launches.
+
+    Two more rescue lost samples, if J is float32.
+    """
     from fastsfvae.kernels.gram_project import gram_project_partials
     from fastsfvae.kernels.woodbury import woodbury_of_partials
+    from fastsfvae.kernels.woodbury_float64 import rescue
 
     sums, solved = woodbury_of_partials(*gram_project_partials(J, r), h, c)
+    if J.dtype == torch.float32:
+        rescue(J, r, h, c, solved)
     return [*sums, *solved]
 
 

@@ -125,16 +125,13 @@ def low_rank_forward(
     backend: str,
 ) -> Solved:
     """`low_rank_terms` without a graph of its own, for use inside an autograd.Function."""
-    first = None
+    given = jacobian, residual, noise_var
     if _fits_triton(jacobian, backend):
         sums, first = gram_woodbury_triton(jacobian, residual, latent_var, noise_var)
     else:
         sums = gram_project_forward(jacobian, residual, backend)
-    rescue = jacobian, residual, noise_var
-    first = _factorised(sums, latent_var, rescue, backend, first)
-    second = None
-    if second_var is not None:
-        second = _factorised(sums, second_var, rescue, backend)
+        first = _factorised(sums, latent_var, given, backend)
+    second = None if second_var is None else _factorised(sums, second_var, given, backend)
     return Solved(*sums, first, second)
 
 
@@ -283,25 +280,25 @@ def _factorised(
     latent_var: Tensor,
     given: tuple[Tensor, Tensor, Tensor],
     backend: str,
-    solved: Woodbury | None = None,
 ) -> Woodbury:
-    """The factorisation of one Gram's system, with the float64 rescue of lost samples on the CPU.
+    """The factorisation of one Gram's system, with the float64 rescue of lost samples.
 
     A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c. Products of float32 numbers
-    are exact in float64, so a lost sample's Gram is formed again there; only those samples pay. On
-    CUDA the choice would synchronise with the host, so there the flag alone is returned.
+    are exact in float64, so a lost sample's Gram is formed again there; only those samples pay. The
+    Triton kernels do so on the device. Without them, on CUDA, the choice would synchronise with the
+    host, so there the flag alone is returned.
 
     Args:
         sums: G, p and rr.
         latent_var: h.
         given: J, r and c, in which `sums` originate.
         backend: "torch" or "triton".
-        solved: the factorisation where there is one already, which lost samples overwrite.
     """
     jacobian, residual, noise_var = given
-    if solved is None:
-        solve = woodbury_triton if _fits_triton(jacobian, backend) else woodbury_native
-        solved = solve(*sums, latent_var, noise_var)
+    if _fits_triton(jacobian, backend):
+        rescue = (jacobian, residual) if jacobian.dtype == torch.float32 else ()
+        return woodbury_triton(*sums, latent_var, noise_var, *rescue)
+    solved = woodbury_native(*sums, latent_var, noise_var)
     if jacobian.dtype != torch.float32 or jacobian.device.type != "cpu":
         return solved
     if not bool(solved.lost.any()):

@@ -117,7 +117,9 @@ def _factorise_blocked(C: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor
 def gram_woodbury_triton(
     jacobian: Tensor, residual: Tensor, latent_var: Tensor, noise_var: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Woodbury]:
-    """``(G, p, rr)`` and the factorisation of their system, in two launches; no graph of its own.
+    """``(G, p, rr)`` and the factorisation of their system; no graph of its own.
+
+    Where J is float32, lost samples are rescued (`fastsfvae.kernels.woodbury_float64`).
 
     Args:
         jacobian: J, ``[B, m, n]`` with m <= 64; float32, bfloat16 or float16.
@@ -136,7 +138,13 @@ def gram_woodbury_triton(
 
 
 def woodbury_triton(
-    gram: Tensor, projection: Tensor, rr: Tensor, latent_var: Tensor, noise_var: Tensor
+    gram: Tensor,
+    projection: Tensor,
+    rr: Tensor,
+    latent_var: Tensor,
+    noise_var: Tensor,
+    jacobian: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Woodbury:
     """Factorise C = cI + S G S in one launch; no graph of its own.
 
@@ -146,6 +154,8 @@ def woodbury_triton(
         rr: r^T r, float32 ``[B]``.
         latent_var: h >= 0, float32 ``[B, m]``.
         noise_var: c > 0, float32 ``[B]``.
+        jacobian: J, float32 ``[B, m, n]``, given with r to rescue lost samples in two more.
+        residual: r, ``[B, n]``.
 
     Raises:
         RuntimeError: a device that Triton cannot reach.
@@ -153,4 +163,6 @@ def woodbury_triton(
         ValueError: float64, or m above 64.
     """
     _library.require_triton(gram)
-    return Woodbury(*_library.woodbury(gram, projection, rr, latent_var, noise_var))
+    return Woodbury(
+        *_library.woodbury(gram, projection, rr, latent_var, noise_var, jacobian, residual)
+    )

@@ -1,0 +1,165 @@
+"""Rescue of lost samples: their Gram and factorisation again, in float64.
+
+A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c. Products of float32 numbers are
+exact in float64, so a sample marked lost is worth a second look wherever its float32 J is at hand.
+The host never learns which samples those are: every program reads its sample's flag and leaves at
+once where it is not set. Two launches: partial Grams, then the factorisation of `woodbury`.
+
+Floor, where nothing is lost: two launches that read B flags. A lost sample reads J once and does
+2 m^2 n float64 FLOPs, which cards for games run at 1/64 of their float32 rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._contract import Woodbury, rows_dense
+from ._launch import Configuration, cdiv, pointer
+from .woodbury import _woodbury_fwd_kernel, woodbury_block
+
+# Columns of J that one program sums up, at the least; and into how many parts n is cut at most.
+_COLUMNS = 512
+_MAX_SPLITS = 16
+
+
+@triton.jit(do_not_specialize=["B", "m", "splits"])
+def _gram_float64_kernel(
+    lost_ptr,  # [B], uint8
+    j_ptr,  # [B, m, n], unit stride in n
+    r_ptr,  # [B, n], unit stride in n
+    g_ptr,  # [splits, B, m, m], float64
+    p_ptr,  # [splits, B, m], float64
+    rr_ptr,  # [splits, B], float64
+    B,
+    m,
+    n,
+    splits,
+    n_per_split,
+    stride_j_b,
+    stride_j_m,
+    stride_r_b,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    split = pid % splits
+    b = (pid // splits).to(tl.int64)
+    if tl.load(lost_ptr + b) == 0:
+        return
+    i = tl.arange(0, BLOCK_M)
+    rows = j_ptr + b * stride_j_b + i.to(tl.int64)[:, None] * stride_j_m
+    first = split * n_per_split
+    last = tl.minimum(first + n_per_split, n)
+
+    G = tl.zeros([BLOCK_M, BLOCK_M], tl.float64)
+    p_lanes = tl.zeros([BLOCK_M, BLOCK_N], tl.float64)
+    rr_lanes = tl.zeros([BLOCK_N], tl.float64)
+    for start in range(first, last, BLOCK_N):
+        ks = start + tl.arange(0, BLOCK_N)
+        inside = ks < last
+        J = tl.load(rows + ks[None, :], mask=(i < m)[:, None] & inside[None, :], other=0.0)
+        J = J.to(tl.float64)
+        r = tl.load(r_ptr + b * stride_r_b + ks, mask=inside, other=0.0).to(tl.float64)
+        # No matrix instruction takes float64 on every card: one column of G at a time.
+        for k in range(0, m):
+            row = tl.load(
+                j_ptr + b * stride_j_b + tl.cast(k, tl.int64) * stride_j_m + ks,
+                mask=inside,
+                other=0.0,
+            )
+            column = tl.sum(J * row.to(tl.float64)[None, :], 1)
+            G += tl.where(i[None, :] == k, column[:, None], 0.0)
+        p_lanes += J * r[None, :]
+        rr_lanes += r * r
+
+    part = split * B + b
+    tile = (i < m)[:, None] & (i < m)[None, :]
+    tl.store(g_ptr + part * m * m + (i[:, None] * m + i[None, :]), G, mask=tile)
+    tl.store(p_ptr + part * m + i, tl.sum(p_lanes, 1), mask=i < m)
+    tl.store(rr_ptr + part, tl.sum(rr_lanes, 0))
+
+
+def rescue(J: Tensor, r: Tensor, h: Tensor, c: Tensor, solved: Woodbury) -> None:
+    """Compute lost samples again, in place; a flag stays set where float64 loses a pivot too.
+
+    Args:
+        J: float32 ``[B, m, n]`` with m <= 64.
+        r: ``[B, n]``.
+        h: float32 ``[B, m]``.
+        c: float32 ``[B]``.
+        solved: what `woodbury_fwd` made of them, dense as it returned it; overwritten.
+
+    Raises:
+        TypeError: J is not float32.
+    """
+    if J.dtype != torch.float32:
+        raise TypeError(f"J has dtype {J.dtype}: rounded tangents cannot be rescued in float64")
+    J, r = rows_dense(J), rows_dense(r)
+    h, c = h.contiguous(), c.contiguous()
+    B, m, n = J.shape
+    block_m = woodbury_block(m)
+    block_n = _block_n(block_m)
+    wanted = min(_MAX_SPLITS, cdiv(n, _COLUMNS))
+    n_per_split = cdiv(cdiv(n, block_n), wanted) * block_n
+    splits = cdiv(n, n_per_split)
+    sums = [
+        torch.empty((splits, B, *shape), dtype=torch.float64, device=J.device)
+        for shape in ((m, m), (m,), ())
+    ]
+    lost = solved.lost.view(torch.uint8)
+    with torch.cuda.device_of(J):
+        _gram_float64_kernel[(B * splits,)](
+            *(lost, J, r, *sums, B, m, n, splits, n_per_split),
+            *(J.stride(0), J.stride(1), r.stride(0)),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=_num_warps(block_m),
+        )
+        _woodbury_fwd_kernel[(B,)](
+            # Without SUMS the second three are not written.
+            *(*sums, h, c, *solved[:-1], lost, *sums, B, m, splits),
+            **_SOLVE,
+            BLOCK_M=block_m,
+            num_warps=_num_warps(block_m),
+        )
+
+
+_SOLVE = {"SUMS": False, "RESCUE": True}
+
+
+def _block_n(block_m: int) -> int:
+    return 2048 // block_m
+
+
+def _num_warps(block_m: int) -> int:
+    # A float64 takes two registers, and m = 64 holds three tiles of them.
+    return {16: 4, 32: 4, 64: 16}[block_m]
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every compilation of either kernel: the buckets of m, even and odd sizes."""
+    sums = {f"{name}_ptr": "*fp64" for name in ("g", "p", "rr")} | {"lost_ptr": "*u8"}
+    for block_m in (16, 32, 64):
+        for odd in ((), ("j_ptr", "r_ptr", "n", "stride_j_b", "stride_j_m", "stride_r_b")):
+            yield Configuration(
+                _gram_float64_kernel,
+                f"m={block_m}" + (" odd" if odd else ""),
+                sums | {"j_ptr": pointer(torch.float32), "r_ptr": pointer(torch.float32)},
+                {"BLOCK_M": block_m, "BLOCK_N": _block_n(block_m)},
+                _num_warps(block_m),
+                odd=odd,
+            )
+        names = "h c log_det explained k y q w".split()
+        more = {f"{name}_sum_ptr": "*fp64" for name in ("g", "p", "rr")}
+        yield Configuration(
+            _woodbury_fwd_kernel,
+            f"m={block_m} rescue",
+            sums | more | {f"{name}_ptr": "*fp32" for name in names},
+            {"BLOCK_M": block_m, **_SOLVE},
+            _num_warps(block_m),
+        )
