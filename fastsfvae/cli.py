@@ -87,8 +87,11 @@ def _train(options: list[str]) -> int:
     from fastsfvae import plots, report
 
     results = report.evaluate_run(run)
-    results.save(run.folder)
-    plots.save_figures(run)
+    try:
+        results.save(run.folder)
+        plots.save_figures(run)
+    except OSError as error:
+        return _fail(prog, str(error))
     print(report.table(results, run.config))
     print(f"results in {run.folder}")
     return 0
@@ -135,11 +138,11 @@ def _start(prog: str, options: list[str]):
         return parsed, training.start(parsed.config, parsed.out)
     if parsed.out is None:
         raise UsageError("--resume continues the run in --out: give --out runs/<name>")
+    folder = Path(parsed.out)
     # Options that are not given keep the values of the run, not this command's defaults.
-    saved = checkpoint.load_config(Path(parsed.out))
-    parsed = _parse(prog, options, saved)
+    parsed = _parse(prog, options, checkpoint.load_config(folder))
     _download(parsed)
-    return parsed, training.resume(parsed.out, parsed.config)
+    return parsed, training.resume(folder, parsed.config)
 
 
 def _download(arguments: TrainArguments) -> None:

@@ -29,10 +29,11 @@ _TAKEN_BY = {
     "kl_weight": _TAKE_KL_WEIGHT,
     "kl_weight_schedule": _TAKE_KL_WEIGHT,
     "gamma_schedule": ("sampling-free",),
+    "cuda_graph": ("sampling-free",),
 }
 
 # What a resumed run may change: how long and where it runs, not what is trained.
-CHANGEABLE = ("steps", "device", "backend", "compile", "data_dir", "data_budget")
+CHANGEABLE = ("steps", "device", "backend", "compile", "cuda_graph", "data_dir", "data_budget")
 
 # The fields that every version has written; one that is missing besides takes its default.
 _ALWAYS_WRITTEN = ("method", "model", "latent_dim", "seed", "steps")
@@ -125,6 +126,9 @@ class TrainConfig:
     compile: bool = False
     """Compile encoder, decoder and objective with torch.compile."""
 
+    cuda_graph: bool = False
+    """Replay the whole step as one CUDA graph (sampling-free, on one GPU)."""
+
     output_activation: OutputActivation = "none"
     """Last operation of the decoder."""
 
@@ -151,6 +155,8 @@ class TrainConfig:
             raise ValueError(
                 f"image_size={self.image_size} and crop={self.crop} must be sizes in pixels"
             )
+        if self.cuda_graph and self.compile:
+            raise ValueError("compile and cuda_graph exclude each other: give one of them")
         if self.train_images < 0:
             raise ValueError(f"train_images={self.train_images} must not be negative")
         if not 0 <= self.data_budget < math.inf:

@@ -23,11 +23,13 @@ from fastsfvae.checkpoint import (
 )
 from fastsfvae.config import CHANGEABLE, TrainConfig
 from fastsfvae.data.batches import ImageSet
+from fastsfvae.graphed import GraphedStep, make_graphed_step
 from fastsfvae.metrics import METRICS, rewind_metrics
 from fastsfvae.models import build
-from fastsfvae.objectives import Objective, Terms
+from fastsfvae.objectives import Objective, SamplingFree, Terms
 from fastsfvae.objectives.build import make_objective
 from fastsfvae.order import EVALUATION, WEIGHTS, mix_seed, to_unit
+from fastsfvae.ranges import span
 from fastsfvae.schedules import Schedule
 
 COLUMNS = ("step", "seconds", *Terms._fields)
@@ -55,7 +57,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor, generator: torch.Generator) -> Terms:
         """Evaluate the objective on images ``[B, C, H, W]``."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            mean, log_var = self.encoder(x)
+            with span("encode"):
+                mean, log_var = self.encoder(x)
             # The posterior's density is no place for eight bits.
             return self.objective(x, mean.float(), log_var.float(), generator=generator)
 
@@ -77,6 +80,7 @@ class Run:
         seconds: time spent training.
         window: terms of the steps since the last row of metrics.csv, ``[len(Terms), B]`` each, on
             the device: reading them every step would make the host wait for it.
+        graphed: the step as a CUDA graph, if it is to be one.
         lock: held while this process trains in the folder.
     """
 
@@ -90,6 +94,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     window: list[Tensor] = field(default_factory=list)
+    graphed: GraphedStep | None = None
     lock: FolderLock | None = None
 
     @property
@@ -132,6 +137,7 @@ def start(config: TrainConfig, out: str | os.PathLike[str] | None = None) -> Run
     # A resumed run of more steps must not stretch its schedules.
     config = replace(config, schedule_steps=config.schedule_steps or config.steps)
     run = _prepare(config)
+    _capture(run)
     if writes:
         run.folder = _make_folder(config, out)
         run.lock = FolderLock(run.folder)
@@ -170,6 +176,7 @@ def resume(folder: str | os.PathLike[str], config: TrainConfig | None = None) ->
     _restore(run, state)
     if run.step > config.steps:
         raise ValueError(f"steps={config.steps} but {folder} is already at step {run.step}")
+    _capture(run)
     if writes:
         write_text(folder / CONFIG, config.to_json())
         rewind_metrics(folder / METRICS, run.step, (*COLUMNS, *run.scheduled))
@@ -199,6 +206,9 @@ def _restore(run: Run, state: dict) -> None:
     load_modules(path, state, encoder=run.encoder, decoder=run.decoder)
     try:
         run.optimizer.load_state_dict(state["optimizer"])
+        for group in run.optimizer.param_groups:
+            # How it runs is this configuration's, not the checkpoint's.
+            group["capturable"] = run.config.cuda_graph
         run.step, run.seconds = int(state["step"]), float(state["seconds"])
         if len(state["window"]):
             rows = distributed.rows(run.config.batch_size)
@@ -238,9 +248,28 @@ def _prepare(config: TrainConfig) -> Run:
         # A decoder or backend that cannot run should say so before anything is written.
         z = torch.zeros(2, config.latent_dim, device=device)
         objective(to_unit(images[:2].to(device)), z, z)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.lr, fused=True, capturable=config.cuda_graph
+    )
     budget = round(config.data_budget * 2**30) or None
     return Run(config, device, model, optimizer, ImageSet(images, device, budget), scheduled)
+
+
+def _capture(run: Run) -> None:
+    """Record the step's graph; only now, since it reads weights and moments where they lie."""
+    objective = run.objective
+    if not (run.config.cuda_graph and isinstance(objective, SamplingFree)):
+        return
+    if distributed.size() > 1:
+        raise ValueError("cuda_graph captures one process: leave it out under torchrun")
+    x = to_unit(run.images[: run.config.batch_size])
+    run.graphed = make_graphed_step(
+        run.encoder,
+        objective.loss,
+        run.optimizer,
+        x,
+        autocast=torch.bfloat16 if run.model.autocast else None,
+    )
 
 
 def evaluation_generator(config: TrainConfig, device: torch.device) -> torch.Generator:

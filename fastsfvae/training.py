@@ -18,6 +18,7 @@ from fastsfvae.interrupt import deferred_interrupt
 from fastsfvae.metrics import METRICS, MetricsFile, Row
 from fastsfvae.objectives import Terms
 from fastsfvae.objectives.build import make_objective as make_objective
+from fastsfvae.objectives.sampling_free import terms_of
 from fastsfvae.order import LAYERS, NOISE, iterate_orders, mix_seed, to_unit
 from fastsfvae.run import Run, save
 from fastsfvae.run import evaluation_generator as evaluation_generator
@@ -51,9 +52,8 @@ def train(run: Run, *monitors: Monitor) -> None:
     """
     run.model.train()
     config, row, writes = run.config, Row(), distributed.rank() == 0
-    # An auto-encoder leaves the posterior's variance alone.
-    model = distributed.wrap(run.model, unused_parameters=config.method == "auto-encoder")
     noise = torch.Generator(run.device)
+    step = _make_step(run, noise)
     rows = distributed.rows(config.batch_size)
     orders = iterate_orders(len(run.images), config.batch_size, config.seed, run.step, rows)
     batches = run.images.batches(orders)
@@ -62,17 +62,12 @@ def train(run: Run, *monitors: Monitor) -> None:
     try:
         with deferred_interrupt() as interrupted, MetricsFile(metrics_path) as metrics:
             while not (run.finished or _all_stop(run, interrupted.is_set())):
-                x = to_unit(next(batches))
                 _seed_step(run, noise)
                 for schedule, value in run.scheduled.values():
                     value.fill_(schedule.at(run.step))
-                terms = model(x, noise)
-                run.optimizer.zero_grad()
-                terms.loss.backward()
-                run.optimizer.step()
-
+                terms = step(to_unit(next(batches)))
                 run.step += 1
-                run.window.append(torch.stack(torch.broadcast_tensors(*terms)).detach())
+                run.window.append(torch.stack(torch.broadcast_tensors(*terms)))
                 if run.step % LOG_EVERY == 0 or run.finished:
                     run.seconds = time.perf_counter() - started
                     row = _close_window(run)
@@ -92,6 +87,25 @@ def train(run: Run, *monitors: Monitor) -> None:
     finally:
         if run.lock is not None:
             run.lock.release()
+
+
+def _make_step(run: Run, noise: torch.Generator) -> Callable[[Tensor], Terms]:
+    """What a batch ``[B, C, H, W]`` does to the run: forward, backward, update."""
+    if run.graphed is not None:
+        graphed = run.graphed
+        return lambda x: terms_of(*graphed(x))
+    # An auto-encoder leaves the posterior's variance alone.
+    unused = run.config.method == "auto-encoder"
+    model = distributed.wrap(run.model, unused_parameters=unused)
+
+    def step(x: Tensor) -> Terms:
+        terms = model(x, noise)
+        run.optimizer.zero_grad()
+        terms.loss.backward()
+        run.optimizer.step()
+        return Terms(*(term.detach() for term in terms))
+
+    return step
 
 
 def _seed_step(run: Run, noise: torch.Generator) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastsfvae.elbo import Elbo
 from fastsfvae.loss import SamplingFreeLoss
 from fastsfvae.objectives.terms import Terms
 
@@ -27,4 +28,9 @@ class SamplingFree:
     ) -> Terms:
         """Evaluate; see `Objective`. `squared_error` is the one at the mean."""
         loss, elbo = self.loss(x, mean, log_var, return_terms=True)
-        return Terms(loss, elbo.elbo, elbo.log_likelihood, elbo.kl, elbo.squared_error)
+        return terms_of(loss, elbo)
+
+
+def terms_of(loss: Tensor, elbo: Elbo) -> Terms:
+    """What `SamplingFreeLoss` returns, in the objectives' common form."""
+    return Terms(loss, elbo.elbo, elbo.log_likelihood, elbo.kl, elbo.squared_error)
