@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae import likelihood_adjoint
-from fastsfvae.jacobian import flatten_in_memory_order
-from fastsfvae.jacobian.jet import Jet, full_tangent, latent_jet
+from fastsfvae.jacobian.chunked import empty_gradient, flatten_in_memory_order
+from fastsfvae.jacobian.jet import full_tangent, latent_jet
 from fastsfvae.jacobian.linearize import Linearizer, chunk_bounds
 from fastsfvae.jacobian.sweep import Sweep, default_chunk, find_program, program_of
 from fastsfvae.jacobian.validate import check_chunk_size
@@ -178,8 +178,7 @@ def decoder_likelihood(
                 terms.append(found.terms)
                 if not any(needs) or cotangents is None:
                     continue
-                grad = _empty_gradient(chunk.output)
-                dJ, df = flatten_in_memory_order(full_tangent(grad), grad.primal)
+                grad, dJ, df = empty_gradient(chunk.output)
                 pulled = likelihood_adjoint.pull(found, inputs, cotangents[:, rows], dJ, kind)
                 # r = x - f
                 df.copy_(pulled.residual).neg_()
@@ -201,16 +200,6 @@ def decoder_likelihood(
         grad_gamma.to(gamma.dtype),
     ]
     return [values, *(g for g, need in zip(first, needs, strict=False) if need), *others]
-
-
-def _empty_gradient(output: Jet) -> Jet:
-    """Memory for the gradient of a decoder's output, laid out as the output is."""
-    stack = output.stack
-    if stack is not None:
-        stack = torch.empty_like(stack)
-        return Jet(stack[0], stack[1:], stack)
-    tangent = full_tangent(output)
-    return Jet(torch.empty_like(output.primal), torch.empty_like(tangent))
 
 
 @decoder_likelihood.register_fake

@@ -51,6 +51,16 @@ def fused_settings(**changes):
     return Settings(0.3, 0.6, 1.0, "precision", "torch", None)._replace(**changes)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+def test_an_output_whose_tangents_lie_in_any_order(monkeypatch, chunk_size):
+    # The first linear layer's tangents are its weight's columns: m is their fastest axis here.
+    lift = torch.nn.Linear(4, 12), torch.nn.Unflatten(1, (2, 2, 3)), torch.nn.PReLU()
+    decoder = torch.nn.Sequential(*lift).double()
+    tensors = batch(decoder)
+    want = recomputed(monkeypatch, decoder, tensors)
+    close(gradients(decoder, tensors, chunk_size=chunk_size), want)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_gradients_equal_reverse_mode_for_every_chunk_size(name, monkeypatch):
     decoder = build(name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.jacobian.jet import Jet, from_stack, full_tangent
 from fastsfvae.jacobian.linearize import Linearizer
 from fastsfvae.jacobian.reference import reference_jacobian
 from fastsfvae.jacobian.validate import check_chunk_size
@@ -69,11 +70,40 @@ def flatten_in_memory_order(tangents: Tensor, residual: Tensor) -> tuple[Tensor,
     Returns:
         (J, r): J is a view of `tangents` wherever its trailing axes are dense in some order.
     """
-    ndim = tangents.ndim
-    if ndim == 3 or tangents.is_contiguous():
-        return tangents.flatten(2).transpose(0, 1), residual.flatten(1)
-    # Slowest axis first, as they lie in memory.
-    strides = tangents.stride()
-    order = sorted(range(2, ndim), key=lambda axis: -strides[axis])
-    moved = tangents.permute(0, 1, *order).flatten(2)
-    return moved.transpose(0, 1), residual.permute(0, *(a - 1 for a in order)).flatten(1)
+    order = memory_order(tangents)
+    J = tangents.permute(0, 1, *(2 + axis for axis in order)).flatten(2).transpose(0, 1)
+    return J, residual.permute(0, *(1 + axis for axis in order)).flatten(1)
+
+
+def memory_order(tangents: Tensor) -> list[int]:
+    """The axes of *out in [m, B, *out], the slowest in memory first."""
+    strides = tangents.stride()[2:]
+    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
+
+
+def empty_gradient(output: Jet) -> tuple[Jet, Tensor, Tensor]:
+    """Memory for the gradient of a value and its tangents, and flat views of both parts.
+
+    Returns:
+        (gradient, dJ [B, m, n], df [B, n]): in the order of n that `flatten_in_memory_order`
+        takes for `output`. What is written into dJ and df is in the gradient, whatever the
+        strides of the output.
+    """
+    tangent = full_tangent(output)
+    order = memory_order(tangent)
+    sizes = [tangent.shape[2 + axis] for axis in order]
+    back = [order.index(axis) for axis in range(len(order))]
+
+    def shaped(flat: Tensor) -> Tensor:
+        lead = flat.ndim - 1
+        axes = (*range(lead), *(lead + axis for axis in back))
+        return flat.view(*flat.shape[:lead], *sizes).permute(axes)
+
+    m, b = tangent.shape[:2]
+    n = output.primal[0].numel()
+    if output.stack is not None:
+        flat = tangent.new_empty((1 + m, b, n))
+        return from_stack(shaped(flat)), flat[1:].transpose(0, 1), flat[0]
+    of_tangent, of_value = tangent.new_empty((m, b, n)), output.primal.new_empty((b, n))
+    gradient = Jet(shaped(of_value), shaped(of_tangent))
+    return gradient, of_tangent.transpose(0, 1), of_value

@@ -1,0 +1,111 @@
+"""No wrong Jacobian: decoders drawn from a grammar against jacrev and autograd, in float64."""
+
+import copy
+
+import torch
+from torch import nn
+
+import fastsfvae as sf
+from tests.grammar import M, draw_decoder
+
+PER_TEST = 25
+BATCH = 3
+EPS = torch.finfo(torch.float64).eps
+SETTINGS = {"noise_var": 0.3, "gamma": 0.7}
+
+
+def pytest_generate_tests(metafunc):
+    count = metafunc.config.getoption("--decoders")
+    metafunc.parametrize("first", range(0, count, PER_TEST))
+
+
+def _exact(decoder, z):
+    """(output, J [B, m, *out]), one backward pass for each output: nothing of torch.func."""
+    output = decoder(z)
+    rows = [
+        torch.autograd.grad(column.sum(), z, create_graph=True)[0]
+        for column in output.flatten(1).unbind(1)
+    ]
+    return output, torch.stack(rows, -1).unflatten(-1, output.shape[1:])
+
+
+class _PlainInstanceNorm(nn.Module):
+    """InstanceNorm in primitive operations.
+
+    PyTorch 2.14's own second derivative is wrong for some strides of the incoming gradient; finite
+    differences show it.
+    """
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+        scale, shift = (p.view(-1, 1, 1) for p in (self.norm.weight, self.norm.bias))
+        return (x - mean) / torch.sqrt(var + self.norm.eps) * scale + shift
+
+
+def _in_primitives(decoder):
+    """The same function of the same parameters for the oracle."""
+    twin = copy.deepcopy(decoder, {id(p): p for p in decoder.parameters()})
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.InstanceNorm2d):
+                setattr(module, name, _PlainInstanceNorm(child))
+    return twin
+
+
+def _exact_results(decoder, x, z, log_var, wanted):
+    """Output, J and the loss's gradients."""
+    output, jacobian = _exact(_in_primitives(decoder), z)
+    loss = _reference_loss(x, z, log_var, output, jacobian)
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    return [t.detach() for t in (output, jacobian, *gradients)]
+
+
+def test_jacobians_and_gradients_of_random_decoders(first, largest_error):
+    for seed in range(first, first + PER_TEST):
+        decoder = draw_decoder(seed)
+        generator = torch.Generator().manual_seed(seed)
+        z, log_var = (
+            torch.randn(BATCH, M, dtype=torch.float64, generator=generator).requires_grad_()
+            for _ in range(2)
+        )
+        wanted = [z, log_var, *(p for p in decoder.parameters() if p.requires_grad)]
+        output, jacobian = sf.decode_with_jacobian(decoder, z, chunk_size=2)
+        x = torch.randn(output.shape, dtype=torch.float64, generator=generator)
+        # The fused loss ends its gradients by the rules' adjoints, not by autograd.
+        loss = sf.SamplingFreeLoss(decoder, chunk_size=2, backend="torch", **SETTINGS)
+        gradients = torch.autograd.grad(loss(x, z, log_var), wanted)
+
+        exact = _exact_results(decoder, x, z, log_var, wanted)
+        # How much the answer depends on the last bits of z: norms of nearly equal values do.
+        nudged = (z.detach() * (1 + 8 * EPS)).requires_grad_()
+        moved = _exact_results(decoder, x, nudged, log_var, [nudged, *wanted[1:]])
+        names = ("the output", "J", *["a gradient"] * len(gradients))
+        for name, got, want, other in zip(
+            names, (output, jacobian, *gradients), exact, moved, strict=True
+        ):
+            scale = max(1.0, float(want.abs().max()))
+            allowed = 500 * EPS * scale + 50 * float((want - other).abs().max())
+            error = float((got.detach() - want).abs().max())
+            assert error <= allowed, f"{name} of decoder {seed} is off by {error:.1e}: {decoder}"
+            largest_error(f"float64: {name} of random decoders", error / scale)
+
+
+def _reference_loss(x, mean, log_var, output, jacobian):
+    """The loss as its formula reads, through a dense covariance."""
+    noise_var, gamma = SETTINGS["noise_var"], SETTINGS["gamma"]
+    r, J = (x - output).flatten(1), jacobian.flatten(2)
+    n = r.shape[1]
+    factor = J * (0.5 * log_var).exp().unsqueeze(-1)
+    sigma = factor.mT @ factor + noise_var * torch.eye(n, dtype=r.dtype)
+    log_det = torch.linalg.slogdet(sigma / noise_var).logabsdet
+    squared = r.square().sum(-1)
+    solved = (r * torch.linalg.solve(sigma, r)).sum(-1)
+    mixed = gamma * solved + (1 - gamma) * squared / noise_var
+    constant = n * torch.log(torch.tensor(2 * torch.pi * noise_var, dtype=r.dtype))
+    log_likelihood = -0.5 * (constant + log_det + mixed)
+    kl = 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
+    return (kl - log_likelihood).mean()
