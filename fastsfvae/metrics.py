@@ -21,13 +21,13 @@ def rewind_metrics(path: Path, step: int, columns: Collection[str]) -> None:
         ValueError: for a damaged file, in one line.
     """
     try:
-        header, *rows = path.read_text().splitlines() if path.is_file() else [",".join(columns)]
-        if unknown := set(header.split(",")) - set(columns):
-            raise ValueError(f"unknown columns {', '.join(map(repr, sorted(unknown)))}")
-        # A full disk may have cut the last row short; its step, the first cell, is whole in a row
-        # that has them all.
-        whole = (row for row in rows if row.count(",") == header.count(","))
-        kept = [row for row in whole if int(row.split(",")[0]) <= step]
+        text = path.read_text() if path.is_file() else ",".join(columns) + "\n"
+        # What a full disk has cut short has no newline.
+        whole = text.split("\n")[:-1]
+        if not whole or set(whole[0].split(",")) - set(columns):
+            raise ValueError(f"its first line should be {','.join(columns)}")
+        header, *rows = whole
+        kept = [row for row in rows if int(row.split(",")[0]) <= step]
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}): restore it, or move it away to go on without its rows"

@@ -141,10 +141,17 @@ def start(config: TrainConfig, out: str | os.PathLike[str] | None = None) -> Run
     if writes:
         run.folder = _make_folder(config, out)
         run.lock = FolderLock(run.folder)
-        rewind_metrics(run.folder / METRICS, 0, (*COLUMNS, *run.scheduled))
-        save(run)
-        # The last of the three: a folder that has it can be resumed.
-        write_text(run.folder / CONFIG, config.to_json())
+        try:
+            rewind_metrics(run.folder / METRICS, 0, (*COLUMNS, *run.scheduled))
+            save(run)
+            # The last of the three: a folder that has it can be resumed.
+            write_text(run.folder / CONFIG, config.to_json())
+        except OSError:
+            # A disk that was full must not use up the name.
+            for name in (METRICS, CHECKPOINT):
+                (run.folder / name).unlink(missing_ok=True)
+            run.folder.rmdir()
+            raise
     return run
 
 
@@ -178,8 +185,8 @@ def resume(folder: str | os.PathLike[str], config: TrainConfig | None = None) ->
         raise ValueError(f"steps={config.steps} but {folder} is already at step {run.step}")
     _capture(run)
     if writes:
-        write_text(folder / CONFIG, config.to_json())
         rewind_metrics(folder / METRICS, run.step, (*COLUMNS, *run.scheduled))
+        write_text(folder / CONFIG, config.to_json())
     return run
 
 
