@@ -163,7 +163,7 @@ def conventions(config: TrainConfig, importance_samples: int) -> dict[str, Any]:
         "steps": config.steps,
         "torch": torch.__version__,
         "fastsfvae": __version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -214,7 +214,7 @@ def table(report: Report, config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with a + where files differ from it; None for an installed package."""
     here = Path(__file__).parent
 
