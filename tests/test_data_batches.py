@@ -1,12 +1,15 @@
 """Resident and streamed image sets: the same batches, and what each leaves out of a step."""
 
 import threading
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastsfvae import training
+from fastsfvae.config import TrainConfig
 from fastsfvae.data.batches import ImageSet
 
 IMAGES = torch.randint(0, 256, (20, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
@@ -86,6 +89,19 @@ def test_an_error_while_streaming_reaches_the_step():
     assert len(list(islice(batches, 3))) == 3
     with pytest.raises(IndexError, match="20"):
         next(batches)
+
+
+def test_training_is_the_same_to_the_bit(tmp_path):
+    config = TrainConfig("sampling", model="tanh", latent_dim=2, batch_size=8, steps=30)
+    runs = {}
+    # The bundled digits are 7 MB: they fit the one budget and not the other.
+    for budget in (1.0, 0.001):
+        runs[budget] = training.start(replace(config, data_budget=budget), tmp_path / str(budget))
+        assert runs[budget].images.streamed == (budget < 1)
+        training.train(runs[budget])
+    resident, streamed = (run.model.state_dict() for run in runs.values())
+    assert all(torch.equal(resident[name], streamed[name]) for name in resident)
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
 
 
 @pytest.mark.gpu
