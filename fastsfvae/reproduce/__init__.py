@@ -1,0 +1,93 @@
+"""The paper's tables and figures, each by one command.
+
+A table or figure is a list of cells (a training configuration, how it is measured, the paper's
+values) and a picture. One runner trains the cells through the ordinary training stack, measures
+them by `fastsfvae.evaluate` and stores every run; what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+from fastsfvae.checkpoint import write_text
+from fastsfvae.reproduce import tables
+from fastsfvae.reproduce.cells import Cell, Experiment, Options
+from fastsfvae.reproduce.runner import Interrupted, run_cells, stored_results
+from fastsfvae.reproduce.table4 import TABLE4
+
+EXPERIMENTS: dict[str, Experiment] = {"table4": TABLE4}
+_DPI = 150
+
+
+def choose(name: str, options: Options, only: str = "") -> list[Cell]:
+    """The cells of a table or figure's protocol.
+
+    Args:
+        name: one of `EXPERIMENTS`.
+        options: what is asked of the protocol.
+        only: a cell's name, or a pattern with * and ?; "" takes all.
+
+    Raises:
+        ValueError: for a pattern that no cell has, naming those that there are.
+    """
+    cells = EXPERIMENTS[name].cells(options)
+    chosen = [cell for cell in cells if not only or fnmatch(cell.name, only)]
+    if not chosen:
+        names = "; ".join(cell.name for cell in cells)
+        raise ValueError(f"--only {only!r} is no cell of {name}: it has {names}")
+    return chosen
+
+
+def reproduce(name: str, options: Options, out: Path, only: str = "") -> bool:
+    """Run what is not finished of a table or figure, and write what is.
+
+    Writes ``<name>.csv`` (beside the paper), ``<name>-runs.csv`` (every run), ``<name>.md`` and
+    ``<name>.png`` of all its stored runs into `out`, with ``-quick`` behind the name for a quick
+    version; the runs themselves lie in ``out/runs``.
+
+    Args:
+        name: one of `EXPERIMENTS`.
+        options: what is asked of its protocol.
+        out: the folder of results; other results in it stay.
+        only: as in `choose`.
+
+    Returns:
+        Whether all that was asked for is finished.
+
+    Raises:
+        ValueError: for a cell or setting that does not exist.
+        Interrupted: after the files were written.
+        OSError: where they cannot be.
+    """
+    chosen = choose(name, options, only)
+    asked = [options.apply(cell) for cell in chosen]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        run_cells(asked, out, lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True))
+    finally:
+        _write(name, [options.widen(cell) for cell in choose(name, options)], out, options.quick)
+    done = [result.steps == list(result.cell.at) for result in stored_results(asked, out)]
+    return all(done) and len(done) == sum(cell.seeds for cell in asked)
+
+
+def _write(name: str, cells: list[Cell], out: Path, quick: bool) -> None:
+    experiment, results = EXPERIMENTS[name], stored_results(cells, out)
+    if not results:
+        return
+    title = f"{experiment.title}{' (quick version, not the protocol)' if quick else ''}"
+    experiment = dataclasses.replace(experiment, title=title)
+    stem = f"{name}-quick" if quick else name
+    total = sum(cell.seeds for cell in cells)
+    write_text(out / f"{stem}.csv", tables.summary_csv(results))
+    write_text(out / f"{stem}-runs.csv", tables.runs_csv(results))
+    write_text(out / f"{stem}.md", tables.markdown(name, experiment, results, total))
+    figure = experiment.draw(results)
+    if figure is not None:
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(out / f"{stem}.png", dpi=_DPI, bbox_inches="tight")
+
+
+__all__ = ["EXPERIMENTS", "Interrupted", "Options", "choose", "reproduce"]

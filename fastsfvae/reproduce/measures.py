@@ -1,0 +1,168 @@
+"""How cells are evaluated: each a frozen dataclass of its settings, called with a trained run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsfvae import evaluate
+from fastsfvae.order import to_unit
+from fastsfvae.report import encode
+from fastsfvae.run import Run, evaluation_generator
+
+PIXELS = {"pixels": "[0, 1]"}
+
+
+def images_of(run: Run, split: str, count: int = 0) -> Tensor:
+    """The first `count` images of a split (0: all), ``[N, C, H, W]`` in [0, 1] on the device."""
+    images = run.config.load_images(split)
+    return to_unit(images[: count or None].to(run.device))
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Table 4: collapse, both reconstruction errors and KL on the training images.
+
+    Attributes:
+        samples: draws of q(z|x) per image for the sampled error.
+    """
+
+    samples: int = 10
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        """See `Measure`."""
+        return PIXELS | {
+            "collapse": "epsilon = 0.05 nats, delta = 0.01, percent of the latent dimensions",
+            "images": "the training images",
+            "error at the mean": "|x - f(mean)|^2, summed over pixels, averaged over images",
+            "error, sampled": f"the same at z ~ q(z|x), {self.samples} draws per image",
+            "/ c": "the same over the noise variance c",
+            "KL": "KL(q(z|x) || N(0, I)) in nats, summed over dimensions, averaged over images",
+        }
+
+    @torch.no_grad()
+    def __call__(self, run: Run) -> dict[str, float]:
+        """See `Measure`."""
+        x, c = images_of(run, "train"), run.config.noise_var
+        mean, log_var = encode(run.encoder, x)
+        collapse = evaluate.posterior_collapse(mean, log_var)
+        sampled = evaluate.sampled_elbo(
+            *(run.decoder, x, mean, log_var),
+            noise_var=c,
+            samples=self.samples,
+            generator=evaluation_generator(run.config, run.device),
+        )
+        at_mean = float(evaluate.squared_error_at_mean(run.decoder, x, mean).mean())
+        drawn = float(sampled.squared_error.mean())
+        return {
+            "collapse %": 100 * collapse.collapsed / collapse.latent_dim,
+            "error at the mean": at_mean,
+            "error, sampled": drawn,
+            "error at the mean / c": at_mean / c,
+            "error, sampled / c": drawn / c,
+            "KL": float(sampled.kl.mean()),
+        }
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Log marginal likelihood, sampled ELBO, errors and KL on held-out images.
+
+    Attributes:
+        samples: K, importance weights per image.
+        proposal: of the importance weights.
+        images: the first so many test images; 0 takes all.
+    """
+
+    samples: int
+    proposal: str = "defensive"
+    images: int = 0
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        """See `Measure`."""
+        return PIXELS | {
+            "images": f"the first {self.images:,} test images"
+            if self.images
+            else "all test images",
+            "log ML": f"{self.samples:,} importance weights per image, proposal {self.proposal}; "
+            "holds -(n/2) log(2 pi c)",
+            "NLL": "-log ML without that constant",
+            "sampled ELBO": "10 draws of q(z|x) per image; holds the constant",
+            "KL": "KL(q(z|x) || N(0, I)) in nats",
+        }
+
+    @torch.no_grad()
+    def __call__(self, run: Run) -> dict[str, float]:
+        """See `Measure`."""
+        x = images_of(run, "test", self.images)
+        mean, log_var = encode(run.encoder, x)
+        generator = evaluation_generator(run.config, run.device)
+        common = {"noise_var": run.config.noise_var, "generator": generator}
+        log_ml = evaluate.log_marginal_likelihood(
+            *(run.decoder, x, mean, log_var),
+            samples=self.samples,
+            proposal=self.proposal,
+            **common,
+        )
+        elbo = evaluate.sampled_elbo(run.decoder, x, mean, log_var, samples=10, **common)
+        return {
+            "NLL": -float(log_ml.without_constant.mean()),
+            "NLL, Monte Carlo error": evaluate.monte_carlo_error(log_ml.standard_error),
+            "median effective samples": float(log_ml.effective_samples.median()),
+            "log ML": float(log_ml.estimate.mean()),
+            "sampled ELBO": float(elbo.elbo.mean()),
+            "error at the mean": float(evaluate.squared_error_at_mean(run.decoder, x, mean).mean()),
+            "error, sampled": float(elbo.squared_error.mean()),
+            "KL": float(elbo.kl.mean()),
+        }
+
+
+@dataclass(frozen=True)
+class ObjectiveGap:
+    """The sampling-free objective beside the sampled ELBO, on the first test images.
+
+    Attributes:
+        images: how many.
+        samples: draws of q(z|x) per image.
+    """
+
+    images: int = 250
+    samples: int = 4
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        """See `Measure`."""
+        return PIXELS | {
+            "images": f"the first {self.images:,} test images",
+            "objective": "sampling-free, at gamma of that step; holds -(n/2) log(2 pi c); "
+            "not a bound",
+            "sampled ELBO": f"{self.samples} draws of q(z|x) per image; holds the constant",
+            "gap": "objective - sampled ELBO",
+        }
+
+    @torch.no_grad()
+    def __call__(self, run: Run) -> dict[str, float]:
+        """See `Measure`."""
+        config = run.config
+        x = images_of(run, "test", self.images)
+        mean, log_var = encode(run.encoder, x)
+        # What the last step was trained with.
+        gamma = config.schedules["gamma"].at(run.step - 1)
+        gap = evaluate.objective_gap(
+            *(run.decoder, x, mean, log_var),
+            noise_var=config.noise_var,
+            gamma=gamma,
+            likelihood=config.likelihood,
+            samples=self.samples,
+            generator=evaluation_generator(config, run.device),
+        )
+        return {
+            "gamma": gamma,
+            "objective": float(gap.objective.mean()),
+            "sampled ELBO": float(gap.elbo.mean()),
+            "gap": float(gap.gap.mean()),
+        }

@@ -1,0 +1,156 @@
+"""Train and evaluate the cells of a table or figure; what is finished is not done again.
+
+Below the folder of results, ``runs/<cell>-seed<k>-<digest>/`` is an ordinary training run and
+``runs/records/<cell>-seed<k>-<digest>.json`` what was measured of it. The digests stand for the
+configuration, so that another version of a protocol never meets the files of this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsfvae import training
+from fastsfvae.checkpoint import load_config, write_text
+from fastsfvae.config import CHANGEABLE, TrainConfig
+from fastsfvae.monitors import monitors
+from fastsfvae.report import commit
+from fastsfvae.reproduce.cells import Cell, Result
+
+RUNS = "runs"
+_RECORDS = "records"
+_INPUT_ERRORS = (TypeError, ValueError, RuntimeError, OSError)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; what was trained is saved."""
+
+
+def run_cells(cells: Sequence[Cell], out: Path, say: Callable[[str], object]) -> None:
+    """Bring every cell that can be run to its end.
+
+    Args:
+        cells: what to run.
+        out: the folder of results.
+        say: told, in one line each, what is run, missing or failed.
+
+    Raises:
+        Interrupted: between two steps, with the state saved.
+    """
+    for cell in cells:
+        if (missing := _missing_data(cell.config)) is not None:
+            say(f"{cell.name}: left out, {missing}")
+            continue
+        for seed in range(cell.seeds):
+            try:
+                _run(cell, seed, out, say)
+            except _INPUT_ERRORS as error:
+                say(f"{cell.name}, seed {seed}: failed, {error}")
+
+
+def stored_results(cells: Sequence[Cell], out: Path) -> list[Result]:
+    """The runs that were measured at one step or more, in the cells' order; nothing is trained."""
+    results = []
+    for cell in cells:
+        for seed in range(cell.seeds):
+            path, folder = _paths(cell, seed, out)
+            result = Result(cell, seed, folder, _read(path))
+            if result.steps:
+                results.append(result)
+    return results
+
+
+def _run(cell: Cell, seed: int, out: Path, say: Callable[[str], object]) -> None:
+    path, folder = _paths(cell, seed, out)
+    record = _read(path)
+    left = _steps_left(cell, record)
+    if left:
+        say(f"{cell.name}, seed {seed}: {cell.at[-1]:,} steps")
+    for step in left:
+        run = _train_to(cell, seed, step, folder)
+        run.model.eval()
+        record["measured"][str(step)] = cell.measure(run)
+        record |= _origin(cell, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def _train_to(cell: Cell, seed: int, step: int, folder: Path) -> training.Run:
+    """Start the run, or take it up, and train it to a step."""
+    if folder.exists():
+        # Only how long and where it runs is this call's.
+        now = {name: getattr(cell.config, name) for name in CHANGEABLE} | {"steps": step}
+        run = training.resume(folder, dataclasses.replace(load_config(folder), **now))
+    else:
+        # Its schedules last until the end, not until it is first measured.
+        changes: dict[str, Any] = {"seed": seed, "steps": step, "schedule_steps": cell.at[-1]}
+        run = training.start(dataclasses.replace(cell.config, **changes), folder)
+    with monitors(run) as watching:
+        training.train(run, *watching)
+    if not run.finished:
+        raise Interrupted
+    return run
+
+
+def _missing_data(config: TrainConfig) -> str | None:
+    """Why a configuration's data cannot be read; None if it can."""
+    try:
+        for split in ("train", "test"):
+            config.load_images(split)
+    except _INPUT_ERRORS as error:
+        return str(error)
+    return None
+
+
+def _paths(cell: Cell, seed: int, out: Path) -> tuple[Path, Path]:
+    """The record and the run's folder."""
+    trained = {k: v for k, v in vars(cell.config).items() if k not in CHANGEABLE and k != "seed"}
+    length = 0 if cell.continues else cell.at[-1]
+    name = f"{cell.slug}-seed{seed}"
+    folder = out / RUNS / f"{name}-{_digest(trained, length)}"
+    record = out / RUNS / _RECORDS / f"{name}-{_digest(trained, length, repr(cell.measure))}.json"
+    return record, folder
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A stored record, or an empty one."""
+    return json.loads(path.read_text()) if path.is_file() else {"measured": {}}
+
+
+def _steps_left(cell: Cell, record: dict[str, Any]) -> list[int]:
+    return [step for step in cell.at if str(step) not in record["measured"]]
+
+
+def _origin(cell: Cell, run: training.Run) -> dict[str, Any]:
+    """Where a record comes from."""
+    return {
+        "cell": cell.name,
+        "config": dataclasses.asdict(run.config),
+        "measure": repr(cell.measure),
+        "seconds": round(run.seconds, 2),
+        "device": _device_name(run.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

@@ -1,0 +1,145 @@
+"""Results of many runs beside the paper's: CSV for programs, Markdown for people."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from fastsfvae.reproduce.cells import Experiment, Published, Result
+
+
+class Summary(NamedTuple):
+    """One quantity of one cell after so many steps, over seeds.
+
+    Attributes:
+        cell: name of the cell.
+        step: steps it was trained for.
+        quantity: what was measured.
+        mean: over seeds.
+        spread: standard deviation over seeds; NaN for a single one.
+        seeds: number of finished runs.
+        paper: what the paper prints.
+    """
+
+    cell: str
+    step: int
+    quantity: str
+    mean: float
+    spread: float
+    seeds: int
+    paper: Published | None
+
+
+def summarise(results: Iterable[Result]) -> list[Summary]:
+    """Average the runs of each cell, in their order."""
+    by_cell: dict[str, list[Result]] = {}
+    for result in results:
+        by_cell.setdefault(result.cell.name, []).append(result)
+    summaries = []
+    for name, runs in by_cell.items():
+        cell = runs[0].cell
+        for step in sorted({step for run in runs for step in run.steps}):
+            measured = [run.measured(step) for run in runs if step in run.steps]
+            for quantity in measured[0]:
+                values = [quantities[quantity] for quantities in measured]
+                mean = statistics.fmean(values)
+                spread = statistics.stdev(values) if len(values) > 1 else math.nan
+                paper = cell.paper.get(quantity, {}).get(step)
+                summaries.append(Summary(name, step, quantity, mean, spread, len(values), paper))
+    return summaries
+
+
+def summary_csv(results: Sequence[Result]) -> str:
+    """A row for each cell, step and quantity, ours beside the paper's."""
+    rows = [
+        {
+            "cell": s.cell,
+            "steps": s.step,
+            "quantity": s.quantity,
+            "mean": _digits(s.mean),
+            "standard deviation over seeds": _digits(s.spread),
+            "seeds": s.seeds,
+            "paper": "" if s.paper is None else s.paper.value,
+            "paper's standard deviation": "" if s.paper is None else s.paper.spread,
+        }
+        for s in summarise(results)
+    ]
+    return _csv(rows)
+
+
+def runs_csv(results: Sequence[Result]) -> str:
+    """A row for each run and step: what was measured, its whole configuration and its origin."""
+    rows = []
+    for result in results:
+        record = result.record
+        origin = {k: v for k, v in record.items() if k not in ("config", "measured", "cell")}
+        # The seed is the configuration's; the steps are the row's.
+        config = {k: v for k, v in record["config"].items() if k != "steps"}
+        for step in result.steps:
+            measured = {k: _digits(v) for k, v in result.measured(step).items()}
+            rows.append({"cell": result.cell.name, "steps": step} | measured | config | origin)
+    return _csv(rows)
+
+
+def markdown(name: str, experiment: Experiment, results: Sequence[Result], total: int) -> str:
+    """The table for people, with its conventions and assumptions.
+
+    Args:
+        name: of the table or figure.
+        experiment: its protocol.
+        results: what is stored of it.
+        total: number of runs that the protocol has.
+    """
+    finished = sum(result.steps == list(result.cell.at) for result in results)
+    summaries = summarise(results)
+    if experiment.last_only:
+        last = {result.cell.name: result.steps[-1] for result in results}
+        summaries = [s for s in summaries if s.step == last[s.cell]]
+    quantities = list(dict.fromkeys(s.quantity for s in summaries))
+    lines = [
+        f"# {name}: {experiment.title}",
+        "",
+        f"{finished} of {total} runs are finished.",
+        "",
+        f"| cell | steps | seeds | {' | '.join(quantities)} |",
+        "|---" * (3 + len(quantities)) + "|",
+    ]
+    rows: dict[tuple[str, int, int], dict[str, str]] = {}
+    for s in summaries:
+        rows.setdefault((s.cell, s.step, s.seeds), {})[s.quantity] = _beside(s)
+    for (cell, step, seeds), values in rows.items():
+        shown = (values.get(quantity, "-") for quantity in quantities)
+        lines.append(f"| {cell} | {step:,} | {seeds} | {' | '.join(shown)} |")
+    conventions: dict[str, str] = {}
+    for result in results:
+        conventions |= result.cell.measure.conventions
+    lines += ["", "Conventions:", *(f"- {k}: {v}" for k, v in conventions.items())]
+    lines += ["", "Assumptions, where the paper is silent:"]
+    lines += [f"- {assumption}" for assumption in experiment.assumptions]
+    return "\n".join(lines) + "\n"
+
+
+def _beside(summary: Summary) -> str:
+    spread = "" if math.isnan(summary.spread) else f" ± {_digits(summary.spread)}"
+    paper = "" if summary.paper is None else f" (paper {summary.paper})"
+    return f"{_digits(summary.mean)}{spread}{paper}"
+
+
+def _digits(value: float) -> str:
+    """Five digits, or all those before the point."""
+    if math.isnan(value):
+        return ""
+    return f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    file = io.StringIO(newline="")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
