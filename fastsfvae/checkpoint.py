@@ -144,6 +144,9 @@ def load_modules(path: Path, state: dict[str, Any], **modules: nn.Module) -> Non
 def load(run: str | os.PathLike[str]) -> tuple[nn.Module, nn.Module, TrainConfig]:
     """Load a trained model from the folder of a run.
 
+    Nothing in its files is executed, but a model of your own is imported by the name that its
+    config.json gives.
+
     Args:
         run: the folder, e.g. ``runs/sampling-free-mlp-1``.
 

@@ -47,7 +47,7 @@ def list_celeba(folder: Path, split: str) -> list[Path]:
     rows = [line.split() for line in text.splitlines() if line.strip()]
     if any(len(row) != 2 for row in rows):
         raise ValueError(f"{partition} is damaged: each line is a file name and a partition")
-    if [name for name, _ in rows] != [path.name for path in images]:
+    if sorted(name for name, _ in rows) != [path.name for path in images]:
         raise ValueError(
             f"{base} has {len(images)} images, {partition} lists {len(rows)} or others: unpack "
             "img_align_celeba.zip again"
