@@ -20,6 +20,7 @@ from fastsfvae.objectives import Terms
 from fastsfvae.objectives.build import make_objective as make_objective
 from fastsfvae.objectives.sampling_free import terms_of
 from fastsfvae.order import LAYERS, NOISE, iterate_orders, mix_seed, to_unit
+from fastsfvae.ranges import span
 from fastsfvae.run import Run, save
 from fastsfvae.run import evaluation_generator as evaluation_generator
 from fastsfvae.run import resume as resume
@@ -101,8 +102,10 @@ def _make_step(run: Run, noise: torch.Generator) -> Callable[[Tensor], Terms]:
     def step(x: Tensor) -> Terms:
         terms = model(x, noise)
         run.optimizer.zero_grad()
-        terms.loss.backward()
-        run.optimizer.step()
+        with span("backward"):
+            terms.loss.backward()
+        with span("optimizer"):
+            run.optimizer.step()
         return Terms(*(term.detach() for term in terms))
 
     return step

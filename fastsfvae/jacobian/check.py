@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +15,14 @@ from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.api import decode_with_jacobian
 from fastsfvae.jacobian.backend import resolve_backend
+from fastsfvae.jacobian.cost import CARDS, Floor, step_floor
 from fastsfvae.jacobian.linearize import Linearizer
 from fastsfvae.jacobian.registry import RULES
 from fastsfvae.jacobian.validate import unwrap
 
 _SAMPLES = 4
+# Whose floor the report prints.
+_BATCH = 64
 # Output directions along which J is compared with reverse mode.
 _PROBES = 32
 # Roundings of float64, and of float32 where a plain function keeps its own dtype.
@@ -35,7 +39,9 @@ class LayerReport(NamedTuple):
         shape: the result's shape without the batch axis.
         handled: "rule" or "fallback" (differentiated generically, slower).
         backend: what runs it for this z: "torch" or "triton".
-        flops: floating point operations for the m tangents of one sample.
+        flops: floating point operations for the m tangents of one sample, forward.
+        elements: of those tangents, that forward and backward must move; see
+            `fastsfvae.jacobian.cost`.
     """
 
     module: str
@@ -44,6 +50,7 @@ class LayerReport(NamedTuple):
     handled: str
     backend: str
     flops: int
+    elements: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +91,24 @@ class DecoderReport:
         errors = (self.output_error, self.jacobian_error, self.gradient_error or 0.0)
         return all(error <= self.tolerance for error in errors)
 
+    def floor(self, card: str = "RTX 4090", batch: int = 64, dtype: str = "bfloat16") -> Floor:
+        """The least time that decoder and loss, forward and backward, take on a card.
+
+        By data sheet and static counts (`fastsfvae.jacobian.cost`), not measured.
+
+        Args:
+            card: "RTX 3090", "RTX 4090", "RTX 5090", "Quadro RTX 6000" or "H100".
+            batch: B.
+            dtype: of the products, "float32", "tf32" or "bfloat16".
+
+        Raises:
+            ValueError: for another card, or a dtype that the card has no products of.
+        """
+        if card not in CARDS:
+            raise ValueError(f"card={card!r} is unknown: give one of {', '.join(CARDS)}")
+        n = math.prod(self.output_shape)
+        return step_floor(self.layers, self.latent_dim, n, batch, CARDS[card], dtype)
+
     def __str__(self) -> str:
         """A table of the layers that cost something, the totals and the verdict."""
         header = ("module", "operation", "shape", "tangents", "backend", "MFLOP")
@@ -110,10 +135,18 @@ class DecoderReport:
             f"J {self.jacobian_bytes / 2**20:.3g} MiB",
             f"relative errors: output {self.output_error:.1e}, Jacobian {self.jacobian_error:.1e}, "
             f"gradients {gradient} (allowed {self.tolerance:.0e})",
+            f"least time of decoder and loss at B = {_BATCH}, by data sheet: {self._floors()}",
             "loss: " + ("; ".join(self.obstacles) or "gradients are finished in the forward"),
             f"verdict: {self._verdict()}",
         ]
         return "\n".join(lines)
+
+    def _floors(self) -> str:
+        best = {name: "bfloat16" if card.bfloat16 else "float32" for name, card in CARDS.items()}
+        return ", ".join(
+            f"{name} {1e3 * self.floor(name, _BATCH, dtype).seconds:.3g} ms ({dtype})"
+            for name, dtype in best.items()
+        )
 
     def _verdict(self) -> str:
         generic = sorted({layer.op for layer in self.layers if layer.handled == "fallback"})
@@ -158,7 +191,8 @@ def check_decoder(
             step.shape[1:],
             step.handled,
             "triton" if backend == "triton" and _has_kernel(step.op) else "torch",
-            step.flops * m,
+            step.cost.flops * m,
+            step.cost.elements * m,
         )
         for step in plan.steps
         if step.handled != "plain"

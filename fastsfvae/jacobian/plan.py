@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from fastsfvae.jacobian.cost import tangent_flops
+from fastsfvae.jacobian.cost import Cost, tangent_cost
 from fastsfvae.jacobian.fallback import generic_rule, where
 from fastsfvae.jacobian.functionalize import functionalize
 from fastsfvae.jacobian.jet import Jet, full_tangent, latent_jet
@@ -60,14 +60,14 @@ class Step:
         path: the dotted path of the module that runs it, "" where unknown.
         handled: "rule" or "fallback" where tangents pass; "plain" elsewhere.
         shape: the result's shape, with the batch axis's traced extent.
-        flops: for one tangent of one sample; 0 where none passes.
+        cost: of one tangent of one sample; nothing where none passes.
     """
 
     op: str
     path: str
     handled: str
     shape: tuple[int, ...]
-    flops: int
+    cost: Cost
 
 
 @dataclasses.dataclass(eq=False)
@@ -220,10 +220,10 @@ class _Emitter:
         if handled is not None:
             shape = tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
             path = self.trace.paths.get(node, "")
-            op, flops = packet_name(node.target), 0
+            op, cost = packet_name(node.target), Cost(0, 0)
             if handled != "plain":
-                flops = tangent_flops(op, node, int(self.z.meta["val"].shape[0]))
-            self.steps.append(Step(op, path, handled, shape, flops))
+                cost = tangent_cost(op, node, int(self.z.meta["val"].shape[0]))
+            self.steps.append(Step(op, path, handled, shape, cost))
         if node in self.jets and isinstance(value, Tensor):
             batch = int(self.z.meta["val"].shape[0])
             elements = -(-int(value.numel()) // batch)

@@ -33,6 +33,7 @@ from fastsfvae.ops.woodbury import (
     woodbury_native,
     woodbury_triton,
 )
+from fastsfvae.ranges import ranged
 
 
 class LowRankTerms(NamedTuple):
@@ -275,6 +276,7 @@ def _fits_triton(jacobian: Tensor, backend: str) -> bool:
     return backend == "triton" and jacobian.shape[1] <= WOODBURY_MAX_M
 
 
+@ranged("solve")
 def _factorised(
     sums: tuple[Tensor, Tensor, Tensor],
     latent_var: Tensor,
