@@ -31,7 +31,7 @@ def image_grid(images: Tensor, columns: int, title: str):
     rows = len(images) // columns
     figure = new_figure(0.5 * columns, 0.5 * rows + 0.3)
     axes = figure.subplots()
-    _show(axes, images, columns)
+    draw_images(axes, images, columns)
     axes.set_title(title, fontsize=10)
     return figure
 
@@ -55,7 +55,7 @@ def rows_of_images(rows: dict[str, Tensor]):
     columns, _, size, _ = next(iter(rows.values())).shape
     figure = new_figure(0.5 * columns + 1.2, 0.5 * len(rows) + 0.1)
     axes = figure.subplots()
-    _show(axes, torch.cat(list(rows.values())), columns)
+    draw_images(axes, torch.cat(list(rows.values())), columns)
     axes.set_yticks([size * (row + 0.5) for row in range(len(rows))], list(rows), fontsize=9)
     axes.tick_params(left=False)
     return figure
@@ -91,7 +91,7 @@ def traversals(
         for row, dimension in enumerate(dimensions):
             latents[row, :, dimension] = ticks
         images = decoder(latents.flatten(0, 1))
-        _show(axes, images, steps)
+        draw_images(axes, images, steps)
         height, width = images.shape[-2:]
         labels = [f"$z_{{{i + 1}}}$  KL {kl[i]:.2f}" for i in dimensions]
         axes.set_yticks([height * (row + 0.5) for row in range(len(labels))], labels, fontsize=8)
@@ -105,16 +105,25 @@ def traversals(
 @torch.no_grad()
 def manifold(decoder: Decoder, device: torch.device, count: int = 20, limit: float = 5.0):
     """Draw f over [-limit, limit]^2, for m = 2."""
+    figure = new_figure(6.4, 6.4)
+    axes = figure.subplots()
+    draw_manifold(axes, decoder, device, count, limit)
+    axes.set_title("Decoder output f(z) over the latent plane", fontsize=10)
+    return figure
+
+
+@torch.no_grad()
+def draw_manifold(
+    axes, decoder: Decoder, device: torch.device, count: int = 20, limit: float = 5.0
+) -> None:
+    """Draw what `manifold` shows into axes of one's own."""
     ticks = torch.linspace(-limit, limit, count, device=device)
     # Rows from the top: z_2 falls, as on the page.
     z = torch.cartesian_prod(ticks.flip(0), ticks).flip(1)
-    images = decoder(z)
-    figure = new_figure(6.4, 6.4)
-    axes = figure.subplots()
     half_cell = limit / (count - 1)
     edge = limit + half_cell
     axes.imshow(
-        _tile(images, count),
+        _tile(decoder(z), count),
         cmap="gray",
         vmin=0,
         vmax=1,
@@ -123,8 +132,6 @@ def manifold(decoder: Decoder, device: torch.device, count: int = 20, limit: flo
     )
     axes.set_xlabel("$z_1$")
     axes.set_ylabel("$z_2$")
-    axes.set_title("Decoder output f(z) over the latent plane", fontsize=10)
-    return figure
 
 
 def kl_bars(kl: Sequence[float], epsilon: float):
@@ -150,7 +157,8 @@ def _tile(images: Tensor, columns: int) -> np.ndarray:
     return sheet.squeeze(-1).numpy()
 
 
-def _show(axes, images: Tensor, columns: int) -> None:
+def draw_images(axes, images: Tensor, columns: int) -> None:
+    """Draw images row by row into axes of one's own."""
     axes.imshow(_tile(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
