@@ -5,10 +5,13 @@ under that name from here. Also a pytest plugin: `pytest -p bench.checkout`.
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+# Another one where two commits are compared.
+CHECKOUT = "FASTSFVAE_CHECKOUT"
+ROOT = Path(os.environ.get(CHECKOUT, Path(__file__).resolve().parent.parent))
 
 
 def _load_kernels() -> None:

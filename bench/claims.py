@@ -6,6 +6,7 @@
                  collapse200: a full-batch step in under 2 GB
     latents      celeba16, B = 16: time per sample and tangent within 35% from m = 8 to 128
     batch        celeba16: time per sample within 20% from B = 16 to 1024
+    images       celeba16, B = 16: 64x64 against 32x32 images (no claim)
 
 Every candidate is checked against float64 first. Times are medians of rounds in which all take
 turns; memory is measured in a process each. Rows go to the ledger. A claim that does not hold is
@@ -136,6 +137,10 @@ def batch(lab: Lab) -> None:
     _scaling(lab, [("celeba16", B, None) for B in (16, 64, 256, 1024)], per="B", aim=1.2)
 
 
+def images(lab: Lab) -> None:
+    lab.times([("celeba16-32px", 16, None), ("celeba16", 16, None)], [OURS])
+
+
 def _scaling(lab: Lab, keys: list[Key], per: str, aim: float) -> None:
     found = lab.times(keys, [OURS])
     rates = []
@@ -152,6 +157,7 @@ CLAIMS = {
     "memory": peak_memory,
     "latents": latents,
     "batch": batch,
+    "images": images,
 }
 
 

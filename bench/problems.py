@@ -44,6 +44,7 @@ WORKLOADS = {
     "collapse200": Workload("mlp", 200, 1000, DIGIT),
     "collapse200-sigmoid": Workload("mlp", 200, 1000, DIGIT, "sigmoid"),
     "tanh": Workload("tanh", 50, 20, DIGIT),
+    "celeba16-32px": Workload("conv", 16, 64, (3, 32, 32)),
     # Tests the benchmarks, measures nothing.
     "tiny": Workload("mlp", 2, 2, (1, 4, 4)),
 }
