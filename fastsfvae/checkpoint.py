@@ -23,8 +23,12 @@ _FORMAT = "fastsfvae checkpoint 1"
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write into that takes the place of `path` when it is whole."""
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write into that takes the place of `path` when it is whole.
+
+    Raises:
+        OSError: where it cannot be written, e.g. on a full disk; the earlier file is intact.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -47,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: where it cannot be written, e.g. on a full disk; the earlier file is intact.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 
@@ -57,7 +61,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: where it cannot be written, e.g. on a full disk; the earlier file is intact.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         torch.save({"format": _FORMAT, **state}, file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from fastsfvae.checkpoint import write_text
@@ -52,10 +53,23 @@ class MetricsFile:
             )
 
     def write(self, row: Row) -> None:
-        """Append a row."""
-        if self._file is not None:
+        """Append a row.
+
+        Raises:
+            OSError: where it cannot be written, e.g. on a full disk; the rows before it are intact.
+        """
+        if self._file is None:
+            return
+        try:
             self._rows.writerow(row)
             self._file.flush()
+        except OSError as error:
+            # Closing tries once more to write what is left.
+            with suppress(OSError):
+                self._file.close()
+            raise OSError(
+                f"{self._file.name} could not be written ({error.strerror}): make room and --resume"
+            ) from error
 
     def sync(self) -> None:
         """Bring the rows to the disk: a checkpoint must not outlive what it stands for."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from fastsfvae import distributed
+from fastsfvae.checkpoint import replacing
 from fastsfvae.metrics import Row
 from fastsfvae.order import to_unit
 from fastsfvae.progress import progress
@@ -69,7 +70,8 @@ class Pictures:
         from fastsfvae.plots import snapshot
 
         figure = snapshot(run, self._images)
-        figure.savefig(self._folder / f"step-{run.step:07}.png", dpi=100)
+        with replacing(self._folder / f"step-{run.step:07}.png") as file:
+            figure.savefig(file, format="png", dpi=100)
         if self._writer is not None:
             self._writer.add_figure("images", figure, run.step)
 

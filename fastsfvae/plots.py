@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import pictures
+from fastsfvae.checkpoint import replacing
 from fastsfvae.metrics import METRICS
 from fastsfvae.order import to_unit
 from fastsfvae.run import Run, evaluation_generator
@@ -39,7 +40,8 @@ def save_figures(run: Run) -> list[Path]:
         written["manifold.png"] = pictures.manifold(run.decoder, run.device)
     paths = []
     for name, figure in written.items():
-        figure.savefig(run.folder / name, dpi=_DPI, bbox_inches="tight")
+        with replacing(run.folder / name) as file:
+            figure.savefig(file, format="png", dpi=_DPI, bbox_inches="tight")
         paths.append(run.folder / name)
     return paths
 

@@ -21,7 +21,7 @@ from fastsfvae.checkpoint import load_checkpoint, load_config, save_checkpoint
 from fastsfvae.config import TrainConfig
 from fastsfvae.data import cache
 from fastsfvae.data.load import load_images
-from fastsfvae.metrics import rewind_metrics
+from fastsfvae.metrics import MetricsFile, rewind_metrics
 
 CONFIG = TrainConfig("sampling", model="tanh", latent_dim=2, batch_size=8, steps=50, seed=5)
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
@@ -96,6 +96,33 @@ def test_a_full_disk_while_training(tmp_path, capsys):
 def _without_seconds(folder):
     rows = (folder / training.METRICS).read_text().splitlines()
     return [row.split(",")[:1] + row.split(",")[2:] for row in rows]
+
+
+def test_a_full_disk_under_the_metrics(tmp_path):
+    path, columns = tmp_path / "metrics.csv", ("step", "loss")
+    rewind_metrics(path, 0, columns)
+    with MetricsFile(path) as file:
+        file.write({"step": 25, "loss": -3.5})
+    whole = path.read_bytes()
+    with _largest_file(len(whole) + 5):
+        with pytest.raises(OSError, match="metrics.csv could not be written .*: make room and"):
+            with MetricsFile(path) as file:
+                file.write({"step": 50, "loss": -3.25})
+    # What was begun is dropped when the run goes on.
+    assert path.read_bytes() == whole + b"50,-3"
+    rewind_metrics(path, 50, columns)
+    assert path.read_bytes() == whole
+
+
+def test_a_full_disk_under_the_figures(tmp_path, capsys):
+    folder = tmp_path / "run"
+    training.train(training.start(replace(CONFIG, steps=1), folder))
+    (folder / "samples.png").write_bytes(b"mine")
+    (folder / "samples.png.tmp").symlink_to("/dev/full")
+    assert cli.main(["train", "--resume", "--out", str(folder)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{folder}/samples.png could not be written (" in error
+    assert (folder / "samples.png").read_bytes() == b"mine"
 
 
 def test_a_run_that_cannot_be_started_leaves_its_name_free(tmp_path):
