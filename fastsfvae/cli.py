@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 from fastsfvae import __version__
+from fastsfvae.command_line import UsageError, fail, parse, require_extras
 from fastsfvae.config import TrainConfig
 
 _USAGE = """\
@@ -19,6 +16,8 @@ usage: fastsfvae COMMAND [OPTIONS]
 
 commands:
   train      train a VAE, by default on the bundled MNIST digits
+  evaluate   measure a run on its test images: numbers, a page with pictures
+  compare    measure runs on the same images: paired differences, one picture
 
 fastsfvae COMMAND --help lists a command's options; fastsfvae --version prints the version."""
 
@@ -48,10 +47,6 @@ class TrainArguments:
     """Also write the metrics, and the images, for TensorBoard into tensorboard/."""
 
 
-class UsageError(Exception):
-    """A command line that cannot be carried out; its message is one line."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
@@ -68,7 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         case ["train", *options]:
             return _train(options)
-    return _fail("fastsfvae", f"unknown command {arguments[0]!r}: the commands are 'train'")
+        case ["evaluate", *options]:
+            from fastsfvae.results.commands import evaluate_command
+
+            return evaluate_command(options)
+        case ["compare", *options]:
+            from fastsfvae.results.commands import compare_command
+
+            return compare_command(options)
+    return fail(
+        "fastsfvae",
+        f"unknown command {arguments[0]!r}: the commands are 'train', 'evaluate', 'compare'",
+    )
 
 
 def _train(options: list[str]) -> int:
@@ -77,10 +83,10 @@ def _train(options: list[str]) -> int:
 
     with distributed.process_group():
         try:
-            _require_extras(_EXTRAS, "train")
+            require_extras(_EXTRAS, "train")
             arguments, run = _start(prog, options)
         except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
-            return _fail(prog, str(error))
+            return fail(prog, str(error))
         code = _run_steps(prog, arguments, run)
         if code or distributed.rank() > 0:
             return code
@@ -91,7 +97,7 @@ def _train(options: list[str]) -> int:
         results.save(run.folder)
         plots.save_figures(run)
     except OSError as error:
-        return _fail(prog, str(error))
+        return fail(prog, str(error))
     print(report.table(results, run.config))
     print(f"results in {run.folder}")
     return 0
@@ -111,9 +117,9 @@ def _run_steps(prog: str, arguments: TrainArguments, run) -> int:
         with monitors(run, arguments.image_every, arguments.tensorboard) as watching:
             training.train(run, *watching)
     except training.NonFiniteLoss as error:
-        return _fail(prog, str(error), code=1) if writes else 1
+        return fail(prog, str(error), code=1) if writes else 1
     except OSError as error:
-        return _fail(prog, str(error))
+        return fail(prog, str(error))
     if run.finished:
         return 0
     if writes:
@@ -128,11 +134,11 @@ def _run_steps(prog: str, arguments: TrainArguments, run) -> int:
 def _start(prog: str, options: list[str]):
     from fastsfvae import checkpoint, training
 
-    parsed = _parse(prog, options, TrainConfig())
+    parsed = parse(prog, TrainArguments, options, TrainArguments(TrainConfig()))
     if parsed.image_every < 0:
         raise UsageError(f"--image-every {parsed.image_every} must not be negative")
     if parsed.tensorboard:
-        _require_extras(("tensorboard",), "tensorboard")
+        require_extras(("tensorboard",), "tensorboard")
     if not parsed.resume:
         _download(parsed)
         return parsed, training.start(parsed.config, parsed.out)
@@ -140,7 +146,8 @@ def _start(prog: str, options: list[str]):
         raise UsageError("--resume continues the run in --out: give --out runs/<name>")
     folder = Path(parsed.out)
     # Options that are not given keep the values of the run, not this command's defaults.
-    parsed = _parse(prog, options, checkpoint.load_config(folder))
+    saved = TrainArguments(checkpoint.load_config(folder))
+    parsed = parse(prog, TrainArguments, options, saved)
     _download(parsed)
     return parsed, training.resume(folder, parsed.config)
 
@@ -152,37 +159,3 @@ def _download(arguments: TrainArguments) -> None:
     if arguments.download:
         with distributed.first_process_first():
             download_images(arguments.config.data, arguments.config.data_dir)
-
-
-def _parse(prog: str, options: list[str], default: TrainConfig) -> TrainArguments:
-    """Parse with tyro; its boxed errors become one line."""
-    import tyro
-
-    class_ = Annotated[TrainArguments, tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff]
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(class_, args=options, prog=prog, default=TrainArguments(default))
-    except SystemExit as exit_:
-        if exit_.code == 0:
-            raise
-        lines = [line.strip("│ ") for line in captured.getvalue().splitlines()]
-        box = [line for line in lines if not line.startswith(("╭", "╰"))]
-        # What follows the first rule is a repetition of the help.
-        rule = next((i for i, line in enumerate(box) if line.startswith("─")), len(box))
-        # A value that TrainConfig refuses is reported in its own words.
-        raise UsageError(" ".join(box[:rule]).removeprefix("Error parsing config: ")) from None
-
-
-def _require_extras(packages: Sequence[str], extra: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"{', '.join(missing)} missing: install what is needed with "
-            f'pip install "fastsfvae[{extra}]"'
-        )
-
-
-def _fail(prog: str, message: str, code: int = 2) -> int:
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
-    return code

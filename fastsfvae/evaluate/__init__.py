@@ -28,6 +28,7 @@ from fastsfvae.evaluate.proposals import PROPOSALS as PROPOSALS
 from fastsfvae.evaluate.summary import ImageMean as ImageMean
 from fastsfvae.evaluate.summary import mean_over_images as mean_over_images
 from fastsfvae.evaluate.summary import monte_carlo_error as monte_carlo_error
+from fastsfvae.evaluate.taylor import PAPER_SAMPLES as PAPER_SAMPLES
 from fastsfvae.evaluate.taylor import Agreement as Agreement
 from fastsfvae.evaluate.taylor import TaylorQuality as TaylorQuality
 from fastsfvae.evaluate.taylor import taylor_quality as taylor_quality

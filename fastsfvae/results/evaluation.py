@@ -1,0 +1,336 @@
+"""The full evaluation of a trained run on its test images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastsfvae import evaluate, report
+from fastsfvae.checkpoint import CHECKPOINT, load, load_checkpoint
+from fastsfvae.config import TrainConfig
+from fastsfvae.evaluate import mean_over_images, monte_carlo_error
+from fastsfvae.order import to_unit
+from fastsfvae.progress import counter
+from fastsfvae.run import evaluation_generator
+
+_ESS_SAMPLES = 256
+_GRADIENT_SAMPLES = (1, 10, 100)
+_GRADIENT_IMAGES = 64
+_EPSILON, _DELTA = 0.05, 0.01
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much work an evaluation is."""
+
+    samples: int = 50_000
+    """Importance weights per image of the log marginal likelihood."""
+
+    proposal: str = "defensive"
+    """What they are drawn from: posterior (q), linearized, or defensive (a mixture of both)."""
+
+    elbo_samples: int = 100
+    """Draws of the posterior per image of the sampled ELBO."""
+
+    images: int = 0
+    """Test images that are evaluated, the first so many; 0: all."""
+
+    taylor_images: int = 10
+    """Images whose output covariances are compared with the linearisation's; 0: none."""
+
+    taylor_reference: int = 15_000
+    """Draws per image that the true covariance is taken from."""
+
+    gradient_repeats: int = 20
+    """Repetitions that the variance of loss and gradient is taken from; 0: leave it out."""
+
+    def __post_init__(self) -> None:
+        if self.proposal not in evaluate.PROPOSALS:
+            raise ValueError(
+                f"proposal={self.proposal!r} is not one of {', '.join(evaluate.PROPOSALS)}"
+            )
+        for name, least in (("samples", 1), ("elbo_samples", 1), ("taylor_reference", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("images", "taylor_images", "gradient_repeats"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.gradient_repeats == 1:
+            raise ValueError("gradient_repeats=1 gives no variance: at least 2, or 0")
+
+
+class Number(NamedTuple):
+    """A result.
+
+    Attributes:
+        value: the number; a mean over images where there is a standard error.
+        standard_error: spread over images / sqrt(N).
+        monte_carlo_error: what repeating it on the same images would change it by.
+    """
+
+    value: float
+    standard_error: float | None = None
+    monte_carlo_error: float | None = None
+
+
+class Evaluation(NamedTuple):
+    """Results of a run.
+
+    Attributes:
+        run: its folder.
+        conventions: everything that a number's meaning depends on.
+        sections: title -> label -> number.
+        kl_per_dimension: mean KL_i over images, in nats.
+    """
+
+    run: str
+    conventions: dict[str, Any]
+    sections: dict[str, dict[str, Number]]
+    kl_per_dimension: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As containers of numbers and strings; what is not finite becomes None."""
+        sections = {
+            title: {label: _finite(number._asdict()) for label, number in numbers.items()}
+            for title, numbers in self.sections.items()
+        }
+        return {**self._asdict(), "sections": sections}
+
+
+class Trained(NamedTuple):
+    """A run with its test images, on one device.
+
+    Attributes:
+        folder: of the run.
+        config: what was trained.
+        step: optimiser steps done.
+        encoder: x -> (mean, log_var).
+        decoder: z -> x.
+        x: test images in [0, 1], ``[N, C, H, W]``.
+        mean: ``[N, m]``.
+        log_var: ``[N, m]``.
+    """
+
+    folder: Path
+    config: TrainConfig
+    step: int
+    encoder: nn.Module
+    decoder: nn.Module
+    x: Tensor
+    mean: Tensor
+    log_var: Tensor
+
+    def generator(self) -> torch.Generator:
+        """The noise of this run's evaluation, the same at every call."""
+        return evaluation_generator(self.config, self.x.device)
+
+
+def load_trained(folder: str | Path, images: int = 0) -> Trained:
+    """Load a run and encode its first `images` test images, all with 0.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: for a folder without a run, missing data or a
+            device that is not there, in one line.
+    """
+    folder = Path(folder)
+    encoder, decoder, config = load(folder)
+    device = config.resolve_device()
+    encoder, decoder = encoder.to(device), decoder.to(device)
+    x = to_unit(config.load_images("test")[: images or None].to(device))
+    step = int(load_checkpoint(folder / CHECKPOINT)["step"])
+    mean, log_var = report.encode(encoder, x)
+    return Trained(folder, config, step, encoder, decoder, x, mean, log_var)
+
+
+def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
+    """Evaluate everything that needs no further network; progress goes to stderr."""
+    collapse = evaluate.posterior_collapse(trained.mean, trained.log_var, _EPSILON, _DELTA)
+    sections = {
+        "Log-densities (nats)": _log_densities(trained, settings),
+        "Reconstruction and latent dimensions": {
+            "squared error at the mean": _mean(
+                evaluate.squared_error_at_mean(trained.decoder, trained.x, trained.mean)
+            ),
+            f"dimensions collapsed (KL < {_EPSILON:g} on {1 - _DELTA:.0%})": Number(
+                collapse.collapsed
+            ),
+            "dimensions active": Number(collapse.active),
+            "dimensions in all": Number(collapse.latent_dim),
+        },
+        f"Effective samples of {_ESS_SAMPLES}, median": _effective_samples(trained),
+        "Covariance of the likelihood": _conditioning(trained),
+    }
+    # The sampled error belongs beside the one at the mean.
+    moved = ("squared error, sampled", "KL")
+    densities = sections["Log-densities (nats)"]
+    sections["Reconstruction and latent dimensions"] |= {k: densities.pop(k) for k in moved}
+    if settings.gradient_repeats:
+        sections["Monte Carlo error against sampling-free bias"] = _gradient(trained, settings)
+    if settings.taylor_images:
+        sections["Linearisation (paper, Table 1)"] = _taylor(trained, settings)
+    return Evaluation(
+        str(trained.folder), conventions(trained, settings), sections, collapse.kl.tolist()
+    )
+
+
+def conventions(trained: Trained, settings: Settings) -> dict[str, Any]:
+    """What a number's meaning depends on, as JSON-able values."""
+    config = trained.config
+    return report.conventions(config, settings.samples) | {
+        "log_ml": f"K={settings.samples} importance weights, proposal {settings.proposal}",
+        "sampled_elbo": f"{settings.elbo_samples} draws of q(z|x) per image",
+        "squared_error": "summed over pixels; at the posterior mean, and sampled: both listed",
+        "objective": f"sampling-free, kl_weight 1, likelihood {config.likelihood}, "
+        f"gamma {config.gamma:g}",
+        "split": f"{len(trained.x):,} test images",
+        "collapse": f"epsilon={_EPSILON:g} nats, delta={_DELTA:g}, counted in integers",
+        "linearisation": f"{settings.taylor_images} images, {settings.taylor_reference} reference "
+        "draws, covariance error is the squared Frobenius norm, reference noise subtracted",
+        "monte_carlo": f"one batch of {min(_GRADIENT_IMAGES, len(trained.x))} images, "
+        f"{settings.gradient_repeats} repetitions; gradient in mean, log_var and decoder",
+        "trained_steps": trained.step,
+    }
+
+
+def _log_densities(trained: Trained, settings: Settings) -> dict[str, Number]:
+    config, posterior = trained.config, (trained.x, trained.mean, trained.log_var)
+    images = len(trained.x)
+    with counter("log ML, decodes", images * settings.samples) as progress:
+        log_ml = evaluate.log_marginal_likelihood(
+            trained.decoder,
+            *posterior,
+            noise_var=config.noise_var,
+            samples=settings.samples,
+            proposal=settings.proposal,
+            generator=trained.generator(),
+            progress=progress,
+        )
+    with counter("ELBO, decodes", images * settings.elbo_samples) as progress:
+        gap = evaluate.objective_gap(
+            trained.decoder,
+            *posterior,
+            noise_var=config.noise_var,
+            gamma=config.gamma,
+            likelihood=config.likelihood,
+            samples=settings.elbo_samples,
+            generator=trained.generator(),
+            progress=progress,
+        )
+    kl = evaluate.sampled_elbo(
+        trained.decoder, *posterior, noise_var=config.noise_var, generator=trained.generator()
+    ).kl
+    constant = log_ml.constant
+    error = (constant - gap.elbo - kl) * 2 * config.noise_var
+    return {
+        "log ML": _mean(log_ml.estimate, log_ml.standard_error),
+        "log ML, without constant": _mean(log_ml.without_constant, log_ml.standard_error),
+        "effective samples, median": Number(float(log_ml.effective_samples.median())),
+        "effective samples, smallest": Number(float(log_ml.effective_samples.min())),
+        "sampled ELBO": _mean(gap.elbo, gap.standard_error),
+        "sampled ELBO, without constant": _mean(gap.elbo - constant, gap.standard_error),
+        "objective (not a bound)": _mean(gap.objective),
+        "objective, without constant": _mean(gap.objective - constant),
+        "objective - sampled ELBO": _mean(gap.gap, gap.standard_error),
+        "squared error, sampled": _mean(error, gap.standard_error * 2 * config.noise_var),
+        "KL": _mean(kl),
+    }
+
+
+def _effective_samples(trained: Trained) -> dict[str, Number]:
+    def median(proposal: str) -> Number:
+        found = evaluate.log_marginal_likelihood(
+            *(trained.decoder, trained.x, trained.mean, trained.log_var),
+            noise_var=trained.config.noise_var,
+            samples=_ESS_SAMPLES,
+            proposal=proposal,
+            generator=trained.generator(),
+        )
+        return Number(float(found.effective_samples.median()))
+
+    return {f"proposal {name}": median(name) for name in evaluate.PROPOSALS}
+
+
+def _conditioning(trained: Trained) -> dict[str, Number]:
+    found = evaluate.conditioning(
+        trained.decoder, trained.mean, trained.log_var, noise_var=trained.config.noise_var
+    )
+    ratio = found.log10_ratio
+    return {
+        "log10(1 + lambda_max / c), median": Number(float(ratio.median())),
+        "log10(1 + lambda_max / c), largest": Number(float(ratio.max())),
+        "images lost before repair": Number(int(found.lost.sum())),
+    }
+
+
+def _gradient(trained: Trained, settings: Settings) -> dict[str, Number]:
+    config, images = trained.config, min(_GRADIENT_IMAGES, len(trained.x))
+    decodes = settings.gradient_repeats * sum(_GRADIENT_SAMPLES) * images
+    with counter("Monte Carlo error, decodes", decodes) as progress:
+        found = evaluate.gradient_error(
+            trained.decoder,
+            *(t[:images] for t in (trained.x, trained.mean, trained.log_var)),
+            noise_var=config.noise_var,
+            gamma=config.gamma,
+            likelihood=config.likelihood,
+            samples=_GRADIENT_SAMPLES,
+            repeats=settings.gradient_repeats,
+            generator=trained.generator(),
+            progress=progress,
+        )
+    spreads = zip(found.samples, found.loss_variance, found.gradient_variance, strict=True)
+    numbers = {}
+    for k, loss, gradient in spreads:
+        numbers[f"sd of the loss, {k} samples (nats)"] = Number(math.sqrt(loss))
+        numbers[f"sd of the gradient, {k} samples"] = Number(math.sqrt(gradient))
+    return numbers | {
+        "sampling-free loss - sampled loss (nats)": Number(found.loss_bias),
+        "sampling-free gradient - sampled gradient, norm": Number(found.gradient_bias),
+        "samples with an sd as large as the loss's bias": Number(found.equal_loss_samples),
+        "samples with an sd as large as the gradient's bias": Number(found.equal_gradient_samples),
+    }
+
+
+def _taylor(trained: Trained, settings: Settings) -> dict[str, Number]:
+    images = slice(settings.taylor_images)
+    counts = evaluate.PAPER_SAMPLES
+    decodes = len(trained.mean[images]) * (settings.taylor_reference + sum(counts))
+    with counter("linearisation, decodes", decodes) as progress:
+        found = evaluate.taylor_quality(
+            *(trained.decoder, trained.mean[images], trained.log_var[images]),
+            samples=counts,
+            reference_samples=settings.taylor_reference,
+            generator=trained.generator(),
+            progress=progress,
+        )
+    columns = {"linearised": found.taylor}
+    columns |= {f"{k} samples": agreement for k, agreement in found.sampling.items()}
+    numbers = {}
+    for name, agreement in columns.items():
+        numbers[f"variance correlation, pooled, {name}"] = Number(agreement.pooled_correlation)
+        if name == "linearised":
+            numbers[f"variance correlation, per image, {name}"] = Number(
+                agreement.per_image_correlation
+            )
+            numbers["variance ratio, linearised / true"] = Number(agreement.variance_ratio)
+        numbers[f"covariance error, {name}"] = Number(
+            agreement.covariance_error, agreement.covariance_error_se
+        )
+    numbers["samples with the linearisation's covariance error"] = Number(found.equivalent_samples)
+    return numbers
+
+
+def _mean(values: Tensor, standard_error: Tensor | None = None) -> Number:
+    mean = mean_over_images(values)
+    return Number(*mean, None if standard_error is None else monte_carlo_error(standard_error))
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value if value is None or math.isfinite(value) else None
+        for name, value in fields.items()
+    }
