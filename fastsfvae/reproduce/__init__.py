@@ -15,10 +15,34 @@ from pathlib import Path
 from fastsfvae.checkpoint import write_text
 from fastsfvae.reproduce import tables
 from fastsfvae.reproduce.cells import Cell, Experiment, Options
+from fastsfvae.reproduce.gamma import FIGURE1, FIGURE_C2
+from fastsfvae.reproduce.manifold import FIGURE2
 from fastsfvae.reproduce.runner import Interrupted, run_cells, stored_results
+from fastsfvae.reproduce.runtime import RUNTIME
+from fastsfvae.reproduce.sizes import FIGURE4, FIGURE_C1, TABLE2
+from fastsfvae.reproduce.table1 import TABLE1
+from fastsfvae.reproduce.table3 import TABLE3
 from fastsfvae.reproduce.table4 import TABLE4
+from fastsfvae.reproduce.taylor_curve import FIGURE_A1
+from fastsfvae.reproduce.traversals import FIGURE3, FIGURES_C3_C8
 
-EXPERIMENTS: dict[str, Experiment] = {"table4": TABLE4}
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1": TABLE1,
+    "table2": TABLE2,
+    "table3": TABLE3,
+    "table4": TABLE4,
+    # Table 2 with standard deviations, which all of these tables have.
+    "table5": TABLE2,
+    "figure1": FIGURE1,
+    "figure2": FIGURE2,
+    "figure3": FIGURE3,
+    "figure4": FIGURE4,
+    "figureA1": FIGURE_A1,
+    "figureC1": FIGURE_C1,
+    "figureC2": FIGURE_C2,
+    "figuresC3-C8": FIGURES_C3_C8,
+    "runtime": RUNTIME,
+}
 _DPI = 150
 
 

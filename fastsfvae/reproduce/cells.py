@@ -110,6 +110,7 @@ class Options:
         data_dir: where the sets lie.
         steps: steps of each cell in place of the protocol's; 0 keeps those.
         seeds: runs of each cell in place of the protocol's; 0 keeps those.
+        inception: path of Inception's weights for the FID; "" leaves the FID out.
     """
 
     quick: bool = False
@@ -117,6 +118,7 @@ class Options:
     data_dir: str = ""
     steps: int = 0
     seeds: int = 0
+    inception: str = ""
 
     def data_sets(self, *own: str) -> tuple[str, ...]:
         """The data sets to take, of a protocol that has these."""

@@ -10,6 +10,20 @@ from fastsfvae.reproduce.cells import Result
 from fastsfvae.reproduce.tables import Summary, summarise
 
 
+def row_of_panels(count: int, width: float, height: float):
+    """A figure of `count` axes side by side, of so many inches each, and the axes."""
+    figure = new_figure(width * count, height)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def tidy(axes, title: str, x_label: str = "") -> None:
+    """Give axes their words and no more ink than they need."""
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 class Panel(NamedTuple):
     """A quantity and how its panel is labelled."""
 
@@ -32,7 +46,7 @@ def bars(results: Sequence[Result], panels: Sequence[Panel]):
         for axes, panel in zip(row, panels, strict=True):
             shown = [s for s in summaries if (s.step, s.quantity) == (step, panel.quantity)]
             _bar_panel(axes, shown, cells)
-            axes.set_title(panel.label if step == steps[0] else "", fontsize=9)
+            tidy(axes, panel.label if step == steps[0] else "")
         row[0].set_ylabel(f"after {step:,} steps", fontsize=9)
     figure.supxlabel("bars: mean and standard deviation over seeds; black: the paper", fontsize=8)
     return figure
@@ -47,7 +61,5 @@ def _bar_panel(axes, shown: Sequence[Summary], cells: Sequence[str]) -> None:
         axes.barh(y, summary.mean, xerr=summary.spread or None, color=color, height=0.7)
         if summary.paper is not None:
             axes.plot([summary.paper.value] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1.6)
-    axes.set_yticks(list(rows.values()), list(rows), fontsize=8)
-    axes.tick_params(axis="x", labelsize=8)
+    axes.set_yticks(list(rows.values()), list(rows))
     axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right"]].set_visible(False)

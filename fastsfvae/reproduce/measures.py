@@ -12,6 +12,7 @@ from fastsfvae.order import to_unit
 from fastsfvae.report import encode
 from fastsfvae.run import Run, evaluation_generator
 
+_BATCH = 250
 PIXELS = {"pixels": "[0, 1]"}
 
 
@@ -101,14 +102,17 @@ class Likelihoods:
         x = images_of(run, "test", self.images)
         mean, log_var = encode(run.encoder, x)
         generator = evaluation_generator(run.config, run.device)
-        common = {"noise_var": run.config.noise_var, "generator": generator}
+        c = run.config.noise_var
         log_ml = evaluate.log_marginal_likelihood(
             *(run.decoder, x, mean, log_var),
             samples=self.samples,
             proposal=self.proposal,
-            **common,
+            noise_var=c,
+            generator=generator,
         )
-        elbo = evaluate.sampled_elbo(run.decoder, x, mean, log_var, samples=10, **common)
+        elbo = evaluate.sampled_elbo(
+            *(run.decoder, x, mean, log_var), samples=10, noise_var=c, generator=generator
+        )
         return {
             "NLL": -float(log_ml.without_constant.mean()),
             "NLL, Monte Carlo error": evaluate.monte_carlo_error(log_ml.standard_error),
@@ -166,3 +170,100 @@ class ObjectiveGap:
             "sampled ELBO": float(gap.elbo.mean()),
             "gap": float(gap.gap.mean()),
         }
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Table 1: the linearised decoder's covariances against those of samples.
+
+    Attributes:
+        images: the first so many test images.
+        covariance: whether whole covariances are compared, which takes 8 n^2 bytes.
+        reference_samples: draws that stand for the truth.
+    """
+
+    images: int = 100
+    covariance: bool = True
+    reference_samples: int = 15_000
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        """See `Measure`."""
+        return PIXELS | {
+            "images": f"the first {self.images:,} test images, each at its posterior",
+            "truth": f"{self.reference_samples:,} draws an image, apart from those judged",
+            "variance correlation": "Pearson's over all pixels of all images, without observation "
+            "noise",
+            "covariance error": "squared Frobenius norm, (K - 1) covariance, averaged over images, "
+            "the truth's own noise subtracted",
+            "variance ratio": "total estimated over total true variance",
+            "equivalent samples": "the K whose covariance error is the Taylor expansion's",
+        }
+
+    @torch.no_grad()
+    def __call__(self, run: Run) -> dict[str, float]:
+        """See `Measure`."""
+        mean, log_var = encode(run.encoder, images_of(run, "test", self.images))
+        quality = evaluate.taylor_quality(
+            run.decoder,
+            mean,
+            log_var,
+            covariance=self.covariance,
+            reference_samples=self.reference_samples,
+            generator=evaluation_generator(run.config, run.device),
+        )
+        columns = {"Taylor": quality.taylor}
+        columns |= {f"K={count}": agreement for count, agreement in quality.sampling.items()}
+        numbers = {}
+        for name, agreement in columns.items():
+            numbers[f"{name}, variance correlation"] = agreement.pooled_correlation
+            if self.covariance:
+                numbers[f"{name}, covariance error"] = agreement.covariance_error
+        numbers["Taylor, variance correlation within images"] = quality.taylor.per_image_correlation
+        numbers["Taylor, variance ratio"] = quality.taylor.variance_ratio
+        if self.covariance:
+            numbers["equivalent samples"] = quality.equivalent_samples
+        return numbers
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Tables 2 and 5, Figures 4 and C.1: log ML and FID.
+
+    Attributes:
+        likelihoods: the former.
+        inception: path of Inception's weights; "" leaves the FID out.
+        images: generated images, and at most so many test images.
+    """
+
+    likelihoods: Likelihoods
+    inception: str = ""
+    images: int = 10_000
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        """See `Measure`."""
+        fid = (
+            f"{self.images:,} images f(z), z ~ N(0, I), no observation noise, clamped to [0, 1]; "
+            "against as many test images"
+            if self.inception
+            else "left out: --inception names no weights"
+        )
+        return self.likelihoods.conventions | {"FID": fid}
+
+    @torch.no_grad()
+    def __call__(self, run: Run) -> dict[str, float]:
+        """See `Measure`."""
+        numbers = self.likelihoods(run)
+        if not self.inception:
+            return numbers
+        generator = evaluation_generator(run.config, run.device)
+        shape = (self.images, run.config.latent_dim)
+        z = torch.randn(shape, generator=generator, device=run.device)
+        extractor = evaluate.Inception(self.inception).to(run.device)
+        distance = evaluate.frechet_distance(
+            images_of(run, "test", self.images).split(_BATCH),
+            (run.decoder(part) for part in z.split(_BATCH)),
+            extractor,
+        )
+        return numbers | {"FID": distance.fid}

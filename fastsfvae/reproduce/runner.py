@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastsfvae import training
-from fastsfvae.checkpoint import load_config, write_text
+from fastsfvae.checkpoint import FolderLock, load_config, write_text
 from fastsfvae.config import CHANGEABLE, TrainConfig
 from fastsfvae.monitors import monitors
 from fastsfvae.report import commit
@@ -73,29 +73,36 @@ def _run(cell: Cell, seed: int, out: Path, say: Callable[[str], object]) -> None
     left = _steps_left(cell, record)
     if left:
         say(f"{cell.name}, seed {seed}: {cell.at[-1]:,} steps")
+    run = None
     for step in left:
-        run = _train_to(cell, seed, step, folder)
+        run = _prepare(cell, seed, step, folder) if run is None else _extend(run, step)
+        with monitors(run) as watching:
+            training.train(run, *watching)
+        if not run.finished:
+            raise Interrupted
         run.model.eval()
-        record["measured"][str(step)] = cell.measure(run)
+        seconds = {"seconds": round(run.seconds, 2)}
+        record["measured"][str(step)] = cell.measure(run) | seconds
         record |= _origin(cell, run)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-def _train_to(cell: Cell, seed: int, step: int, folder: Path) -> training.Run:
-    """Start the run, or take it up, and train it to a step."""
+def _prepare(cell: Cell, seed: int, step: int, folder: Path) -> training.Run:
+    """Start the run, or take it up, to be trained to a step."""
     if folder.exists():
         # Only how long and where it runs is this call's.
         now = {name: getattr(cell.config, name) for name in CHANGEABLE} | {"steps": step}
-        run = training.resume(folder, dataclasses.replace(load_config(folder), **now))
-    else:
-        # Its schedules last until the end, not until it is first measured.
-        changes: dict[str, Any] = {"seed": seed, "steps": step, "schedule_steps": cell.at[-1]}
-        run = training.start(dataclasses.replace(cell.config, **changes), folder)
-    with monitors(run) as watching:
-        training.train(run, *watching)
-    if not run.finished:
-        raise Interrupted
+        return training.resume(folder, dataclasses.replace(load_config(folder), **now))
+    # Its schedules last until the end, not until it is first measured.
+    changes: dict[str, Any] = {"seed": seed, "steps": step, "schedule_steps": cell.at[-1]}
+    return training.start(dataclasses.replace(cell.config, **changes), folder)
+
+
+def _extend(run: training.Run, step: int) -> training.Run:
+    """Let a finished run go on to a later step; to take it up from its files would cost seconds."""
+    run.config = dataclasses.replace(run.config, steps=step)
+    run.lock = FolderLock(run.folder)
     return run
 
 
@@ -139,7 +146,6 @@ def _origin(cell: Cell, run: training.Run) -> dict[str, Any]:
         "cell": cell.name,
         "config": dataclasses.asdict(run.config),
         "measure": repr(cell.measure),
-        "seconds": round(run.seconds, 2),
         "device": _device_name(run.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

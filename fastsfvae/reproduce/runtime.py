@@ -1,0 +1,137 @@
+"""The runtime analysis (4.5): the time of a training step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastsfvae.config import Method, TrainConfig
+from fastsfvae.elbo import gaussian_kl, low_rank_log_prob
+from fastsfvae.order import to_unit
+from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
+from fastsfvae.reproduce.figures import row_of_panels, tidy
+from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
+from fastsfvae.reproduce.tables import summarise
+from fastsfvae.run import Run
+
+# Hours of 10^6 steps on a Quadro RTX 6000, CelebA, m = 16.
+_PAPER_HOURS = {"sampling": 9.7, "sampling-free": 14.5}
+_PLAIN = "vmap(jacfwd)"
+_NAMES = (*_PAPER_HOURS, _PLAIN)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Median time of a whole step: forward, backward, Adam.
+
+    Attributes:
+        steps: that are timed.
+        plain: whether the objective is the closed form on torch.func's Jacobian, with autograd.
+    """
+
+    steps: int = 15
+    plain: bool = False
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        """See `Measure`."""
+        return {
+            "ms per step": f"encoder, objective, gradients and Adam; median of {self.steps} steps "
+            "after two that are not counted, in the training run's precision",
+            _PLAIN: "the same objective from vmap(jacfwd), the closed form and autograd",
+            "paper": "hours of 10^6 steps there, as ms per step",
+        }
+
+    def __call__(self, run: Run) -> dict[str, float]:
+        """See `Measure`."""
+        loss = _plain_loss(run.decoder, run.config) if self.plain else _loss(run)
+        x = to_unit(run.images[: run.config.batch_size])
+        times = []
+        for _ in range(2 + self.steps):
+            started = time.perf_counter()
+            run.optimizer.zero_grad()
+            loss(x, *run.encoder(x)).backward()
+            run.optimizer.step()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
+            times.append(1e3 * (time.perf_counter() - started))
+        return {"ms per step": statistics.median(times[2:])}
+
+
+def _loss(run: Run) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda x, mean, log_var: run.objective(x, mean, log_var).loss
+
+
+def _plain_loss(decoder: nn.Module, config: TrainConfig) -> Callable[..., Tensor]:
+    """The sampling-free loss as one writes it without this library."""
+
+    def one(z: Tensor) -> tuple[Tensor, Tensor]:
+        output = decoder(z[None])[0].flatten()
+        return output, output
+
+    decode = torch.func.vmap(torch.func.jacfwd(one, has_aux=True))
+
+    def loss(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+        columns, output = decode(mean)
+        log_likelihood = low_rank_log_prob(
+            x.flatten(1) - output,
+            columns.mT,
+            log_var.exp(),
+            noise_var=config.noise_var,
+            gamma=config.gamma,
+            backend="reference",
+        )
+        return (gaussian_kl(mean, log_var) - log_likelihood).mean()
+
+    return loss
+
+
+def _cells(options: Options) -> list[Cell]:
+    cells = []
+    steps = 5 if options.quick else 15
+    for data in options.data_sets("celeba", "digits"):
+        settings = image_protocol(options, data).settings
+        for m in (4, 8) if options.quick else (8, 16, 32, 64):
+            for name in _NAMES:
+                method: Method = "sampling" if name == "sampling" else "sampling-free"
+                config = TrainConfig(**settings, method=method, latent_dim=m)
+                hours = _PAPER_HOURS.get(name) if (data, m) == ("celeba", 16) else None
+                # 10^6 steps an hour are 3.6 ms a step.
+                paper = {} if hours is None else {"ms per step": {1: Published(3.6 * hours)}}
+                measure = StepTime(steps, plain=name == _PLAIN)
+                cells.append(Cell(f"{data}, {name}, m={m}", config, measure, (1,), 1, paper))
+    return cells
+
+
+def _draw(results: Sequence[Result]):
+    cells = {result.cell.name: result.cell.config for result in results}
+    names = list(dict.fromkeys(config.data for config in cells.values()))
+    figure, panels = row_of_panels(len(names), 4.8, 3.4)
+    for axes, data in zip(panels, names, strict=True):
+        for name in _NAMES:
+            points = {
+                cells[s.cell].latent_dim: s.mean
+                for s in summarise(results)
+                if s.quantity == "ms per step" and s.cell.startswith(f"{data}, {name}, ")
+            }
+            axes.plot(list(points), list(points.values()), marker=".", label=name)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8, frameon=False)
+        tidy(axes, f"{data}: ms per training step, B = 64", "latent dimensions m")
+    return figure
+
+
+RUNTIME = Experiment(
+    title="Time of a training step, sampling-free against sampling",
+    cells=_cells,
+    draw=_draw,
+    assumptions=(
+        "the paper times a Quadro RTX 6000; here it is the device that the runs name",
+        *ASSUMPTIONS,
+    ),
+)
