@@ -63,13 +63,13 @@ def compared(report: sf.DecoderReport, workload: str, rows: list[dict[str, str]]
     """Measured times of decoder and loss beside the floor of their own run's ceilings."""
     cards, lines = measured_cards(rows), []
     for row in rows:
-        name, *sizes = row["shape"].split()
+        name, _, sizes = row["shape"].partition(" ")
         card = cards.get(_run(row))
         if (row["op"], name) != ("decoder+loss", workload) or not row["p50_ms"] or card is None:
             continue
         if not row["implementation"].startswith("fastsfvae") or getattr(card, row["dtype"]) is None:
             continue
-        size = dict(text.split("=") for text in sizes if "=" in text)
+        size = dict(text.split("=") for text in sizes.split() if "=" in text)
         if int(size["m"]) != report.latent_dim:
             continue
         n = int(size["n"])

@@ -50,10 +50,12 @@ def latest(rows: list[Row]) -> list[Row]:
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
         key = tuple(row[n] for n in ("op", "implementation", "mode", "shape", "dtype"))
-        before = found.pop(key, {})
-        kept = {name: value or before.get(name, "") for name, value in row.items()}
-        # A failure must not keep an earlier run's time.
-        found[key] = dict(row) if row["note"].startswith(("failed", "not timed")) else kept
+        before = found.pop(key, row)
+        if row["peak_mib"] and not row["p50_ms"]:
+            # Memory alone, by a run of its own.
+            found[key] = before | {"peak_mib": row["peak_mib"]}
+        else:
+            found[key] = row | {"peak_mib": row["peak_mib"] or before["peak_mib"]}
     return list(found.values())
 
 
@@ -116,14 +118,17 @@ def plot_peers(rows: list[Row], path: Path) -> None:
         spread += [[b - m for m, b in zip(p50, p80, strict=True)]]
         colours = [OURS_COLOUR if is_ours(row) else PEER_COLOUR for row in group][::-1]
         axis.barh(names, p50, xerr=spread, color=colours, ecolor="#444444", capsize=2)
-        for place, value in enumerate(p50):
-            axis.annotate(
-                f"{value:.3g}", (p80[place], place), (4, 0), textcoords="offset points", va="center"
-            )
-        axis.set_xlim(0, 1.12 * max(p80))
+        for place, row in enumerate(reversed(group)):
+            # Paired, so that it holds where bars of different runs are drawn together.
+            text = f"{p50[place]:,.{0 if p50[place] >= 100 else 1}f}"
+            text += f" ({row['ratio']}x)" if row["ratio"] else ""
+            spot = (p80[place], place)
+            axis.annotate(text, spot, (4, 0), textcoords="offset points", va="center")
+        axis.set_xlim(0, 1.25 * max(p80))
         axis.set_title(" · ".join(part for part in key if part), loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel(f"milliseconds, {_machine_text(rows[-1])}")
+    label = "milliseconds (and the median of paired ratios to this library, a step's to sampling)"
+    axes[-1, 0].set_xlabel(f"{label}\n{_machine_text(rows[-1])}")
     _save(figure, path)
 
 
@@ -138,10 +143,10 @@ def plot_roofline(rows: list[Row], path: Path) -> None:
         raise ValueError("no ceilings of this machine: run `make bench`")
     bandwidth = float(ceilings["copy"]["bytes_per_s"])
     figure, axis = plt.subplots(figsize=(8, 5))
-    intensity = [2.0**k for k in range(-3, 13)]
-    for name in ceilings.keys() - {"copy", "tf32"}:
+    for name in sorted(ceilings.keys() - {"copy"}):
         peak = float(ceilings[name]["flop_per_s"])
-        axis.plot(intensity, [min(peak, i * bandwidth) / 1e9 for i in intensity], label=name)
+        corners = [1 / 8, peak / bandwidth, 4096]
+        axis.plot(corners, [min(peak, i * bandwidth) / 1e9 for i in corners], label=name)
     for row in latest(rows):
         if row["op"] == "ceiling" or not (row["bytes_per_s"] and row["flop_per_s"]):
             continue
@@ -206,9 +211,7 @@ def plot_scaling(rows: list[Row], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="milliseconds")
         axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"decoder and loss, forward and backward, {_machine_text(rows[-1])}", fontsize=9
-    )
+    figure.suptitle(f"decoder and loss, both ways\n{_machine_text(rows[-1])}", fontsize=9)
     _save(figure, path)
 
 
