@@ -18,6 +18,7 @@ commands:
   train      train a VAE, by default on the bundled MNIST digits
   evaluate   measure a run on its test images: numbers, a page with pictures
   compare    measure runs on the same images: paired differences, one picture
+  reproduce  train and measure a table or figure of the paper; set it beside the paper
 
 fastsfvae COMMAND --help lists a command's options; fastsfvae --version prints the version."""
 
@@ -71,9 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fastsfvae.results.commands import compare_command
 
             return compare_command(options)
+        case ["reproduce", *options]:
+            from fastsfvae.reproduce.command import reproduce_command
+
+            return reproduce_command(options)
     return fail(
         "fastsfvae",
-        f"unknown command {arguments[0]!r}: the commands are 'train', 'evaluate', 'compare'",
+        f"unknown command {arguments[0]!r}: the commands are 'train', 'evaluate', 'compare', "
+        "'reproduce'",
     )
 
 

@@ -10,10 +10,10 @@ from fastsfvae.reproduce.cells import Result
 from fastsfvae.reproduce.tables import Summary, summarise
 
 
-def row_of_panels(count: int, width: float, height: float):
+def row_of_panels(count: int, width: float, height: float, share_y: bool = False):
     """A figure of `count` axes side by side, of so many inches each, and the axes."""
     figure = new_figure(width * count, height)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    return figure, list(figure.subplots(1, count, squeeze=False, sharey=share_y)[0])
 
 
 def tidy(axes, title: str, x_label: str = "") -> None:

@@ -68,7 +68,7 @@ def _draw_schedule(results: Sequence[Result]):
 
 
 def _draw_gap(results: Sequence[Result]):
-    figure, panels = row_of_panels(len(results), 2.9, 3.2)
+    figure, panels = row_of_panels(len(results), 2.9, 3.2, share_y=True)
     for axes, result in zip(panels, results, strict=True):
         for quantity in ("objective", "sampled ELBO"):
             _plot(axes, result, quantity)
@@ -79,8 +79,8 @@ def _draw_gap(results: Sequence[Result]):
 
 
 def _plot(axes, result: Result, quantity: str) -> None:
-    # The first point would flatten all that follow.
-    steps = result.steps[1:]
+    # The first points would flatten all that follow.
+    steps = result.steps[len(result.steps) // 8 :]
     values = [result.measured(step)[quantity] for step in steps]
     axes.plot(steps, values, marker=".", linewidth=1.2, label=quantity)
     if paper := result.cell.paper.get(quantity):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 from fastsfvae.reproduce.cells import Experiment, Published, Result
 
@@ -45,9 +46,9 @@ def summarise(results: Iterable[Result]) -> list[Summary]:
         for step in sorted({step for run in runs for step in run.steps}):
             measured = [run.measured(step) for run in runs if step in run.steps]
             for quantity in measured[0]:
-                values = [quantities[quantity] for quantities in measured]
-                mean = statistics.fmean(values)
-                spread = statistics.stdev(values) if len(values) > 1 else math.nan
+                values = torch.tensor([row[quantity] for row in measured], dtype=torch.float64)
+                mean = float(values.mean())
+                spread = float(values.std()) if len(values) > 1 else math.nan
                 paper = cell.paper.get(quantity, {}).get(step)
                 summaries.append(Summary(name, step, quantity, mean, spread, len(values), paper))
     return summaries

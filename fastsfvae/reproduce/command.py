@@ -1,0 +1,92 @@
+"""``fastsfvae reproduce``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from fastsfvae.command_line import UsageError, fail, parse, require_extras
+from fastsfvae.config import DataSet
+from fastsfvae.reproduce import EXPERIMENTS, Interrupted, Options, choose, reproduce
+
+_PROG = "fastsfvae reproduce"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReproduceArguments:
+    """Train and measure what a table or figure of the paper is made of; set it beside the paper.
+
+    Finished runs are stored and not done again: the same command goes on where it was stopped.
+    """
+
+    quick: bool = False
+    """A version of about a minute on the bundled digits, through the same code."""
+
+    data: DataSet | Literal[""] = ""
+    """This data set alone; default: the paper's own, those that are missing left out."""
+
+    data_dir: str = ""
+    """Where the data sets lie."""
+
+    steps: int = 0
+    """Steps of each cell; 0: the protocol's."""
+
+    seeds: int = 0
+    """Runs of each cell; 0: the protocol's."""
+
+    only: str = ""
+    """One cell by its name, or several by a pattern, e.g. "sampling,*"."""
+
+    list: bool = False
+    """Print the names of the cells, their steps and seeds; run nothing."""
+
+    inception: str = ""
+    """File of Inception's weights, for the FID of tables 2 and 5, figures 4 and C1."""
+
+    out: str = "reproduced"
+    """Folder of the results; what is in it stays and is gone on with."""
+
+
+def reproduce_command(options: Sequence[str]) -> int:
+    """Run the command; 0: done, 1: a run failed or data is missing, 2: bad input, 130: interrupted.
+
+    Whatever is finished is written in all cases.
+    """
+    if not options or options[0] in ("-h", "--help"):
+        print(f"usage: {_PROG} NAME [OPTIONS]\n\nnames: {', '.join(EXPERIMENTS)}\n")
+        options = ["", "--help"]
+    name, *rest = options
+    try:
+        require_extras(("tyro", "rich", "matplotlib"), "train")
+        arguments = parse(_PROG, ReproduceArguments, rest)
+        if name not in EXPERIMENTS:
+            raise UsageError(f"{name!r} is none of {', '.join(EXPERIMENTS)}")
+        if min(arguments.steps, arguments.seeds) < 0:
+            raise UsageError("--steps and --seeds must not be negative")
+        return _reproduce(name, arguments)
+    except Interrupted:
+        print(f"{_PROG}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
+        return fail(_PROG, str(error))
+
+
+def _reproduce(name: str, arguments: ReproduceArguments) -> int:
+    fields = {field.name for field in dataclasses.fields(Options)}
+    options = Options(**{key: value for key, value in vars(arguments).items() if key in fields})
+    if arguments.list:
+        for cell in choose(name, options, arguments.only):
+            cell = options.apply(cell)
+            steps = ", ".join(f"{step:,}" for step in cell.at[-3:])
+            print(f"{cell.name}: measured after {steps} steps, {cell.seeds} seeds")
+        return 0
+    out = Path(arguments.out)
+    complete = reproduce(name, options, out, arguments.only)
+    table = out / f"{name}{'-quick' if arguments.quick else ''}.md"
+    if table.is_file():
+        print(table.read_text())
+        print(f"{table.with_suffix('.csv')}, {table.with_suffix('.png')}")
+    return 0 if complete else 1
