@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint audit bench bench-full clean
+.PHONY: help install train reproduce test lint audit bench bench-full clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ install: $(INSTALLED) ## Create .venv with everything that the other targets nee
 
 train: $(INSTALLED) ## Train a sampling-free VAE on the bundled digits; results go to runs/
 	$(BIN)/fastsfvae train
+
+reproduce: $(INSTALLED) ## Make quick versions of Table 4 and Figure 2; results go to runs/paper/
+	$(BIN)/fastsfvae reproduce table4 --quick
+	$(BIN)/fastsfvae reproduce figure2 --quick
 
 test: $(INSTALLED) ## Run the tests, then the Triton kernels' again in the interpreter
 	$(BIN)/python -m pytest

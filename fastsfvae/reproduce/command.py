@@ -46,7 +46,7 @@ class ReproduceArguments:
     inception: str = ""
     """File of Inception's weights, for the FID of tables 2 and 5, figures 4 and C1."""
 
-    out: str = "reproduced"
+    out: str = "runs/paper"
     """Folder of the results; what is in it stays and is gone on with."""
 
 
