@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastsfvae as sf
 from bench.measure import Case, Prepared
 from bench.peers import (
     DECODER_LOSSES,
+    OURS,
     SAMPLING,
     STEPS,
+    TRITON,
     exact_gradients,
     loss_and_gradients,
     tiled_jvp,
@@ -30,11 +32,13 @@ from bench.problems import (
     products,
     relative_error,
 )
+from fastsfvae.jacobian.check import LayerReport, list_layers
+from fastsfvae.jacobian.cost import step_parts
 
 PRECISIONS = ("tf32", "float32", "bfloat16")
 JACOBIANS = {
-    "fastsfvae[triton]": lambda decoder: lambda z: _ours(decoder, z, "triton"),
-    "fastsfvae[torch]": lambda decoder: lambda z: _ours(decoder, z, "torch"),
+    TRITON: lambda decoder: lambda z: _ours(decoder, z, "triton"),
+    OURS: lambda decoder: lambda z: _ours(decoder, z, "torch"),
     "vmap(jacfwd)": vmap_jacfwd,
     "vmap(jvp)": vmap_jvp,
     "tiled jvp": tiled_jvp,
@@ -42,9 +46,7 @@ JACOBIANS = {
 
 
 def _ours(decoder, z: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    output, jacobian = sf.decode_with_jacobian(decoder, z, backend=backend)
-    # channels-last in memory: a view there, a copy only for the check.
-    return output, jacobian
+    return sf.decode_with_jacobian(decoder, z, backend=backend)
 
 
 def _text(name: str, batch: int | None) -> str:
@@ -59,19 +61,29 @@ def _launches(implementation: str) -> tuple[str, ...]:
     return ("eager", "graph") if captured else ("eager",)
 
 
-def _forward_flops(name: str) -> float:
-    """Floating-point operations of one pass of the decoder over one sample."""
-    _, decoder, _, mean, _ = build_problem(name, 1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        decoder(mean)
-    return float(counter.get_total_flops())
+@functools.cache
+def _decoder(name: str) -> list[LayerReport]:
+    problem = build_problem(name, 2)
+    return list_layers(problem.decoder, problem.mean.detach())
+
+
+def _loss_cost(name: str, batch: int | None, dtype: str) -> dict[str, float]:
+    """FLOPs and least bytes of decoder and loss, forward and backward."""
+    workload = WORKLOADS[name]
+    n = torch.Size(workload.image_shape).numel()
+    size = workload.m, n, batch or workload.batch
+    flops, moved = (
+        sum(column) for column in zip(*step_parts(_decoder(name), *size, dtype), strict=True)
+    )
+    return {"flops": flops, "bytes": moved}
 
 
 def jacobian(device: str, names: Sequence[str], batch: int | None = None) -> Iterator[Case]:
     """f(z) and J, without gradients."""
     for name in names:
-        passes = (batch or WORKLOADS[name].batch) * (WORKLOADS[name].m + 1)
-        flops = passes * _forward_flops(name)
+        # Of the m tangents, and the value beside them.
+        share = (WORKLOADS[name].m + 1) / WORKLOADS[name].m
+        flops = share * (batch or WORKLOADS[name].batch) * sum(e.flops for e in _decoder(name))
         for implementation, make in JACOBIANS.items():
 
             def prepare(name=name, make=make) -> Prepared:
@@ -107,15 +119,12 @@ def decoder_loss(
 ) -> Iterator[Case]:
     """The objective and all its gradients."""
     for name in names:
-        # The primal and m tangents, forward and twice that backward.
-        passes = 3 * (batch or WORKLOADS[name].batch) * (WORKLOADS[name].m + 1)
-        flops = passes * _forward_flops(name)
         for dtype in dtypes:
             for implementation in implementations:
-                yield _decoder_loss(device, name, batch, dtype, implementation, flops)
+                yield _decoder_loss(device, name, batch, dtype, implementation)
 
 
-def _decoder_loss(device, name, batch, dtype, implementation, flops) -> Case:
+def _decoder_loss(device, name, batch, dtype, implementation) -> Case:
     def prepare() -> Prepared:
         problem = build_problem(name, batch, device=device)
         loss = DECODER_LOSSES[implementation](problem.decoder)
@@ -130,7 +139,7 @@ def _decoder_loss(device, name, batch, dtype, implementation, flops) -> Case:
     return Case(
         *("decoder+loss", implementation, "both", _text(name, batch), dtype),
         prepare,
-        flops=flops,
+        **_loss_cost(name, batch, dtype),
         launches=_launches(implementation),
         child=(name, implementation, *([str(batch)] if batch else [])),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from fastsfvae.jacobian.cost import CARDS, Floor, step_floor
 from fastsfvae.jacobian.linearize import Linearizer
 from fastsfvae.jacobian.registry import RULES
 from fastsfvae.jacobian.validate import unwrap
+
+if TYPE_CHECKING:
+    from fastsfvae.jacobian.plan import Step
 
 _SAMPLES = 4
 # Whose floor the report prints.
@@ -183,20 +186,7 @@ def check_decoder(
     backend = resolve_backend("auto", z)
     linearizer = Linearizer(target, z, args, kwargs, backend)
     plan = linearizer.plan(z.shape[0])
-    m = z.shape[1]
-    layers = [
-        LayerReport(
-            step.path,
-            step.op,
-            step.shape[1:],
-            step.handled,
-            "triton" if backend == "triton" and _has_kernel(step.op) else "torch",
-            step.cost.flops * m,
-            step.cost.elements * m,
-        )
-        for step in plan.steps
-        if step.handled != "plain"
-    ]
+    layers, m = _layers(plan.steps, z.shape[1], backend), z.shape[1]
     dtype = torch.float64 if isinstance(target, nn.Module) else z.dtype
     exact = copy.deepcopy(target).to(dtype) if isinstance(target, nn.Module) else target
 
@@ -222,6 +212,33 @@ def check_decoder(
         tolerance=_TOLERANCE.get(dtype, _LOOSE),
         obstacles=tuple(dict.fromkeys(plan.obstacles)),
     )
+
+
+def list_layers(decoder: nn.Module, z: Tensor) -> list[LayerReport]:
+    """The `layers` of a decoder's report alone, without a check.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`.
+    """
+    backend = resolve_backend("auto", z)
+    plan = Linearizer(decoder, z, backend=backend).plan(z.shape[0])
+    return _layers(plan.steps, z.shape[1], backend)
+
+
+def _layers(steps: Sequence[Step], m: int, backend: str) -> list[LayerReport]:
+    return [
+        LayerReport(
+            step.path,
+            step.op,
+            step.shape[1:],
+            step.handled,
+            "triton" if backend == "triton" and _has_kernel(step.op) else "torch",
+            step.cost.flops * m,
+            step.cost.elements * m,
+        )
+        for step in steps
+        if step.handled != "plain"
+    ]
 
 
 def _has_kernel(op: str) -> bool:

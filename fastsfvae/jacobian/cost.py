@@ -128,14 +128,22 @@ def step_floor(
     Raises:
         ValueError: for a dtype that the card has no products of.
     """
-    # All tangents and the value, of all samples.
-    tangents, rate, size = batch * (m + 1), card.rate(dtype), _ITEMSIZE[dtype]
-    parts = [(3 * tangents * e.flops / m, tangents * size * e.elements / m) for e in layers]
-    # G and its adjoint M J are an m x m by m x n product each.
-    parts.append((4 * batch * m * m * outputs, 3 * batch * m * size * outputs))
+    rate = card.rate(dtype)
+    parts = step_parts(layers, m, outputs, batch, dtype)
     seconds = sum(max(flops / rate, moved / card.bandwidth) for flops, moved in parts)
     flops, moved = (sum(column) for column in zip(*parts, strict=True))
     return Floor(flops, moved, seconds)
+
+
+def step_parts(
+    layers: Sequence[Layer], m: int, outputs: int, batch: int, dtype: str
+) -> list[tuple[float, float]]:
+    """(FLOPs, bytes) of each layer, and of the Gram matrix last; arguments as in `step_floor`."""
+    # All tangents and the value, of all samples.
+    tangents, size = batch * (m + 1), _ITEMSIZE[dtype]
+    parts = [(3 * tangents * e.flops / m, tangents * size * e.elements / m) for e in layers]
+    # G and its adjoint M J are an m x m by m x n product each.
+    return [*parts, (4 * batch * m * m * outputs, 3 * batch * m * size * outputs)]
 
 
 def tangent_cost(operation: str, node: fx.Node, batch: int) -> Cost:
