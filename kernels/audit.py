@@ -28,7 +28,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gram_project, tangent_activation, woodbury, woodbury_float64
+from . import (
+    gram_project,
+    tangent_activation,
+    tangent_conv,
+    tangent_conv_transpose,
+    tangent_linear,
+    woodbury,
+    woodbury_float64,
+)
 from ._launch import Configuration
 
 # Shared memory that one block can have, in KiB, by compute capability.
@@ -69,7 +77,10 @@ class Row:
 
 def configurations() -> list[Configuration]:
     """Every configuration of every kernel, from the modules that launch them."""
-    modules = (gram_project, woodbury, woodbury_float64, tangent_activation)
+    modules = (
+        *(gram_project, woodbury, woodbury_float64, tangent_activation),
+        *(tangent_conv_transpose, tangent_conv, tangent_linear),
+    )
     return list(chain.from_iterable(module.configurations() for module in modules))
 
 

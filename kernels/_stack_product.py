@@ -1,0 +1,365 @@
+"""Launchers of `_implicit_gemm`'s kernels: geometries of layers, configurations, allocation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ._contract import PIECEWISE_LINEAR
+from ._implicit_gemm import tangent_product_kernel, tangent_weight_kernel
+from ._launch import Configuration, DeviceLimits, cdiv, device_limits, pointer
+from .activations import activation_constexprs
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Which inputs an output reads, with which of the weight's taps; see `_implicit_gemm`.
+
+    Attributes:
+        kernel: rows and columns of the weight.
+        taps: of them, rows and columns that one output uses at most.
+        stride: input rows from one output of a phase to the next.
+        phases: outputs of one phase are this many rows apart.
+        offset: input row of tap 0, at output 0 of phase 0.
+        step: input rows from one tap to the next.
+        first_w: the weight's row of tap 0 in phase 0.
+        step_w: the weight's rows from one tap to the next.
+    """
+
+    kernel: int = 1
+    taps: int = 1
+    stride: int = 1
+    phases: int = 1
+    offset: int = 0
+    step: int = 1
+    first_w: int = 0
+    step_w: int = 1
+
+
+POINTWISE = Gather()
+
+
+def window(kernel: int, stride: int, padding: int) -> Gather:
+    """A convolution; the data gradient of a transposed one."""
+    return Gather(kernel, kernel, stride, offset=-padding)
+
+
+def mirrored(kernel: int, padding: int) -> Gather:
+    """The data gradient of a convolution with stride 1."""
+    return Gather(kernel, kernel, offset=padding, step=-1)
+
+
+def doubling(kernel: int) -> Gather:
+    """A transposed convolution with kernel 3 or 4, stride 2, padding 1; a convolution's gradient.
+
+    Kernel 3 is kernel 4 without its last row and column.
+    """
+    return Gather(kernel, taps=2, phases=2, step=-1, first_w=1, step_w=2)
+
+
+class Weight:
+    """A dense weight ``[outer, taps, inner]`` as a product reads it.
+
+    Args:
+        dense: the tensor; inner is its last axis.
+        channels: of the product's input.
+        columns: of its output; one of the two is inner.
+        inner_is_input: which one.
+    """
+
+    def __init__(self, dense: Tensor, channels: int, columns: int, inner_is_input: bool):
+        self.dense, self.columns = dense, columns
+        outer_stride = dense[0].numel()
+        # Of the input's channel, the output's and the tap.
+        self.strides = (1, outer_stride, channels) if inner_is_input else (outer_stride, 1, columns)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Block sizes and launch options of one program."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def _bucket(size: int) -> int:
+    return min(max(16, triton.next_power_of_2(size)), 64)
+
+
+def _product_tile_of(
+    channels: int, columns: int, dtype: torch.dtype, precision: str, curved: bool
+) -> _Tile:
+    is_full = dtype == torch.float32
+    exact = is_full and precision == "ieee"
+    block_k = 16 if exact else 128 // dtype.itemsize
+    across_taps = channels % block_k > 0
+    if across_taps:
+        block_k = max(16, block_k // 2)
+    # A sum over tangents doubles what a thread holds; three TF32 products split both operands; a
+    # block that crosses taps has an address a lane.
+    crowded = curved or across_taps or (is_full and precision == "tf32x3")
+    return _Tile(
+        block_m=64,
+        block_n=min(_bucket(columns), 32 if curved and is_full else 64),
+        block_k=block_k,
+        num_warps=8 if crowded else 4,
+        num_stages=2 if exact else 3,
+    )
+
+
+def _weight_tile_of(outer: int, columns: int, dtype: torch.dtype, precision: str) -> _Tile:
+    exact = dtype == torch.float32 and precision == "ieee"
+    return _Tile(_bucket(outer), _bucket(columns), 16 if exact else 32, 4, 2 if exact else 3)
+
+
+def _product_constexprs(
+    gather: Gather,
+    channels: int,
+    columns: int,
+    dtype: torch.dtype,
+    precision: str,
+    kind: dict,
+    pull: bool,
+    has_bias: bool,
+) -> dict:
+    curved = pull and kind["KIND"] not in PIECEWISE_LINEAR
+    tile = _product_tile_of(channels, columns, dtype, precision, curved)
+    geometry = {name.upper(): value for name, value in asdict(gather).items()}
+    return {
+        **geometry,
+        **kind,
+        "PULL": pull,
+        "CURVED": curved,
+        "HAS_BIAS": has_bias,
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+        "ONE_TAP": channels % tile.block_k == 0,
+        "PRECISION": precision,
+    }
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """``[..., C, H, W]`` as dense ``[..., H, W, C]``; no copy of channels-last storage."""
+    return t.movedim(-3, -1).contiguous()
+
+
+def _kind_constexprs(kind: str, params: Sequence[float]) -> dict:
+    if kind == "none":
+        return {"KIND": kind, "P0": 0.0, "P1": 0.0}
+    return activation_constexprs(kind, params)
+
+
+def product(
+    stack: Tensor,
+    weight: Weight,
+    gather: Gather,
+    out_size: tuple[int, int],
+    *,
+    kind: str = "none",
+    params: Sequence[float] = (),
+    bias: Tensor | None = None,
+    pull: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """Apply a layer, or its transpose, to a stack.
+
+    Args:
+        stack: dense ``[S, B, H, W, C]``, slot 0 the values; a supported dtype, also the weight's.
+        weight: reads C and gives N columns.
+        gather: the layer's geometry.
+        out_size: ``(OH, OW)``.
+        kind: the activation in front, "none" or a key of `PARAMETERS`.
+        params: its parameters; compiled in.
+        bias: added to slot 0's columns, repeated where it is shorter than N.
+        pull: dense ``[S, B, OH, OW, N]``: the stack that the activation was applied to. Then
+            `stack` is a gradient, and its product is pulled back through the activation.
+        precision: how float32 products are formed: "ieee", "tf32x3" or "tf32".
+
+    Returns:
+        ``[S, B, OH, OW, N]`` in the stack's dtype.
+    """
+    (S, B, H, W, C), (OH, OW), N = stack.shape, out_size, weight.columns
+    out = torch.empty((S, B, OH, OW, N), dtype=stack.dtype, device=stack.device)
+    constexprs = _product_constexprs(
+        *(gather, C, N, stack.dtype, precision, _kind_constexprs(kind, params)),
+        pull=pull is not None and kind != "none",
+        has_bias=bias is not None,
+    )
+    tile = _product_tile_of(C, N, stack.dtype, precision, constexprs["CURVED"])
+    grid_h, grid_w = cdiv(OH, gather.phases), cdiv(OW, gather.phases)
+    slots = S if constexprs["CURVED"] else 1
+    rows = S // slots * B * grid_h * grid_w
+    programs = cdiv(rows, tile.block_m) * gather.phases**2 * cdiv(N, tile.block_n)
+    with torch.cuda.device_of(stack):
+        tangent_product_kernel[(programs,)](
+            *(stack, weight.dense, stack if bias is None else bias),
+            *(stack if pull is None else pull, out, rows, slots, B, grid_h, grid_w, H, W, C),
+            *(OH, OW, N, N if bias is None else bias.numel(), *weight.strides),
+            **constexprs,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out
+
+
+def _splits(rows: int, tiles: int, block_k: int, limits: DeviceLimits) -> tuple[int, int]:
+    """Parts of the rows and rows per part: about two programs an SM, at least four blocks a part.
+
+    It depends on the device alone, so its order of summation is the same on every run.
+    """
+    blocks = cdiv(rows, block_k)
+    wanted = max(1, 2 * limits.sm_count // tiles)
+    per_split = cdiv(blocks, max(1, min(wanted, blocks // 4)))
+    return cdiv(blocks, per_split), per_split * block_k
+
+
+def weight_gradient(
+    plain: Tensor,
+    windowed: Tensor,
+    gather: Gather,
+    *,
+    activate: str,
+    kind: str = "none",
+    params: Sequence[float] = (),
+    precision: str = "ieee",
+) -> Tensor:
+    """Sum over slots, samples and positions of plain (x) its window in the other stack.
+
+    Args:
+        plain: dense ``[S, B, h, w, M]``.
+        windowed: dense ``[S, B, H, W, C]``.
+        gather: what position (y, x) of `plain` meets there, as `window` gives it.
+        activate: "plain" or "windowed", the one that is the layer's input, behind an activation.
+        kind: as in `product`.
+        params: as in `product`.
+        precision: as in `product`.
+
+    Returns:
+        Float32 ``[M, taps, C]``; its sums are split and added up in a fixed order.
+    """
+    (S, B, grid_h, grid_w, M), (_, _, H, W, C) = plain.shape, windowed.shape
+    taps = gather.kernel**2
+    N = taps * C
+    tile = _weight_tile_of(M, N, plain.dtype, precision)
+    tiles, rows = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), S * B * grid_h * grid_w
+    splits, per_split = _splits(rows, tiles, tile.block_k, device_limits(plain))
+    parts = torch.empty((splits, M, taps, C), dtype=torch.float32, device=plain.device)
+    constexprs = _weight_constexprs(
+        *(gather, M, N, plain.dtype, precision, _kind_constexprs(kind, params)),
+        on_window=activate == "windowed",
+    )
+    with torch.cuda.device_of(plain):
+        tangent_weight_kernel[(splits * tiles,)](
+            *(plain, windowed, parts, rows, per_split, splits, B, grid_h, grid_w, M, H, W, C),
+            **constexprs,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return parts[0] if splits == 1 else parts.sum(0)
+
+
+def _weight_constexprs(
+    gather: Gather,
+    outer: int,
+    columns: int,
+    dtype: torch.dtype,
+    precision: str,
+    kind: dict,
+    on_window: bool,
+) -> dict:
+    tile = _weight_tile_of(outer, columns, dtype, precision)
+    return {
+        **kind,
+        "ON_WINDOW": on_window,
+        **{"KERNEL": gather.kernel, "STRIDE": gather.stride, "PADDING": -gather.offset},
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+        "PRECISION": precision,
+    }
+
+
+# (dtype, precision, kind, channels, columns): what any operation compiles most of,
+TYPICAL = tuple(
+    (dtype, "tf32", kind, 64, 64)
+    for dtype in (torch.float32, torch.bfloat16)
+    for kind in ("relu", "tanh")
+)
+# every dtype and product with each sort of activation and with odd channels, and narrow tiles.
+EVERY = (
+    *itertools.product(
+        (torch.float32,), ("ieee", "tf32x3"), ("none", "relu", "tanh"), (64,), (64,)
+    ),
+    *itertools.product((torch.float32, torch.bfloat16), ("tf32",), ("none",), (64,), (64,)),
+    *itertools.product((torch.float16,), ("tf32",), ("none", "relu", "tanh"), (64,), (64,)),
+    *itertools.product((torch.float32, torch.bfloat16), ("tf32",), ("relu",), (3,), (16, 32, 64)),
+    *itertools.product((torch.float32, torch.bfloat16), ("tf32",), ("relu",), (48,), (64,)),
+    *TYPICAL,
+)
+
+
+def audited(
+    name: str,
+    forward: Gather,
+    backward: Gather,
+    forward_inner_is_input: bool = True,
+    variants: Sequence[tuple[torch.dtype, str, str, int, int]] = TYPICAL,
+) -> Iterator[Configuration]:
+    """What one operation's launchers compile, for the audit.
+
+    Args:
+        name: for the table.
+        forward: geometry of the product.
+        backward: of its transpose; the weight's gradient has that of the two that is a `window`.
+        forward_inner_is_input: as `Weight` has it.
+        variants: `TYPICAL` or `EVERY`; they differ in what does not depend on the geometry.
+    """
+    for dtype, precision, kind, channels, columns in variants:
+        label = f"{name} {kind} C={channels} N={columns} {pointer(dtype)[1:]}"
+        label += f" {precision}" if dtype == torch.float32 else ""
+        types = {
+            f"{pointer_name}_ptr": pointer(dtype) for pointer_name in "x w bias a y p q".split()
+        }
+        types["part_ptr"] = "*fp32"
+        sizes = ("C", "stride_w_tap", "stride_w_n", "stride_w_c") if channels % 16 else ()
+        constexprs = _kind_constexprs(kind, ())
+        for gather, inner_is_input, pull in (
+            (forward, forward_inner_is_input, False),
+            (backward, not forward_inner_is_input, True),
+        ):
+            options = _product_constexprs(
+                *(gather, channels, columns, dtype, precision, constexprs),
+                pull=pull and kind != "none",
+                has_bias=not pull,
+            )
+            tile = _product_tile_of(channels, columns, dtype, precision, options["CURVED"])
+            # The JIT makes a constant of an argument that is 1.
+            one = "stride_w_c" if inner_is_input else "stride_w_n"
+            yield Configuration(
+                tangent_product_kernel,
+                f"{label} {'back' if pull else 'forward'}",
+                types,
+                {**options, one: 1},
+                tile.num_warps,
+                tile.num_stages,
+                tuple(size for size in sizes if size != one),
+            )
+        reads = backward if forward.phases > 1 else forward
+        width = reads.kernel**2 * channels
+        tile = _weight_tile_of(columns, width, dtype, precision)
+        yield Configuration(
+            tangent_weight_kernel,
+            label,
+            types,
+            _weight_constexprs(
+                *(reads, columns, width, dtype, precision, constexprs), on_window=reads is forward
+            ),
+            tile.num_warps,
+            tile.num_stages,
+            sizes[:1],
+        )

@@ -1,0 +1,96 @@
+"""tangent_conv: strides 1 and 2, kernels 1, 3 and 4, against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsfvae.ops.convolution import Geometry
+from fastsfvae.ops.tangent_conv import stack_conv, stack_conv_backward, supports
+
+from ._triton import poisoned_empty, requires_triton
+from .stack_layers import ACTIVATIONS, Results, assert_layer, draw
+
+# pytest finds the fixture by its name in this module.
+_ = poisoned_empty
+
+# (kernel, stride, padding)
+LAYERS = [(1, 1, 0), (1, 1, 1), (3, 1, 1), (3, 1, 0), (4, 1, 2), (3, 2, 1), (4, 2, 1)]
+# (m, B, C_in, C_out, H, W)
+SHAPES = [(2, 2, 3, 5, 5, 4), (1, 1, 1, 1, 4, 5), (33, 1, 1, 2, 4, 3), (1, 2, 96, 40, 3, 4)]
+
+
+def geometry(stride=1, padding=1, groups=1, dilation=1):
+    pair = lambda n: (n, n)  # noqa: E731
+    return Geometry(pair(stride), pair(padding), pair(dilation), groups, False, (0, 0))
+
+
+def problem(m, B, C_in, C_out, H, W, kernel, g, dtype=torch.float32):
+    """A layer, and what it and its gradients are taken at."""
+
+    def layer(x, weight):
+        return F.conv2d(x, weight, None, g.stride, g.padding)
+
+    stack, weight, bias = draw(
+        0, dtype, (1 + m, B, C_in, H, W), (C_out, C_in, kernel, kernel), (C_out,)
+    )
+    (grad,) = draw(1, dtype, (1 + m, B, *layer(stack[0], weight).shape[1:]))
+    return layer, (stack, weight, bias, grad)
+
+
+def run(g, kind, stack, weight, bias, grad):
+    params = ACTIVATIONS[kind][1]
+    out = stack_conv(stack, weight, bias, g, kind, params)
+    assert out[0].is_contiguous(memory_format=torch.channels_last)
+    return Results(out, *stack_conv_backward(grad, stack, weight, g, kind, params))
+
+
+class TestKernel:
+    pytestmark = requires_triton
+
+    @pytest.mark.parametrize("kind", ["hardtanh", "sigmoid"])
+    @pytest.mark.parametrize("kernel, stride, padding", LAYERS)
+    def test_geometries(self, kernel, stride, padding, kind, poisoned_empty):
+        g = geometry(stride, padding)
+        layer, inputs = problem(*SHAPES[0], kernel, g)
+        assert supports(*inputs[:2], g)
+        assert_layer(run(g, kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
+
+    @pytest.mark.parametrize("kernel, stride", [(3, 1), (4, 2)])
+    @pytest.mark.parametrize("shape", SHAPES[1:])
+    def test_sizes(self, shape, kernel, stride, poisoned_empty):
+        g = geometry(stride)
+        layer, inputs = problem(*shape, kernel, g)
+        assert_layer(run(g, "relu", *inputs), F.relu, layer, *inputs)
+
+    @pytest.mark.parametrize("kind", ["none", "silu"])
+    def test_bfloat16(self, kind, poisoned_empty):
+        layer, inputs = problem(*SHAPES[0], 3, geometry(), torch.bfloat16)
+        assert_layer(run(geometry(), kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
+
+    def test_two_runs_give_the_same_bits(self):
+        _, inputs = problem(*SHAPES[2], 3, geometry())
+        runs = [run(geometry(), "tanh", *inputs) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_supports_names_what_the_kernels_take():
+    def asked(shape=(3, 2, 4, 5, 5), weight=(6, 4, 3, 3), dtype=torch.float32, **options):
+        stack = torch.empty(shape, dtype=dtype, device="meta")
+        return supports(stack, torch.empty(weight, device="meta"), geometry(**options))
+
+    assert asked() and asked(stride=2) and asked(padding=2, weight=(6, 4, 4, 4))
+    refused = [
+        {"groups": 2},
+        {"dilation": 2},
+        {"stride": 3},
+        {"stride": 2, "padding": 0},
+        {"weight": (6, 4, 5, 5)},
+        {"weight": (6, 4, 3, 1)},
+        {"shape": (3, 2, 4, 5)},
+        {"dtype": torch.float64},
+        {"shape": (3, 2, 4, 2, 2), "padding": 0},
+        {"shape": (2**15, 2**10, 4, 8, 8)},
+    ]
+    assert not any(asked(**options) for options in refused)
+    transposed = geometry()._replace(transposed=True)
+    assert not supports(torch.empty(3, 2, 4, 5, 5), torch.empty(6, 4, 3, 3), transposed)
