@@ -1,0 +1,319 @@
+"""A decoder's last transposed convolution together with the Gram of its Jacobian, J never written.
+
+The layer (kernel 4, stride 2, padding 1, at most 4 channels out) takes tangents T [m, B, H, W, Ci]
+through the derivative of the activation in front of it, its weight, and the slope of the activation
+behind it:
+
+    Z_i = conv_transpose(phi'(a) T_i)      J_i = slope Z_i      G = J J^T   p = J r   rr = r^T r
+
+A program holds all m tangents of a tile of input positions. Output (2y + q, 2x + q') needs inputs
+(y + d, x + d') with d in {-1, 0, 1}, at tap k = q + 1 - 2 d: so the tile's outputs are nine
+products [m * positions, Ci] x [Ci, 16], whose columns are the four parities times up to four
+channels. Taps that a parity lacks are zeros: 2.25 times the multiplications, in the width that
+tensor cores have.
+
+Floor, in bytes through device memory: T once (2.25 times from L2, for a 4 x 4 tile's border) and r.
+What it saves is to write and read J, and a pass over T for phi'. FLOPs a sample: 72 m Ci 4 H W for
+the layer, whatever Co is, and 2 m^2 n for the Gram.
+
+The pullback is in `gram_tail_backward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._contract import tangents_like
+from ._launch import (
+    INTERPRET,
+    Configuration,
+    DeviceLimits,
+    cdiv,
+    check_dtypes,
+    device_limits,
+    pointer,
+)
+from .activations import activation, activation_constexprs
+
+GRAM_TAIL_MAX_M = 64
+GRAM_TAIL_MAX_CHANNELS = 4
+# KIND where no activation stands in front of the layer.
+_NO_KIND = {"KIND": "", "P0": 0.0, "P1": 0.0}
+
+
+@triton.jit
+def tile_product(x, y, acc, PRECISION: tl.constexpr):
+    """The matrix product of two tiles, added to acc."""
+    if INTERPRET:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_rows(
+    t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
+    BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Z [BLOCK_M, POSITIONS * 16] of the input positions (y, x) of sample b."""
+    i = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, 16)
+    co = column % 4
+    Z = tl.zeros([BLOCK_M * POSITIONS, 16], tl.float32)
+    for tap in range(0, 9):
+        down, right = tap // 3 - 1, tap % 3 - 1
+        ky = column // 8 + 1 - 2 * down
+        kx = column // 4 % 2 + 1 - 2 * right
+        has_tap = (ky >= 0) & (ky < 4) & (kx >= 0) & (kx < 4) & (co < channels_out)
+        inside = (y + down >= 0) & (y + down < height) & (x + right >= 0) & (x + right < width)
+        at = (b * height + y + down) * width + x + right
+        for start in range(0, channels_in, BLOCK_C):
+            ci = start + tl.arange(0, BLOCK_C)
+            present = inside[:, None] & (ci < channels_in)[None, :]
+            at_in = at[:, None] * channels_in + ci[None, :]
+            T = tl.load(
+                t_ptr + i.to(tl.int64)[:, None, None] * stride_t_m + at_in[None, :, :],
+                mask=(i < m)[:, None, None] & present[None, :, :],
+                other=0.0,
+            )
+            if KIND != "":
+                a = tl.load(a_ptr + at_in, mask=present, other=0.0).to(tl.float32)
+                _, d1, _ = activation(a, KIND, P0, P1)
+                T = (T.to(tl.float32) * d1[None, :, :]).to(T.dtype)
+            W = tl.load(
+                w_ptr + (ci[:, None] * channels_out + co[None, :]) * 16 + (ky * 4 + kx)[None, :],
+                mask=(ci < channels_in)[:, None] & has_tap[None, :],
+                other=0.0,
+            ).to(T.dtype)
+            Z = tile_product(tl.reshape(T, [BLOCK_M * POSITIONS, BLOCK_C]), W, Z, PRECISION)
+    return tl.reshape(Z, [BLOCK_M, POSITIONS * 16])
+
+
+@triton.jit
+def tile_image(b, y, x, height, width, channels_out, POSITIONS: tl.constexpr):
+    """Where the outputs [POSITIONS * 16] lie in an image [B, 2H, 2W, Co], and which exist."""
+    column = tl.arange(0, 16)
+    co = column % 4
+    rows = (b * 2 * height + 2 * y[:, None] + column[None, :] // 8) * 2 * width
+    at = (rows + 2 * x[:, None] + column[None, :] // 4 % 2) * channels_out + co[None, :]
+    present = ((y < height) & (x < width))[:, None] & (co < channels_out)[None, :]
+    return tl.reshape(at, [POSITIONS * 16]), tl.reshape(present, [POSITIONS * 16])
+
+
+@triton.jit(do_not_specialize=["B", "m", "splits", "tiles", "tiles_x", "channels_out"])
+def _gram_tail_fwd_kernel(
+    t_ptr,  # T [m, B, H, W, Ci]
+    a_ptr,  # [B, H, W, Ci]; not read without KIND
+    w_ptr,  # [Ci, Co, 4, 4]
+    slope_ptr,  # [B, 2H, 2W, Co]; not read without SLOPED
+    r_ptr,  # [B, 2H, 2W, Co] float32
+    g_ptr,  # [splits, B, m, m]
+    p_ptr,  # [splits, B, m]
+    rr_ptr,  # [splits, B]
+    B, m, height, width, channels_in, channels_out, splits, tiles, tiles_x, stride_t_m,
+    BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    SLOPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    split = pid % splits
+    b = (pid // splits).to(tl.int64)
+    i = tl.arange(0, BLOCK_M)
+    position = tl.arange(0, TILE_Y * TILE_X)
+    G = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    p = tl.zeros([BLOCK_M], tl.float32)
+    rr_lanes = tl.zeros([TILE_Y * TILE_X * 16], tl.float32)
+    for tile in range(split, tiles, splits):
+        y = tile // tiles_x * TILE_Y + position // TILE_X
+        x = tile % tiles_x * TILE_X + position % TILE_X
+        J = tile_rows(
+            t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
+            BLOCK_M, TILE_Y * TILE_X, BLOCK_C, KIND, P0, P1, PRECISION,
+        )  # fmt: skip
+        at, present = tile_image(b, y, x, height, width, channels_out, TILE_Y * TILE_X)
+        if SLOPED:
+            slope = tl.load(slope_ptr + at, mask=present, other=0.0).to(tl.float32)
+            J = J * slope[None, :]
+        # The border's positions outside the image have neighbours inside.
+        J = tl.where(present[None, :], J, 0.0)
+        r = tl.load(r_ptr + at, mask=present, other=0.0)
+        G = tl.dot(J, tl.trans(J), G, input_precision="ieee")
+        p += tl.sum(J * r[None, :], 1)
+        rr_lanes += r * r
+    part = split * B + b
+    tl.store(
+        g_ptr + part * m * m + (i[:, None] * m + i[None, :]),
+        G,
+        mask=(i < m)[:, None] & (i < m)[None, :],
+    )
+    tl.store(p_ptr + part * m + i, p, mask=i < m)
+    tl.store(rr_ptr + part, tl.sum(rr_lanes, 0))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Input positions and channels of a program, and its warps."""
+
+    block_m: int
+    tile_y: int
+    tile_x: int
+    block_c: int
+    num_warps: int
+
+    @property
+    def constexprs(self) -> dict:
+        """Of the kernels that take a tile."""
+        return {
+            **{"BLOCK_M": self.block_m, "TILE_Y": self.tile_y, "TILE_X": self.tile_x},
+            "BLOCK_C": self.block_c,
+        }
+
+
+def tail_tile(m: int, channels_in: int, dtype: torch.dtype, backward: bool = False) -> Tile:
+    """For m tangents of that many channels: the rows, m * positions, stay within the registers."""
+    block_m = max(16, triton.next_power_of_2(m))
+    # The backward holds Z, J and dJ.
+    small = block_m == 64 and backward
+    tile_y, tile_x = (2, 2) if small else (2, 4) if block_m == 64 else (4, 4)
+    wide = dtype.itemsize == 2 and channels_in > 16 and not small
+    num_warps = 4 if block_m == 16 and dtype.itemsize == 2 else 8
+    return Tile(block_m, tile_y, tile_x, 32 if wide else 16, num_warps)
+
+
+def shares(parts: int, others: int, limits: DeviceLimits) -> int:
+    """Programs that share `parts` pieces of work, about four an SM together with `others`."""
+    return min(parts, max(1, 4 * limits.sm_count // others))
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def gram_tail_partials(
+    T: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    *,
+    a: Tensor | None = None,
+    kind: str = "",
+    params: Sequence[float] = (),
+    slope: Tensor | None = None,
+    input_precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over parts of the image, in a fixed split, as `gram_project_partials` gives them.
+
+    Args:
+        T: ``[m, B, Ci, H, W]`` with m <= 64; copied only where T[i] is not channels-last.
+        weight: ``[Ci, Co, 4, 4]`` of a transposed convolution with stride 2 and padding 1, Co <= 4.
+        r: ``[B, Co, 2H, 2W]``.
+        a: ``[B, Ci, H, W]``, where the activation in front of the layer is taken; or, for ReLU, its
+            result. None without one.
+        kind: that activation, a key of `PARAMETERS`.
+        params: its parameters.
+        slope: the derivative of the activation behind the layer, ``[B, Co, 2H, 2W]``, or None.
+        input_precision: how float32 products of the layer are formed; the Gram's are "ieee".
+
+    Returns:
+        Float32 ``(G [S, B, m, m], p [S, B, m], rr [S, B])``.
+
+    Raises:
+        TypeError: a tensor that is not float32, bfloat16 or float16.
+        ValueError: shapes that do not fit, or m or Co above the limit.
+    """
+    T, weight, r, a, slope, constexprs = prepare(T, weight, r, a, kind, params, slope)
+    m, B, channels_in, height, width = T.shape
+    tile = tail_tile(m, channels_in, T.dtype)
+    tiles_x = cdiv(width, tile.tile_x)
+    tiles = cdiv(height, tile.tile_y) * tiles_x
+    splits = shares(tiles, B, device_limits(T))
+    G, p, rr = (
+        torch.empty((splits, B, *shape), dtype=torch.float32, device=T.device)
+        for shape in ((m, m), (m,), ())
+    )
+    with torch.cuda.device_of(T):
+        _gram_tail_fwd_kernel[(B * splits,)](
+            *(T, T if a is None else a, weight, r if slope is None else slope, r, G, p, rr),
+            *(B, m, height, width, channels_in, weight.shape[1], splits, tiles, tiles_x),
+            T.stride(0),
+            **constexprs,
+            **tile.constexprs,
+            SLOPED=slope is not None,
+            PRECISION=input_precision,
+            num_warps=tile.num_warps,
+            num_stages=1,
+        )
+    return G, p, rr
+
+
+def prepare(T, weight, r, a, kind, params, slope):
+    """Dense tensors in the kernels' order, checked, and the activation's constexprs."""
+    given = {"T": T, "weight": weight, "r": r, "a": a, "slope": slope}
+    check_dtypes(**{name: t for name, t in given.items() if t is not None})
+    m, B, channels_in, height, width = T.shape if T.dim() == 5 else (0,) * 5
+    image = (B, weight.shape[1], 2 * height, 2 * width)
+    fits = (
+        1 <= m <= GRAM_TAIL_MAX_M
+        and weight.shape == (channels_in, weight.shape[1], 4, 4)
+        and weight.shape[1] <= GRAM_TAIL_MAX_CHANNELS
+        and r.shape == image
+        and (slope is None or slope.shape == image)
+        and (a is None) == (kind == "")
+        and (a is None or a.shape == T.shape[1:])
+    )
+    if not fits:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in given.items() if t is not None)
+        raise ValueError(
+            f"{shapes}, kind={kind!r} do not fit: give T [m <= {GRAM_TAIL_MAX_M}, B, Ci, H, W], "
+            f"weight [Ci, Co <= {GRAM_TAIL_MAX_CHANNELS}, 4, 4], r and slope [B, Co, 2H, 2W], and "
+            "a [B, Ci, H, W] with a kind"
+        )
+    return (
+        tangents_like(T, torch.channels_last),
+        weight.contiguous(),
+        _channels_last(r.to(torch.float32)),
+        None if a is None else _channels_last(a),
+        None if slope is None else _channels_last(slope),
+        _NO_KIND if a is None else activation_constexprs(kind, params),
+    )
+
+
+def activation_variants() -> Iterator[tuple[str, dict]]:
+    """Label and constexprs: the least in front and behind, and the most, stand for all others."""
+    yield "relu", {**activation_constexprs("relu", ()), "SLOPED": False}
+    yield "tanh sloped", {**activation_constexprs("tanh", ()), "SLOPED": True}
+
+
+def tail_variants(backward: bool = False) -> Iterator[tuple[str, torch.dtype, dict, Tile]]:
+    """Label, dtype, constexprs and tile of every compilation of a kernel that takes a tile."""
+    products = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+    for m, channels, (dtype, precision) in product((16, 32, 64), (16, 32), products):
+        tile = tail_tile(m, channels, dtype, backward)
+        if tile.block_c != channels:
+            continue
+        for name, constexprs in activation_variants():
+            exact = "" if dtype != torch.float32 else f" {precision}"
+            label = f"m={m} Ci={channels} {pointer(dtype)[1:]}{exact} {name}"
+            yield label, dtype, {**constexprs, **tile.constexprs, "PRECISION": precision}, tile
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every compilation of the forward kernel, and one at odd sizes."""
+    for label, dtype, constexprs, tile in tail_variants():
+        types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a")}
+        types |= {f"{name}_ptr": "*fp32" for name in ("w", "slope", "r", "g", "p", "rr")}
+        odd = ("t_ptr", "a_ptr", "channels_in", "height", "width", "stride_t_m")
+        for more, odds in (("", ()), (" odd", odd))[: 2 if "relu" in label else 1]:
+            yield Configuration(
+                *(_gram_tail_fwd_kernel, label + more, types, constexprs),
+                tile.num_warps,
+                num_stages=1,
+                odd=odds,
+            )

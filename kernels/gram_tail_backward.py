@@ -1,0 +1,266 @@
+"""The pullback of `gram_tail`: gradients of a last layer whose Jacobian was never written.
+
+    dJ = M J + u r^T      dr = J^T u + 2 g_rr r      dZ = slope dJ      d slope = sum_i Z_i dJ_i
+    dT_i = phi'(a) conv(dZ_i)      da = phi''(a) sum_i T_i conv(dZ_i)      dW = sum_i T'_i dZ_i
+
+with M = dG + dG^T and u = dp, as in `gram_project`, and T' = phi'(a) T. Two launches: (a) Z again,
+as in the forward, and dZ from it; (b) dT as an ordinary convolution with stride 2, K = 64: a window
+of 4 x 4 gradients of up to 4 channels. The same windows give dW, one product of K = 64 columns a
+block of positions, in partial sums that are added in a fixed order.
+
+Floor, in bytes through device memory: (a) T and r once, dZ written once; (b) dZ and T read, dT
+written. Against J at hand, (a) reads T instead of J and does the forward's FLOPs again: which is
+faster is for a measurement to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._contract import PIECEWISE_LINEAR, empty_tangents
+from ._launch import Configuration, cdiv, device_limits, pointer
+from .activations import activation
+from .gram_tail import (
+    activation_variants,
+    prepare,
+    shares,
+    tail_tile,
+    tail_variants,
+    tile_image,
+    tile_product,
+    tile_rows,
+)
+
+# Input positions that a program of the second launch takes at a time.
+_POSITIONS = 32
+
+
+@triton.jit(do_not_specialize=["m", "tiles", "tiles_x", "channels_out"])
+def _gram_tail_bwd_image_kernel(
+    t_ptr,  # T [m, B, H, W, Ci]
+    a_ptr,  # [B, H, W, Ci]; not read without KIND
+    w_ptr,  # [Ci, Co, 4, 4]
+    slope_ptr,  # [B, 2H, 2W, Co]; not read without SLOPED
+    r_ptr,  # [B, 2H, 2W, Co] float32
+    m_ptr,  # M [B, m, m]
+    u_ptr,  # [B, m]
+    g_rr_ptr,  # [B]
+    dz_ptr,  # [m, B, 2H, 2W, Co]
+    dr_ptr,  # [B, 2H, 2W, Co] float32
+    d_slope_ptr,  # [B, 2H, 2W, Co] float32; not written without SLOPED
+    m, height, width, channels_in, channels_out, tiles, tiles_x, stride_t_m, stride_dz_m,
+    BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    SLOPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    b = (pid // tiles).to(tl.int64)
+    i = tl.arange(0, BLOCK_M)
+    position = tl.arange(0, TILE_Y * TILE_X)
+    y = tile // tiles_x * TILE_Y + position // TILE_X
+    x = tile % tiles_x * TILE_X + position % TILE_X
+    Z = tile_rows(
+        t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
+        BLOCK_M, TILE_Y * TILE_X, BLOCK_C, KIND, P0, P1, PRECISION,
+    )  # fmt: skip
+    at, present = tile_image(b, y, x, height, width, channels_out, TILE_Y * TILE_X)
+    J = Z
+    if SLOPED:
+        slope = tl.load(slope_ptr + at, mask=present, other=0.0).to(tl.float32)
+        J = Z * slope[None, :]
+    r = tl.load(r_ptr + at, mask=present, other=0.0)
+    u = tl.load(u_ptr + b * m + i, mask=i < m, other=0.0)
+    M = tl.load(
+        m_ptr + b * m * m + (i[:, None] * m + i[None, :]),
+        mask=(i < m)[:, None] & (i < m)[None, :],
+        other=0.0,
+    )
+    dr = tl.sum(u[:, None] * J, 0) + 2.0 * tl.load(g_rr_ptr + b) * r
+    tl.store(dr_ptr + at, dr, mask=present)
+    dJ = tl.dot(M, J, u[:, None] * r[None, :], input_precision="ieee")
+    if SLOPED:
+        tl.store(d_slope_ptr + at, tl.sum(Z * dJ, 0), mask=present)
+        dJ = dJ * slope[None, :]
+    dz_ptrs = dz_ptr + i.to(tl.int64)[:, None] * stride_dz_m + at[None, :]
+    tl.store(dz_ptrs, dJ, mask=(i < m)[:, None] & present[None, :])
+
+
+@triton.jit(do_not_specialize=["m", "blocks", "splits", "channels_out"])
+def _gram_tail_bwd_tangent_kernel(
+    t_ptr,  # T [m, B * H * W, Ci]
+    a_ptr,  # [B * H * W, Ci]; not read without KIND
+    w_ptr,  # [Ci, Co, 4, 4]
+    dz_ptr,  # [m, B, 2H, 2W, Co]
+    dt_ptr,  # [m, B * H * W, Ci]
+    da_ptr,  # [B * H * W, Ci]; not written without CURVED
+    dw_ptr,  # [splits, Ci, 64] float32
+    numel, m, height, width, channels_in, channels_out, blocks, splits,
+    stride_t_m, stride_dz_m, stride_dt_m,
+    POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    CURVED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    ci = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # A window's axis: rows and columns of the kernel, then channels out, padded to four.
+    k = tl.arange(0, 64)
+    ky, kx, co = k // 16, k // 4 % 4, k % 4
+    W = tl.load(
+        w_ptr + (ci[None, :] * channels_out + co[:, None]) * 16 + (ky * 4 + kx)[:, None],
+        mask=(ci < channels_in)[None, :] & (co < channels_out)[:, None],
+        other=0.0,
+    ).to(dz_ptr.dtype.element_ty)
+    dW = tl.zeros([BLOCK_C, 64], tl.float32)
+    for block in range(split, blocks, splits):
+        at = tl.cast(block, tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
+        b = at // (height * width)
+        Y = 2 * (at // width % height)[:, None] - 1 + ky[None, :]
+        X = 2 * (at % width)[:, None] - 1 + kx[None, :]
+        framed = (Y >= 0) & (Y < 2 * height) & (X >= 0) & (X < 2 * width)
+        framed = framed & (at < numel)[:, None] & (co < channels_out)[None, :]
+        at_z = ((b[:, None] * 2 * height + Y) * 2 * width + X) * channels_out + co[None, :]
+        present = (at < numel)[:, None] & (ci < channels_in)[None, :]
+        at_in = at[:, None] * channels_in + ci[None, :]
+        if KIND != "":
+            a = tl.load(a_ptr + at_in, mask=present, other=0.0).to(tl.float32)
+            _, d1, d2 = activation(a, KIND, P0, P1)
+        bend = tl.zeros([POSITIONS, BLOCK_C], tl.float32)
+        for i in range(0, m):
+            tangent = tl.cast(i, tl.int64)
+            dZ = tl.load(dz_ptr + tangent * stride_dz_m + at_z, mask=framed, other=0.0)
+            T = tl.load(t_ptr + tangent * stride_t_m + at_in, mask=present, other=0.0)
+            dT = tile_product(dZ, W, tl.zeros([POSITIONS, BLOCK_C], tl.float32), PRECISION)
+            if CURVED:
+                bend += T.to(tl.float32) * dT
+            if KIND != "":
+                dT = dT * d1
+                T = (T.to(tl.float32) * d1).to(T.dtype)
+            tl.store(dt_ptr + tangent * stride_dt_m + at_in, dT, mask=present)
+            dW = tile_product(tl.trans(T), dZ, dW, PRECISION)
+        if CURVED:
+            tl.store(da_ptr + at_in, d2 * bend, mask=present)
+    dw_ptrs = dw_ptr + (split * channels_in + ci[:, None]) * 64 + k[None, :]
+    tl.store(dw_ptrs, dW, mask=(ci < channels_in)[:, None])
+
+
+def _block_c(channels_in: int) -> int:
+    return min(32, max(16, triton.next_power_of_2(channels_in)))
+
+
+def gram_tail_bwd(
+    T: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    M: Tensor,
+    u: Tensor,
+    g_rr: Tensor,
+    *,
+    a: Tensor | None = None,
+    kind: str = "",
+    params: Sequence[float] = (),
+    slope: Tensor | None = None,
+    input_precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Pull cotangents of G, p and rr back.
+
+    Args:
+        T: as in the forward.
+        weight: as in the forward.
+        r: as in the forward.
+        M: dG + dG^T, ``[B, m, m]``.
+        u: dp, ``[B, m]``.
+        g_rr: d rr, ``[B]``.
+        a: as in the forward.
+        kind: as in the forward.
+        params: as in the forward.
+        slope: as in the forward.
+        input_precision: as in the forward.
+
+    Returns:
+        ``(dT, d weight, dr, da, d slope)`` with the inputs' shapes: dT in T's dtype, the others
+        float32; da, what curvature adds, None where phi'' = 0; d slope None without a slope.
+
+    Raises:
+        TypeError, ValueError: as `gram_tail_partials`.
+    """
+    T, weight, r, a, slope, constexprs = prepare(T, weight, r, a, kind, params, slope)
+    M, u, g_rr = (t.to(torch.float32).contiguous() for t in (M, u, g_rr))
+    m, B, channels_in, height, width = T.shape
+    channels_out = weight.shape[1]
+    tile = tail_tile(m, channels_in, T.dtype, backward=True)
+    tiles_x = cdiv(width, tile.tile_x)
+    tiles = cdiv(height, tile.tile_y) * tiles_x
+    dr, d_slope = torch.empty_like(r), None if slope is None else torch.empty_like(r)
+    dZ, dT = empty_tangents(r, T), empty_tangents(T[0], T)
+    curved = kind not in ("", *PIECEWISE_LINEAR)
+    da = None
+    if curved:
+        da = torch.empty_like(T[0], dtype=torch.float32, memory_format=torch.channels_last)
+    numel, block_c = B * height * width, _block_c(channels_in)
+    blocks, c_blocks = cdiv(numel, _POSITIONS), cdiv(channels_in, block_c)
+    splits = shares(blocks, c_blocks, device_limits(T))
+    dW = torch.empty((splits, channels_in, 64), dtype=torch.float32, device=T.device)
+    with torch.cuda.device_of(T):
+        _gram_tail_bwd_image_kernel[(B * tiles,)](
+            *(T, T if a is None else a, weight, r if slope is None else slope, r, M, u, g_rr),
+            *(dZ, dr, dr if d_slope is None else d_slope),
+            *(m, height, width, channels_in, channels_out, tiles, tiles_x),
+            *(T.stride(0), dZ.stride(0)),
+            **constexprs,
+            **tile.constexprs,
+            SLOPED=slope is not None,
+            PRECISION=input_precision,
+            num_warps=tile.num_warps,
+            num_stages=1,
+        )
+        _gram_tail_bwd_tangent_kernel[(splits, c_blocks)](
+            *(T, T if a is None else a, weight, dZ, dT, dT if da is None else da, dW),
+            *(numel, m, height, width, channels_in, channels_out, blocks, splits),
+            *(T.stride(0), dZ.stride(0), dT.stride(0)),
+            **constexprs,
+            POSITIONS=_POSITIONS,
+            BLOCK_C=block_c,
+            CURVED=curved,
+            PRECISION=input_precision,
+            num_warps=8,
+            num_stages=1,
+        )
+    taps = dW.sum(0).view(channels_in, 4, 4, 4)[..., :channels_out]
+    return dT, taps.permute(0, 3, 1, 2).contiguous(), dr, da, d_slope
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every compilation of the two kernels."""
+    for label, dtype, constexprs, tile in tail_variants(backward=True):
+        types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "dz")}
+        names = "w slope r m u g_rr dr d_slope".split()
+        types |= {f"{name}_ptr": "*fp32" for name in names}
+        yield Configuration(
+            *(_gram_tail_bwd_image_kernel, label, types, constexprs), tile.num_warps, num_stages=1
+        )
+    products = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+    for block_c, (dtype, precision) in product((16, 32), products):
+        for name, constexprs in activation_variants():
+            kind = constexprs["KIND"]
+            exact = "" if dtype != torch.float32 else f" {precision}"
+            types = {f"{n}_ptr": pointer(dtype) for n in ("t", "a", "dz", "dt")}
+            types |= {f"{n}_ptr": "*fp32" for n in ("w", "da", "dw")}
+            yield Configuration(
+                _gram_tail_bwd_tangent_kernel,
+                f"Ci={block_c} {pointer(dtype)[1:]}{exact} {name}",
+                types,
+                {
+                    **{n: constexprs[n] for n in ("KIND", "P0", "P1")},
+                    **{"POSITIONS": _POSITIONS, "BLOCK_C": block_c, "PRECISION": precision},
+                    "CURVED": kind not in ("", *PIECEWISE_LINEAR),
+                },
+                num_warps=8,
+                num_stages=1,
+            )
