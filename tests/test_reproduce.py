@@ -138,9 +138,9 @@ def test_tables_hold_the_mean_the_spread_and_the_paper():
     ]
     experiment = Experiment("Title", lambda _: [], lambda _: None, ("we assume",))
     text = tables.markdown("table9", experiment, results, 5)
-    assert "| a, b=1 | 3 | 2 | 2.5 ± 2.1213 |" in text
+    assert "| a, b=1 | 3 | 2 | 2.5 ± 2.1 |" in text
     assert "| a, b=1 | 7 | 1 | 2 (paper 1.5 ± 0.25) |" in text
-    assert "1 of 5 runs are finished." in text and "- we assume" in text
+    assert "2 runs; 1 of the protocol's 5 are finished." in text and "- we assume" in text
 
 
 def test_collapse_of_a_decoder_that_ignores_z(tmp_path):

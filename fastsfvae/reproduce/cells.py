@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from fastsfvae.checkpoint import load
+from fastsfvae.checkpoint import CHECKPOINT, load, load_checkpoint
 from fastsfvae.config import TrainConfig
 from fastsfvae.run import Run
 
@@ -93,6 +93,11 @@ class Result:
     def measured(self, step: int) -> dict[str, float]:
         """The quantities after so many steps."""
         return self.record["measured"][str(step)]
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps behind the weights that `load` gives: a run may be past its last measurement."""
+        return load_checkpoint(self.folder / CHECKPOINT)["step"]
 
     def load(self) -> tuple[nn.Module, nn.Module]:
         """The trained (encoder, decoder), on the CPU."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastsfvae.pictures import new_figure
@@ -31,35 +31,39 @@ class Panel(NamedTuple):
     label: str
 
 
-def bars(results: Sequence[Result], panels: Sequence[Panel]):
-    """Draw each quantity as bars, one a cell, a row of panels for each step of measurement.
+def dots(results: Sequence[Result], panels: Sequence[Panel]):
+    """Draw each quantity as dots, one a cell, a row of panels for each step of measurement.
 
-    Whiskers are standard deviations over seeds; a black mark is the paper's value.
+    Lines are standard deviations over seeds; a black mark is the paper's value. Cells of one
+    objective share a colour.
     """
     summaries = summarise(results)
     steps = sorted({row.step for row in summaries})
-    cells = list(dict.fromkeys(row.cell for row in summaries))
-    height = 0.23 * len(cells) + 0.7
+    objectives = {r.cell.name: (r.cell.config.method, r.cell.config.likelihood) for r in results}
+    kinds = list(dict.fromkeys(objectives.values()))
+    colors = {cell: f"C{kinds.index(kind)}" for cell, kind in objectives.items()}
+    height = max(0.23 * len(colors) + 0.7, 1.6)
     figure = new_figure(2.4 * len(panels) + 2.2, height * len(steps))
-    grid = figure.subplots(len(steps), len(panels), squeeze=False, sharey=True)
+    grid = figure.subplots(len(steps), len(panels), squeeze=False, sharex="col", sharey=True)
     for row, step in zip(grid, steps, strict=True):
         for axes, panel in zip(row, panels, strict=True):
             shown = [s for s in summaries if (s.step, s.quantity) == (step, panel.quantity)]
-            _bar_panel(axes, shown, cells)
+            _dot_panel(axes, shown, colors)
             tidy(axes, panel.label if step == steps[0] else "")
         row[0].set_ylabel(f"after {step:,} steps", fontsize=9)
-    figure.supxlabel("bars: mean and standard deviation over seeds; black: the paper", fontsize=8)
+    figure.supxlabel("dots: mean and standard deviation over seeds; black: the paper", fontsize=8)
     return figure
 
 
-def _bar_panel(axes, shown: Sequence[Summary], cells: Sequence[str]) -> None:
-    rows = {cell: len(cells) - 1 - i for i, cell in enumerate(cells)}
-    methods = list(dict.fromkeys(cell.split(",")[0] for cell in cells))
+def _dot_panel(axes, shown: Sequence[Summary], colors: Mapping[str, str]) -> None:
+    rows = {cell: len(colors) - 1 - i for i, cell in enumerate(colors)}
     for summary in shown:
         y = rows[summary.cell]
-        color = f"C{methods.index(summary.cell.split(',')[0])}"
-        axes.barh(y, summary.mean, xerr=summary.spread or None, color=color, height=0.7)
+        axes.errorbar(summary.mean, y, xerr=summary.spread, fmt="o", color=colors[summary.cell])
         if summary.paper is not None:
             axes.plot([summary.paper.value] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1.6)
     axes.set_yticks(list(rows.values()), list(rows))
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(axis="y", alpha=0.3)

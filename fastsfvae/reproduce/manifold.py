@@ -33,7 +33,7 @@ def _draw(results: Sequence[Result]):
     for axes, result in zip(panels, shown, strict=True):
         _, decoder = result.load()
         draw_manifold(axes, decoder, torch.device("cpu"))
-        axes.set_title(f"{result.cell.name}, {result.steps[-1]:,} steps", fontsize=10)
+        axes.set_title(f"{result.cell.name}, {result.trained_steps:,} steps", fontsize=10)
     return figure
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fastsfvae.config import Method, TrainConfig
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
-from fastsfvae.reproduce.figures import Panel, bars, row_of_panels, tidy
+from fastsfvae.reproduce.figures import Panel, dots, row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.measures import Likelihoods, Quality
 from fastsfvae.reproduce.tables import summarise
@@ -80,6 +80,7 @@ def _figure_cells(options: Options, own: str) -> list[Cell]:
 def _draw_sizes(results: Sequence[Result]):
     """Mean over runs against m, from their minimum to their maximum."""
     last = {result.cell.name: result.steps[-1] for result in results}
+    data = results[0].cell.config.data
     quantities = [q for q in ("FID", "log ML") if q in results[0].measured(results[0].steps[-1])]
     figure, panels = row_of_panels(len(quantities), 4.6, 3.4)
     for axes, quantity in zip(panels, quantities, strict=True):
@@ -95,14 +96,14 @@ def _draw_sizes(results: Sequence[Result]):
             axes.errorbar(
                 list(points), means, yerr=(low, high), marker=".", capsize=3, label=method
             )
-        tidy(axes, f"{quantity}: mean, minimum and maximum over runs", "latent dimensions m")
+        tidy(axes, f"{data}, {quantity}: mean, minimum, maximum over runs", "latent dimensions m")
     panels[0].legend(fontsize=8, frameon=False)
     return figure
 
 
 def _draw_table(results: Sequence[Result]):
     measured = {summary.quantity for summary in summarise(results)}
-    return bars(results, [Panel(q, q) for q in ("FID", "log ML", "KL") if q in measured])
+    return dots(results, [Panel(q, q) for q in ("FID", "log ML", "KL") if q in measured])
 
 
 _ASSUMPTIONS = (
@@ -120,14 +121,14 @@ TABLE2 = Experiment(
     assumptions=_ASSUMPTIONS,
 )
 FIGURE4 = Experiment(
-    title="FID and log ML against m on CelebA",
+    title="FID and log ML against m",
     cells=lambda options: _figure_cells(options, "celeba"),
     draw=_draw_sizes,
     assumptions=("the values of m in 12 to 64 are ours", *_ASSUMPTIONS),
     last_only=True,
 )
 FIGURE_C1 = Experiment(
-    title="FID and log ML against m on 3D Chairs",
+    title="FID and log ML against m",
     cells=lambda options: _figure_cells(options, "chairs"),
     draw=_draw_sizes,
     assumptions=(

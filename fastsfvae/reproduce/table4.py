@@ -9,7 +9,7 @@ from typing import Any
 from fastsfvae.config import TrainConfig
 from fastsfvae.models import Init, OutputActivation
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
-from fastsfvae.reproduce.figures import Panel, bars
+from fastsfvae.reproduce.figures import Panel, dots
 from fastsfvae.reproduce.measures import Collapse
 
 _COLLAPSE, _ERROR, _KL = "collapse %", "error", "KL"
@@ -86,7 +86,7 @@ def _draw(results: Sequence[Result]):
         Panel(_ERRORS[1], "squared error, sampled"),
         Panel(_KL, "KL (nats)"),
     ]
-    return bars(results, panels)
+    return dots(results, panels)
 
 
 TABLE4 = Experiment(

@@ -104,7 +104,7 @@ def markdown(name: str, experiment: Experiment, results: Sequence[Result], total
     lines = [
         f"# {name}: {experiment.title}",
         "",
-        f"{finished} of {total} runs are finished.",
+        f"{len(results)} runs; {finished} of the protocol's {total} are finished.",
         "",
         f"| cell | steps | seeds | {' | '.join(quantities)} |",
         "|---" * (3 + len(quantities)) + "|",
@@ -125,7 +125,7 @@ def markdown(name: str, experiment: Experiment, results: Sequence[Result], total
 
 
 def _beside(summary: Summary) -> str:
-    spread = "" if math.isnan(summary.spread) else f" ± {_digits(summary.spread)}"
+    spread = "" if math.isnan(summary.spread) else f" ± {summary.spread:.2g}"
     paper = "" if summary.paper is None else f" (paper {summary.paper})"
     return f"{_digits(summary.mean)}{spread}{paper}"
 
