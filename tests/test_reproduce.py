@@ -219,6 +219,8 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsy
         ("table4", "--only", "nothing"): "--only 'nothing' is no cell of table4: it has sampling, ",
         ("table4", "--steps", "-1"): "--steps and --seeds must not be negative",
         ("table4", "--data", "unheard"): "unheard",
+        ("table4", "--quick", "--data", "mnist"): "leave out --data mnist",
+        ("figure1", "--data", "digits", "--steps", "5"): "a curve of 24 points takes at least 24",
     }
     for arguments, message in cases.items():
         assert cli.main(["reproduce", *arguments]) == 2

@@ -66,6 +66,8 @@ def reproduce_command(options: Sequence[str]) -> int:
             raise UsageError(f"{name!r} is none of {', '.join(EXPERIMENTS)}")
         if min(arguments.steps, arguments.seeds) < 0:
             raise UsageError("--steps and --seeds must not be negative")
+        if arguments.quick and arguments.data:
+            raise UsageError(f"--quick takes the bundled digits: leave out --data {arguments.data}")
         return _reproduce(name, arguments)
     except Interrupted:
         print(f"{_PROG}: interrupted; the same command goes on from here", file=sys.stderr)

@@ -17,6 +17,8 @@ _POINTS = 24
 
 def _points(steps: int) -> tuple[int, ...]:
     """Equally spaced; in each third of the way as many."""
+    if steps < _POINTS:
+        raise ValueError(f"--steps {steps}: a curve of {_POINTS} points takes at least {_POINTS}")
     return tuple(steps * (i + 1) // _POINTS for i in range(_POINTS))
 
 
