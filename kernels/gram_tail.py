@@ -182,9 +182,10 @@ def tail_tile(m: int, channels_in: int, dtype: torch.dtype, backward: bool = Fal
     block_m = max(16, triton.next_power_of_2(m))
     # The backward holds Z, J and dJ.
     small = block_m == 64 and backward
-    tile_y, tile_x = (2, 2) if small else (2, 4) if block_m == 64 else (4, 4)
-    wide = dtype.itemsize == 2 and channels_in > 16 and not small
-    num_warps = 4 if block_m == 16 and dtype.itemsize == 2 else 8
+    tile_y, tile_x = (4, 4) if block_m == 16 else (1, 2) if small else (2, 4)
+    halves = dtype.itemsize == 2
+    wide = halves and channels_in > 16 and not small
+    num_warps = 4 if halves and block_m < 64 and not backward else 8
     return Tile(block_m, tile_y, tile_x, 32 if wide else 16, num_warps)
 
 

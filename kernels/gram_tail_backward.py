@@ -154,6 +154,10 @@ def _block_c(channels_in: int) -> int:
     return min(32, max(16, triton.next_power_of_2(channels_in)))
 
 
+def _num_warps(block_c: int, dtype: torch.dtype) -> int:
+    return 4 if block_c == 16 and dtype == torch.float32 else 8
+
+
 def gram_tail_bwd(
     T: Tensor,
     weight: Tensor,
@@ -229,7 +233,7 @@ def gram_tail_bwd(
             BLOCK_C=block_c,
             CURVED=curved,
             PRECISION=input_precision,
-            num_warps=8,
+            num_warps=_num_warps(block_c, T.dtype),
             num_stages=1,
         )
     taps = dW.sum(0).view(channels_in, 4, 4, 4)[..., :channels_out]
@@ -261,6 +265,6 @@ def configurations() -> Iterator[Configuration]:
                     **{"POSITIONS": _POSITIONS, "BLOCK_C": block_c, "PRECISION": precision},
                     "CURVED": kind not in ("", *PIECEWISE_LINEAR),
                 },
-                num_warps=8,
+                num_warps=_num_warps(block_c, dtype),
                 num_stages=1,
             )
