@@ -26,6 +26,7 @@ from fastsfvae.jacobian.sweep import Sweep, default_chunk, find_program, program
 from fastsfvae.jacobian.validate import check_chunk_size
 from fastsfvae.likelihood import likelihood_terms
 from fastsfvae.likelihood_adjoint import Kind
+from fastsfvae.ops.vmap import refuse_vmap
 
 if TYPE_CHECKING:
     from fastsfvae.elbo import Settings
@@ -212,6 +213,9 @@ def _(z, x, latent_var, noise_var, gamma, along, whole, cotangents, needs, *_):
     return [values, *(torch.empty_like(t) for t, need in zip(tensors, needs, strict=True) if need)]
 
 
+decoder_likelihood.register_vmap(refuse_vmap)
+
+
 def _evaluate(problem: Problem, needs: Sequence[bool], cotangents: Tensor | None, tensors: tuple):
     along, whole = tensors[5 : 5 + problem.along], tensors[5 + problem.along :]
     values, *grads = decoder_likelihood(
@@ -253,6 +257,8 @@ def _total(values: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Total(torch.autograd.Function):
+    vmap = staticmethod(refuse_vmap)
+
     @staticmethod
     def forward(problem, needs, weights, *tensors):
         cotangents = torch.zeros((4, len(weights)), dtype=weights.dtype, device=weights.device)
@@ -313,6 +319,8 @@ def log_likelihood_terms(prepared: Prepared) -> Tensor:
 
 
 class _Terms(torch.autograd.Function):
+    vmap = staticmethod(refuse_vmap)
+
     @staticmethod
     def forward(problem, needs, *tensors):
         return _evaluate(problem, needs, None, tensors)[0]

@@ -93,6 +93,11 @@ class SamplingFreeLoss(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `sampling_free_elbo`, in one line.
         """
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel copies the loss but not its decoder: "
+                "use DistributedDataParallel around the module that computes the loss"
+            )
         if sample_weight is not None and sample_weight.shape != mean.shape[:1]:
             raise ValueError(
                 f"sample_weight has shape {tuple(sample_weight.shape)}: "

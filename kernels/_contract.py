@@ -21,7 +21,8 @@ class Woodbury(NamedTuple):
         y: S C^-1 v, ``[B, m]``.
         q: diag(A C^-1), ``[B, m]``.
         w: C^-1 v, ``[B, m]``.
-        lost: bool ``[B]``, True where a pivot was floored or kept fewer than half of its digits.
+        lost: bool ``[B]``, True where a pivot was floored, kept fewer than half of its digits or is
+            not finite.
     """
 
     log_det: Tensor

@@ -6,7 +6,7 @@
 
 Pivot rule: a pivot d_k below floor_k = max(c, 4 eps C_kk) has been lost to rounding. It counts at
 that floor and eliminates nothing: its multipliers and vhat_k are 0. A sample is marked lost when a
-pivot was floored or kept fewer than half of its digits (d_k < sqrt(eps) C_kk).
+pivot was floored, kept fewer than half of its digits (d_k < sqrt(eps) C_kk) or is not finite.
 
 Floor: the bytes of G, p and K once (8 m^2 a sample), 2 m^3 flops in m steps that depend on each
 other. A program keeps all tiles of its sample in registers; the steps, not the bytes, set the time.
@@ -118,10 +118,13 @@ def _woodbury_fwd_kernel(
             - multiplier[:, None] * tl.where(is_k, 1.0, row)[None, :]
         )
 
-    lost = tl.maximum(lost, tl.max((pivots < (c + a) * HALF_EPS).to(tl.int32), 0))
+    ratio = pivots / c
+    # True comparisons, which a NaN fails. A padded lane has pivot c and a = 0: it is resolved.
+    resolved = (pivots >= (c + a) * HALF_EPS) & (ratio < float("inf"))
+    lost = tl.maximum(lost, tl.max((resolved == 0).to(tl.int32), 0))
     # v has become vhat, and a padded lane's pivot is c. Summed here, over lanes, rather than in the
     # loop: a tree of additions loses less than a chain.
-    log_det = tl.sum(tl.log(pivots / c), 0)
+    log_det = tl.sum(tl.log(ratio), 0)
     explained = tl.sum(v * (v / pivots), 0)
     # Comparisons, not min and max, which would turn a NaN into a bound.
     explained = tl.where(explained < 0.0, 0.0, explained)

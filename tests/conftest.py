@@ -7,6 +7,7 @@ import torch
 
 _HERE = {"127.0.0.1", "::1", "localhost", "", None}
 _LARGEST: dict[str, float] = {}
+_TALLY: dict[str, int] = {}
 
 
 def _refuse_network(event, arguments):
@@ -30,6 +31,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--kills", type=int, default=10, help="kills of training, converting, saving (test_faults)"
     )
+    parser.addoption(
+        "--examples", type=int, default=60, help="hostile inputs to draw (test_numerics)"
+    )
+    parser.addoption(
+        "--soak-steps", type=int, default=1000, help="training steps to watch (test_soak)"
+    )
 
 
 @pytest.fixture
@@ -42,6 +49,16 @@ def largest_error():
     return record
 
 
+@pytest.fixture
+def tally():
+    """Add to a count; the counts are printed after the run."""
+
+    def add(name: str, count: int = 1) -> None:
+        _TALLY[name] = _TALLY.get(name, 0) + count
+
+    return add
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
@@ -51,5 +68,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
+    for name, count in sorted(_TALLY.items()):
+        terminalreporter.write_line(f"count: {name}: {count}")
     for name, value in sorted(_LARGEST.items()):
         terminalreporter.write_line(f"largest error: {name}: {value:.2e}")

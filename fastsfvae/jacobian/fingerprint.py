@@ -74,8 +74,12 @@ def _fingerprint(decoder: nn.Module, seen: set[int]) -> Fingerprint:
                     tensors.append(tensor)
                 key += (name, place, *_signature(tensor))
         skipped = _INTERNAL
-        if module._forward_pre_hooks or module._forward_hooks:
-            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        given = (
+            *(module._forward_pre_hooks, module._forward_hooks),
+            *(module._backward_pre_hooks, module._backward_hooks),
+        )
+        if any(given):
+            hooks = [hook for kind in given for hook in kind.values()]
             key.extend(_freeze(hook, seen) for hook in hooks)
             # The old weight_norm and spectral_norm leave a new weight under this name each time.
             skipped = _INTERNAL.union(getattr(hook, "name", "") for hook in hooks)

@@ -67,6 +67,11 @@ class Linearizer:
         self._leaves = leaves
         self.extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         batch = z.shape[0]
+        if isinstance(batch, torch.SymInt):
+            raise RuntimeError(
+                "the batch size of z is a symbol, and a plan is made for a number: "
+                "export it with a fixed batch size"
+            )
         self.batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
         if isinstance(self.decoder, nn.Module):
             self._print = fingerprint(self.decoder)
@@ -141,6 +146,11 @@ class Linearizer:
         return plan
 
     def _trace(self, batch: int) -> Any:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "the decoder's plan is not made inside torch.export: call it once before, with a "
+                "batch of the same size"
+            )
         # Late: the tracer brings in sympy, which `import fastsfvae` must not.
         from fastsfvae.jacobian.plan import build_plan
         from fastsfvae.jacobian.trace import trace

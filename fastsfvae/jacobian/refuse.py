@@ -101,9 +101,18 @@ def refuse_custom_functions(output: Tensor) -> None:
         pending.extend(source for source, _ in node.next_functions)
 
 
-def warn_about_hooks(decoder: nn.Module) -> None:
-    """Say once per module type that its forward hooks run only when the decoder is traced."""
+def refuse_or_warn_about_hooks(decoder: nn.Module) -> None:
+    """Say once per module type that its forward hooks run only when the decoder is traced.
+
+    Raises:
+        RuntimeError: names a module with backward hooks, which would never run.
+    """
     for path, module in modules_with_paths(decoder):
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise RuntimeError(
+                f"the backward hooks of {layer_name(path)} would not run, since its Jacobian is "
+                "differentiated by rules: remove them, or hook its parameters (Tensor.register_hook)"
+            )
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         foreign = [h for h in hooks if not type(h).__module__.startswith("torch.nn.utils.")]
         if foreign and type(module) not in _warned_hooks:

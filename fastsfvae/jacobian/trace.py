@@ -39,7 +39,7 @@ from fastsfvae.jacobian.fingerprint import modules_with_paths
 from fastsfvae.jacobian.refuse import (
     refuse_batch_statistics,
     refuse_custom_functions,
-    warn_about_hooks,
+    refuse_or_warn_about_hooks,
 )
 from fastsfvae.jacobian.validate import check_output
 
@@ -98,7 +98,7 @@ def trace(
 
 def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
     if isinstance(decoder, nn.Module):
-        warn_about_hooks(decoder)
+        refuse_or_warn_about_hooks(decoder)
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
 

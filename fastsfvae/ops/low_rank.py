@@ -27,6 +27,7 @@ from torch import Tensor
 from fastsfvae import reference
 from fastsfvae.kernels._contract import WOODBURY_MAX_M
 from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
+from fastsfvae.ops.vmap import refuse_vmap
 from fastsfvae.ops.woodbury import (
     Woodbury,
     gram_woodbury_triton,
@@ -45,7 +46,8 @@ class LowRankTerms(NamedTuple):
         squared_error: r^T r.
         second_log_det: logdet(I + A'/c) at `second_var`, or None when that was not given.
         lost: bool, True where a pivot could not be resolved against c, so that the result rests on
-            the floor of the pivot rule (after the float64 rescue, where there is one).
+            the floor of the pivot rule, or was not finite (after the float64 rescue, where there
+            is one).
     """
 
     log_det: Tensor
@@ -192,6 +194,8 @@ def low_rank_backward(
 class _LowRankTerms(torch.autograd.Function):
     """The boundary between autograd and kernels; outputs after the fifth feed the backward."""
 
+    vmap = staticmethod(refuse_vmap)
+
     @staticmethod
     def forward(jacobian, residual, latent_var, noise_var, second_var, backend):
         solved = low_rank_forward(jacobian, residual, latent_var, noise_var, second_var, backend)
@@ -285,10 +289,10 @@ def _factorised(
 ) -> Woodbury:
     """The factorisation of one Gram's system, with the float64 rescue of lost samples.
 
-    A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c. Products of float32 numbers
-    are exact in float64, so a lost sample's Gram is formed again there; only those samples pay. The
-    Triton kernels do so on the device. Without them, on CUDA, the choice would synchronise with the
-    host, so there the flag alone is returned.
+    A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c, nor hold squares above 1e38.
+    Products of float32 numbers are exact in float64, so a lost sample's Gram is formed again there;
+    only those samples pay. The Triton kernels do so on the device. Without them, on CUDA, the
+    choice would synchronise with the host, so there the flag alone is returned.
 
     Args:
         sums: G, p and rr.

@@ -9,7 +9,8 @@ gives a NaN or a blow-up; a floor that still eliminates would divide rounding no
 
 A sample is lost when a pivot fell below its floor, or kept fewer than half of its digits
 (d_k < sqrt(eps) C_kk): subtracting from C_kk leaves d_k an absolute error of a few eps C_kk, so
-that noise just above the floor would pass for a pivot.
+that noise just above the floor would pass for a pivot. It is lost as well when d_k / c is not
+finite: the Gram has left the range of its dtype, which a wider one may hold.
 """
 
 from __future__ import annotations
@@ -56,14 +57,16 @@ def woodbury_native(
     c = noise_var.unsqueeze(-1)
     # Each form of q is exact where the other cancels: 1 - c C^-1_ii is 1 - 1 for a small A_ii.
     q = torch.where(A.diagonal(dim1=-2, dim2=-1) < c, (A * C_inv).sum(-1), 1 - c * C_inv_diag)
+    ratio = d / c
+    resolved = (d >= eps**0.5 * C_diag) & ratio.isfinite() & ~floored
     return Woodbury(
-        log_det=(d / c).log().sum(-1),
+        log_det=ratio.log().sum(-1),
         explained=torch.minimum((v_hat * D_inv_v).sum(-1).clamp(min=0), rr),
         K=s.unsqueeze(-1) * C_inv * s.unsqueeze(-2),
         y=s * w,
         q=q,
         w=w,
-        lost=(floored | (d < eps**0.5 * C_diag)).any(-1),
+        lost=~resolved.all(-1),
     )
 
 
