@@ -12,7 +12,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fastsfvae.checkpoint import write_text
+from fastsfvae.checkpoint import replacing, write_text
 from fastsfvae.reproduce import tables
 from fastsfvae.reproduce.cells import Cell, Experiment, Options
 from fastsfvae.reproduce.gamma import FIGURE1, FIGURE_C2
@@ -111,7 +111,8 @@ def _write(name: str, cells: list[Cell], out: Path, quick: bool) -> None:
     figure = experiment.draw(results)
     if figure is not None:
         figure.suptitle(title, fontsize=10)
-        figure.savefig(out / f"{stem}.png", dpi=_DPI, bbox_inches="tight")
+        with replacing(out / f"{stem}.png") as file:
+            figure.savefig(file, format="png", dpi=_DPI, bbox_inches="tight")
 
 
 __all__ = ["EXPERIMENTS", "Interrupted", "Options", "choose", "reproduce"]
