@@ -228,7 +228,13 @@ class PulledBack(nn.Module):
         return tuple(sf.pullback(self.decoder, z, x))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+# Dynamo of torch 2.11 cannot follow the call to the plan.
+_STRICT = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="needs torch 2.14"
+)
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=_STRICT)])
 def test_export_of_the_pullback(strict):
     module = PulledBack(build("tanh"))
     x, z, _ = (t.detach() for t in batch(module.decoder))

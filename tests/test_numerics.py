@@ -1,4 +1,4 @@
-"""Hostile numbers and layouts: the primitive against 150-digit arithmetic, the rest against the plain."""
+"""Hostile numbers and layouts: the primitive against 150-digit arithmetic."""
 
 import mpmath
 import numpy as np
@@ -160,7 +160,7 @@ def _check(largest_error, tally, inputs):
         if name == "log_det":
             largest_error(f"{label} (relative, or nats)", float(error / exact.abs().clamp(min=1)))
         if name == "explained":
-            largest_error(f"{label} (of rr)", float(error) / float(terms.squared_error))
+            largest_error(f"{label} (of rr)", float(error) / terms.squared_error.item())
 
 
 def _problem(B, m, n, J=1.0, h=1.0, c=0.5, dtype=torch.float32):
@@ -244,7 +244,7 @@ def test_every_gamma_with_extreme_variances(gamma, likelihood):
 
 
 def _views(t):
-    """The same values as a view with an offset, strided, transposed and, where 4-d, channels-last."""
+    """The same values with an offset, strided, transposed and, where 4-d, channels-last."""
     room = torch.full((t.numel() + 3,), float("nan"), dtype=t.dtype)
     room[3:] = t.flatten()
     yield room[3:].view(t.shape)

@@ -111,7 +111,7 @@ def refuse_or_warn_about_hooks(decoder: nn.Module) -> None:
         if module._backward_hooks or module._backward_pre_hooks:
             raise RuntimeError(
                 f"the backward hooks of {layer_name(path)} would not run, since its Jacobian is "
-                "differentiated by rules: remove them, or hook its parameters (Tensor.register_hook)"
+                "differentiated by rules: remove them, or hook its parameters (register_hook)"
             )
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         foreign = [h for h in hooks if not type(h).__module__.startswith("torch.nn.utils.")]

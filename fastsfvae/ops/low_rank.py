@@ -289,7 +289,7 @@ def _factorised(
 ) -> Woodbury:
     """The factorisation of one Gram's system, with the float64 rescue of lost samples.
 
-    A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c, nor hold squares above 1e38.
+    A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c, nor hold any above 1e38.
     Products of float32 numbers are exact in float64, so a lost sample's Gram is formed again there;
     only those samples pay. The Triton kernels do so on the device. Without them, on CUDA, the
     choice would synchronise with the host, so there the flag alone is returned.
