@@ -33,6 +33,15 @@ test: $(INSTALLED) ## Run the tests, then the Triton kernels' again in the inter
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
 
+# More of what `make test` draws: decoders, hostile numbers, kills, steps. Counts and errors are printed.
+TRUST := numerics random_decoders compatibility compose determinism faults damage network soak
+trust: $(INSTALLED) ## Look for what breaks: random decoders, hostile numbers, kills, long runs
+	$(BIN)/python -m pytest $(TRUST:%=tests/test_%.py) --decoders 500 --examples 1000 --kills 10 --soak-steps 20000
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests/test_numerics.py tests/test_determinism.py
+
+licenses: $(INSTALLED) ## Print the licence of everything that is installed; fail on an unknown one
+	$(BIN)/python tests/licenses.py
+
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""`make licenses`: the licence of everything that is installed here, and whether it is a free one."""
+"""`make licenses`: the licence of everything that is installed here; fails on an unknown one."""
 
 import re
 import sys
