@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
+        # A DDP module's cycles would keep the group's threads beyond its end.
+        gc.collect()
         dist.destroy_process_group()
 
 

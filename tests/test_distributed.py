@@ -92,7 +92,9 @@ def test_the_loss_curve_equals_one_process(single):
     ours, theirs = _rows(single / "two"), _rows(single / "one")
     assert len(ours) == len(theirs) == 50
     for mine, want in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(want, rel=1e-6)
+        assert mine["loss"] == pytest.approx(want["loss"], rel=1e-6)
+        # Rounding grows over the steps, and shows in a term as small as the KL first.
+        assert mine == pytest.approx(want, rel=1e-5)
 
 
 def test_an_interrupted_run_of_two_processes_is_resumed(folder):
