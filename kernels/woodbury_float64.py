@@ -118,14 +118,14 @@ def rescue(J: Tensor, r: Tensor, h: Tensor, c: Tensor, solved: Woodbury) -> None
             *(J.stride(0), J.stride(1), r.stride(0)),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            num_warps=_num_warps(block_m),
+            num_warps=_gram_warps(block_m),
         )
         _woodbury_fwd_kernel[(B,)](
             # Without SUMS the second three are not written.
             *(*sums, h, c, *solved[:-1], lost, *sums, B, m, splits),
             **_SOLVE,
             BLOCK_M=block_m,
-            num_warps=_num_warps(block_m),
+            num_warps=_solve_warps(block_m),
         )
 
 
@@ -136,9 +136,14 @@ def _block_n(block_m: int) -> int:
     return 2048 // block_m
 
 
-def _num_warps(block_m: int) -> int:
-    # A float64 takes two registers, and m = 64 holds three tiles of them.
-    return {16: 4, 32: 4, 64: 16}[block_m]
+def _gram_warps(block_m: int) -> int:
+    # A float64 takes two registers.
+    return 16 if block_m == 64 else 4
+
+
+def _solve_warps(block_m: int) -> int:
+    # m = 64 holds three tiles, which at 16 warps exceed the 128 registers that a thread then has.
+    return 8 if block_m == 64 else 4
 
 
 def configurations() -> Iterator[Configuration]:
@@ -151,7 +156,7 @@ def configurations() -> Iterator[Configuration]:
                 f"m={block_m}" + (" odd" if odd else ""),
                 sums | {"j_ptr": pointer(torch.float32), "r_ptr": pointer(torch.float32)},
                 {"BLOCK_M": block_m, "BLOCK_N": _block_n(block_m)},
-                _num_warps(block_m),
+                _gram_warps(block_m),
                 odd=odd,
             )
         names = "h c log_det explained k y q w".split()
@@ -161,5 +166,5 @@ def configurations() -> Iterator[Configuration]:
             f"m={block_m} rescue",
             sums | more | {f"{name}_ptr": "*fp32" for name in names},
             {"BLOCK_M": block_m, **_SOLVE},
-            _num_warps(block_m),
+            _solve_warps(block_m),
         )
