@@ -94,30 +94,37 @@ def _bucket(size: int) -> int:
     return min(max(16, triton.next_power_of_2(size)), 64)
 
 
+def _is_curved(kind: str) -> bool:
+    return kind != "none" and kind not in PIECEWISE_LINEAR
+
+
 def _product_tile_of(
-    channels: int, columns: int, dtype: torch.dtype, precision: str, curved: bool
+    channels: int, columns: int, dtype: torch.dtype, precision: str, kind: str, pull: bool
 ) -> _Tile:
-    is_full = dtype == torch.float32
+    is_full, curved = dtype == torch.float32, _is_curved(kind)
     exact = is_full and precision == "ieee"
     block_k = 16 if exact else 128 // dtype.itemsize
     across_taps = channels % block_k > 0
     if across_taps:
         block_k = max(16, block_k // 2)
-    # A sum over tangents doubles what a thread holds; three TF32 products split both operands; a
-    # block that crosses taps has an address a lane.
+    # A curved kind has more to hold, three TF32 products split both operands, and a block that
+    # crosses taps has an address a lane.
     crowded = curved or across_taps or (is_full and precision == "tf32x3")
     return _Tile(
         block_m=64,
-        block_n=min(_bucket(columns), 32 if curved and is_full else 64),
+        # The sum over tangents is a second accumulator.
+        block_n=min(_bucket(columns), 32 if pull and curved and is_full else 64),
         block_k=block_k,
-        num_warps=8 if crowded else 4,
+        num_warps=8 if crowded and not exact else 4,
         num_stages=2 if exact else 3,
     )
 
 
 def _weight_tile_of(outer: int, columns: int, dtype: torch.dtype, precision: str) -> _Tile:
     exact = dtype == torch.float32 and precision == "ieee"
-    return _Tile(_bucket(outer), _bucket(columns), 16 if exact else 32, 4, 2 if exact else 3)
+    # One TF32 product holds little; what splits its operands or converts them holds more.
+    warps = 4 if dtype == torch.float32 and precision == "tf32" else 8
+    return _Tile(_bucket(outer), _bucket(columns), 16 if exact else 32, warps, 2 if exact else 3)
 
 
 def _product_constexprs(
@@ -130,14 +137,13 @@ def _product_constexprs(
     pull: bool,
     has_bias: bool,
 ) -> dict:
-    curved = pull and kind["KIND"] not in PIECEWISE_LINEAR
-    tile = _product_tile_of(channels, columns, dtype, precision, curved)
+    tile = _product_tile_of(channels, columns, dtype, precision, kind["KIND"], pull)
     geometry = {name.upper(): value for name, value in asdict(gather).items()}
     return {
         **geometry,
         **kind,
         "PULL": pull,
-        "CURVED": curved,
+        "CURVED": pull and _is_curved(kind["KIND"]),
         "HAS_BIAS": has_bias,
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
         "ONE_TAP": channels % tile.block_k == 0,
@@ -192,7 +198,7 @@ def product(
         pull=pull is not None and kind != "none",
         has_bias=bias is not None,
     )
-    tile = _product_tile_of(C, N, stack.dtype, precision, constexprs["CURVED"])
+    tile = _product_tile_of(C, N, stack.dtype, precision, kind, constexprs["PULL"])
     grid_h, grid_w = cdiv(OH, gather.phases), cdiv(OW, gather.phases)
     slots = S if constexprs["CURVED"] else 1
     rows = S // slots * B * grid_h * grid_w
@@ -337,7 +343,7 @@ def audited(
                 pull=pull and kind != "none",
                 has_bias=not pull,
             )
-            tile = _product_tile_of(channels, columns, dtype, precision, options["CURVED"])
+            tile = _product_tile_of(channels, columns, dtype, precision, kind, options["PULL"])
             # The JIT makes a constant of an argument that is 1.
             one = "stride_w_c" if inner_is_input else "stride_w_n"
             yield Configuration(
