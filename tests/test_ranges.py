@@ -18,7 +18,8 @@ def test_a_step_is_covered_by_its_ranges():
     assert any("backward" in name for name in layers) and not all(
         "backward" in name for name in layers
     )
-    assert {"encode", "solve", "gram", "gram backward", "backward", "optimizer", "step"} <= found.keys()
+    named = {"encode", "solve", "gram", "gram backward", "backward", "optimizer", "step"}
+    assert named <= found.keys()
     # Ranges lie inside the step.
     assert all(0 < ms <= found["step"] for ms in found.values())
 
