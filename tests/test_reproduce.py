@@ -16,6 +16,7 @@ from fastsfvae.reproduce import EXPERIMENTS, Options, choose, reproduce, tables
 from fastsfvae.reproduce.cells import Cell, Experiment, Published, Result
 from fastsfvae.reproduce.measures import Collapse, Likelihoods, Quality
 from fastsfvae.reproduce.runner import run_cells, stored_results
+from fastsfvae.reproduce.runtime import measured_ratios
 
 CONFIG = TrainConfig(
     method="sampling", model="linear", latent_dim=2, train_images=32, batch_size=32
@@ -260,6 +261,28 @@ def _write_chairs(folder, image):
         renders.mkdir(parents=True)
         for view in range(8):
             Image.fromarray(image((600, 600, 3))).save(renders / f"image_{view}.png")
+
+
+def test_the_matching_budget_is_the_measured_one(tmp_path):
+    assert measured_ratios(tmp_path) == {}
+    (tmp_path / "runtime.csv").write_text(
+        "cell,quantity,mean\n"
+        '"celeba, sampling, m=16",ms per step,20\n'
+        '"celeba, sampling-free, m=16",ms per step,50\n'
+        '"celeba, sampling-free, m=16",seconds,9\n'
+        '"celeba, sampling-free, m=32",ms per step,90\n'
+        '"chairs, sampling-free, m=16",ms per step,50\n'
+    )
+    ratios = measured_ratios(tmp_path)
+    assert ratios == {"celeba": 2.5}
+    options = Options(step_ratios=ratios)
+    at = {cell.name: cell.at for cell in choose("table2", options)}
+    assert at["celeba, sampling-free, m=16"] == (400_000, 1_000_000)
+    assert at["celeba, sampling, m=16"] == (1_000_000,)
+    assert at["chairs, sampling-free, m=16"][0] / at["chairs, sampling-free, m=16"][1] == 0.65
+    # A sampling-free step that is no slower needs no shorter run.
+    (cell,) = choose("table2", Options(step_ratios={"celeba": 0.9}), "celeba, sampling-free, m=16")
+    assert cell.at == (1_000_000,)
 
 
 @pytest.mark.parametrize("data", ["celeba", "chairs"])

@@ -116,6 +116,7 @@ class Options:
         steps: steps of each cell in place of the protocol's; 0 keeps those.
         seeds: runs of each cell in place of the protocol's; 0 keeps those.
         inception: path of Inception's weights for the FID; "" leaves the FID out.
+        step_ratios: of a data set, a sampling-free step's time over a sampling one's, measured.
     """
 
     quick: bool = False
@@ -124,6 +125,7 @@ class Options:
     steps: int = 0
     seeds: int = 0
     inception: str = ""
+    step_ratios: Mapping[str, float] = field(default_factory=dict)
 
     def data_sets(self, *own: str) -> tuple[str, ...]:
         """The data sets to take, of a protocol that has these."""

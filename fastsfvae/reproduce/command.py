@@ -11,6 +11,7 @@ from typing import Literal
 from fastsfvae.command_line import UsageError, fail, parse, require_extras
 from fastsfvae.config import DataSet
 from fastsfvae.reproduce import EXPERIMENTS, Interrupted, Options, choose, reproduce
+from fastsfvae.reproduce.runtime import measured_ratios
 
 _PROG = "fastsfvae reproduce"
 
@@ -78,7 +79,8 @@ def reproduce_command(options: Sequence[str]) -> int:
 
 def _reproduce(name: str, arguments: ReproduceArguments) -> int:
     fields = {field.name for field in dataclasses.fields(Options)}
-    options = Options(**{key: value for key, value in vars(arguments).items() if key in fields})
+    given = {key: value for key, value in vars(arguments).items() if key in fields}
+    options = Options(**given, step_ratios=measured_ratios(Path(arguments.out)))
     if arguments.list:
         for cell in choose(name, options, arguments.only):
             cell = options.apply(cell)

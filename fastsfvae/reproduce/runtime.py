@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +91,27 @@ def _plain_loss(decoder: nn.Module, config: TrainConfig) -> Callable[..., Tensor
         return (gaussian_kl(mean, log_var) - log_likelihood).mean()
 
     return loss
+
+
+def measured_ratios(out: Path) -> dict[str, float]:
+    """Of each data set, a sampling-free step's time over a sampling one's at m = 16.
+
+    Args:
+        out: the folder of results; one without runtime.csv gives none.
+    """
+    path = out / "runtime.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "ms per step"]
+    times = {row["cell"]: float(row["mean"]) for row in rows}
+    ratios = {}
+    for cell, time_free in times.items():
+        data, method, m = cell.split(", ")
+        sampling = times.get(f"{data}, sampling, {m}")
+        if (method, m) == ("sampling-free", "m=16") and sampling is not None:
+            ratios[data] = time_free / sampling
+    return ratios
 
 
 def _cells(options: Options) -> list[Cell]:
