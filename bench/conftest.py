@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def context(request, tmp_path_factory) -> Context:
-    """Where the rows go, and this session's own ceilings, measured first."""
+    """Where the rows go, and this run's own ceilings, measured first."""
     path = request.config.getoption("--ledger") or tmp_path_factory.mktemp("bench") / "rows.csv"
     recorder = Recorder(path, suite.DEVICE)
     context = Context(suite.DEVICE, request.config.getoption("--quick"), recorder)

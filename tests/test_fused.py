@@ -7,7 +7,7 @@ import fastsfvae as sf
 from fastsfvae import fused
 from fastsfvae.jacobian.registry import RULES
 from tests.decoders import DECODERS, batch, build
-from tests.test_rules import CASES
+from tests.rule_cases import CASES
 
 LIKELIHOODS = ("precision", "mixture", "normalized", "expected")
 

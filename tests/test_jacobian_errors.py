@@ -11,7 +11,8 @@ from torch import nn
 
 import fastsfvae.jacobian.fallback as fallback
 from fastsfvae.jacobian import decode_with_jacobian, pullback
-from tests.test_rules import apply, compare
+from tests.rule_cases import apply
+from tests.test_rules import compare
 
 M = 4
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fastsfvae.elbo import gaussian_kl
-from fastsfvae.objectives.draws import Decoder, check_settings, decode, draw_path
-from fastsfvae.objectives.terms import Terms, make_terms
+from fastsfvae.objectives.draws import decode, draw_path
+from fastsfvae.objectives.iwae import ImportanceWeighted
+from fastsfvae.objectives.terms import Terms
 
 
-class DoublyReparameterized:
+class DoublyReparameterized(ImportanceWeighted):
     """`ImportanceWeighted`'s bound; the encoder's gradient is the doubly reparameterised one.
 
     With normalised weights v_k = w_k / sum_j w_j the encoder gets sum_k v_k^2 dlog w_k/dz_k dz_k,
@@ -28,12 +26,6 @@ class DoublyReparameterized:
         ValueError: for a setting out of range.
     """
 
-    def __init__(self, decoder: Decoder, *, noise_var: float = 0.5, samples: int = 1) -> None:
-        check_settings(noise_var, samples)
-        self.decoder = decoder
-        self.noise_var = noise_var
-        self.samples = samples
-
     def __call__(
         self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
     ) -> Terms:
@@ -45,8 +37,4 @@ class DoublyReparameterized:
             # log-sum-exp sends v_k dlog w_k/dz_k here; the encoder's gradient takes v_k once more.
             weight = log_weight.detach().softmax(0).unsqueeze(-1)
             path.register_hook(lambda gradient: gradient * weight)
-        objective = log_weight.logsumexp(0) - math.log(self.samples)
-        kl = gaussian_kl(mean, log_var)
-        return make_terms(
-            objective, decoded.log_likelihood.mean(0), kl, decoded.squared_error.mean(0)
-        )
+        return self._terms(decoded, log_weight, mean, log_var)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.elbo import gaussian_kl
-from fastsfvae.objectives.draws import Decoder, check_settings, decode, draw
+from fastsfvae.objectives.draws import Decoded, Decoder, check_settings, decode, draw
 from fastsfvae.objectives.terms import Terms, make_terms
 
 
@@ -39,7 +39,9 @@ class ImportanceWeighted:
         """Evaluate; see `Objective`. All but the objective are those of the ELBO, for logging."""
         z, log_ratio = draw(mean, log_var, self.samples, generator)
         decoded = decode(self.decoder, x, z, self.noise_var)
-        log_weight = decoded.log_likelihood + log_ratio
+        return self._terms(decoded, decoded.log_likelihood + log_ratio, mean, log_var)
+
+    def _terms(self, decoded: Decoded, log_weight: Tensor, mean: Tensor, log_var: Tensor) -> Terms:
         objective = log_weight.logsumexp(0) - math.log(self.samples)
         kl = gaussian_kl(mean, log_var)
         return make_terms(
