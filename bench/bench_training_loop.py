@@ -21,8 +21,8 @@ from bench.ledger import LEDGER, Recorder
 from bench.timing import quantiles, wall_ms
 from fastsfvae import training
 from fastsfvae.config import TrainConfig
+from fastsfvae.monitors import PlainProgress
 from fastsfvae.order import to_unit
-from fastsfvae.progress import PlainProgress
 
 WARM_UP = 5
 # Images of the stand-in for CelebA: the loop does not look at what they show.

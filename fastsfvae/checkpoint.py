@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, read back with nothing executed."""
+"""Files of a run, read back with nothing executed."""
 
 from __future__ import annotations
 
@@ -6,53 +6,19 @@ import fcntl
 import os
 import weakref
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastsfvae.atomic import replacing
 from fastsfvae.config import TrainConfig
 from fastsfvae.models import build
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.pt"
 _FORMAT = "fastsfvae checkpoint 1"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write into that takes the place of `path` when it is whole.
-
-    Raises:
-        OSError: where it cannot be written, e.g. on a full disk; the earlier file is intact.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            # Without it a power cut may leave the new name on an empty file.
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError.
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"{path} could not be written ({reason}): what it held before is intact"
-        ) from error
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Raises:
-        OSError: where it cannot be written, e.g. on a full disk; the earlier file is intact.
-    """
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

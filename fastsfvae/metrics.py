@@ -8,7 +8,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from fastsfvae.checkpoint import write_text
+from fastsfvae.atomic import write_text
 
 METRICS = "metrics.csv"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import pictures
-from fastsfvae.checkpoint import replacing
+from fastsfvae.atomic import replacing
 from fastsfvae.metrics import METRICS
 from fastsfvae.order import to_unit
 from fastsfvae.run import Run, evaluation_generator

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae import __version__, evaluate
-from fastsfvae.checkpoint import write_text
+from fastsfvae.atomic import write_text
 from fastsfvae.config import TrainConfig
 from fastsfvae.evaluate import ImageMean, mean_over_images
 from fastsfvae.objectives import Objective

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae import distributed
+from fastsfvae.atomic import write_text
 from fastsfvae.checkpoint import (
     CHECKPOINT,
     CONFIG,
@@ -19,7 +20,6 @@ from fastsfvae.checkpoint import (
     load_config,
     load_modules,
     save_checkpoint,
-    write_text,
 )
 from fastsfvae.config import CHANGEABLE, TrainConfig
 from fastsfvae.data.batches import ImageSet

@@ -12,7 +12,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fastsfvae.checkpoint import replacing, write_text
+from fastsfvae.atomic import replacing, write_text
 from fastsfvae.reproduce import tables
 from fastsfvae.reproduce.cells import Cell, Experiment, Options
 from fastsfvae.reproduce.gamma import FIGURE1, FIGURE_C2

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from fastsfvae import training
-from fastsfvae.checkpoint import FolderLock, load_config, write_text
+from fastsfvae.atomic import write_text
+from fastsfvae.checkpoint import FolderLock, load_config
 from fastsfvae.config import CHANGEABLE, TrainConfig
 from fastsfvae.monitors import monitors
 from fastsfvae.report import commit

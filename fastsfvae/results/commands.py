@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsfvae import evaluate
-from fastsfvae.checkpoint import write_text
+from fastsfvae.atomic import write_text
 from fastsfvae.command_line import UsageError, fail, parse, require_extras
 from fastsfvae.evaluate.frechet import load_extractor
 from fastsfvae.results import comparison, evaluation, page
