@@ -6,27 +6,15 @@ convolution, except where a CPU does the same work much faster in another form.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastsfvae.ops import transposed_cpu as cpu_ends
+from fastsfvae.ops._geometry import Geometry as Geometry
 
 _LIBRARY = (F.conv1d, F.conv2d, F.conv3d)
 _LIBRARY_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
-
-class Geometry(NamedTuple):
-    """What a convolution is besides its weight; one entry per spatial axis."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    transposed: bool
-    output_padding: tuple[int, ...]
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

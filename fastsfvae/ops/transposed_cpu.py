@@ -12,14 +12,11 @@ as it is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastsfvae.ops.convolution import Geometry
+from fastsfvae.ops._geometry import Geometry
 
 _FEW_CHANNELS = 4
 
