@@ -49,6 +49,8 @@ class Cell:
         at: the steps after which it is measured, rising; training ends at the last.
         seeds: number of runs, of seeds 0, 1, ...
         paper: quantity -> step -> the paper's value.
+        fixed_steps: whether ``--steps`` leaves `at` as it is: it follows that already, or is no
+            length of training.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Cell:
     at: tuple[int, ...]
     seeds: int = 1
     paper: Mapping[str, Mapping[int, Published]] = field(default_factory=dict)
+    fixed_steps: bool = False
 
     @property
     def continues(self) -> bool:
@@ -142,7 +145,7 @@ class Options:
 
         Of the steps at which it is measured those remain that lie before its new end.
         """
-        if self.steps:
+        if self.steps and not cell.fixed_steps:
             earlier = tuple(step for step in cell.at if step < self.steps)
             cell = replace(cell, at=(*earlier, self.steps))
         return replace(cell, seeds=self.seeds) if self.seeds else cell
@@ -168,6 +171,8 @@ class Experiment:
             of them.
         assumptions: choices that the paper leaves open.
         last_only: whether the table shows the last step alone: the others are a curve.
+        columns: quantities of the table for people, in this order; () takes all.
+        reading: what follows from the finished runs, as Markdown below the table; "" for nothing.
     """
 
     title: str
@@ -175,3 +180,5 @@ class Experiment:
     draw: Callable[[Sequence[Result]], Any]
     assumptions: tuple[str, ...]
     last_only: bool = False
+    columns: tuple[str, ...] = ()
+    reading: Callable[[Sequence[Result]], str] = lambda _: ""

@@ -101,6 +101,9 @@ def markdown(name: str, experiment: Experiment, results: Sequence[Result], total
         last = {result.cell.name: result.steps[-1] for result in results}
         summaries = [s for s in summaries if s.step == last[s.cell]]
     quantities = list(dict.fromkeys(s.quantity for s in summaries))
+    if experiment.columns:
+        quantities = [quantity for quantity in experiment.columns if quantity in quantities]
+        summaries = [s for s in summaries if s.quantity in quantities]
     lines = [
         f"# {name}: {experiment.title}",
         "",
@@ -115,6 +118,8 @@ def markdown(name: str, experiment: Experiment, results: Sequence[Result], total
     for (cell, step, seeds), values in rows.items():
         shown = (values.get(quantity, "-") for quantity in quantities)
         lines.append(f"| {cell} | {step:,} | {seeds} | {' | '.join(shown)} |")
+    if reading := experiment.reading(results):
+        lines += ["", reading]
     conventions: dict[str, str] = {}
     for result in results:
         conventions |= result.cell.measure.conventions
