@@ -25,6 +25,7 @@ from fastsfvae.reproduce.table3 import TABLE3
 from fastsfvae.reproduce.table4 import TABLE4
 from fastsfvae.reproduce.taylor_curve import FIGURE_A1
 from fastsfvae.reproduce.traversals import FIGURE3, FIGURES_C3_C8
+from fastsfvae.reproduce.wallclock import WALLCLOCK
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table1": TABLE1,
@@ -42,6 +43,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "figureC2": FIGURE_C2,
     "figuresC3-C8": FIGURES_C3_C8,
     "runtime": RUNTIME,
+    "wallclock": WALLCLOCK,
 }
 _DPI = 150
 

@@ -1,0 +1,78 @@
+"""Equal seconds: steps of training as seconds, by the time of a step that is measured apart.
+
+A run's own seconds hold whatever else its machine did. Cells of their own measure a step, to be run
+with nothing beside them: ``--only "*step time"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from fastsfvae.reproduce.cells import Cell, Result
+from fastsfvae.reproduce.runtime import StepTime
+from fastsfvae.reproduce.tables import summarise
+
+# Steps of training -> what was measured after them.
+Curve = Mapping[int, float]
+
+_SUFFIX = ", step time"
+_QUANTITY = "ms per step"
+
+
+def step_time_cell(cell: Cell, plain: bool = False) -> Cell:
+    """The cell that measures how long a step of another one takes.
+
+    Args:
+        cell: what is trained.
+        plain: as in `StepTime`.
+    """
+    name, measure = f"{cell.name}{_SUFFIX}", StepTime(steps=50, plain=plain)
+    return replace(cell, name=name, measure=measure, at=(1,), paper={}, fixed_steps=True)
+
+
+def trained(results: Iterable[Result]) -> list[Result]:
+    """The results that are no step times."""
+    return [result for result in results if not result.cell.name.endswith(_SUFFIX)]
+
+
+def step_seconds(results: Iterable[Result]) -> dict[str, float]:
+    """Cell -> seconds of its step, of the cells whose step time is among the results."""
+    return {
+        row.cell.removesuffix(_SUFFIX): row.mean / 1e3
+        for row in summarise(results)
+        if row.cell.endswith(_SUFFIX) and row.quantity == _QUANTITY
+    }
+
+
+def curves(results: Sequence[Result], quantity: str) -> dict[str, Curve]:
+    """Cell -> a quantity against steps, averaged over seeds."""
+    found: dict[str, dict[int, float]] = {}
+    for row in summarise(trained(results)):
+        if row.quantity == quantity:
+            found.setdefault(row.cell, {})[row.step] = row.mean
+    return found
+
+
+def steps_to_reach(curve: Curve, value: float) -> float:
+    """Steps after which a curve first is at a value or above, interpolated over log steps.
+
+    0 where the first point is above already, infinite where none is.
+    """
+    points = sorted(curve.items())
+    if points[0][1] >= value:
+        return 0.0
+    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+        if high >= value:
+            return before * (after / before) ** ((value - low) / (high - low))
+    return math.inf
+
+
+def value_after(curve: Curve, steps: float) -> float:
+    """A curve's value after so many steps, interpolated over log steps; NaN outside of it."""
+    points = sorted(curve.items())
+    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+        if before <= steps <= after:
+            return low + (high - low) * math.log(steps / before) / math.log(after / before)
+    return math.nan
