@@ -17,7 +17,7 @@ from bench.suite import DEVICE, given
 from fastsfvae.jacobian.jet import fold
 from fastsfvae.ops.convolution import Geometry, convolve, convolve_backward
 from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward
-from fastsfvae.ops.tangent_conv_transpose import stack_conv_transpose, stack_conv_transpose_backward
+from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
 LIBRARY = "activation kernel + library"
 # m, B, C_in, C_out and the input's height and width.
@@ -28,6 +28,7 @@ LAYERS = {
     "deconv5": (16, 64, 32, 3, 32),
 }
 GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1, True, (0, 0))
+FUSED = Layer(GEOMETRY, "relu")
 CHECKED = 1
 
 
@@ -47,10 +48,8 @@ def _run(
 ) -> tuple[Tensor, ...]:
     if implementation == TRITON:
         if not backward:
-            return (stack_conv_transpose(stack, weight, None, GEOMETRY, "relu"),)
-        return stack_conv_transpose_backward(
-            grad, stack, weight, GEOMETRY, "relu", (), (True, True, False)
-        )[:2]
+            return (stack_layer(FUSED, stack, weight, None),)
+        return stack_layer_backward(FUSED, grad, stack, weight, (True, True, False))[:2]
     # A sweep overwrites the stack with this; here the next round needs it.
     moved = stack_activation(stack[0], stack[1:], "relu", ())
     if not backward:

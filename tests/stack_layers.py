@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsfvae.ops.tangent_layer import Layer, largest_batch
+
 from ._triton import DEVICE, assert_as_good
 
 ACTIVATIONS = {
@@ -31,6 +33,13 @@ class Results(NamedTuple):
     stack: Tensor
     weight: Tensor
     bias: Tensor
+
+
+def supports(geometry, stack, weight):
+    """Whether one call takes the stack; of its values nothing is read."""
+    x_shape = stack.shape[2:]
+    most = largest_batch(Layer(geometry), len(stack), x_shape, weight.shape, stack.dtype)
+    return stack.shape[1] <= most
 
 
 def draw(seed, dtype, *shapes):

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from fastsfvae.ops.convolution import Geometry
-from fastsfvae.ops.tangent_conv import stack_conv, stack_conv_backward, supports
+from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
 from ._triton import poisoned_empty, requires_triton
-from .stack_layers import ACTIVATIONS, Results, assert_layer, draw
+from .stack_layers import ACTIVATIONS, Results, assert_layer, draw, supports
 
 # pytest finds the fixture by its name in this module.
 _ = poisoned_empty
@@ -38,10 +38,10 @@ def problem(m, B, C_in, C_out, H, W, kernel, g, dtype=torch.float32):
 
 
 def run(g, kind, stack, weight, bias, grad):
-    params = ACTIVATIONS[kind][1]
-    out = stack_conv(stack, weight, bias, g, kind, params)
+    layer = Layer(g, kind, ACTIVATIONS[kind][1])
+    out = stack_layer(layer, stack, weight, bias)
     assert out[0].is_contiguous(memory_format=torch.channels_last)
-    return Results(out, *stack_conv_backward(grad, stack, weight, g, kind, params))
+    return Results(out, *stack_layer_backward(layer, grad, stack, weight))
 
 
 class TestKernel:
@@ -52,7 +52,7 @@ class TestKernel:
     def test_geometries(self, kernel, stride, padding, kind, poisoned_empty):
         g = geometry(stride, padding)
         layer, inputs = problem(*SHAPES[0], kernel, g)
-        assert supports(*inputs[:2], g)
+        assert supports(g, *inputs[:2])
         assert_layer(run(g, kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
 
     @pytest.mark.parametrize("kernel, stride", [(3, 1), (4, 2)])
@@ -76,7 +76,7 @@ class TestKernel:
 def test_supports_names_what_the_kernels_take():
     def asked(shape=(3, 2, 4, 5, 5), weight=(6, 4, 3, 3), dtype=torch.float32, **options):
         stack = torch.empty(shape, dtype=dtype, device="meta")
-        return supports(stack, torch.empty(weight, device="meta"), geometry(**options))
+        return supports(geometry(**options), stack, torch.empty(weight, device="meta"))
 
     assert asked() and asked(stride=2) and asked(padding=2, weight=(6, 4, 4, 4))
     refused = [
@@ -92,5 +92,3 @@ def test_supports_names_what_the_kernels_take():
         {"shape": (2**15, 2**10, 4, 8, 8)},
     ]
     assert not any(asked(**options) for options in refused)
-    transposed = geometry()._replace(transposed=True)
-    assert not supports(torch.empty(3, 2, 4, 5, 5), torch.empty(6, 4, 3, 3), transposed)

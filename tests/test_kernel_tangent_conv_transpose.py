@@ -6,14 +6,10 @@ import torch.nn.functional as F
 
 from fastsfvae.ops import _precision
 from fastsfvae.ops.convolution import Geometry
-from fastsfvae.ops.tangent_conv_transpose import (
-    stack_conv_transpose,
-    stack_conv_transpose_backward,
-    supports,
-)
+from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
 from ._triton import poisoned_empty, requires_triton
-from .stack_layers import ACTIVATIONS, Results, assert_layer, draw
+from .stack_layers import ACTIVATIONS, Results, assert_layer, draw, supports
 
 # pytest finds the fixture by its name in this module.
 _ = poisoned_empty
@@ -49,10 +45,10 @@ def problem(m, B, C_in, C_out, H, W, g, kernel=4, dtype=torch.float32):
 
 
 def run(g, kind, stack, weight, bias, grad):
-    params = ACTIVATIONS[kind][1]
-    out = stack_conv_transpose(stack, weight, bias, g, kind, params)
+    layer = Layer(g, kind, ACTIVATIONS[kind][1])
+    out = stack_layer(layer, stack, weight, bias)
     assert out[0].is_contiguous(memory_format=torch.channels_last)
-    return Results(out, *stack_conv_transpose_backward(grad, stack, weight, g, kind, params))
+    return Results(out, *stack_layer_backward(layer, grad, stack, weight))
 
 
 class TestKernel:
@@ -62,7 +58,7 @@ class TestKernel:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_doubling(self, shape, kind, poisoned_empty):
         layer, inputs = problem(*shape, geometry())
-        assert supports(*inputs[:2], geometry())
+        assert supports(geometry(), *inputs[:2])
         assert_layer(run(geometry(), kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
 
     @pytest.mark.parametrize("kind", ["relu", "tanh"])
@@ -70,7 +66,7 @@ class TestKernel:
     def test_one_pixel(self, shape, kind, poisoned_empty):
         g = geometry(stride=1, padding=0)
         layer, inputs = problem(*shape, g)
-        assert supports(*inputs[:2], g)
+        assert supports(g, *inputs[:2])
         assert_layer(run(g, kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,7 +79,7 @@ class TestKernel:
     def test_other_sizes(self, kernel, output_padding, poisoned_empty):
         g = geometry(output_padding=output_padding)
         layer, inputs = problem(2, 2, 3, 2, 2, 3, g, kernel)
-        assert supports(*inputs[:2], g)
+        assert supports(g, *inputs[:2])
         assert_layer(run(g, "sigmoid", *inputs), torch.sigmoid, layer, *inputs)
 
     def test_any_layout_gives_the_same_bits_twice(self):
@@ -107,29 +103,29 @@ class TestKernel:
         assert grad_stack.isfinite().all()
 
     def test_only_what_is_needed(self):
-        g = geometry()
-        _, (stack, weight, _, grad) = problem(1, 1, 2, 2, 2, 2, g)
-        whole = stack_conv_transpose_backward(grad, stack, weight, g, "relu")
+        layer = Layer(geometry(), "relu")
+        _, (stack, weight, _, grad) = problem(1, 1, 2, 2, 2, 2, geometry())
+        whole = stack_layer_backward(layer, grad, stack, weight)
         for i in range(3):
             needs = tuple(i == j for j in range(3))
-            parts = stack_conv_transpose_backward(grad, stack, weight, g, "relu", (), needs)
+            parts = stack_layer_backward(layer, grad, stack, weight, needs)
             assert [part is not None for part in parts] == list(needs)
             assert torch.equal(parts[i], whole[i])
 
     def test_autocast_takes_its_dtype(self):
-        g = geometry()
-        _, (stack, weight, bias, _) = problem(1, 2, 3, 2, 2, 2, g)
+        layer = Layer(geometry(), "relu")
+        _, (stack, weight, bias, _) = problem(1, 2, 3, 2, 2, 2, geometry())
         with torch.autocast(stack.device.type, torch.bfloat16):
-            out = stack_conv_transpose(stack, weight, bias, g, "relu")
-        assert torch.equal(out, stack_conv_transpose(stack.bfloat16(), weight, bias, g, "relu"))
+            out = stack_layer(layer, stack, weight, bias)
+        assert torch.equal(out, stack_layer(layer, stack.bfloat16(), weight, bias))
 
     def test_refuses_what_it_cannot_compute(self):
         g = geometry()
         _, (stack, weight, bias, _) = problem(1, 1, 2, 2, 2, 2, g)
         with pytest.raises(ValueError, match="no float64 kernels"):
-            stack_conv_transpose(stack.double(), weight, bias, g)
+            stack_layer(Layer(g), stack.double(), weight, bias)
         with pytest.raises(ValueError, match="kind='mish' is not one of"):
-            stack_conv_transpose(stack, weight, bias, g, "mish")
+            stack_layer(Layer(g, "mish"), stack, weight, bias)
 
     @pytest.mark.parametrize("rows, tiles", [(1, 1), (200, 1), (200, 3), (1000, 40), (4096, 1)])
     def test_splits_cover_all_rows_once(self, rows, tiles):
@@ -144,7 +140,7 @@ class TestKernel:
 def test_supports_names_what_the_kernels_take():
     def asked(shape=(3, 2, 4, 5, 5), weight=(4, 6, 4, 4), dtype=torch.float32, **options):
         stack = torch.empty(shape, dtype=dtype, device="meta")
-        return supports(stack, torch.empty(weight, device="meta"), geometry(**options))
+        return supports(geometry(**options), stack, torch.empty(weight, device="meta"))
 
     assert asked() and asked(dtype=torch.bfloat16) and asked(weight=(4, 6, 3, 3), output_padding=1)
     pixel = {"shape": (3, 2, 4, 1, 1), "stride": 1, "padding": 0}
@@ -164,9 +160,6 @@ def test_supports_names_what_the_kernels_take():
         {"shape": (3, 2, 2**11, 2**10, 2**9), "weight": (2**11, 6, 4, 4)},
     ]
     assert not any(asked(**options) for options in refused)
-    assert not supports(
-        torch.empty(3, 2, 4, 5, 5), torch.empty(4, 6, 4, 4), geometry()._replace(transposed=False)
-    )
 
 
 def test_float32_products_follow_cudnn_and_cublas():

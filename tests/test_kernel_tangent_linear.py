@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsfvae.ops.tangent_linear import stack_linear, stack_linear_backward, supports
+from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
 from ._triton import poisoned_empty, requires_triton
-from .stack_layers import ACTIVATIONS, Results, assert_layer, draw
+from .stack_layers import ACTIVATIONS, Results, assert_layer, draw, supports
 
 # pytest finds the fixture by its name in this module.
 _ = poisoned_empty
@@ -23,9 +23,9 @@ def problem(lead, C_in, C_out, dtype=torch.float32):
 
 
 def run(kind, stack, weight, bias, grad):
-    params = ACTIVATIONS[kind][1]
-    out = stack_linear(stack, weight, bias, kind, params)
-    return Results(out, *stack_linear_backward(grad, stack, weight, kind, params))
+    layer = Layer(None, kind, ACTIVATIONS[kind][1])
+    out = stack_layer(layer, stack, weight, bias)
+    return Results(out, *stack_layer_backward(layer, grad, stack, weight))
 
 
 class TestKernel:
@@ -35,7 +35,7 @@ class TestKernel:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_sizes(self, shape, kind, poisoned_empty):
         inputs = problem(*shape)
-        assert supports(*inputs[:2])
+        assert supports(None, *inputs[:2])
         assert_layer(run(kind, *inputs), ACTIVATIONS[kind][0], F.linear, *inputs)
 
     @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -52,8 +52,7 @@ class TestKernel:
 
 def test_supports_names_what_the_kernels_take():
     weight = torch.empty(6, 4, device="meta")
-    assert supports(torch.empty(3, 2, 4, device="meta"), weight)
-    assert supports(torch.empty(3, 2, 7, 4, device="meta"), weight)
-    assert not supports(torch.empty(3, 4, device="meta"), weight)
-    assert not supports(torch.empty(3, 2, 4, device="meta", dtype=torch.float64), weight)
-    assert not supports(torch.empty(2**11, 2**10, 2**10, 4, device="meta"), weight)
+    assert supports(None, torch.empty(3, 2, 4, device="meta"), weight)
+    assert supports(None, torch.empty(3, 2, 7, 4, device="meta"), weight)
+    assert not supports(None, torch.empty(3, 2, 4, device="meta", dtype=torch.float64), weight)
+    assert not supports(None, torch.empty(2**11, 2**10, 2**10, 4, device="meta"), weight)

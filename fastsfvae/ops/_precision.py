@@ -1,4 +1,4 @@
-"""Dtypes, float32 products and sizes that the layers' fused kernels share."""
+"""Dtypes and float32 products of the layers' fused kernels."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def kernels_take(stack: Tensor, positions: tuple[int, int, int], channels: int) -> bool:
-    """Whether dtype and sizes fit: the kernels count positions, and a sample's elements, in int32.
-
-    Args:
-        stack: for its dtype.
-        positions: slots, samples, and positions of one sample on the layer's larger side.
-        channels: on its wider side.
-    """
-    slots, samples, size = positions
-    counted = max(slots * samples * size, size * channels)
-    return stack.dtype in _DTYPES and counted < 2**31 - 2**16
 
 
 def autocast(stack: Tensor) -> Tensor:
