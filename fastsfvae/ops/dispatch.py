@@ -6,23 +6,32 @@ and not memory sets the time. Where a layer was measured on the device at hand, 
 taken. Elsewhere a model decides, and says so: fused where the layer's FLOPs take less time at the
 device's peak than its bytes at its bandwidth.
 
+The choice does not depend on the batch size: a decoder's plan serves all of them, whichever came
+first, and gives the same bits.
+
 Nothing was measured on a GPU yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 
+from fastsfvae.ops import _precision
+
 ENVIRONMENT = "FASTSFVAE_FUSED"
 SETTINGS = ("auto", "always", "never")
+_forced: ContextVar[str | None] = ContextVar("fused_layers", default=None)
 
-# Device name -> (operation, input, weight, dtype) -> "fused" or "library", as measured there.
+# Device name -> (operation, one sample's input, weight, dtype) -> "fused" or "library", as measured
+# there.
 MEASURED: dict[str, dict[tuple, str]] = {}
 
 # FLOPs a clock of one multiprocessor: dense bfloat16 products on the tensor cores with float32
@@ -66,22 +75,38 @@ def _cuda_device(index: int) -> Device:
     )
 
 
-def choose(
-    operation: str,
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    out_shape: Sequence[int],
-    *,
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    setting: str | None = None,
-) -> str:
-    """`decide`'s "fused" or "library" alone."""
-    return decide(
-        *(operation, x_shape, weight_shape, out_shape),
-        backend=backend, device=device, dtype=dtype, setting=setting,
-    ).how  # fmt: skip
+@contextlib.contextmanager
+def fused_layers(setting: str) -> Iterator[None]:
+    """Choose inside a block whether layers run on the fused Triton kernels; a context manager.
+
+        with sf.fused_layers("never"):
+            loss(x, mean, log_var).backward()
+
+    It goes before $FASTSFVAE_FUSED, and is read when a decoder's tangents are computed: a step that
+    was captured or compiled before keeps what it has.
+
+    Args:
+        setting: "always" or "never", where the kernels take a layer at all; or "auto", which
+            chooses for each layer (`check_decoder` shows what and why).
+
+    Raises:
+        ValueError: another setting.
+    """
+    _checked(setting, f"fused_layers({setting!r})")
+    token = _forced.set(setting)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def state() -> tuple[str, str, str]:
+    """All that a choice depends on besides `decide`'s arguments.
+
+    Raises:
+        ValueError: an unknown $FASTSFVAE_FUSED.
+    """
+    return _setting()[0], _precision.of_convolutions(), _precision.of_products()
 
 
 def decide(
@@ -90,30 +115,23 @@ def decide(
     weight_shape: Sequence[int],
     out_shape: Sequence[int],
     *,
-    backend: str,
     device: torch.device | Device,
     dtype: torch.dtype,
-    setting: str | None = None,
 ) -> Choice:
     """How a layer runs that a fused kernel supports, and why.
 
     Args:
         operation: the ATen name, such as "conv_transpose2d" or "linear".
-        x_shape: of the stack of values and tangents as one batch, ``[N, C_in, ...]``.
+        x_shape: of one sample's value, ``[C_in, ...]`` or ``[*, C_in]``.
         weight_shape: of the layer's weight.
-        out_shape: of its result, ``[N, C_out, ...]``.
-        backend: "torch" or "triton".
-        device: where it runs.
+        out_shape: of one sample's result.
+        device: where it runs, on the Triton backend.
         dtype: of values and tangents.
-        setting: "auto", "always" or "never"; None reads it from $FASTSFVAE_FUSED, where "auto" is
-            the default.
 
     Raises:
-        ValueError: an unknown setting.
+        ValueError: an unknown $FASTSFVAE_FUSED.
     """
-    setting, source = _setting(setting)
-    if backend != "triton":
-        return Choice("library", f'backend="{backend}"')
+    setting, source = _setting()
     cuda = device if isinstance(device, Device) else _properties(device)
     if cuda is not None and cuda.capability < 80:
         return Choice("library", "no tensor cores in Triton's code for this device")
@@ -127,11 +145,15 @@ def decide(
     return _modelled(operation, x_shape, weight_shape, out_shape, cuda, dtype)
 
 
-def _setting(given: str | None) -> tuple[str, str]:
-    setting, source = given, f"setting={given!r}"
-    if setting is None:
-        setting = os.environ.get(ENVIRONMENT) or "auto"
-        source = f"{ENVIRONMENT}={setting}"
+def _setting() -> tuple[str, str]:
+    forced = _forced.get()
+    if forced is not None:
+        return forced, f"fused_layers({forced!r})"
+    setting = os.environ.get(ENVIRONMENT) or "auto"
+    return _checked(setting, f"{ENVIRONMENT}={setting}")
+
+
+def _checked(setting: str, source: str) -> tuple[str, str]:
     if setting not in SETTINGS:
         raise ValueError(f"{source} is not one of {', '.join(SETTINGS)}")
     return setting, source
@@ -151,11 +173,12 @@ def _modelled(
     device: Device,
     dtype: torch.dtype,
 ) -> Choice:
-    x, weight, out = math.prod(x_shape), math.prod(weight_shape), math.prod(out_shape)
+    x, out = math.prod(x_shape), math.prod(out_shape)
     # The weight's first axis counts inputs where it is transposed, and outputs elsewhere.
     per_first = x if operation.startswith("conv_transpose") else out
-    flops = 2 * per_first * weight // weight_shape[0]
-    intensity = flops / ((x + weight + out) * dtype.itemsize)
+    flops = 2 * per_first * math.prod(weight_shape[1:])
+    # The weight is read once for all values and tangents of a batch.
+    intensity = flops / ((x + out) * dtype.itemsize)
     ridge = _rate(operation, device, dtype) * device.clocks / device.bandwidth
     how, relation = ("fused", "below") if intensity < ridge else ("library", "above")
     return Choice(how, f"model: {intensity:.0f} FLOP/byte, {relation} {ridge:.0f}; not measured")
@@ -166,8 +189,6 @@ def _rate(operation: str, device: Device, dtype: torch.dtype) -> int:
     known = max(c for c in _TENSOR_RATE if c <= device.capability)
     if dtype != torch.float32:
         return _TENSOR_RATE[known]
-    # The submodule is made at run time, where a type checker does not see it.
-    backends: Any = torch.backends
-    settings = backends.cuda.matmul if operation == "linear" else backends.cudnn.conv
-    tf32 = settings.fp32_precision == "tf32"
+    is_linear = operation == "linear"
+    tf32 = (_precision.of_products if is_linear else _precision.of_convolutions)() == "tf32"
     return max(_PLAIN_RATE[known], _TENSOR_RATE[known] // 2 if tf32 else 0)
