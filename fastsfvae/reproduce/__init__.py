@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastsfvae.atomic import replacing, write_text
 from fastsfvae.reproduce import tables
+from fastsfvae.reproduce.bias import BIAS
 from fastsfvae.reproduce.cells import Cell, Experiment, Options
 from fastsfvae.reproduce.gamma import FIGURE1, FIGURE_C2
 from fastsfvae.reproduce.manifold import FIGURE2
@@ -44,6 +45,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "figuresC3-C8": FIGURES_C3_C8,
     "runtime": RUNTIME,
     "wallclock": WALLCLOCK,
+    "bias": BIAS,
 }
 _DPI = 150
 

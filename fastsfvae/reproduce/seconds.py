@@ -21,6 +21,11 @@ _SUFFIX = ", step time"
 _QUANTITY = "ms per step"
 
 
+def doublings(last: int, points: int) -> tuple[int, ...]:
+    """So many steps of measurement up to the last, each twice the one before, in integers."""
+    return tuple(last >> i for i in reversed(range(points)))
+
+
 def step_time_cell(cell: Cell, plain: bool = False) -> Cell:
     """The cell that measures how long a step of another one takes.
 
@@ -46,7 +51,7 @@ def step_seconds(results: Iterable[Result]) -> dict[str, float]:
     }
 
 
-def curves(results: Sequence[Result], quantity: str) -> dict[str, Curve]:
+def curves(results: Sequence[Result], quantity: str) -> Mapping[str, Curve]:
     """Cell -> a quantity against steps, averaged over seeds."""
     found: dict[str, dict[int, float]] = {}
     for row in summarise(trained(results)):

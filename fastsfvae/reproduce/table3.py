@@ -10,6 +10,14 @@ from fastsfvae.config import Method, TrainConfig
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.measures import Likelihoods
+from fastsfvae.reproduce.seconds import (
+    curves,
+    doublings,
+    step_seconds,
+    step_time_cell,
+    trained,
+    value_after,
+)
 from fastsfvae.reproduce.tables import Summary, summarise
 
 _SAMPLES = (1, 5, 20, 50, 100, 200)
@@ -34,7 +42,10 @@ _METHODS: dict[str, Method] = {
     "IWAE": "iwae",
     "DReG": "dreg",
 }
+_FREE = ("sampling-free, precision", "sampling-free, expected")
 _EPOCHS = 30
+# The sampling-free runs are measured on their way too: a step of fewer samples takes less time.
+_POINTS = 5
 _STEPS_PER_EPOCH = {"digits": 450, "mnist": 3000, "omniglot": 1217}
 
 
@@ -47,56 +58,145 @@ def _cells(options: Options) -> list[Cell]:
     samples = (1, 5) if options.quick else _SAMPLES
     measure = Likelihoods(samples=500, images=200) if options.quick else Likelihoods(samples=5000)
     seeds = 1 if options.quick else 5
-    cells = []
+    cells: list[Cell] = []
+    timed: list[Cell] = []
     for data in options.data_sets("digits", "mnist", "omniglot"):
         base = TrainConfig(**options.place(data), model="tanh", latent_dim=50, batch_size=20)
-        step = 400 if options.quick else _EPOCHS * _STEPS_PER_EPOCH.get(data, 3000)
+        step = options.steps or (
+            400 if options.quick else _EPOCHS * _STEPS_PER_EPOCH.get(data, 3000)
+        )
 
-        def add(name: str, config: TrainConfig, paper, data=data, step=step) -> None:
-            cells.append(Cell(f"{data}, {name}", config, measure, (step,), seeds, paper))
+        def add(name: str, config: TrainConfig, paper, points=1, data=data, step=step) -> None:
+            at = doublings(step, points)
+            cells.append(Cell(f"{data}, {name}", config, measure, at, seeds, paper))
 
-        paper = _paper(data, "sampling-free", 1, step)
-        add("sampling-free, precision", base, paper)
+        precision, expected = _FREE
+        add(precision, base, _paper(data, "sampling-free", 1, step), _POINTS)
         # The paper's objective is the former.
-        add("sampling-free, expected", replace(base, likelihood="expected"), {})
+        add(expected, replace(base, likelihood="expected"), {}, _POINTS)
         for count in samples:
             for name, method in _METHODS.items():
                 # Of more samples its gradient is biased, and refused.
                 if method != "stl" or count == 1:
                     config = replace(base, method=method, samples=count)
                     add(f"{name}, K={count}", config, _paper(data, name, count, step))
-    return cells
+        # All sets have 784 pixels: a step takes as long on any of them.
+        timed = timed or [step_time_cell(cell) for cell in cells]
+    return [*cells, *timed]
+
+
+def _seconds(results: Sequence[Result]) -> dict[str, float]:
+    """Method -> seconds of its step, whatever the data set."""
+    return {cell.partition(", ")[2]: t for cell, t in step_seconds(results).items()}
+
+
+def _reading(results: Sequence[Result]) -> str:
+    """Each sampling method against the paper's objective, at equal steps and at equal seconds."""
+    seconds, rows = _seconds(results), []
+    log_ml = curves(results, "log ML")
+    for cell, curve in log_ml.items():
+        data, _, name = cell.partition(", ")
+        free = log_ml.get(f"{data}, {_FREE[0]}")
+        if name in _FREE or free is None:
+            continue
+        step = max(curve)
+        row = [cell, f"{free[step] - curve[step]:+.2f}" if step in free else "-"]
+        if name in seconds and _FREE[0] in seconds:
+            time = seconds[name] * step
+            behind = value_after(free, time / seconds[_FREE[0]]) - curve[step]
+            row += [f"{time:.0f}", "-" if math.isnan(behind) else f"{behind:+.2f}"]
+        rows.append("| " + " | ".join([*row, "-", "-"][:4]) + " |")
+    if not rows:
+        return ""
+    head = [
+        "NLL over that of sampling-free training (precision): negative where the method is better.",
+        "At equal seconds the sampling-free run is read where it has taken the method's time, by "
+        "the times of a step.",
+        "",
+        "| method | at equal steps | seconds | at equal seconds |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows])
 
 
 def _draw(results: Sequence[Result]):
+    """NLL against K at equal steps; with step times, against seconds."""
+    seconds, results = _seconds(results), trained(results)
     names = list(dict.fromkeys(result.cell.config.data for result in results))
-    cells = {result.cell.name: result.cell for result in results}
-    figure, panels = row_of_panels(len(names), 5.2, 3.6)
-    for axes, data in zip(panels, names, strict=True):
-        lines: dict[str, list[tuple[int, Summary]]] = {}
-        for summary in summarise(r for r in results if r.cell.config.data == data):
-            config = cells[summary.cell].config
-            before, _, last = summary.cell.removeprefix(f"{data}, ").rpartition(", K=")
-            if summary.quantity == "NLL":
-                lines.setdefault(before or last, []).append((config.samples, summary))
-        for i, (name, points) in enumerate(lines.items()):
-            counts, shown = zip(*points, strict=True)
-            style = {"color": f"C{i}", "label": name}
-            if name.startswith("sampling-free"):
-                axes.axhline(shown[0].mean, **style)
-                continue
-            spread = [0.0 if math.isnan(s.spread) else s.spread for s in shown]
-            axes.errorbar(counts, [s.mean for s in shown], yerr=spread, marker=".", **style)
-        axes.set_xscale("log")
-        axes.legend(fontsize=8, frameon=False)
-        tidy(axes, f"{data}: NLL of test images (nats, lower is better)", "samples K")
+    if not names:
+        return None
+    figure, panels = row_of_panels(len(names) * (2 if seconds else 1), 5.2, 3.6)
+    for i, data in enumerate(names):
+        shown = [result for result in results if result.cell.config.data == data]
+        _plot_samples(panels[i], shown)
+        tidy(panels[i], f"{data}: NLL of test images (nats, lower is better)", "samples K")
+        if seconds:
+            axes = panels[len(names) + i]
+            _plot_seconds(axes, shown, seconds)
+            tidy(axes, f"{data}: NLL; numbers are K", "seconds of training")
     return figure
+
+
+def _lines(results: Sequence[Result]) -> dict[str, list[tuple[int, Summary]]]:
+    """Method -> (K, NLL), a sampling-free one's after rising steps."""
+    cells = {result.cell.name: result.cell for result in results}
+    lines: dict[str, list[tuple[int, Summary]]] = {}
+    for summary in summarise(results):
+        if summary.quantity == "NLL":
+            name = summary.cell.partition(", ")[2].partition(", K=")[0]
+            point = (cells[summary.cell].config.samples, summary)
+            lines.setdefault(name, []).append(point)
+    return lines
+
+
+def _plot_samples(axes, results: Sequence[Result]) -> None:
+    for i, (name, points) in enumerate(_lines(results).items()):
+        counts, shown = zip(*points, strict=True)
+        style = {"color": f"C{i}", "label": name}
+        if name in _FREE:
+            axes.axhline(shown[-1].mean, **style)
+            continue
+        spread = [0.0 if math.isnan(s.spread) else s.spread for s in shown]
+        axes.errorbar(counts, [s.mean for s in shown], yerr=spread, marker=".", **style)
+    axes.set_xscale("log")
+    axes.set_xticks(_SAMPLES, [str(count) for count in _SAMPLES])
+    axes.minorticks_off()
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _plot_seconds(axes, results: Sequence[Result], seconds: Mapping[str, float]) -> None:
+    for i, (name, points) in enumerate(_lines(results).items()):
+        timed = [
+            (s.step * seconds[method], s.mean, count)
+            for count, s in points
+            if (method := s.cell.partition(", ")[2]) in seconds
+        ]
+        if not timed:
+            continue
+        x, y, counts = zip(*timed, strict=True)
+        axes.plot(x, y, marker=".", color=f"C{i}", label=name)
+        if name not in _FREE:
+            for place in zip(x, y, counts, strict=True):
+                axes.annotate(f" {place[2]}", place[:2], fontsize=7, color=f"C{i}")
+    axes.set_xscale("log")
+    axes.legend(fontsize=8, frameon=False)
 
 
 TABLE3 = Experiment(
     title="Negative log marginal likelihood of test images, tanh networks",
     cells=_cells,
     draw=_draw,
+    reading=_reading,
+    columns=(
+        "NLL",
+        "NLL, Monte Carlo error",
+        "median effective samples",
+        "sampled ELBO",
+        "error at the mean",
+        "error, sampled",
+        "KL",
+        "ms per step",
+    ),
     assumptions=(
         "m, the epochs, the learning rate and the estimator are not stated: m = 50, 30 epochs, "
         "Adam at 1e-3, 5,000 importance weights from one defensive proposal for all",
