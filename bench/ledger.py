@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import datetime
-import platform
-import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from bench.timing import Timing
+from fastsfvae.provenance import commit, device_name
 
 RESULTS = Path(__file__).parent / "results"
 LEDGER = RESULTS / "ledger.csv"
@@ -31,7 +30,7 @@ def provenance(device: str) -> dict[str, str]:
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 
@@ -83,27 +82,6 @@ def merge(rows: Iterable[Mapping[str, str]]) -> int:
     with LEDGER.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(new)
     return len(new)
-
-
-def device_name(device: str) -> str:
-    """What a reader needs to know of the hardware: the GPU's or the processor's name."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The checkout's short commit, with a + when files differ from it."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    except OSError:
-        # A copy of the files on a machine without git.
-        return "unknown"
-    return result.stdout.strip() or "unknown"
 
 
 def _triton_version() -> str:

@@ -24,6 +24,7 @@ from bench.problems import GAMMA, NOISE_VAR, Problem, autocast
 from fastsfvae.elbo import gaussian_kl
 from fastsfvae.objectives import Sampling, SamplingFree
 from fastsfvae.ranges import span
+from fastsfvae.reproduce.runtime import vmap_jacfwd as vmap_jacfwd
 
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -73,20 +74,6 @@ LOG_PROBS: dict[str, LogProb] = {
     "plain closed form": _ours_log_prob("reference"),
     "linear_operator": linear_operator,
 }
-
-
-def vmap_jacfwd(decoder: nn.Module) -> Jacobian:
-    """One jacfwd a sample, under vmap."""
-
-    def one(z: Tensor) -> tuple[Tensor, Tensor]:
-        output = decoder(z.unsqueeze(0)).squeeze(0)
-        return output, output
-
-    def jacobian(z: Tensor) -> tuple[Tensor, Tensor]:
-        columns, output = torch.func.vmap(torch.func.jacfwd(one, has_aux=True))(z)
-        return output, columns.flatten(1, -2).mT
-
-    return jacobian
 
 
 def vmap_jvp(decoder: nn.Module) -> Jacobian:

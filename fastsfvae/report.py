@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from fastsfvae.atomic import write_text
 from fastsfvae.config import TrainConfig
 from fastsfvae.evaluate import ImageMean, mean_over_images
 from fastsfvae.objectives import Objective
+from fastsfvae.provenance import commit
 from fastsfvae.training import Run, evaluation_generator, to_unit
 
 RESULTS = "results.json"
@@ -212,19 +212,3 @@ def table(report: Report, config: TrainConfig) -> str:
         f"{report.median_effective_samples:.0f}",
     ]
     return "\n".join(lines)
-
-
-def commit() -> str | None:
-    """The checkout's commit, with a + where files differ from it; None for an installed package."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # Fails for a package that was installed into some other repository's folder.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None

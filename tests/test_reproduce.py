@@ -12,11 +12,11 @@ from PIL import Image
 from fastsfvae import cli, training
 from fastsfvae.config import TrainConfig
 from fastsfvae.data import files
-from fastsfvae.reproduce import EXPERIMENTS, Options, choose, reproduce, tables
+from fastsfvae.reproduce import EXPERIMENTS, Options, choose, reproduce, runner, sizes, tables
 from fastsfvae.reproduce.cells import Cell, Experiment, Published, Result
 from fastsfvae.reproduce.measures import Collapse, Likelihoods, Quality
 from fastsfvae.reproduce.runner import run_cells, stored_results
-from fastsfvae.reproduce.runtime import measured_ratios
+from fastsfvae.reproduce.sizes import step_ratios
 
 CONFIG = TrainConfig(
     method="sampling", model="linear", latent_dim=2, train_images=32, batch_size=32
@@ -263,26 +263,62 @@ def _write_chairs(folder, image):
             Image.fromarray(image((600, 600, 3))).save(renders / f"image_{view}.png")
 
 
+def _store_step_times(out, data, sampling, sampling_free):
+    """Records of `runtime`, as a run of it would leave them."""
+    times = {f"{data}, sampling, m=16": sampling, f"{data}, sampling-free, m=16": sampling_free}
+    for cell in choose("runtime", Options(data=data)):
+        if cell.name in times:
+            path, _ = runner._paths(cell, 0, out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"measured": {"1": {"ms per step": times[cell.name]}}}))
+
+
 def test_the_matching_budget_is_the_measured_one(tmp_path):
-    assert measured_ratios(tmp_path) == {}
-    (tmp_path / "runtime.csv").write_text(
-        "cell,quantity,mean\n"
-        '"celeba, sampling, m=16",ms per step,20\n'
-        '"celeba, sampling-free, m=16",ms per step,50\n'
-        '"celeba, sampling-free, m=16",seconds,9\n'
-        '"celeba, sampling-free, m=32",ms per step,90\n'
-        '"chairs, sampling-free, m=16",ms per step,50\n'
-    )
-    ratios = measured_ratios(tmp_path)
-    assert ratios == {"celeba": 2.5}
-    options = Options(step_ratios=ratios)
-    at = {cell.name: cell.at for cell in choose("table2", options)}
-    assert at["celeba, sampling-free, m=16"] == (400_000, 1_000_000)
-    assert at["celeba, sampling, m=16"] == (1_000_000,)
-    assert at["chairs, sampling-free, m=16"][0] / at["chairs, sampling-free, m=16"][1] == 0.65
-    # A sampling-free step that is no slower needs no shorter run.
-    (cell,) = choose("table2", Options(step_ratios={"celeba": 0.9}), "celeba, sampling-free, m=16")
-    assert cell.at == (1_000_000,)
+    assert step_ratios(Options(), tmp_path) == {}
+    _store_step_times(tmp_path, "chairs", 20, 25)
+    _store_step_times(tmp_path, "celeba", 20, 50)
+    ratios = step_ratios(Options(), tmp_path)
+    assert ratios == {"celeba": 2.5, "chairs": 1.25}
+    # Whatever one call measured, another's --data does not hide it.
+    assert step_ratios(Options(data="celeba"), tmp_path) == ratios
+    options = Options(step_ratios=ratios | {"chairs": 1_000_000 / 650_000})
+    cells = {cell.name: cell for cell in choose("table2", options)}
+    ours, theirs = cells["celeba, sampling-free, m=16"], cells["chairs, sampling-free, m=16"]
+    assert (ours.at, theirs.at) == ((400_000, 1_000_000), (650_000, 1_000_000))
+    assert cells["celeba, sampling, m=16"].at == (1_000_000,)
+    # The paper's own budget is named where ours is another.
+    assert str(ours.paper["FID"][400_000]) == "98 ± 1.79 at 650,000"
+    assert str(theirs.paper["FID"][650_000]) == "54.21 ± 1.63"
+    assert str(ours.paper["FID"][1_000_000]) == "95.79 ± 0.33"
+
+
+@pytest.mark.parametrize("ratio, at", [(0.9, (20,)), (1.01, (20,)), (1.1, (18, 20)), (99, (1, 20))])
+def test_a_matching_budget_lies_before_the_end(ratio, at):
+    options = Options(step_ratios={"celeba": ratio}, steps=20)
+    (cell,) = choose("table2", options, "celeba, sampling-free, m=16")
+    assert options.apply(cell).at == at
+
+
+def test_a_run_keeps_the_budget_that_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(Quality, "__call__", lambda self, run: {"log ML": -float(run.step)})
+
+    def call():
+        options = Options(quick=True, steps=20, seeds=1)
+        options = replace(options, step_ratios=step_ratios(options, tmp_path))
+        done = reproduce("table2", options, tmp_path, "digits, sampling-free, m=16")
+        return done, (tmp_path / "table2-quick.md").read_text()
+
+    done, table = call()
+    assert done and "| digits, sampling-free, m=16 | 13 | 1 | -13 |" in table
+    assert "13 of 20 sampling-free steps" in table and "the paper's, none was measured" in table
+    # Another ratio, measured when the run is past the budget that follows from it.
+    monkeypatch.setattr(sizes, "measured_ratios", lambda *_: {"digits": 4.0})
+    assert call() == (done, table)
+    # A run that was begun and not measured keeps its own as well.
+    (record,) = (tmp_path / "runs" / "records").iterdir()
+    stored = json.loads(record.read_text()) | {"measured": {}}
+    record.write_text(json.dumps(stored))
+    assert step_ratios(Options(quick=True), tmp_path) == {"digits": 1_000_000 / 650_000}
 
 
 @pytest.mark.parametrize("data", ["celeba", "chairs"])

@@ -16,13 +16,21 @@ from fastsfvae.run import Run
 
 
 class Published(NamedTuple):
-    """A value that the paper prints, with its standard deviation over runs where it has one."""
+    """A value that the paper prints.
+
+    Attributes:
+        value: as it is printed.
+        spread: its standard deviation over runs, None where none is printed.
+        steps: after which it was measured, where ours beside it is not.
+    """
 
     value: float
     spread: float | None = None
+    steps: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:g}" + ("" if self.spread is None else f" ± {self.spread:g}")
+        spread = "" if self.spread is None else f" ± {self.spread:g}"
+        return f"{self.value:g}{spread}" + (f" at {self.steps:,}" if self.steps else "")
 
 
 class Measure(Protocol):
@@ -51,6 +59,8 @@ class Cell:
         paper: quantity -> step -> the paper's value.
         fixed_steps: whether ``--steps`` leaves `at` as it is: it follows that already, or is no
             length of training.
+        step_ratio: where an earlier step of `at` is a budget of time: the ratio of step times that
+            it follows from, which is stored with the run as it begins.
     """
 
     name: str
@@ -60,6 +70,7 @@ class Cell:
     seeds: int = 1
     paper: Mapping[str, Mapping[int, Published]] = field(default_factory=dict)
     fixed_steps: bool = False
+    step_ratio: float | None = None
 
     @property
     def continues(self) -> bool:
@@ -119,7 +130,7 @@ class Options:
         steps: steps of each cell in place of the protocol's; 0 keeps those.
         seeds: runs of each cell in place of the protocol's; 0 keeps those.
         inception: path of Inception's weights for the FID; "" leaves the FID out.
-        step_ratios: of a data set, a sampling-free step's time over a sampling one's, measured.
+        step_ratios: of a data set, a sampling-free step's time over a sampling one's.
     """
 
     quick: bool = False

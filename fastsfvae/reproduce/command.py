@@ -11,7 +11,7 @@ from typing import Literal
 from fastsfvae.command_line import UsageError, fail, parse, require_extras
 from fastsfvae.config import DataSet
 from fastsfvae.reproduce import EXPERIMENTS, Interrupted, Options, choose, reproduce
-from fastsfvae.reproduce.runtime import measured_ratios
+from fastsfvae.reproduce.sizes import step_ratios
 
 _PROG = "fastsfvae reproduce"
 
@@ -80,7 +80,8 @@ def reproduce_command(options: Sequence[str]) -> int:
 def _reproduce(name: str, arguments: ReproduceArguments) -> int:
     fields = {field.name for field in dataclasses.fields(Options)}
     given = {key: value for key, value in vars(arguments).items() if key in fields}
-    options = Options(**given, step_ratios=measured_ratios(Path(arguments.out)))
+    options = Options(**given)
+    options = dataclasses.replace(options, step_ratios=step_ratios(options, Path(arguments.out)))
     if arguments.list:
         for cell in choose(name, options, arguments.only):
             cell = options.apply(cell)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from fastsfvae.atomic import write_text
 from fastsfvae.checkpoint import FolderLock, load_config
 from fastsfvae.config import CHANGEABLE, TrainConfig
 from fastsfvae.monitors import monitors
-from fastsfvae.report import commit
+from fastsfvae.provenance import commit, device_name
 from fastsfvae.reproduce.cells import Cell, Result
 
 RUNS = "runs"
@@ -68,12 +67,25 @@ def stored_results(cells: Sequence[Cell], out: Path) -> list[Result]:
     return results
 
 
+def stored_records(cells: Sequence[Cell], out: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """What is stored of the cells' runs, also of those that were begun and not measured yet."""
+    for cell in cells:
+        for seed in range(cell.seeds):
+            path, _ = _paths(cell, seed, out)
+            if path.is_file():
+                yield cell, _read(path)
+
+
 def _run(cell: Cell, seed: int, out: Path, say: Callable[[str], object]) -> None:
     path, folder = _paths(cell, seed, out)
     record = _read(path)
     left = _steps_left(cell, record)
     if left:
         say(f"{cell.name}, seed {seed}: {cell.at[-1]:,} steps")
+    if left and cell.step_ratio is not None and "step_ratio" not in record:
+        # From the start: a run cannot go back to what another ratio would make of it.
+        record["step_ratio"] = cell.step_ratio
+        _write(path, record)
     run = None
     for step in left:
         run = _prepare(cell, seed, step, folder) if run is None else _extend(run, step)
@@ -85,8 +97,7 @@ def _run(cell: Cell, seed: int, out: Path, say: Callable[[str], object]) -> None
         seconds = {"seconds": round(run.seconds, 2)}
         record["measured"][str(step)] = cell.measure(run) | seconds
         record |= _origin(cell, run)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(record, indent=1) + "\n")
+        _write(path, record)
 
 
 def _prepare(cell: Cell, seed: int, step: int, folder: Path) -> training.Run:
@@ -137,6 +148,11 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {"measured": {}}
 
 
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
 def _steps_left(cell: Cell, record: dict[str, Any]) -> list[int]:
     return [step for step in cell.at if str(step) not in record["measured"]]
 
@@ -147,17 +163,8 @@ def _origin(cell: Cell, run: training.Run) -> dict[str, Any]:
         "cell": cell.name,
         "config": dataclasses.asdict(run.config),
         "measure": repr(cell.measure),
-        "device": _device_name(run.device),
+        "device": device_name(run.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())

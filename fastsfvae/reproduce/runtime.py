@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from fastsfvae.order import to_unit
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
+from fastsfvae.reproduce.runner import stored_results
 from fastsfvae.reproduce.tables import summarise
 from fastsfvae.run import Run
 
@@ -69,20 +69,31 @@ def _loss(run: Run) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, mean, log_var: run.objective(x, mean, log_var).loss
 
 
-def _plain_loss(decoder: nn.Module, config: TrainConfig) -> Callable[..., Tensor]:
-    """The sampling-free loss as one writes it without this library."""
+def vmap_jacfwd(decoder: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Z -> (output ``[B, *out]``, J ``[B, m, n]``) by one jacfwd a sample, under vmap."""
 
     def one(z: Tensor) -> tuple[Tensor, Tensor]:
-        output = decoder(z[None])[0].flatten()
+        output = decoder(z.unsqueeze(0)).squeeze(0)
         return output, output
 
     decode = torch.func.vmap(torch.func.jacfwd(one, has_aux=True))
 
+    def decode_with_jacobian(z: Tensor) -> tuple[Tensor, Tensor]:
+        columns, output = decode(z)
+        return output, columns.flatten(1, -2).mT
+
+    return decode_with_jacobian
+
+
+def _plain_loss(decoder: nn.Module, config: TrainConfig) -> Callable[..., Tensor]:
+    """The sampling-free loss as one writes it without this library."""
+    decode = vmap_jacfwd(decoder)
+
     def loss(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-        columns, output = decode(mean)
+        output, jacobian = decode(mean)
         log_likelihood = low_rank_log_prob(
-            x.flatten(1) - output,
-            columns.mT,
+            (x - output).flatten(1),
+            jacobian,
             log_var.exp(),
             noise_var=config.noise_var,
             gamma=config.gamma,
@@ -93,31 +104,30 @@ def _plain_loss(decoder: nn.Module, config: TrainConfig) -> Callable[..., Tensor
     return loss
 
 
-def measured_ratios(out: Path) -> dict[str, float]:
+def measured_ratios(options: Options, out: Path) -> dict[str, float]:
     """Of each data set, a sampling-free step's time over a sampling one's at m = 16.
 
     Args:
-        out: the folder of results; one without runtime.csv gives none.
+        options: of the runs that are looked for.
+        out: the folder of results; without runs of `RUNTIME` in it there are none.
     """
-    path = out / "runtime.csv"
-    if not path.is_file():
-        return {}
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["quantity"] == "ms per step"]
-    times = {row["cell"]: float(row["mean"]) for row in rows}
+    times = {
+        result.cell.name: result.measured(result.steps[-1])["ms per step"]
+        for result in stored_results(_cells(replace(options, data="")), out)
+    }
     ratios = {}
-    for cell, time_free in times.items():
-        data, method, m = cell.split(", ")
+    for name, milliseconds in times.items():
+        data, method, m = name.split(", ")
         sampling = times.get(f"{data}, sampling, {m}")
         if (method, m) == ("sampling-free", "m=16") and sampling is not None:
-            ratios[data] = time_free / sampling
+            ratios[data] = milliseconds / sampling
     return ratios
 
 
 def _cells(options: Options) -> list[Cell]:
     cells = []
     steps = 5 if options.quick else 15
-    for data in options.data_sets("celeba", "digits"):
+    for data in options.data_sets("celeba", "chairs", "digits"):
         settings = image_protocol(options, data).settings
         for m in (4, 8) if options.quick else (8, 16, 32, 64):
             for name in _NAMES:

@@ -66,6 +66,7 @@ def summary_csv(results: Sequence[Result]) -> str:
             "seeds": s.seeds,
             "paper": "" if s.paper is None else s.paper.value,
             "paper's standard deviation": "" if s.paper is None else s.paper.spread,
+            "paper's steps": "" if s.paper is None else s.paper.steps or s.step,
         }
         for s in summarise(results)
     ]
