@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsfvae import evaluate
-from fastsfvae.atomic import write_text
+from fastsfvae.atomic import replacing, write_text
 from fastsfvae.command_line import UsageError, fail, parse, require_extras
 from fastsfvae.evaluate.frechet import load_extractor
 from fastsfvae.results import comparison, evaluation, page
@@ -202,4 +202,5 @@ def _write(folder: Path, name: str, fields: dict[str, Any], figures: dict[str, b
     folder.mkdir(parents=True)
     write_text(folder / f"{name}.json", json.dumps(fields, indent=2, allow_nan=False) + "\n")
     for title, data in figures.items():
-        (folder / f"{title.replace(' ', '-')}.png").write_bytes(data)
+        with replacing(folder / f"{title.replace(' ', '-')}.png") as file:
+            file.write(data)
