@@ -12,13 +12,8 @@ from pathlib import Path
 from bench.checkout import ROOT
 from bench.measure import Context
 
-SUITES = (
-    "test_kernel_gram_project",
-    "test_kernel_woodbury",
-    "test_kernel_tangent_activation",
-    "test_elbo_triton",
-    "test_jacobian_triton",
-)
+# What marks a test for a device.
+MARKED = re.compile(r"\brequires_triton\b|\bmark\.gpu\b")
 LOG = "correctness.log"
 # One suite and one of its tests, to show that the section works.
 QUICK = ("test_kernel_gram_project",), ["-k", "second_order"]
@@ -26,12 +21,18 @@ QUICK = ("test_kernel_gram_project",), ["-k", "second_order"]
 LISTED = 10
 
 
+def suites() -> tuple[str, ...]:
+    """Every module with a test of a kernel's values, or one that needs a GPU."""
+    modules = sorted((ROOT / "tests").glob("test_*.py"))
+    return tuple(path.stem for path in modules if MARKED.search(path.read_text()))
+
+
 def section(context: Context) -> None:
     """Run all suites side by side: most of their time goes into compilation on the host."""
-    suites, selection = QUICK if context.quick else (SUITES, [])
+    chosen, selection = QUICK if context.quick else (suites(), [])
     with tempfile.TemporaryDirectory() as folder:
-        logs = {suite: Path(folder) / suite for suite in suites}
-        running = {suite: _start(suite, selection, logs[suite]) for suite in suites}
+        logs = {suite: Path(folder) / suite for suite in chosen}
+        running = {suite: _start(suite, selection, logs[suite]) for suite in chosen}
         for suite, process in running.items():
             try:
                 process.wait(max(1.0, context.deadline - time.monotonic()))
@@ -43,7 +44,14 @@ def section(context: Context) -> None:
 
 def _start(suite: str, selection: list[str], log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "pytest", "-p", "bench.checkout", "-vv", "--tb=short"]
-    command += ["-p", "no:cacheprovider", "-m", "interpreter", *selection, f"tests/{suite}.py"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "interpreter or gpu",
+        *selection,
+        f"tests/{suite}.py",
+    ]
     with log.open("w") as file:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae import likelihood_adjoint
-from fastsfvae.jacobian.chunked import empty_gradient, flatten_in_memory_order
+from fastsfvae.chunk_gram import Unwritten, Written
+from fastsfvae.jacobian.chunked import flatten_in_memory_order
 from fastsfvae.jacobian.jet import full_tangent, latent_jet
 from fastsfvae.jacobian.linearize import Linearizer, chunk_bounds
 from fastsfvae.jacobian.sweep import Sweep, default_chunk, find_program, program_of
+from fastsfvae.jacobian.tail import LastLayer
 from fastsfvae.jacobian.validate import check_chunk_size
 from fastsfvae.likelihood import likelihood_terms
-from fastsfvae.likelihood_adjoint import Kind
 from fastsfvae.ops.vmap import refuse_vmap
 
 if TYPE_CHECKING:
@@ -144,7 +145,6 @@ def decoder_likelihood(
         backend: "torch" or "triton".
         autocast: the dtype of an autocast region around the call, or None.
     """
-    kind = Kind(likelihood, backend)
     dtype = torch.promote_types(x.dtype, torch.float32)
     dtype = torch.promote_types(z.dtype, dtype)
     h, c, weight = (t.to(dtype) for t in (latent_var, noise_var, gamma))
@@ -172,23 +172,24 @@ def decoder_likelihood(
                 break
             rows = slice(chunk.start, chunk.stop)
             with torch.autocast(z.device.type, enabled=False):
-                output, tangent = chunk.output.primal, full_tangent(chunk.output)
-                J, r = flatten_in_memory_order(tangent, x[rows] - output)
-                inputs = J, r, h[rows], c, weight
-                found = likelihood_adjoint.evaluate(*inputs, kind)
+                gram: Written | Unwritten
+                if isinstance(chunk.output, LastLayer):
+                    gram = Unwritten(chunk.output, x[rows])
+                else:
+                    gram = Written(chunk.output, x[rows], backend)
+                found = likelihood_adjoint.evaluate(gram, h[rows], c, weight, likelihood)
                 terms.append(found.terms)
                 if not any(needs) or cotangents is None:
                     continue
-                grad, dJ, df = empty_gradient(chunk.output)
-                pulled = likelihood_adjoint.pull(found, inputs, cotangents[:, rows], dJ, kind)
-                # r = x - f
-                df.copy_(pulled.residual).neg_()
+                pulled = likelihood_adjoint.pull(
+                    found, gram, (h[rows], c, weight), cotangents[:, rows], likelihood
+                )
                 if needs[1]:
-                    grads_x.append(-grad.primal)
+                    grads_x.append(pulled.chunk.x)
                 grads_h.append(pulled.latent_var)
                 grad_c += pulled.noise_var
                 grad_gamma += pulled.gamma
-                chunk.pull(grad)
+                chunk.pull(pulled.chunk.jet, pulled.chunk.others)
     values = torch.cat(terms, dim=1)
     if not any(needs):
         return [values]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae._checks import Likelihood
-from fastsfvae.ops.low_rank import low_rank_terms
+from fastsfvae.ops.low_rank import low_rank_terms, squared_norms
 
 
 class LikelihoodTerms(NamedTuple):
@@ -67,18 +67,15 @@ def log_likelihood(
     )
 
 
-def expected_terms(J: Tensor, r: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    """(squared_error, log_det, explained, row norms of J) for "expected", in c's dtype.
+def expected_log_det(row_norms: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    """What stands for log_det in "expected": trace(A)/c, ``[B]``.
 
     Args:
-        J: ``[B, m, n]``.
-        r: ``[B, n]``.
+        row_norms: squared norms of J's rows, ``[B, m]``, in c's dtype.
         h: ``[B, m]``.
         c: 0-d, in float32 at least, like every sum here.
     """
-    row_norms = J.to(c.dtype).square().sum(-1)
-    log_det = (h.to(c.dtype) * row_norms).sum(-1) / c
-    return r.to(c.dtype).square().sum(-1), log_det, torch.zeros_like(log_det), row_norms
+    return (h.to(c.dtype) * row_norms).sum(-1) / c
 
 
 def likelihood_terms(
@@ -110,8 +107,9 @@ def likelihood_terms(
         # Filled on the device: a copy from the host would wait for it, and not be captured.
         c = torch.full((), noise_var, dtype=dtype, device=residual.device)
     if likelihood == "expected":
-        rr, log_det, explained, _ = expected_terms(jacobian, residual, latent_var, c)
-        lost = torch.zeros_like(log_det, dtype=torch.bool)
+        rr, row_norms = squared_norms(jacobian, residual, c.dtype)
+        log_det = expected_log_det(row_norms, latent_var, c)
+        explained, lost = torch.zeros_like(rr), torch.zeros_like(rr, dtype=torch.bool)
     else:
         second_var = second_variance(latent_var, gamma, likelihood)
         log_det, explained, rr, second, lost = low_rank_terms(

@@ -17,29 +17,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsfvae.chunk_gram import Pulled, Unwritten, Written
 from fastsfvae.likelihood import (
-    expected_terms,
+    expected_log_det,
     log_det_weight,
     log_likelihood,
     second_variance,
 )
-from fastsfvae.ops.low_rank import Solved, low_rank_backward, low_rank_forward
+from fastsfvae.ops.low_rank import Solved, gram_cotangents, variance_gradients
 
 # Rows of a terms tensor [4, B].
 LOG_LIKELIHOOD, SQUARED_ERROR, LOG_DET, EXPLAINED = range(4)
 
 
-class Kind(NamedTuple):
-    """What a likelihood is besides its tensors."""
-
-    likelihood: str
-    backend: str
-
-
 class Gradients(NamedTuple):
-    """Gradients of `evaluate`'s tensors; those of c and gamma are 0-d."""
+    """Gradients of the chunk itself, and of `evaluate`'s other tensors; of c and gamma 0-d."""
 
-    residual: Tensor
+    chunk: Pulled
     latent_var: Tensor
     noise_var: Tensor
     gamma: Tensor
@@ -53,77 +47,73 @@ class Evaluated(NamedTuple):
     row_norms: Tensor | None
 
 
-def evaluate(J: Tensor, r: Tensor, h: Tensor, c: Tensor, gamma: Tensor, kind: Kind) -> Evaluated:
+def evaluate(
+    chunk: Written | Unwritten, h: Tensor, c: Tensor, gamma: Tensor, likelihood: str
+) -> Evaluated:
     """Terms of a chunk.
 
     Args:
-        J: ``[b, m, n]``.
-        r: ``[b, n]``.
+        chunk: b samples.
         h: ``[b, m]``, in float32 at least, like c and gamma.
         c: 0-d.
         gamma: 0-d.
-        kind: the likelihood and the resolved backend.
+        likelihood: one of `LIKELIHOODS`.
     """
-    b, n = r.shape
     solved = row_norms = None
-    if kind.likelihood == "expected":
-        rr, log_det, explained, row_norms = expected_terms(J, r, h, c)
+    if likelihood == "expected":
+        rr, row_norms = chunk.norms(c.dtype)
+        log_det, explained = expected_log_det(row_norms, h, c), torch.zeros_like(rr)
     else:
-        second_var = second_variance(h, gamma, kind.likelihood)
-        solved = low_rank_forward(J, r, h, c.expand(b), second_var, kind.backend)
+        second_var = second_variance(h, gamma, likelihood)
+        solved = chunk.solve(h, c.expand(len(h)), second_var)
         rr, log_det, explained = solved.squared_error, solved.first.log_det, solved.first.explained
         if solved.second is not None:
             log_det = log_det - solved.second.log_det
-    value = log_likelihood(rr, log_det, explained, n, c, gamma, kind.likelihood)
+    value = log_likelihood(rr, log_det, explained, chunk.n, c, gamma, likelihood)
     return Evaluated(torch.stack([value, rr, log_det, explained]), solved, row_norms)
 
 
 def pull(
     evaluated: Evaluated,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    chunk: Written | Unwritten,
+    variances: tuple[Tensor, Tensor, Tensor],
     cotangents: Tensor,
-    out: Tensor,
-    kind: Kind,
+    likelihood: str,
 ) -> Gradients:
-    """Gradients of a chunk; dJ is written into `out`.
+    """Gradients of a chunk.
 
     Args:
         evaluated: what `evaluate` returned.
-        inputs: its tensors (J, r, h, c, gamma).
+        chunk: as in `evaluate`.
+        variances: its tensors (h, c, gamma).
         cotangents: of the terms, ``[4, b]``.
-        out: ``[b, m, n]``.
-        kind: as in `evaluate`.
+        likelihood: as in `evaluate`.
     """
-    J, r, h, c, gamma = inputs
+    h, c, gamma = variances
     a, b_rr, b_ld, b_ex = cotangents
     _, rr, log_det, explained = evaluated.terms
-    g_ld = b_ld - 0.5 * log_det_weight(kind.likelihood, gamma) * a
+    g_ld = b_ld - 0.5 * log_det_weight(likelihood, gamma) * a
     g_ex = b_ex + gamma / (2 * c) * a
     g_rr = b_rr - a / (2 * c)
-    dc = (a * (rr - gamma * explained)).sum() / (2 * c * c) - a.sum() * r.shape[1] / (2 * c)
+    dc = (a * (rr - gamma * explained)).sum() / (2 * c * c) - a.sum() * chunk.n / (2 * c)
     dgamma = (a * explained).sum() / (2 * c)
-    if kind.likelihood == "mixture":
+    if likelihood == "mixture":
         dgamma = dgamma - 0.5 * (a * log_det).sum()
-    if evaluated.solved is None:
+    solved = evaluated.solved
+    if solved is None:
         assert evaluated.row_norms is not None
         rate = g_ld.unsqueeze(-1) / c
-        torch.mul(J, (2 * rate * h).unsqueeze(-1).to(J.dtype), out=out)
-        dh = rate * evaluated.row_norms
         dc = dc - (g_ld * log_det).sum() / c
-        return Gradients((2 * g_rr.unsqueeze(-1) * r).to(r.dtype), dh, dc, torch.zeros_like(c))
-    second_var = second_variance(h, gamma, kind.likelihood)
-    normalized = second_var is not None
-    g = low_rank_backward(
-        evaluated.solved,
-        (J, r, h, c.expand(len(r)), second_var),
-        (g_ld, g_ex, g_rr, -g_ld if normalized else None),
-        (True, True, True, True, normalized),
-        kind.backend,
-        out,
+        dh = rate * evaluated.row_norms
+        return Gradients(chunk.pull_norms(rate * h, g_rr), dh, dc, torch.zeros_like(c))
+    second_var = second_variance(h, gamma, likelihood)
+    g_second = None if second_var is None else -g_ld
+    dh, dc_each, d_second = variance_gradients(
+        solved, (h, c.expand(len(h)), second_var), (g_ld, g_ex, g_second)
     )
-    assert g.residual is not None and g.latent_var is not None and g.noise_var is not None
-    dh = g.latent_var
-    if g.second_var is not None:
-        dh = dh + (1 - gamma) * g.second_var
-        dgamma = dgamma - (g.second_var * h).sum()
-    return Gradients(g.residual, dh, dc + g.noise_var.sum(), dgamma)
+    assert dh is not None and dc_each is not None
+    if d_second is not None:
+        dh = dh + (1 - gamma) * d_second
+        dgamma = dgamma - (d_second * h).sum()
+    pulled = chunk.pull(*gram_cotangents(solved, g_ld, g_ex, g_second), g_rr)
+    return Gradients(pulled, dh, dc + dc_each.sum(), dgamma)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 # The largest m whose factorisation fits the registers of one program.
 WOODBURY_MAX_M = 64
+# The most tangents, and channels out, that a fused last layer's program holds.
+GRAM_TAIL_MAX_M = 64
+GRAM_TAIL_MAX_CHANNELS = 4
 
 
 class Woodbury(NamedTuple):

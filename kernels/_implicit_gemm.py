@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRET
+from ._blocks import dot
 from .activations import activation
 
 
@@ -36,14 +36,6 @@ def _moved(x, a, is_primal, inside, KIND: tl.constexpr, P0: tl.constexpr, P1: tl
     phi, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
     moved = tl.where(is_primal, phi, d1 * x.to(tl.float32))
     return tl.where(inside, moved, 0.0).to(x.dtype)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if INTERPRET:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -109,7 +101,7 @@ def _product_tile(
             mask=used[:, None] & (cols < N)[None, :],
             other=0.0,
         )
-        acc = _dot(x, w, acc, PRECISION)
+        acc = dot(x, w, acc, PRECISION)
     return acc
 
 
@@ -264,7 +256,7 @@ def tangent_weight_kernel(
                 at_p = (row % (B * grid)).to(tl.int64)[:, None] * M + out[None, :]
                 a = tl.load(p_ptr + at_p, mask=p_mask, other=0.0)
                 p = _moved(p, a, is_primal, p_mask, KIND, P0, P1)
-        acc = _dot(tl.trans(p), q, acc, PRECISION)
+        acc = dot(tl.trans(p), q, acc, PRECISION)
 
     at_part = (split.to(tl.int64) * M + out)[:, None] * N + col[None, :]
     tl.store(part_ptr + at_part, acc, mask=(out < M)[:, None] & (col < N)[None, :])

@@ -60,6 +60,7 @@ class Configuration:
         num_warps: warps per program.
         num_stages: software pipeline stages.
         odd: arguments that are not divisible by 16 in this configuration.
+        maxnreg: registers that a thread may have; None leaves them to the assembler.
     """
 
     kernel: Any
@@ -69,6 +70,7 @@ class Configuration:
     num_warps: int
     num_stages: int = 3
     odd: tuple[str, ...] = ()
+    maxnreg: int | None = None
 
 
 def pointer(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._contract import PIECEWISE_LINEAR
 from ._implicit_gemm import tangent_product_kernel, tangent_weight_kernel
 from ._launch import Configuration, DeviceLimits, cdiv, device_limits, pointer
-from .activations import activation_constexprs
+from .activations import front_constexprs
 
 
 @dataclass(frozen=True)
@@ -156,12 +156,6 @@ def channels_last(t: Tensor) -> Tensor:
     return t.movedim(-3, -1).contiguous()
 
 
-def _kind_constexprs(kind: str, params: Sequence[float]) -> dict:
-    if kind == "none":
-        return {"KIND": kind, "P0": 0.0, "P1": 0.0}
-    return activation_constexprs(kind, params)
-
-
 def product(
     stack: Tensor,
     weight: Weight,
@@ -194,7 +188,7 @@ def product(
     (S, B, H, W, C), (OH, OW), N = stack.shape, out_size, weight.columns
     out = torch.empty((S, B, OH, OW, N), dtype=stack.dtype, device=stack.device)
     constexprs = _product_constexprs(
-        *(gather, C, N, stack.dtype, precision, _kind_constexprs(kind, params)),
+        *(gather, C, N, stack.dtype, precision, front_constexprs(kind, params)),
         pull=pull is not None and kind != "none",
         has_bias=bias is not None,
     )
@@ -258,7 +252,7 @@ def weight_gradient(
     splits, per_split = _splits(rows, tiles, tile.block_k, device_limits(plain))
     parts = torch.empty((splits, M, taps, C), dtype=torch.float32, device=plain.device)
     constexprs = _weight_constexprs(
-        *(gather, M, N, plain.dtype, precision, _kind_constexprs(kind, params)),
+        *(gather, M, N, plain.dtype, precision, front_constexprs(kind, params)),
         on_window=activate == "windowed",
     )
     with torch.cuda.device_of(plain):
@@ -333,7 +327,7 @@ def audited(
         }
         types["part_ptr"] = "*fp32"
         sizes = ("C", "stride_w_tap", "stride_w_n", "stride_w_c") if channels % 16 else ()
-        constexprs = _kind_constexprs(kind, ())
+        constexprs = front_constexprs(kind, ())
         for gather, inner_is_input, pull in (
             (forward, forward_inner_is_input, False),
             (backward, not forward_inner_is_input, True),

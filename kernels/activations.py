@@ -97,6 +97,13 @@ def activation(x, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
         return phi, tl.where(linear, 1.0, s), tl.where(linear, 0.0, d1 * P0)
 
 
+def front_constexprs(kind: str, params: Sequence[float]) -> dict:
+    """`activation_constexprs`, or KIND "none" for a layer without an activation in front."""
+    if kind == "none":
+        return {"KIND": kind, "P0": 0.0, "P1": 0.0}
+    return activation_constexprs(kind, params)
+
+
 def activation_constexprs(kind: str, params: Sequence[float]) -> dict:
     """KIND, P0 and P1 of `activation`.
 

@@ -1,11 +1,13 @@
 """Compile every configuration that a launcher can choose, for every supported GPU, without one.
 
-    python -m fastsfvae.kernels.audit [--json] [--quick] [--arch 86 ...]
+    python -m fastsfvae.kernels.audit [--json] [--quick] [--arch 86 ...] [--kernel gram_tail ...]
 
 Prints one row per kernel, configuration and architecture, and exits 1 when a required architecture
 shows a spill (stack bytes) or more shared memory than its cards give a block. Arguments are
 specialised as the JIT would: without the divisibility of aligned pointers and sizes the compiler
 reports spills that no launch has, and no vector loads. Odd sizes are rows of their own.
+
+Below the table stands what a first step waits for: the CPU time that compiling its kernels takes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,12 +27,15 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import (
     gram_project,
+    gram_tail,
+    gram_tail_backward,
     tangent_activation,
     tangent_conv,
     tangent_conv_transpose,
@@ -38,6 +44,7 @@ from . import (
     woodbury_float64,
 )
 from ._launch import Configuration
+from ._stack_product import POINTWISE, audited, doubling, window
 
 # Shared memory that one block can have, in KiB, by compute capability.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
@@ -80,12 +87,66 @@ def configurations() -> list[Configuration]:
     modules = (
         *(gram_project, woodbury, woodbury_float64, tangent_activation),
         *(tangent_conv_transpose, tangent_conv, tangent_linear),
+        *(gram_tail, gram_tail_backward),
     )
-    return list(chain.from_iterable(module.configurations() for module in modules))
+    return [*chain.from_iterable(module.configurations() for module in modules), *celeba16()]
+
+
+def celeba16() -> list[Configuration]:
+    """What celeba16's step compiles with all its layers fused: m = 16, float32 in TF32."""
+    rest = (gram_tail, gram_tail_backward, woodbury)
+    labels = {"m=16 Ci=16 fp32 tf32 relu", "Ci=32 fp32 tf32 relu", "m=16 sums"}
+    others = [c for module in rest for c in module.configurations() if c.label in labels]
+    tf32 = (torch.float32, "tf32", "relu")
+    kernel_4 = audited(
+        "celeba16",
+        doubling(4),
+        window(4, stride=2, padding=1),
+        forward_inner_is_input=False,
+        # The last one gives the values alone.
+        variants=[(*tf32, *channels) for channels in ((64, 64), (64, 32), (32, 32), (32, 3))],
+    )
+    first = audited("celeba16 4x4", POINTWISE, POINTWISE, False, [(*tf32, 256, 16 * 64)])
+    linear = audited("celeba16 linear", POINTWISE, POINTWISE, True, [(*tf32[:2], "none", 16, 256)])
+    return [*linear, *first, *kernel_4, *others]
+
+
+def first_step_seconds(arch: int) -> tuple[int, float]:
+    """How many kernels `celeba16` needs, and the CPU time of compiling them anew, in seconds."""
+    kernels = celeba16()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        before = _cpu_seconds()
+        for kernel in kernels:
+            _compiled(kernel, arch)
+        return len(kernels), _cpu_seconds() - before
+
+
+def _cpu_seconds() -> float:
+    # The assembler is another process.
+    used = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def compile_configuration(configuration: Configuration, arch: int) -> Row:
     """Compile for ``sm_<arch>`` and read the resources off the machine code."""
+    compiled = _compiled(configuration, arch)
+    usage = _resource_usage(compiled.asm["cubin"])
+    stack, shared = usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
+    return Row(
+        kernel=configuration.kernel.__name__,
+        configuration=configuration.label,
+        arch=arch,
+        registers=usage["REG"],
+        stack_bytes=stack,
+        shared_bytes=shared,
+        load_bytes=_widest_load(compiled.asm["ptx"]),
+        tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
+        ok=stack == 0 and shared <= SHARED_KIB[arch] * 1024,
+    )
+
+
+def _compiled(configuration: Configuration, arch: int):
     kernel, constexprs = configuration.kernel, configuration.constexprs
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -97,23 +158,14 @@ def compile_configuration(configuration: Configuration, arch: int) -> Row:
         signature[name] = configuration.types.get(name, "i32")
         if not parameter.do_not_specialize and name not in configuration.odd:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": configuration.num_warps, "num_stages": configuration.num_stages},
-    )
-    usage = _resource_usage(compiled.asm["cubin"])
-    stack, shared = usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
-    return Row(
-        kernel=kernel.__name__,
-        configuration=configuration.label,
-        arch=arch,
-        registers=usage["REG"],
-        stack_bytes=stack,
-        shared_bytes=shared,
-        load_bytes=_widest_load(compiled.asm["ptx"]),
-        tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
-        ok=stack == 0 and shared <= SHARED_KIB[arch] * 1024,
+        options={
+            "num_warps": configuration.num_warps,
+            "num_stages": configuration.num_stages,
+            "maxnreg": configuration.maxnreg,
+        },
     )
 
 
@@ -139,11 +191,21 @@ def _compile_numbered(job: tuple[int, int]) -> Row:
     return compile_configuration(configurations()[index], arch)
 
 
-def audit(archs: Iterable[int]) -> list[Row]:
-    """Compile everything for `archs`, in as many processes as there are cores."""
-    jobs = [(index, arch) for arch in archs for index in range(len(configurations()))]
+def audit(archs: Iterable[int], names: Sequence[str] = ("",)) -> list[Row]:
+    """Compile for `archs` the kernels with any of `names` in theirs, on as many cores as allowed.
+
+    Args:
+        archs: compute capabilities, 86 for 8.6.
+        names: parts of kernels' names.
+    """
+    chosen = [
+        index
+        for index, configuration in enumerate(configurations())
+        if any(name in configuration.kernel.__name__ for name in names)
+    ]
+    jobs = [(index, arch) for arch in archs for index in chosen]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
         return list(pool.map(_compile_numbered, jobs, chunksize=4))
 
 
@@ -174,14 +236,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=sorted(SHARED_KIB), help="only these, as in 86"
     )
+    parser.add_argument(
+        "--kernel", nargs="+", default=[""], help="only kernels with one of these in their name"
+    )
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    rows = audit(options.arch or (QUICK if options.quick else SHARED_KIB))
+    archs = options.arch or (QUICK if options.quick else tuple(SHARED_KIB))
+    rows = audit(archs, options.kernel)
+    if not rows:
+        parser.error(f"no kernel has {' or '.join(map(repr, options.kernel))} in its name")
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else _table(rows))
     failed = [row for row in rows if not row.ok and row.arch in REQUIRED]
     if not options.json:
         print(f"{len(rows)} configurations, {len(failed)} that spill or do not fit")
+        if options.kernel == [""]:
+            count, seconds = first_step_seconds(archs[0])
+            print(
+                f"celeba16's first step, all layers fused: {count} kernels compiled for "
+                f"sm_{archs[0]} in {seconds:.1f} s of CPU time"
+            )
     return 1 if failed else 0
 
 

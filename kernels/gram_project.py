@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import dot, store_sums
 from ._contract import rows_dense
 from ._launch import (
     INTERPRET,
@@ -90,19 +91,15 @@ def _gram_project_fwd_kernel(
             J_cols = tl.load(
                 col_ptrs + ks[None, :], mask=(cols < m)[:, None] & inside[None, :], other=0.0
             )
-        if INTERPRET:
-            G = tl.dot(J.to(tl.float32), tl.trans(J_cols.to(tl.float32)), G, input_precision="ieee")
-        else:
-            G = tl.dot(J, tl.trans(J_cols), G, input_precision=PRECISION)
+        G = dot(J, tl.trans(J_cols), G, PRECISION)
         p_lanes += J.to(tl.float32) * r[None, :]
         rr_lanes += r * r
 
-    part = split * B + b
-    g_ptrs = g_ptr + part * m * m + (rows[:, None] * m + cols[None, :])
-    tl.store(g_ptrs, G, mask=(rows < m)[:, None] & (cols < m)[None, :])
     first_col = col_tile == 0
-    tl.store(p_ptr + part * m + rows, tl.sum(p_lanes, 1), mask=(rows < m) & first_col)
-    tl.store(rr_ptr + part, tl.sum(rr_lanes, 0), mask=first_col & (row_tile == 0))
+    store_sums(
+        *(g_ptr, p_ptr, rr_ptr, split * B + b, m, rows, cols, G, tl.sum(p_lanes, 1)),
+        *(tl.sum(rr_lanes, 0), first_col, first_col & (row_tile == 0)),
+    )
 
 
 @triton.jit(do_not_specialize=["B", "m", "splits", "blocks"])

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._contract import tangents_like
+from ._blocks import dot, store_sums
+from ._contract import GRAM_TAIL_MAX_CHANNELS, GRAM_TAIL_MAX_M, tangents_like
 from ._launch import (
-    INTERPRET,
     Configuration,
     DeviceLimits,
     cdiv,
@@ -40,25 +40,11 @@ from ._launch import (
     device_limits,
     pointer,
 )
-from .activations import activation, activation_constexprs
-
-GRAM_TAIL_MAX_M = 64
-GRAM_TAIL_MAX_CHANNELS = 4
-# KIND where no activation stands in front of the layer.
-_NO_KIND = {"KIND": "", "P0": 0.0, "P1": 0.0}
+from .activations import activation, activation_constexprs, front_constexprs
 
 
 @triton.jit
-def tile_product(x, y, acc, PRECISION: tl.constexpr):
-    """The matrix product of two tiles, added to acc."""
-    if INTERPRET:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(x, y, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def tile_rows(
+def _tile_rows(
     t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
     BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,7 +70,7 @@ def tile_rows(
                 mask=(i < m)[:, None, None] & present[None, :, :],
                 other=0.0,
             )
-            if KIND != "":
+            if KIND != "none":
                 a = tl.load(a_ptr + at_in, mask=present, other=0.0).to(tl.float32)
                 _, d1, _ = activation(a, KIND, P0, P1)
                 T = (T.to(tl.float32) * d1[None, :, :]).to(T.dtype)
@@ -93,19 +79,43 @@ def tile_rows(
                 mask=(ci < channels_in)[:, None] & has_tap[None, :],
                 other=0.0,
             ).to(T.dtype)
-            Z = tile_product(tl.reshape(T, [BLOCK_M * POSITIONS, BLOCK_C]), W, Z, PRECISION)
+            Z = dot(tl.reshape(T, [BLOCK_M * POSITIONS, BLOCK_C]), W, Z, PRECISION)
     return tl.reshape(Z, [BLOCK_M, POSITIONS * 16])
 
 
 @triton.jit
-def tile_image(b, y, x, height, width, channels_out, POSITIONS: tl.constexpr):
-    """Where the outputs [POSITIONS * 16] lie in an image [B, 2H, 2W, Co], and which exist."""
+def tile_values(
+    t_ptr, a_ptr, w_ptr, slope_ptr, r_ptr, b, tile, tiles_x,
+    m, height, width, channels_in, channels_out, stride_t_m,
+    BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    SLOPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Z [BLOCK_M, N], slope and r [N] of a tile's N outputs of sample b; slope is r if not SLOPED.
+
+    Behind them, where the outputs lie in an image [B, 2H, 2W, Co], and which exist.
+    """
+    POSITIONS: tl.constexpr = TILE_Y * TILE_X
+    position = tl.arange(0, POSITIONS)
+    y = tile // tiles_x * TILE_Y + position // TILE_X
+    x = tile % tiles_x * TILE_X + position % TILE_X
+    Z = _tile_rows(
+        t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
+        BLOCK_M, POSITIONS, BLOCK_C, KIND, P0, P1, PRECISION,
+    )  # fmt: skip
     column = tl.arange(0, 16)
     co = column % 4
     rows = (b * 2 * height + 2 * y[:, None] + column[None, :] // 8) * 2 * width
     at = (rows + 2 * x[:, None] + column[None, :] // 4 % 2) * channels_out + co[None, :]
     present = ((y < height) & (x < width))[:, None] & (co < channels_out)[None, :]
-    return tl.reshape(at, [POSITIONS * 16]), tl.reshape(present, [POSITIONS * 16])
+    at, present = tl.reshape(at, [POSITIONS * 16]), tl.reshape(present, [POSITIONS * 16])
+    # Positions outside of the image have neighbours inside.
+    Z = tl.where(present[None, :], Z, 0.0)
+    r = tl.load(r_ptr + at, mask=present, other=0.0)
+    slope = r
+    if SLOPED:
+        slope = tl.load(slope_ptr + at, mask=present, other=0.0)
+    return Z, slope, r, at, present
 
 
 @triton.jit(do_not_specialize=["B", "m", "splits", "tiles", "tiles_x", "channels_out"])
@@ -113,7 +123,7 @@ def _gram_tail_fwd_kernel(
     t_ptr,  # T [m, B, H, W, Ci]
     a_ptr,  # [B, H, W, Ci]; not read without KIND
     w_ptr,  # [Ci, Co, 4, 4]
-    slope_ptr,  # [B, 2H, 2W, Co]; not read without SLOPED
+    slope_ptr,  # [B, 2H, 2W, Co] float32; not read without SLOPED
     r_ptr,  # [B, 2H, 2W, Co] float32
     g_ptr,  # [splits, B, m, m]
     p_ptr,  # [splits, B, m]
@@ -127,35 +137,27 @@ def _gram_tail_fwd_kernel(
     split = pid % splits
     b = (pid // splits).to(tl.int64)
     i = tl.arange(0, BLOCK_M)
-    position = tl.arange(0, TILE_Y * TILE_X)
     G = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     p = tl.zeros([BLOCK_M], tl.float32)
     rr_lanes = tl.zeros([TILE_Y * TILE_X * 16], tl.float32)
     for tile in range(split, tiles, splits):
-        y = tile // tiles_x * TILE_Y + position // TILE_X
-        x = tile % tiles_x * TILE_X + position % TILE_X
-        J = tile_rows(
-            t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
-            BLOCK_M, TILE_Y * TILE_X, BLOCK_C, KIND, P0, P1, PRECISION,
+        J, slope, r, _, _ = tile_values(
+            t_ptr, a_ptr, w_ptr, slope_ptr, r_ptr, b, tile, tiles_x,
+            m, height, width, channels_in, channels_out, stride_t_m,
+            BLOCK_M, TILE_Y, TILE_X, BLOCK_C, KIND, P0, P1, SLOPED, PRECISION,
         )  # fmt: skip
-        at, present = tile_image(b, y, x, height, width, channels_out, TILE_Y * TILE_X)
         if SLOPED:
-            slope = tl.load(slope_ptr + at, mask=present, other=0.0).to(tl.float32)
             J = J * slope[None, :]
-        # The border's positions outside the image have neighbours inside.
-        J = tl.where(present[None, :], J, 0.0)
-        r = tl.load(r_ptr + at, mask=present, other=0.0)
         G = tl.dot(J, tl.trans(J), G, input_precision="ieee")
         p += tl.sum(J * r[None, :], 1)
         rr_lanes += r * r
-    part = split * B + b
-    tl.store(
-        g_ptr + part * m * m + (i[:, None] * m + i[None, :]),
-        G,
-        mask=(i < m)[:, None] & (i < m)[None, :],
-    )
-    tl.store(p_ptr + part * m + i, p, mask=i < m)
-    tl.store(rr_ptr + part, tl.sum(rr_lanes, 0))
+    rr = tl.sum(rr_lanes, 0)
+    store_sums(g_ptr, p_ptr, rr_ptr, split * B + b, m, i, i, G, p, rr, True, True)
+
+
+# Of all these kernels. Without a bound of its own the assembler spills a few bytes for the sake of
+# more programs an SM.
+LAUNCH = {"num_stages": 1, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,11 @@ class Tile:
     tile_x: int
     block_c: int
     num_warps: int
+
+    def count(self, height: int, width: int) -> tuple[int, int]:
+        """Tiles of an image, and tiles of one of its rows."""
+        in_a_row = cdiv(width, self.tile_x)
+        return cdiv(height, self.tile_y) * in_a_row, in_a_row
 
     @property
     def constexprs(self) -> dict:
@@ -180,12 +187,14 @@ class Tile:
 def tail_tile(m: int, channels_in: int, dtype: torch.dtype, backward: bool = False) -> Tile:
     """For m tangents of that many channels: the rows, m * positions, stay within the registers."""
     block_m = max(16, triton.next_power_of_2(m))
+    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (2, 2)}[block_m]
     # The backward holds Z, J and dJ.
     small = block_m == 64 and backward
-    tile_y, tile_x = (4, 4) if block_m == 16 else (1, 2) if small else (2, 4)
+    if small:
+        tile_y = 1
     halves = dtype.itemsize == 2
     wide = halves and channels_in > 16 and not small
-    num_warps = 4 if halves and block_m < 64 and not backward else 8
+    num_warps = 4 if halves and block_m == 16 and not backward else 8
     return Tile(block_m, tile_y, tile_x, 32 if wide else 16, num_warps)
 
 
@@ -204,7 +213,7 @@ def gram_tail_partials(
     r: Tensor,
     *,
     a: Tensor | None = None,
-    kind: str = "",
+    kind: str = "none",
     params: Sequence[float] = (),
     slope: Tensor | None = None,
     input_precision: str = "ieee",
@@ -217,7 +226,7 @@ def gram_tail_partials(
         r: ``[B, Co, 2H, 2W]``.
         a: ``[B, Ci, H, W]``, where the activation in front of the layer is taken; or, for ReLU, its
             result. None without one.
-        kind: that activation, a key of `PARAMETERS`.
+        kind: that activation, a key of `PARAMETERS`, or "none".
         params: its parameters.
         slope: the derivative of the activation behind the layer, ``[B, Co, 2H, 2W]``, or None.
         input_precision: how float32 products of the layer are formed; the Gram's are "ieee".
@@ -232,8 +241,7 @@ def gram_tail_partials(
     T, weight, r, a, slope, constexprs = prepare(T, weight, r, a, kind, params, slope)
     m, B, channels_in, height, width = T.shape
     tile = tail_tile(m, channels_in, T.dtype)
-    tiles_x = cdiv(width, tile.tile_x)
-    tiles = cdiv(height, tile.tile_y) * tiles_x
+    tiles, tiles_x = tile.count(height, width)
     splits = shares(tiles, B, device_limits(T))
     G, p, rr = (
         torch.empty((splits, B, *shape), dtype=torch.float32, device=T.device)
@@ -249,7 +257,7 @@ def gram_tail_partials(
             SLOPED=slope is not None,
             PRECISION=input_precision,
             num_warps=tile.num_warps,
-            num_stages=1,
+            **LAUNCH,
         )
     return G, p, rr
 
@@ -266,7 +274,7 @@ def prepare(T, weight, r, a, kind, params, slope):
         and weight.shape[1] <= GRAM_TAIL_MAX_CHANNELS
         and r.shape == image
         and (slope is None or slope.shape == image)
-        and (a is None) == (kind == "")
+        and (a is None) == (kind == "none")
         and (a is None or a.shape == T.shape[1:])
     )
     if not fits:
@@ -281,8 +289,8 @@ def prepare(T, weight, r, a, kind, params, slope):
         weight.contiguous(),
         _channels_last(r.to(torch.float32)),
         None if a is None else _channels_last(a),
-        None if slope is None else _channels_last(slope),
-        _NO_KIND if a is None else activation_constexprs(kind, params),
+        None if slope is None else _channels_last(slope.to(torch.float32)),
+        front_constexprs(kind, params),
     )
 
 
@@ -315,6 +323,6 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(
                 *(_gram_tail_fwd_kernel, label + more, types, constexprs),
                 tile.num_warps,
-                num_stages=1,
                 odd=odds,
+                **LAUNCH,
             )

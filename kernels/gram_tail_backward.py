@@ -23,18 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import dot
 from ._contract import PIECEWISE_LINEAR, empty_tangents
 from ._launch import Configuration, cdiv, device_limits, pointer
 from .activations import activation
 from .gram_tail import (
+    LAUNCH,
     activation_variants,
     prepare,
     shares,
     tail_tile,
     tail_variants,
-    tile_image,
-    tile_product,
-    tile_rows,
+    tile_values,
 )
 
 # Input positions that a program of the second launch takes at a time.
@@ -46,7 +46,7 @@ def _gram_tail_bwd_image_kernel(
     t_ptr,  # T [m, B, H, W, Ci]
     a_ptr,  # [B, H, W, Ci]; not read without KIND
     w_ptr,  # [Ci, Co, 4, 4]
-    slope_ptr,  # [B, 2H, 2W, Co]; not read without SLOPED
+    slope_ptr,  # [B, 2H, 2W, Co] float32; not read without SLOPED
     r_ptr,  # [B, 2H, 2W, Co] float32
     m_ptr,  # M [B, m, m]
     u_ptr,  # [B, m]
@@ -63,19 +63,14 @@ def _gram_tail_bwd_image_kernel(
     tile = pid % tiles
     b = (pid // tiles).to(tl.int64)
     i = tl.arange(0, BLOCK_M)
-    position = tl.arange(0, TILE_Y * TILE_X)
-    y = tile // tiles_x * TILE_Y + position // TILE_X
-    x = tile % tiles_x * TILE_X + position % TILE_X
-    Z = tile_rows(
-        t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
-        BLOCK_M, TILE_Y * TILE_X, BLOCK_C, KIND, P0, P1, PRECISION,
+    Z, slope, r, at, present = tile_values(
+        t_ptr, a_ptr, w_ptr, slope_ptr, r_ptr, b, tile, tiles_x,
+        m, height, width, channels_in, channels_out, stride_t_m,
+        BLOCK_M, TILE_Y, TILE_X, BLOCK_C, KIND, P0, P1, SLOPED, PRECISION,
     )  # fmt: skip
-    at, present = tile_image(b, y, x, height, width, channels_out, TILE_Y * TILE_X)
     J = Z
     if SLOPED:
-        slope = tl.load(slope_ptr + at, mask=present, other=0.0).to(tl.float32)
         J = Z * slope[None, :]
-    r = tl.load(r_ptr + at, mask=present, other=0.0)
     u = tl.load(u_ptr + b * m + i, mask=i < m, other=0.0)
     M = tl.load(
         m_ptr + b * m * m + (i[:, None] * m + i[None, :]),
@@ -128,7 +123,7 @@ def _gram_tail_bwd_tangent_kernel(
         at_z = ((b[:, None] * 2 * height + Y) * 2 * width + X) * channels_out + co[None, :]
         present = (at < numel)[:, None] & (ci < channels_in)[None, :]
         at_in = at[:, None] * channels_in + ci[None, :]
-        if KIND != "":
+        if KIND != "none":
             a = tl.load(a_ptr + at_in, mask=present, other=0.0).to(tl.float32)
             _, d1, d2 = activation(a, KIND, P0, P1)
         bend = tl.zeros([POSITIONS, BLOCK_C], tl.float32)
@@ -136,14 +131,14 @@ def _gram_tail_bwd_tangent_kernel(
             tangent = tl.cast(i, tl.int64)
             dZ = tl.load(dz_ptr + tangent * stride_dz_m + at_z, mask=framed, other=0.0)
             T = tl.load(t_ptr + tangent * stride_t_m + at_in, mask=present, other=0.0)
-            dT = tile_product(dZ, W, tl.zeros([POSITIONS, BLOCK_C], tl.float32), PRECISION)
+            dT = dot(dZ, W, tl.zeros([POSITIONS, BLOCK_C], tl.float32), PRECISION)
             if CURVED:
                 bend += T.to(tl.float32) * dT
-            if KIND != "":
+            if KIND != "none":
                 dT = dT * d1
                 T = (T.to(tl.float32) * d1).to(T.dtype)
             tl.store(dt_ptr + tangent * stride_dt_m + at_in, dT, mask=present)
-            dW = tile_product(tl.trans(T), dZ, dW, PRECISION)
+            dW = dot(tl.trans(T), dZ, dW, PRECISION)
         if CURVED:
             tl.store(da_ptr + at_in, d2 * bend, mask=present)
     dw_ptrs = dw_ptr + (split * channels_in + ci[:, None]) * 64 + k[None, :]
@@ -167,10 +162,11 @@ def gram_tail_bwd(
     g_rr: Tensor,
     *,
     a: Tensor | None = None,
-    kind: str = "",
+    kind: str = "none",
     params: Sequence[float] = (),
     slope: Tensor | None = None,
     input_precision: str = "ieee",
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Pull cotangents of G, p and rr back.
 
@@ -186,6 +182,7 @@ def gram_tail_bwd(
         params: as in the forward.
         slope: as in the forward.
         input_precision: as in the forward.
+        out: where dT goes, each dT[i] in channels-last order; None for new memory.
 
     Returns:
         ``(dT, d weight, dr, da, d slope)`` with the inputs' shapes: dT in T's dtype, the others
@@ -199,11 +196,10 @@ def gram_tail_bwd(
     m, B, channels_in, height, width = T.shape
     channels_out = weight.shape[1]
     tile = tail_tile(m, channels_in, T.dtype, backward=True)
-    tiles_x = cdiv(width, tile.tile_x)
-    tiles = cdiv(height, tile.tile_y) * tiles_x
+    tiles, tiles_x = tile.count(height, width)
     dr, d_slope = torch.empty_like(r), None if slope is None else torch.empty_like(r)
-    dZ, dT = empty_tangents(r, T), empty_tangents(T[0], T)
-    curved = kind not in ("", *PIECEWISE_LINEAR)
+    dZ, dT = empty_tangents(r, T), empty_tangents(T[0], T) if out is None else out
+    curved = kind not in ("none", *PIECEWISE_LINEAR)
     da = None
     if curved:
         da = torch.empty_like(T[0], dtype=torch.float32, memory_format=torch.channels_last)
@@ -222,7 +218,7 @@ def gram_tail_bwd(
             SLOPED=slope is not None,
             PRECISION=input_precision,
             num_warps=tile.num_warps,
-            num_stages=1,
+            **LAUNCH,
         )
         _gram_tail_bwd_tangent_kernel[(splits, c_blocks)](
             *(T, T if a is None else a, weight, dZ, dT, dT if da is None else da, dW),
@@ -234,7 +230,7 @@ def gram_tail_bwd(
             CURVED=curved,
             PRECISION=input_precision,
             num_warps=_num_warps(block_c, T.dtype),
-            num_stages=1,
+            **LAUNCH,
         )
     taps = dW.sum(0).view(channels_in, 4, 4, 4)[..., :channels_out]
     return dT, taps.permute(0, 3, 1, 2).contiguous(), dr, da, d_slope
@@ -247,7 +243,7 @@ def configurations() -> Iterator[Configuration]:
         names = "w slope r m u g_rr dr d_slope".split()
         types |= {f"{name}_ptr": "*fp32" for name in names}
         yield Configuration(
-            *(_gram_tail_bwd_image_kernel, label, types, constexprs), tile.num_warps, num_stages=1
+            *(_gram_tail_bwd_image_kernel, label, types, constexprs), tile.num_warps, **LAUNCH
         )
     products = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
     for block_c, (dtype, precision) in product((16, 32), products):
@@ -263,8 +259,8 @@ def configurations() -> Iterator[Configuration]:
                 {
                     **{n: constexprs[n] for n in ("KIND", "P0", "P1")},
                     **{"POSITIONS": _POSITIONS, "BLOCK_C": block_c, "PRECISION": precision},
-                    "CURVED": kind not in ("", *PIECEWISE_LINEAR),
+                    "CURVED": kind not in ("none", *PIECEWISE_LINEAR),
                 },
                 num_warps=_num_warps(block_c, dtype),
-                num_stages=1,
+                **LAUNCH,
             )

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import store_sums
 from ._contract import Woodbury, rows_dense
 from ._launch import Configuration, cdiv, pointer
 from .woodbury import _woodbury_fwd_kernel, woodbury_block
@@ -77,11 +78,10 @@ def _gram_float64_kernel(
         p_lanes += J * r[None, :]
         rr_lanes += r * r
 
-    part = split * B + b
-    tile = (i < m)[:, None] & (i < m)[None, :]
-    tl.store(g_ptr + part * m * m + (i[:, None] * m + i[None, :]), G, mask=tile)
-    tl.store(p_ptr + part * m + i, tl.sum(p_lanes, 1), mask=i < m)
-    tl.store(rr_ptr + part, tl.sum(rr_lanes, 0))
+    store_sums(
+        *(g_ptr, p_ptr, rr_ptr, split * B + b, m, i, i, G, tl.sum(p_lanes, 1)),
+        *(tl.sum(rr_lanes, 0), True, True),
+    )
 
 
 def rescue(J: Tensor, r: Tensor, h: Tensor, c: Tensor, solved: Woodbury) -> None:

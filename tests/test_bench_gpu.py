@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -175,6 +176,13 @@ def test_short_training_compares_the_backends(context, monkeypatch):
     assert rows["fastsfvae[triton]"]["error"] == "1.00e-01"
     assert "loss 2.000 to 1.000; 100.000 ms a step" in rows["fastsfvae[torch]"]["note"]
     assert not rows["sampling"]["error"]
+
+
+def test_every_module_with_a_test_for_a_device_is_a_suite():
+    chosen = set(gpu_correctness.suites())
+    assert {path.stem for path in Path(__file__).parent.glob("test_kernel_*.py")} <= chosen
+    assert {"test_graphed", "test_compose", "test_elbo_triton", "test_chunk_gram"} <= chosen
+    assert "test_cli" not in chosen
 
 
 def test_suites_are_counted_line_by_line(context):

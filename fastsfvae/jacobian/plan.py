@@ -87,6 +87,7 @@ class Plan:
         total: all tangents together, likewise.
         signature: what the body reads; two plans with equal ones can take each other's inputs.
         output_shape: of one sample.
+        to_tail: `body` up to the last layer, giving a `LastLayer`; None where nothing can take it.
         programs: kept for `fastsfvae.jacobian.sweep`.
     """
 
@@ -102,6 +103,7 @@ class Plan:
     total: int
     signature: tuple
     output_shape: tuple[int, ...]
+    to_tail: Callable[..., Any] | None = None
     programs: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     def run(self, z: Tensor, tensors: list, extras: list, statics: tuple) -> tuple[Tensor, Tensor]:

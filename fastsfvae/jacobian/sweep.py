@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastsfvae.jacobian.jet import Jet, latent_jet
 from fastsfvae.jacobian.linearize import Linearizer, chunk_bounds
+from fastsfvae.jacobian.tail import LastLayer
 from fastsfvae.jacobian.tape import Tape
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # Bytes of a chunk's tangents on a CPU, each operation's counted: fewer and its calls cost more than
 # they do, more and their memory is not reused (see `_reuse_memory`).
 _CPU_BUDGET = 64 * 2**20
+
+# Tensors and their gradients.
+Pairs = Sequence[tuple[Tensor, Tensor]]
 
 _numbers = itertools.count()
 _programs: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
@@ -64,16 +68,22 @@ class Program:
         used = [tensors[index] for index in plan.body_inputs]
         return along, [*used, *[t for t, batched in pairs if not batched], *statics]
 
-    def body(self, z: Jet, along: Sequence[Tensor], whole: Sequence[Tensor]) -> Jet:
-        """Run the body of a chunk on what `gather` returned, `along` cut to its samples."""
+    def body(
+        self, z: Jet, along: Sequence[Tensor], whole: Sequence[Tensor], to_tail: bool = False
+    ) -> Any:
+        """Run the body of a chunk on what `gather` returned, `along` cut to its samples.
+
+        It gives a Jet; or, with `to_tail` where the plan has a tail, a `LastLayer`.
+        """
         plan = self.plan(z.primal.shape[0])
+        run = plan.body if plan.to_tail is None or not to_tail else plan.to_tail
         used, fixed = len(plan.body_inputs), self._batched.count(False)
         tensors: list[Tensor | None] = [None] * self._count
         for index, tensor in zip(plan.body_inputs, whole, strict=False):
             tensors[index] = tensor
         of_batch, of_call = iter(along), iter(whole[used : used + fixed])
         extras = [next(of_batch) if batched else next(of_call) for batched in self._batched]
-        return plan.body(z, tensors, extras, tuple(whole[used + fixed :]), tuple(of_batch))
+        return run(z, tensors, extras, tuple(whole[used + fixed :]), tuple(of_batch))
 
 
 def find_program(number: int) -> Program:
@@ -117,12 +127,20 @@ def program_of(linearizer: Linearizer, sizes: Sequence[int]) -> Program | None:
 
 
 class Chunk(NamedTuple):
-    """One chunk of a sweep, between its two halves."""
+    """One chunk of a sweep, between its two halves.
+
+    Attributes:
+        start: its first sample.
+        stop: behind its last one.
+        output: of the decoder; or where it stopped, if its plan has a tail.
+        pull: takes the gradient of `output`, or of the last layer's source; and, as pairs, tensors
+            of the last layer with their gradients.
+    """
 
     start: int
     stop: int
-    output: Jet
-    pull: Callable[[Jet], None]
+    output: Jet | LastLayer
+    pull: Callable[[Jet, Pairs], None]
 
 
 class Sweep:
@@ -166,11 +184,15 @@ class Sweep:
                 for source, need in zip(sources, self._needs, strict=True):
                     if need:
                         self._tape.activate(source)
-                output = self._program.body(jet, along, self._whole)
+                output = self._program.body(jet, along, self._whole, to_tail=True)
 
-            def pull(grad: Jet, output: Jet = output, sources: tuple = sources) -> None:
+            last = output.source if isinstance(output, LastLayer) else output
+
+            def pull(grad: Jet, others: Pairs, last: Jet = last, sources: tuple = sources) -> None:
+                for tensor, gradient in others:
+                    self._tape.add(tensor, gradient)
                 with self._tape:
-                    self._tape.pull(output, grad)
+                    self._tape.pull(last, grad)
                 for source, need, parts in zip(sources, self._needs, self._parts, strict=True):
                     if need:
                         parts.append(_gradient(self._tape.take(source), source))

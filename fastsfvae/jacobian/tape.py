@@ -135,10 +135,15 @@ class Tape:
                 if isinstance(need, list):
                     result = [None] * len(need) if result is None else result
                     for item, wanted, part in zip(arg, need, result, strict=True):
-                        self._add(entry.rule, item, wanted, part)
+                        self._give(entry.rule, item, wanted, part)
                 else:
-                    self._add(entry.rule, arg, need, result)
+                    self._give(entry.rule, arg, need, result)
         self._forget()
+
+    def add(self, tensor: Tensor, gradient: Tensor) -> None:
+        """Count a gradient that no rule gave, in memory that nothing else refers to."""
+        if self._needs(tensor):
+            self._add(tensor, gradient, fresh=True)
 
     def take(self, source: Tensor | Jet) -> Any:
         """The gradient of an activated Jet or a wanted tensor, None where it is zero; once."""
@@ -159,12 +164,15 @@ class Tape:
         parts = tuple(self.take(part) for part in out)
         return None if all(part is None for part in parts) else _Gradient(parts, owned=False)
 
-    def _add(self, rule: Rule, source: Any, wanted: bool, gradient: Any) -> None:
+    def _give(self, rule: Rule, source: Any, wanted: bool, gradient: Any) -> None:
         if not wanted:
             return
         if gradient is None:
             raise RuntimeError(f"the adjoint of {rule.name} lacks a gradient: please report it")
-        gradient, fresh = _reduced(gradient, source), rule.fresh
+        self._add(source, gradient, rule.fresh)
+
+    def _add(self, source: Any, gradient: Any, fresh: bool) -> None:
+        gradient = _reduced(gradient, source)
         before = self._gradients.get(id(source))
         if before is not None:
             gradient, fresh = _sum(before.value, gradient), True

@@ -1,80 +1,184 @@
-"""The Gram and projection of a Jacobian whose last layer is done on the way, by fused kernels.
+"""A decoder's last layer whose Jacobian is never written, by fused kernels.
 
-The Jacobian itself is never written. Where it is wanted, or the layer is not a transposed
-convolution with kernel 4, stride 2, padding 1 and few channels out, `convolution` and
+The layer is a transposed convolution with kernel 4, stride 2, padding 1 and few channels out,
+between two activations of which either may be missing. Its values are a product of their own, as
+the Gram needs the residual that they leave; tangents go through `gram_tail`. No autograd and no
+compiler sees these functions, so they call the launchers themselves.
+
+Where the Jacobian is wanted, or the layer is another, `stack_layer` or `convolve` and
 `gram_project` do the same in two steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fastsfvae.ops import _library
+from fastsfvae.kernels._contract import (
+    GRAM_TAIL_MAX_CHANNELS,
+    GRAM_TAIL_MAX_M,
+    PARAMETERS,
+)
+from fastsfvae.ops import _library, _precision, tangent_layer
+from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward
+from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
 
-def gram_tail(
-    T: Tensor,
-    weight: Tensor,
-    r: Tensor,
-    a: Tensor | None = None,
-    kind: str = "",
-    params: tuple[float, ...] = (),
-    slope: Tensor | None = None,
-    input_precision: str = "ieee",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable ``(G [B, m, m], p [B, m], rr [B])`` of J = slope conv_transpose(phi'(a) T).
+class Tail(NamedTuple):
+    """A last layer, and what it is applied to.
+
+    Attributes:
+        layer: its geometry and the activation in front; one that `largest_batch` takes.
+        stack: value and tangents in front of that, ``[1 + m, B, Ci, H, W]``.
+        weight: ``[Ci, Co, 4, 4]``.
+        bias: ``[Co]`` or None.
+        behind: the activation behind the layer, "none" or as `Layer` has it.
+        behind_params: its parameters.
+    """
+
+    layer: Layer
+    stack: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    behind: str = "none"
+    behind_params: tuple[float, ...] = ()
+
+
+class Values(NamedTuple):
+    """A tail's values, each ``[B, Co, 2H, 2W]``.
+
+    Attributes:
+        argument: of the activation behind the layer.
+        output: its result.
+        slope: its derivative there; None without one.
+    """
+
+    argument: Tensor
+    output: Tensor
+    slope: Tensor | None
+
+
+class TailGradients(NamedTuple):
+    """Gradients of a tail's stack, weight and bias, and of the data."""
+
+    stack: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    x: Tensor
+
+
+def largest_batch(
+    layer: Layer,
+    slots: int,
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    dtype: torch.dtype,
+) -> int:
+    """How many samples one call takes at most; 0 where the kernels do not take the layer.
 
     Args:
-        T: tangents in front of the activation phi, ``[m, B, Ci, H, W]`` with m <= 64.
-        weight: ``[Ci, Co, 4, 4]``, of stride 2 and padding 1, with Co <= 4.
-        r: residual ``[B, Co, 2H, 2W]``.
-        a: phi's argument ``[B, Ci, H, W]``, or its result for ReLU; None where there is no phi.
-        kind: phi, a key of `fastsfvae.kernels._contract.PARAMETERS`; "" for none.
-        params: its parameters.
-        slope: derivative of the activation behind the layer, ``[B, Co, 2H, 2W]``, or None.
-        input_precision: how float32 products of the layer are formed: "ieee" or "tf32".
+        layer: the last one of a decoder.
+        slots: of the stack, 1 + m.
+        x_shape: of one sample in front of it, ``[Ci, H, W]``.
+        weight_shape: ``[Ci, Co, kh, kw]``.
+        dtype: of the stack.
+    """
+    g = layer.geometry
+    fits = (
+        g is not None
+        and g.transposed
+        and (g.stride, g.padding, g.output_padding) == ((2, 2), (1, 1), (0, 0))
+        and slots - 1 <= GRAM_TAIL_MAX_M
+        and weight_shape[1] <= GRAM_TAIL_MAX_CHANNELS
+        and tuple(weight_shape[2:]) == (4, 4)
+        and (layer.kind == "none" or layer.kind in PARAMETERS)
+    )
+    return tangent_layer.largest_batch(layer, slots, x_shape, weight_shape, dtype) if fits else 0
+
+
+def tail_values(tail: Tail) -> Values:
+    """Run the layer and the activation behind it on the value alone; float32.
 
     Raises:
-        RuntimeError: a device that Triton cannot reach; a second derivative.
+        RuntimeError: a device that Triton cannot reach.
         TypeError: a dtype that the kernels do not take.
-        ValueError: shapes that do not fit.
+        ValueError: float64, an unknown kind or a wrong number of parameters.
     """
-    _library.require_triton(T)
-    return _GramTail.apply(T, weight, r, a, kind, params, slope, input_precision)
+    y = stack_layer(tail.layer, tail.stack[:1], tail.weight, tail.bias)[0].float()
+    if tail.behind == "none":
+        return Values(y, y, None)
+    output, slope = stack_activation(y, _ones(y), tail.behind, tail.behind_params)
+    return Values(y, output, slope)
 
 
-class _GramTail(torch.autograd.Function):
-    @staticmethod
-    def forward(T, weight, r, a, kind, params, slope, input_precision):
-        from fastsfvae.kernels.gram_tail import gram_tail_partials
+def tail_partials(tail: Tail, values: Values, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 ``(G [S, B, m, m], p [S, B, m], rr [S, B])`` of the tail's Jacobian, in S parts.
 
-        options = {"a": a, "kind": kind, "params": params, "slope": slope}
-        parts = gram_tail_partials(T, weight, r, input_precision=input_precision, **options)
-        return tuple(part.sum(0) for part in parts)
+    Args:
+        tail: the layer.
+        values: of `tail_values`.
+        r: x - values.output, ``[B, Co, 2H, 2W]``; channels-last is not copied.
+    """
+    from fastsfvae.kernels.gram_tail import gram_tail_partials
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        T, weight, r, a, ctx.kind, ctx.params, slope, ctx.input_precision = inputs
-        ctx.save_for_backward(T, weight, r, a, slope)
+    _library.require_triton(tail.stack)
+    return gram_tail_partials(tail.stack[1:], tail.weight, r, **_options(tail, values))
 
-    @staticmethod
-    def backward(ctx, g_G, g_p, g_rr):
-        from fastsfvae.kernels.gram_tail_backward import gram_tail_bwd
 
-        _library.refuse_second_order()
-        T, weight, r, a, slope = ctx.saved_tensors
-        dT, d_weight, dr, da, d_slope = gram_tail_bwd(
-            *(T, weight, r, g_G + g_G.mT, g_p, g_rr),
-            a=a,
-            kind=ctx.kind,
-            params=ctx.params,
-            slope=slope,
-            input_precision=ctx.input_precision,
-        )
-        grads = (dT, d_weight, dr, da, None, None, d_slope, None)
-        inputs = (T, weight, r, a, None, None, slope, None)
-        return tuple(
-            g if g is None or t is None else g.to(t.dtype)
-            for g, t in zip(grads, inputs, strict=True)
-        )
+def tail_backward(
+    tail: Tail, values: Values, r: Tensor, M: Tensor, u: Tensor, g_rr: Tensor
+) -> TailGradients:
+    """Pull cotangents of G, p and rr back to the data and to all that the tail was made of.
+
+    Args:
+        tail: as in the forward.
+        values: likewise.
+        r: likewise; as r = x - output, its gradient is the data's and, negated, the output's.
+        M: dG + dG^T, ``[B, m, m]``.
+        u: dp, ``[B, m]``.
+        g_rr: d rr, ``[B]``.
+
+    Returns:
+        The stack's gradient in its dtype, in channels-last order, and the others in float32.
+    """
+    from fastsfvae.kernels.gram_tail_backward import gram_tail_bwd
+
+    stack = tail.stack
+    grad = torch.empty_like(stack.flatten(0, 1), memory_format=torch.channels_last)
+    grad = grad.unflatten(0, stack.shape[:2])
+    _, d_weight, d_x, d_argument, d_slope = gram_tail_bwd(
+        *(stack[1:], tail.weight, r, M, u, g_rr), **_options(tail, values), out=grad[1:]
+    )
+    d_values = -d_x
+    if d_slope is not None:
+        # The slope is the derivative of the output along one tangent of ones.
+        d_values = stack_activation_backward(
+            *(values.argument, _ones(d_values), d_values, d_slope[None]),
+            *(tail.behind, tail.behind_params),
+        )[0]
+    of_value, of_weight, d_bias = stack_layer_backward(
+        *(tail.layer, d_values[None].to(stack.dtype), stack[:1], tail.weight),
+        needs=(True, True, tail.bias is not None),
+    )
+    assert of_value is not None and of_weight is not None
+    grad[0] = of_value[0] if d_argument is None else of_value[0] + d_argument
+    return TailGradients(grad, d_weight + of_weight, d_bias, d_x)
+
+
+def _ones(y: Tensor) -> Tensor:
+    """One tangent that all samples share, ``[1, 1, *F]``, in y's memory order."""
+    return torch.ones_like(y[:1])[None]
+
+
+def _options(tail: Tail, values: Values) -> dict:
+    kind = tail.layer.kind
+    return {
+        "a": None if kind == "none" else tail.stack[0],
+        "kind": kind,
+        "params": tail.layer.params,
+        "slope": values.slope,
+        "input_precision": _precision.of_convolutions(),
+    }

@@ -102,7 +102,7 @@ def _plain_terms(jacobian, residual, latent_var, noise_var, second_var) -> LowRa
 
 
 class Solved(NamedTuple):
-    """Results of `low_rank_forward` and what `low_rank_backward` needs of it, m x m at most.
+    """Results of `low_rank_forward` and what its adjoints need of it, m x m at most.
 
     `first` belongs to the latent variances, `second` to the other ones, None without them.
     """
@@ -138,57 +138,79 @@ def low_rank_forward(
     return Solved(*sums, first, second)
 
 
-class LowRankGradients(NamedTuple):
-    """Gradients of `low_rank_forward`'s arguments, None where not asked for."""
+def low_rank_of_partials(
+    partials: tuple[Tensor, Tensor, Tensor],
+    latent_var: Tensor,
+    noise_var: Tensor,
+    second_var: Tensor | None,
+) -> Solved:
+    """`low_rank_forward` of a Jacobian that was never written, on the Triton kernels.
 
-    jacobian: Tensor | None
-    residual: Tensor | None
-    latent_var: Tensor | None
-    noise_var: Tensor | None
-    second_var: Tensor | None
+    A lost sample stays lost: what a rescue would read does not exist.
+
+    Args:
+        partials: float32 sums over parts of n, ``(G [S, B, m, m], p [S, B, m], rr [S, B])`` with
+            m <= 64.
+        latent_var: as in `low_rank_forward`, float32.
+        noise_var: likewise.
+        second_var: likewise.
+    """
+    from fastsfvae.kernels.woodbury import woodbury_fwd, woodbury_of_partials
+
+    (gram, projection, rr), first = woodbury_of_partials(*partials, latent_var, noise_var)
+    second = None
+    if second_var is not None:
+        second = woodbury_fwd(gram, projection, rr, second_var, noise_var)
+    return Solved(gram, projection, rr, first, second)
 
 
-def low_rank_backward(
-    solved: Solved,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    cotangents: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    needs: Sequence[bool],
-    backend: str,
-    out: Tensor | None = None,
-) -> LowRankGradients:
-    """Pull back cotangents of (log_det, explained, squared_error, second log_det), each ``[B]``.
+def gram_cotangents(
+    solved: Solved, g_ld: Tensor, g_ex: Tensor, g_second: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The module's ``(M [B, m, m], u [B, m])``, which `gram_project_backward` takes.
 
     Args:
         solved: the forward's result.
-        inputs: the forward's tensors.
-        cotangents: the last one is None without `second_var`.
-        needs: which of the five inputs' gradients are wanted; those of J and r come together.
-        backend: "torch" or "triton".
-        out: where dJ is written, ``[B, m, n]``; None for new memory.
+        g_ld: cotangent of its log_det, ``[B]``.
+        g_ex: of explained.
+        g_second: of the second log_det, or None.
     """
-    J, r, h, c, h2 = inputs
-    g_ld, g_ex, g_rr, g_second = cotangents
-    needs_J, needs_r, needs_h, needs_c, needs_h2 = needs
+    y = solved.first.y
+    M = 2 * g_ld[:, None, None] * solved.first.K
+    M -= (2 * g_ex[:, None, None] * y.unsqueeze(-1)) * y.unsqueeze(-2)
+    if solved.second is not None and g_second is not None:
+        M += 2 * g_second[:, None, None] * solved.second.K
+    return M, 2 * g_ex.unsqueeze(-1) * y
+
+
+def variance_gradients(
+    solved: Solved,
+    variances: tuple[Tensor, Tensor, Tensor | None],
+    cotangents: tuple[Tensor, Tensor, Tensor | None],
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the latent variances ``[B, m]``, of c ``[B]`` and of the second variances.
+
+    Args:
+        solved: the forward's result.
+        variances: its h ``[B, m]``, c ``[B]`` and second_var ``[B, m]`` or None.
+        cotangents: of log_det, explained and the second log_det, each ``[B]``; None without one.
+        needs: which of the three are wanted; the others are None.
+    """
+    h, c, h2 = variances
+    g_ld, g_ex, g_second = cotangents
     G, p, first, second = solved.gram, solved.projection, solved.first, solved.second
-    dJ = dr = dh = dh2 = dc = None
-    if needs_J or needs_r:
-        y = first.y
-        M = 2 * g_ld[:, None, None] * first.K
-        M -= (2 * g_ex[:, None, None] * y.unsqueeze(-1)) * y.unsqueeze(-2)
-        if second is not None and g_second is not None:
-            M += 2 * g_second[:, None, None] * second.K
-        u = 2 * g_ex.unsqueeze(-1) * y
-        dJ, dr = gram_project_backward(J, r, M, u, g_rr, backend, out)
-    if needs_h:
+    dh = dc = dh2 = None
+    if needs[0]:
         dh = g_ld.unsqueeze(-1) * _q_over_h(first.q, h, G, first.K, c)
         dh += (g_ex * c).unsqueeze(-1) * _w_over_s(first.w, h, G, p, first.y, c).square()
-    if needs_h2 and second is not None and h2 is not None and g_second is not None:
-        dh2 = g_second.unsqueeze(-1) * _q_over_h(second.q, h2, G, second.K, c)
-    if needs_c:
+    if needs[1]:
         dc = -g_ld * first.q.sum(-1) / c - g_ex * first.w.square().sum(-1)
         if second is not None and g_second is not None:
             dc = dc - g_second * second.q.sum(-1) / c
-    return LowRankGradients(dJ, dr, dh, dc, dh2)
+    if needs[2] and second is not None and h2 is not None and g_second is not None:
+        dh2 = g_second.unsqueeze(-1) * _q_over_h(second.q, h2, G, second.K, c)
+    return dh, dc, dh2
 
 
 class _LowRankTerms(torch.autograd.Function):
@@ -230,10 +252,20 @@ class _LowRankTerms(torch.autograd.Function):
         g_ld, g_ex, g_rr = (zero if g is None else g for g in (g_ld, g_ex, g_rr))
         # The terms themselves are not read again.
         first, second = Woodbury(rr, rr, K, y, q, w, rr), Woodbury(rr, rr, K2, y2, q2, w2, rr)
-        solved = Solved(G, p, rr, first, None if inputs[4] is None else second)
-        cotangents = g_ld, g_ex, g_rr, g_second
-        needs = ctx.needs_input_grad[:5]
-        return *low_rank_backward(solved, inputs, cotangents, needs, ctx.backend), None
+        J, r, h, c, h2 = inputs
+        solved = Solved(G, p, rr, first, None if h2 is None else second)
+        needs_J, needs_r, *needs = ctx.needs_input_grad[:5]
+        dJ = dr = None
+        if needs_J or needs_r:
+            M, u = gram_cotangents(solved, g_ld, g_ex, g_second)
+            dJ, dr = gram_project_backward(J, r, M, u, g_rr, ctx.backend)
+        rest = variance_gradients(solved, (h, c, h2), (g_ld, g_ex, g_second), needs)
+        return dJ, dr, *rest, None
+
+
+def squared_norms(J: Tensor, r: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """r^T r ``[B]`` and the squared norms of J's rows ``[B, m]``, in `dtype`."""
+    return r.to(dtype).square().sum(-1), J.to(dtype).square().sum(-1)
 
 
 def _has_zero(h: Tensor) -> bool:

@@ -1,0 +1,29 @@
+"""What several kernels do with their tiles."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._launch import INTERPRET
+
+
+@triton.jit
+def dot(x, y, acc, PRECISION: tl.constexpr):
+    """The matrix product of two tiles, added to float32 acc; PRECISION is for float32 tiles."""
+    if INTERPRET:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def store_sums(g_ptr, p_ptr, rr_ptr, part, m, rows, cols, G, p, rr, first_col, first):
+    """Store a program's share of G, p and rr as part (split, sample) of [splits * B, ...].
+
+    Of the programs whose tiles share rows, `first_col` stores p; of all, `first` stores rr.
+    """
+    at = part * m * m + (rows[:, None] * m + cols[None, :])
+    tl.store(g_ptr + at, G, mask=(rows < m)[:, None] & (cols < m)[None, :])
+    tl.store(p_ptr + part * m + rows, p, mask=(rows < m) & first_col)
+    tl.store(rr_ptr + part, rr, mask=first)
