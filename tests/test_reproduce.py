@@ -270,7 +270,8 @@ def _store_step_times(out, data, sampling, sampling_free):
         if cell.name in times:
             path, _ = runner._paths(cell, 0, out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"measured": {"1": {"ms per step": times[cell.name]}}}))
+            record = {"config": {}, "measured": {"1": {"ms per step": times[cell.name]}}}
+            path.write_text(json.dumps(record))
 
 
 def test_the_matching_budget_is_the_measured_one(tmp_path):
@@ -297,6 +298,15 @@ def test_a_matching_budget_lies_before_the_end(ratio, at):
     options = Options(step_ratios={"celeba": ratio}, steps=20)
     (cell,) = choose("table2", options, "celeba, sampling-free, m=16")
     assert options.apply(cell).at == at
+
+
+def test_a_call_for_one_data_set_keeps_the_rows_of_others(tmp_path, monkeypatch):
+    _store_step_times(tmp_path, "celeba", 20, 50)
+    monkeypatch.setattr(runner, "_run", lambda *_: None)
+    assert not reproduce("runtime", Options(data="chairs"), tmp_path)
+    assert (
+        '"celeba, sampling-free, m=16",1,ms per step,50' in (tmp_path / "runtime.csv").read_text()
+    )
 
 
 def test_a_run_keeps_the_budget_that_it_began_with(tmp_path, monkeypatch):

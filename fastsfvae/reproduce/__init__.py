@@ -96,9 +96,16 @@ def reproduce(name: str, options: Options, out: Path, only: str = "") -> bool:
     try:
         run_cells(asked, out, lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True))
     finally:
-        _write(name, [options.widen(cell) for cell in choose(name, options)], out, options.quick)
+        _write(name, _shown(name, options), out, options.quick)
     done = [result.steps == list(result.cell.at) for result in stored_results(asked, out)]
     return all(done) and len(done) == sum(cell.seeds for cell in asked)
+
+
+def _shown(name: str, options: Options) -> list[Cell]:
+    """The cells of every data set, so that ``--data`` does not drop what others have finished."""
+    everything = dataclasses.replace(options, data="")
+    cells = {cell.name: cell for o in (everything, options) for cell in choose(name, o)}
+    return [options.widen(cell) for cell in cells.values()]
 
 
 def _write(name: str, cells: list[Cell], out: Path, quick: bool) -> None:
