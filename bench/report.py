@@ -127,8 +127,8 @@ def plot_peers(rows: list[Row], path: Path) -> None:
         axis.set_xlim(0, 1.25 * max(p80))
         axis.set_title(" · ".join(part for part in key if part), loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    label = "milliseconds (and the median of paired ratios to this library, a step's to sampling)"
-    axes[-1, 0].set_xlabel(f"{label}\n{_machine_text(rows[-1])}")
+    label = "milliseconds; in brackets paired ratios to this library, those of a step to sampling"
+    figure.supxlabel(f"{label}\n{_machine_text(rows[-1])}", fontsize=9)
     _save(figure, path)
 
 
@@ -143,6 +143,7 @@ def plot_roofline(rows: list[Row], path: Path) -> None:
         raise ValueError("no ceilings of this machine: run `make bench`")
     bandwidth = float(ceilings["copy"]["bytes_per_s"])
     figure, axis = plt.subplots(figsize=(8, 5))
+    key: list[str] = []
     for name in sorted(ceilings.keys() - {"copy"}):
         peak = float(ceilings[name]["flop_per_s"])
         corners = [1 / 8, peak / bandwidth, 4096]
@@ -154,12 +155,15 @@ def plot_roofline(rows: list[Row], path: Path) -> None:
         colour = OURS_COLOUR if is_ours(row) else PEER_COLOUR
         axis.plot(x, float(row["flop_per_s"]) / 1e9, "o", color=colour)
         if is_ours(row):
-            text = f"{row['op']} {row['mode']}\n{row['shape']}"
+            # Labels beside the points would cover one another.
+            key.append(f"{len(key) + 1}  {row['op']} {row['mode']}, {row['shape']} {row['dtype']}")
             place = (x, float(row["flop_per_s"]) / 1e9)
-            axis.annotate(text, place, (5, -10), textcoords="offset points", fontsize=6)
+            axis.annotate(str(len(key)), place, (5, 3), textcoords="offset points", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
     axis.set_title(f"{_machine_text(rows[-1])}: blue this library, grey peers", fontsize=9)
     axis.legend(title="measured ceilings")
+    corner = {"ha": "right", "va": "bottom", "multialignment": "left"}
+    axis.text(1, 0, "\n".join(key), transform=axis.transAxes, fontsize=7, **corner)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
