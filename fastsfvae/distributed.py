@@ -33,6 +33,10 @@ def process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _initialized():
         yield
         return
+    # Its functions take the group of their import as a default argument. DDP imports it, and with a
+    # group at hand that one, with its threads, would outlive the interpreter and abort the process.
+    import torch.distributed.nn.functional  # noqa: F401
+
     if torch.cuda.is_available():
         # NCCL's collectives run on the current device.
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())

@@ -112,8 +112,23 @@ def test_shares_partition_a_batch(monkeypatch, world):
     assert torch.equal(torch.cat(shares), batch)
 
 
-def test_torchrun_trains_one_model(tmp_path):
-    """The documented command: one run, one folder, one table."""
+# Named after the rank: both processes write at their end.
+_THREADS_AT_EXIT = """
+import atexit, os, pathlib
+
+@atexit.register
+def write():
+    if "RANK" in os.environ:
+        names = [p.read_text() for p in pathlib.Path("/proc/self/task").glob("*/comm")]
+        pathlib.Path(__file__).with_name(os.environ["RANK"]).write_text("".join(names))
+"""
+
+
+def test_torchrun_trains_one_model(tmp_path_factory, tmp_path):
+    """The documented command: one run, one folder, one table, and no thread that outlives it."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(_THREADS_AT_EXIT)
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--method", "sampling", "--model", "linear", "--latent-dim", "2", "--steps", "30"]
     done = subprocess.run(
@@ -122,9 +137,13 @@ def test_torchrun_trains_one_model(tmp_path):
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results in a") == 1 and done.stderr.count("step 30/30") == 1
     assert [row["step"] for row in _rows(tmp_path / "a")] == [25, 30]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    # A thread of the group that frees a tensor while the interpreter ends aborts the process.
+    for rank in "01":
+        threads = (site / rank).read_text()
+        assert "python" in threads and "gloo" not in threads
