@@ -95,6 +95,12 @@ def sampling_free_elbo(
     Returns:
         `Elbo`, each field ``[B]``, differentiable in every tensor and in the decoder's parameters.
 
+    A sample whose Gram float32 cannot resolve against c is computed again in float64 where its
+    Jacobian is at hand in float32: on the CPU, and in the Triton kernels up to m = 64. On CUDA with
+    `backend="torch"` or m > 64, with half-precision tangents, and behind a last layer that is fused
+    with the Gram (`fused_layers("never")` forbids that), the pivot rule bounds its terms instead.
+    `fastsfvae.evaluate.conditioning` counts such samples.
+
     Raises:
         TypeError: for tensors that are not floating point.
         ValueError: for shapes, devices or settings that do not fit, in one line that quotes them.

@@ -22,6 +22,7 @@ from fastsfvae.elbo import check_settings
 from fastsfvae.jacobian import resolve_backend
 from fastsfvae.jacobian.linearize import Linearizer
 from fastsfvae.loss import SamplingFreeLoss
+from fastsfvae.ranges import span
 
 # Before a capture every kernel has been compiled and every library has chosen its algorithms.
 _WARM_UP_STEPS = 3
@@ -104,10 +105,11 @@ class GraphedStep:
         """
         if self._graph is None or not self._fits((x, *args)):
             return self._train(x, *args)
-        self._take_settings()
-        for static, given in zip(self._inputs, (x, *args), strict=True):
-            static.copy_(given, non_blocking=True)
-        self._graph.replay()
+        with span("replay"):
+            self._take_settings()
+            for static, given in zip(self._inputs, (x, *args), strict=True):
+                static.copy_(given, non_blocking=True)
+            self._graph.replay()
         return self._outputs
 
     def capture(self, x: Tensor, *args: Tensor) -> None:

@@ -3,6 +3,10 @@
 `FASTSFVAE_RANGES=1` in the environment turns them on for `nsys profile`, `recording()` for a block
 of code under torch.profiler. Names: "encode", "optimizer", "backward", "gram", "solve", the layers
 of a decoder by operation and module ("conv_transpose2d 4"), and those with " backward" behind.
+
+Ranges lie on the host. In a step that was captured in a CUDA graph they stand around the capture
+and not in its replays, which run no Python and are one range, "replay": to see the parts, profile
+the same step with `make_graphed_step(..., capture=False)`.
 """
 
 from __future__ import annotations

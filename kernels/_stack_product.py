@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ._contract import PIECEWISE_LINEAR
+from ._contract import PARAMETERS, PIECEWISE_LINEAR
 from ._implicit_gemm import tangent_product_kernel, tangent_weight_kernel
 from ._launch import Configuration, DeviceLimits, cdiv, device_limits, pointer
-from .activations import front_constexprs
+from .activations import EXAMPLES, front_constexprs
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,22 @@ class _Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None
+
+    @property
+    def launch(self) -> dict:
+        """What a launch is given besides its arguments."""
+        return {n: getattr(self, n) for n in ("num_warps", "num_stages", "maxnreg")}
 
 
 def _bucket(size: int) -> int:
     return min(max(16, triton.next_power_of_2(size)), 64)
+
+
+def _most_registers(kind: str) -> int | None:
+    # Without a bound of its own the assembler spills a few bytes of some curved kinds for the sake
+    # of more programs an SM.
+    return 255 if _is_curved(kind) else None
 
 
 def _is_curved(kind: str) -> bool:
@@ -117,14 +129,18 @@ def _product_tile_of(
         block_k=block_k,
         num_warps=8 if crowded and not exact else 4,
         num_stages=2 if exact else 3,
+        maxnreg=_most_registers(kind),
     )
 
 
-def _weight_tile_of(outer: int, columns: int, dtype: torch.dtype, precision: str) -> _Tile:
+def _weight_tile_of(
+    outer: int, columns: int, dtype: torch.dtype, precision: str, kind: str
+) -> _Tile:
     exact = dtype == torch.float32 and precision == "ieee"
     # One TF32 product holds little; what splits its operands or converts them holds more.
     warps = 4 if dtype == torch.float32 and precision == "tf32" else 8
-    return _Tile(_bucket(outer), _bucket(columns), 16 if exact else 32, warps, 2 if exact else 3)
+    blocks = _bucket(outer), _bucket(columns), 16 if exact else 32
+    return _Tile(*blocks, warps, 2 if exact else 3, _most_registers(kind))
 
 
 def _product_constexprs(
@@ -203,8 +219,7 @@ def product(
             *(stack if pull is None else pull, out, rows, slots, B, grid_h, grid_w, H, W, C),
             *(OH, OW, N, N if bias is None else bias.numel(), *weight.strides),
             **constexprs,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.launch,
         )
     return out
 
@@ -247,7 +262,7 @@ def weight_gradient(
     (S, B, grid_h, grid_w, M), (_, _, H, W, C) = plain.shape, windowed.shape
     taps = gather.kernel**2
     N = taps * C
-    tile = _weight_tile_of(M, N, plain.dtype, precision)
+    tile = _weight_tile_of(M, N, plain.dtype, precision, kind)
     tiles, rows = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), S * B * grid_h * grid_w
     splits, per_split = _splits(rows, tiles, tile.block_k, device_limits(plain))
     parts = torch.empty((splits, M, taps, C), dtype=torch.float32, device=plain.device)
@@ -259,8 +274,7 @@ def weight_gradient(
         tangent_weight_kernel[(splits * tiles,)](
             *(plain, windowed, parts, rows, per_split, splits, B, grid_h, grid_w, M, H, W, C),
             **constexprs,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.launch,
         )
     return parts[0] if splits == 1 else parts.sum(0)
 
@@ -274,7 +288,7 @@ def _weight_constexprs(
     kind: dict,
     on_window: bool,
 ) -> dict:
-    tile = _weight_tile_of(outer, columns, dtype, precision)
+    tile = _weight_tile_of(outer, columns, dtype, precision, kind["KIND"])
     return {
         **kind,
         "ON_WINDOW": on_window,
@@ -290,8 +304,16 @@ TYPICAL = tuple(
     for dtype in (torch.float32, torch.bfloat16)
     for kind in ("relu", "tanh")
 )
-# every dtype and product with each sort of activation and with odd channels, and narrow tiles.
+# every kind, every dtype and product with each sort of activation and with odd channels, and narrow
+# tiles. float16 differs from bfloat16 in the instructions' names alone.
+_PRODUCTS = ((torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "tf32"))
 EVERY = (
+    *(
+        (*product, kind, 64, 64)
+        for product in _PRODUCTS
+        for kind in PARAMETERS
+        if kind not in ("relu", "tanh")
+    ),
     *itertools.product(
         (torch.float32,), ("ieee", "tf32x3"), ("none", "relu", "tanh"), (64,), (64,)
     ),
@@ -327,7 +349,7 @@ def audited(
         }
         types["part_ptr"] = "*fp32"
         sizes = ("C", "stride_w_tap", "stride_w_n", "stride_w_c") if channels % 16 else ()
-        constexprs = front_constexprs(kind, ())
+        constexprs = front_constexprs(kind, EXAMPLES.get(kind, ()))
         for gather, inner_is_input, pull in (
             (forward, forward_inner_is_input, False),
             (backward, not forward_inner_is_input, True),
@@ -345,13 +367,12 @@ def audited(
                 f"{label} {'back' if pull else 'forward'}",
                 types,
                 {**options, one: 1},
-                tile.num_warps,
-                tile.num_stages,
-                tuple(size for size in sizes if size != one),
+                odd=tuple(size for size in sizes if size != one),
+                **tile.launch,
             )
         reads = backward if forward.phases > 1 else forward
         width = reads.kernel**2 * channels
-        tile = _weight_tile_of(columns, width, dtype, precision)
+        tile = _weight_tile_of(columns, width, dtype, precision, kind)
         yield Configuration(
             tangent_weight_kernel,
             label,
@@ -359,7 +380,6 @@ def audited(
             _weight_constexprs(
                 *(reads, columns, width, dtype, precision, constexprs), on_window=reads is forward
             ),
-            tile.num_warps,
-            tile.num_stages,
-            sizes[:1],
+            odd=sizes[:1],
+            **tile.launch,
         )

@@ -21,6 +21,10 @@ _INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
 _GELU_CUBIC = tl.constexpr(0.044715)
 
 
+# Parameters of those kinds that have some, for the audit.
+EXAMPLES = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0), "hardtanh": (-1.0, 1.0)}
+
+
 @triton.jit
 def _expm1(x):
     # exp(x) - 1 cancels near 0; eight terms of the series are exact to float32 within |x| < 1/4.

@@ -22,7 +22,7 @@ The pullback is in `gram_tail_backward`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -155,9 +155,14 @@ def _gram_tail_fwd_kernel(
     store_sums(g_ptr, p_ptr, rr_ptr, split * B + b, m, i, i, G, p, rr, True, True)
 
 
-# Of all these kernels. Without a bound of its own the assembler spills a few bytes for the sake of
-# more programs an SM.
-LAUNCH = {"num_stages": 1, "maxnreg": 255}
+def launch_options(num_warps: int) -> dict:
+    """What a launch is given besides its arguments.
+
+    Without a bound of its own the assembler spills a few bytes in programs of 8 warps for the sake
+    of more programs an SM.
+    """
+    maxnreg = 255 if num_warps == 8 else None
+    return {"num_warps": num_warps, "num_stages": 1, "maxnreg": maxnreg}
 
 
 @dataclass(frozen=True)
@@ -187,13 +192,10 @@ class Tile:
 def tail_tile(m: int, channels_in: int, dtype: torch.dtype, backward: bool = False) -> Tile:
     """For m tangents of that many channels: the rows, m * positions, stay within the registers."""
     block_m = max(16, triton.next_power_of_2(m))
-    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (2, 2)}[block_m]
-    # The backward holds Z, J and dJ.
-    small = block_m == 64 and backward
-    if small:
-        tile_y = 1
+    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (1, 2)}[block_m]
     halves = dtype.itemsize == 2
-    wide = halves and channels_in > 16 and not small
+    wide = halves and channels_in > 16 and block_m < 64
+    # The backward holds Z, J and dJ.
     num_warps = 4 if halves and block_m == 16 and not backward else 8
     return Tile(block_m, tile_y, tile_x, 32 if wide else 16, num_warps)
 
@@ -256,8 +258,7 @@ def gram_tail_partials(
             **tile.constexprs,
             SLOPED=slope is not None,
             PRECISION=input_precision,
-            num_warps=tile.num_warps,
-            **LAUNCH,
+            **launch_options(tile.num_warps),
         )
     return G, p, rr
 
@@ -294,6 +295,10 @@ def prepare(T, weight, r, a, kind, params, slope):
     )
 
 
+# float16 differs from bfloat16 in the instruction's name alone.
+PRODUCTS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+
+
 def activation_variants() -> Iterator[tuple[str, dict]]:
     """Label and constexprs: the least in front and behind, and the most, stand for all others."""
     yield "relu", {**activation_constexprs("relu", ()), "SLOPED": False}
@@ -302,8 +307,7 @@ def activation_variants() -> Iterator[tuple[str, dict]]:
 
 def tail_variants(backward: bool = False) -> Iterator[tuple[str, torch.dtype, dict, Tile]]:
     """Label, dtype, constexprs and tile of every compilation of a kernel that takes a tile."""
-    products = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
-    for m, channels, (dtype, precision) in product((16, 32, 64), (16, 32), products):
+    for m, channels, (dtype, precision) in product((16, 32, 64), (16, 32), PRODUCTS):
         tile = tail_tile(m, channels, dtype, backward)
         if tile.block_c != channels:
             continue
@@ -313,16 +317,28 @@ def tail_variants(backward: bool = False) -> Iterator[tuple[str, torch.dtype, di
             yield label, dtype, {**constexprs, **tile.constexprs, "PRECISION": precision}, tile
 
 
+def even_and_odd(configuration: Configuration) -> Iterator[Configuration]:
+    """It, and for one activation the same where neither sizes nor a stack's slices are aligned."""
+    yield configuration
+    if "relu" not in configuration.label:
+        return
+    given = configuration.types.keys() | configuration.constexprs.keys()
+    sizes = [
+        p.name
+        for p in configuration.kernel.params
+        if p.name not in given and not p.do_not_specialize
+    ]
+    slices = [name for name in ("t_ptr", "a_ptr", "dt_ptr") if name in configuration.types]
+    yield replace(configuration, label=f"{configuration.label} odd", odd=(*slices, *sizes))
+
+
 def configurations() -> Iterator[Configuration]:
-    """Every compilation of the forward kernel, and one at odd sizes."""
+    """Every compilation of the forward kernel, even and odd sizes."""
     for label, dtype, constexprs, tile in tail_variants():
         types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a")}
         types |= {f"{name}_ptr": "*fp32" for name in ("w", "slope", "r", "g", "p", "rr")}
-        odd = ("t_ptr", "a_ptr", "channels_in", "height", "width", "stride_t_m")
-        for more, odds in (("", ()), (" odd", odd))[: 2 if "relu" in label else 1]:
-            yield Configuration(
-                *(_gram_tail_fwd_kernel, label + more, types, constexprs),
-                tile.num_warps,
-                odd=odds,
-                **LAUNCH,
+        yield from even_and_odd(
+            Configuration(
+                *(_gram_tail_fwd_kernel, label, types, constexprs), **launch_options(tile.num_warps)
             )
+        )

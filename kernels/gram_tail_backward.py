@@ -28,8 +28,10 @@ from ._contract import PIECEWISE_LINEAR, empty_tangents
 from ._launch import Configuration, cdiv, device_limits, pointer
 from .activations import activation
 from .gram_tail import (
-    LAUNCH,
+    PRODUCTS,
     activation_variants,
+    even_and_odd,
+    launch_options,
     prepare,
     shares,
     tail_tile,
@@ -217,8 +219,7 @@ def gram_tail_bwd(
             **tile.constexprs,
             SLOPED=slope is not None,
             PRECISION=input_precision,
-            num_warps=tile.num_warps,
-            **LAUNCH,
+            **launch_options(tile.num_warps),
         )
         _gram_tail_bwd_tangent_kernel[(splits, c_blocks)](
             *(T, T if a is None else a, weight, dZ, dT, dT if da is None else da, dW),
@@ -229,38 +230,37 @@ def gram_tail_bwd(
             BLOCK_C=block_c,
             CURVED=curved,
             PRECISION=input_precision,
-            num_warps=_num_warps(block_c, T.dtype),
-            **LAUNCH,
+            **launch_options(_num_warps(block_c, T.dtype)),
         )
     taps = dW.sum(0).view(channels_in, 4, 4, 4)[..., :channels_out]
     return dT, taps.permute(0, 3, 1, 2).contiguous(), dr, da, d_slope
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every compilation of the two kernels."""
+    """Every compilation of the two kernels, even and odd sizes."""
     for label, dtype, constexprs, tile in tail_variants(backward=True):
         types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "dz")}
         names = "w slope r m u g_rr dr d_slope".split()
         types |= {f"{name}_ptr": "*fp32" for name in names}
-        yield Configuration(
-            *(_gram_tail_bwd_image_kernel, label, types, constexprs), tile.num_warps, **LAUNCH
+        yield from even_and_odd(
+            Configuration(
+                *(_gram_tail_bwd_image_kernel, label, types, constexprs),
+                **launch_options(tile.num_warps),
+            )
         )
-    products = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
-    for block_c, (dtype, precision) in product((16, 32), products):
+    for block_c, (dtype, precision) in product((16, 32), PRODUCTS):
         for name, constexprs in activation_variants():
             kind = constexprs["KIND"]
             exact = "" if dtype != torch.float32 else f" {precision}"
             types = {f"{n}_ptr": pointer(dtype) for n in ("t", "a", "dz", "dt")}
             types |= {f"{n}_ptr": "*fp32" for n in ("w", "da", "dw")}
-            yield Configuration(
-                _gram_tail_bwd_tangent_kernel,
-                f"Ci={block_c} {pointer(dtype)[1:]}{exact} {name}",
-                types,
-                {
-                    **{n: constexprs[n] for n in ("KIND", "P0", "P1")},
-                    **{"POSITIONS": _POSITIONS, "BLOCK_C": block_c, "PRECISION": precision},
-                    "CURVED": kind not in ("none", *PIECEWISE_LINEAR),
-                },
-                num_warps=_num_warps(block_c, dtype),
-                **LAUNCH,
+            options = {
+                **{n: constexprs[n] for n in ("KIND", "P0", "P1")},
+                **{"POSITIONS": _POSITIONS, "BLOCK_C": block_c, "PRECISION": precision},
+                "CURVED": kind not in ("none", *PIECEWISE_LINEAR),
+            }
+            label = f"Ci={block_c} {pointer(dtype)[1:]}{exact} {name}"
+            launch = launch_options(_num_warps(block_c, dtype))
+            yield from even_and_odd(
+                Configuration(*(_gram_tail_bwd_tangent_kernel, label, types, options), **launch)
             )

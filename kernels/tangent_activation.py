@@ -30,7 +30,7 @@ from ._contract import (
     tangents_like,
 )
 from ._launch import Configuration, DeviceLimits, cdiv, check_dtypes, device_limits, pointer
-from .activations import activation, activation_constexprs
+from .activations import EXAMPLES, activation, activation_constexprs
 
 # Four elements a thread: one 16-byte access in float32.
 _BLOCK = 512
@@ -288,9 +288,6 @@ def _bias_arguments(
     return bias.contiguous(), (a.shape[axis], a.stride(axis))
 
 
-_EXAMPLES = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0), "hardtanh": (-1.0, 1.0)}
-
-
 def configurations() -> Iterator[Configuration]:
     """Compilations by kind and dtype, with example parameters."""
     for kind, dtype in product(PARAMETERS, (torch.float32, torch.bfloat16, torch.float16)):
@@ -300,7 +297,7 @@ def configurations() -> Iterator[Configuration]:
             label = " ".join((kind, pointer(dtype)[1:], *variant))
             is_odd = "odd" in variant
             constexprs = {
-                **activation_constexprs(kind, _EXAMPLES.get(kind, ())),
+                **activation_constexprs(kind, EXAMPLES.get(kind, ())),
                 **{"HAS_BIAS": "biased" in variant, "SHARED": "shared" in variant},
                 "BLOCK": _BLOCK,
             }

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastsfvae as sf
+from fastsfvae import ranges
 
 M, B = 3, 6
 
@@ -105,6 +106,22 @@ def test_twenty_steps_are_those_of_a_loop_by_hand(make):
     # Settings on the device are rounded as the loss rounds a number: the bits are the same.
     assert values == want
     assert all(torch.equal(a, b) for a, b in zip(weights, trained, strict=True))
+
+
+def test_a_replay_is_one_range(monkeypatch):
+    named = []
+    monkeypatch.setattr(ranges, "_range", lambda name: named.append(name) or ranges._nothing)
+    encoder, decoder = modules()
+    x, *_ = batches(1)
+    step = Rehearsal(
+        encoder, sf.SamplingFreeLoss(decoder), adam(encoder, decoder, capturable=False)
+    )
+    with ranges.recording():
+        step.capture(x)
+        assert "replay" not in named and "solve" in named
+        named.clear()
+        step(x)
+    assert named[0] == "replay"
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])

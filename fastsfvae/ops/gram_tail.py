@@ -25,6 +25,7 @@ from fastsfvae.kernels._contract import (
 from fastsfvae.ops import _library, _precision, tangent_layer
 from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
+from fastsfvae.ranges import ranged
 
 
 class Tail(NamedTuple):
@@ -99,6 +100,7 @@ def largest_batch(
     return tangent_layer.largest_batch(layer, slots, x_shape, weight_shape, dtype) if fits else 0
 
 
+@ranged("last layer")
 def tail_values(tail: Tail) -> Values:
     """Run the layer and the activation behind it on the value alone; float32.
 
@@ -114,6 +116,7 @@ def tail_values(tail: Tail) -> Values:
     return Values(y, output, slope)
 
 
+@ranged("gram")
 def tail_partials(tail: Tail, values: Values, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 ``(G [S, B, m, m], p [S, B, m], rr [S, B])`` of the tail's Jacobian, in S parts.
 
@@ -128,6 +131,7 @@ def tail_partials(tail: Tail, values: Values, r: Tensor) -> tuple[Tensor, Tensor
     return gram_tail_partials(tail.stack[1:], tail.weight, r, **_options(tail, values))
 
 
+@ranged("gram backward")
 def tail_backward(
     tail: Tail, values: Values, r: Tensor, M: Tensor, u: Tensor, g_rr: Tensor
 ) -> TailGradients:

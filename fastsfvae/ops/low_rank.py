@@ -138,6 +138,7 @@ def low_rank_forward(
     return Solved(*sums, first, second)
 
 
+@ranged("solve")
 def low_rank_of_partials(
     partials: tuple[Tensor, Tensor, Tensor],
     latent_var: Tensor,
@@ -323,8 +324,10 @@ def _factorised(
 
     A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c, nor hold any above 1e38.
     Products of float32 numbers are exact in float64, so a lost sample's Gram is formed again there;
-    only those samples pay. The Triton kernels do so on the device. Without them, on CUDA, the
-    choice would synchronise with the host, so there the flag alone is returned.
+    only those samples pay. The Triton kernels do so on the device, up to the m that their registers
+    hold. On CUDA with a larger m or with backend="torch" the choice of samples would synchronise
+    with the host, and to redo all of them costs more than the step: there the flag alone is
+    returned.
 
     Args:
         sums: G, p and rr.
