@@ -1,13 +1,17 @@
-"""Fixtures, a closed network, and the summary of the largest errors that the tests saw."""
+"""Fixtures, a closed network, and a summary of what the tests counted and of the largest errors."""
 
+import json
+import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 _HERE = {"127.0.0.1", "::1", "localhost", "", None}
-_LARGEST: dict[str, float] = {}
-_TALLY: dict[str, int] = {}
+# By subject and by what was counted or measured of it.
+_COUNTS: dict[str, dict[str, int]] = {}
+_ERRORS: dict[str, dict[str, float]] = {}
 
 
 def _refuse_network(event, arguments):
@@ -37,24 +41,31 @@ def pytest_addoption(parser):
     parser.addoption(
         "--soak-steps", type=int, default=1000, help="training steps to watch (test_soak)"
     )
+    parser.addoption(
+        "--record", type=Path, metavar="FILE", help="write counts and errors there (tests/trust.py)"
+    )
 
 
 @pytest.fixture
 def largest_error():
-    """Record an error under a name; the largest of each name is printed after the run."""
+    """Record an error of a subject; the largest by each measure is printed after the run."""
 
-    def record(name: str, value: float) -> None:
-        _LARGEST[name] = max(value, _LARGEST.get(name, 0.0))
+    def record(subject: str, measure: str, value: float) -> None:
+        errors, value = _ERRORS.setdefault(subject, {}), float(value)
+        # Not max(): a NaN is larger than any error, and stays.
+        if math.isnan(value) or value >= errors.get(measure, 0.0):
+            errors[measure] = value
 
     return record
 
 
 @pytest.fixture
 def tally():
-    """Add to a count; the counts are printed after the run."""
+    """Add to a count of a subject; the counts are printed after the run."""
 
-    def add(name: str, count: int = 1) -> None:
-        _TALLY[name] = _TALLY.get(name, 0) + count
+    def add(subject: str, what: str, count: int = 1) -> None:
+        counts = _COUNTS.setdefault(subject, {})
+        counts[what] = counts.get(what, 0) + count
 
     return add
 
@@ -68,7 +79,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for name, count in sorted(_TALLY.items()):
-        terminalreporter.write_line(f"count: {name}: {count}")
-    for name, value in sorted(_LARGEST.items()):
-        terminalreporter.write_line(f"largest error: {name}: {value:.2e}")
+    for subject in sorted(_COUNTS.keys() | _ERRORS.keys()):
+        counts = [f"{count} {what}" for what, count in _COUNTS.get(subject, {}).items()]
+        errors = [f"{what} {value:.1e}" for what, value in _ERRORS.get(subject, {}).items()]
+        terminalreporter.write_line(f"{subject}: {', '.join(counts + errors)}")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--record")
+    if path is not None:
+        path.write_text(json.dumps({"counts": _COUNTS, "errors": _ERRORS}))

@@ -185,19 +185,28 @@ def _cuts(content, count):
     return (content[: len(content) * part // count] for part in range(count))
 
 
-def _assert_named(path, read, expected, damaged):
+@pytest.fixture
+def assert_named(tally):
     """Each damaged content is refused in one line that names the file, or read as the whole."""
-    refused = 0
-    for content in damaged:
-        path.write_bytes(content)
-        try:
-            result = read()
-        except ValueError as error:
-            refused += 1
-            assert path.name in str(error) and "\n" not in str(error)
-        else:
-            assert expected(result)
-    return refused
+
+    def check(kind, path, read, expected, damaged):
+        subject, refused = f"damaged {kind}", 0
+        for content in damaged:
+            path.write_bytes(content)
+            tally(subject, "faults")
+            try:
+                result = read()
+            except ValueError as error:
+                refused += 1
+                assert path.name in str(error) and "\n" not in str(error)
+            else:
+                whole = expected is not None and expected(result)
+                tally(subject, "taken for whole", int(not whole))
+                assert whole
+        tally(subject, "refused", refused)
+        return refused
+
+    return check
 
 
 def _same_state(state):
@@ -210,16 +219,20 @@ def _same_state(state):
     )
 
 
-def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(tmp_path):
+def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(tmp_path, assert_named):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, STATE)
     content = path.read_bytes()
     assert _same_state(load_checkpoint(path))
-    refused = _assert_named(path, lambda: load_checkpoint(path), _same_state, _flips(content, 300))
+    refused = assert_named(
+        "checkpoints", path, lambda: load_checkpoint(path), _same_state, _flips(content, 300)
+    )
     # What is left are times and padding.
     assert refused > 200
     cuts = list(_cuts(content, 40))
-    assert _assert_named(path, lambda: load_checkpoint(path), _same_state, cuts) == len(cuts)
+    assert assert_named(
+        "checkpoints", path, lambda: load_checkpoint(path), _same_state, cuts
+    ) == len(cuts)
 
 
 class _Poison:
@@ -282,7 +295,7 @@ def _idx(path):
         (_idx, "mnist", "train-images-idx3-ubyte.gz", 3),
     ],
 )
-def test_damaged_images_are_named(tmp_path, cache_folder, write, name, file, count):
+def test_damaged_images_are_named(tmp_path, cache_folder, write, name, file, count, assert_named):
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     write(path)
@@ -300,12 +313,12 @@ def test_damaged_images_are_named(tmp_path, cache_folder, write, name, file, cou
 
     assert whole(read())
     cuts = list(_cuts(content, 30))
-    assert _assert_named(path, read, whole, cuts[:20]) == 20
+    assert assert_named("images", path, read, whole, cuts[:20]) == 20
     # A late cut may spare the pixels, and so may a flip: headers hold names and times.
-    assert _assert_named(path, read, whole, [*cuts[20:], *_flips(content, 200)]) > 50
+    assert assert_named("images", path, read, whole, [*cuts[20:], *_flips(content, 200)]) > 50
 
 
-def test_a_damaged_table_is_named(tmp_path):
+def test_a_damaged_table_is_named(tmp_path, assert_named):
     images = tmp_path / "img_align_celeba"
     images.mkdir()
     for index in range(3):
@@ -317,12 +330,12 @@ def test_a_damaged_table_is_named(tmp_path):
         return load_images("celeba", str(tmp_path), "train", channels=1, size=8)
 
     for damaged in (b"", content[:-8], b"\xff\xfe" + content, b"0.jpg\n", content + b"3.jpg 0\n"):
-        assert _assert_named(path, read, None, [damaged]) == 1
+        assert assert_named("tables", path, read, None, [damaged]) == 1
     path.write_bytes(content)
     assert len(read()) == 2
 
 
-def test_damaged_metrics_are_named_or_cut_to_whole_rows(tmp_path):
+def test_damaged_metrics_are_named_or_cut_to_whole_rows(tmp_path, assert_named):
     path, columns = tmp_path / "metrics.csv", ("step", "seconds", "loss")
     rows = [b"step,seconds,loss", b"25,0.1,-3.5", b"50,0.2,-3.25", b"75,0.3,-3.125"]
     content = b"\n".join(rows) + b"\n"
@@ -335,16 +348,18 @@ def test_damaged_metrics_are_named_or_cut_to_whole_rows(tmp_path):
         return kept == rows[: len(kept)] and len(kept) <= 3
 
     damaged = [content[:size] for size in range(len(content))]
-    assert _assert_named(path, read, whole_rows, damaged) == len(rows[0]) + 1
+    assert assert_named("metrics", path, read, whole_rows, damaged) == len(rows[0]) + 1
     for damage in (b"\xff", b"x,0.1,-3.5\n", b"\x00"):
-        assert _assert_named(path, read, None, [rows[0] + b"\n" + damage + b",0,0\n"]) == 1
+        assert (
+            assert_named("metrics", path, read, None, [rows[0] + b"\n" + damage + b",0,0\n"]) == 1
+        )
     path.write_bytes(content)
     assert read() == rows[:3]
 
 
-def test_a_damaged_configuration_is_named(tmp_path):
+def test_a_damaged_configuration_is_named(tmp_path, assert_named):
     path = tmp_path / "config.json"
     content = CONFIG.to_json().encode()
     damaged = [*_cuts(content, 30), b"\xff" + content, b"[" * 100_000, b"null", b'{"steps": 1}']
-    named = _assert_named(path, lambda: load_config(tmp_path), None, damaged)
+    named = assert_named("configurations", path, lambda: load_config(tmp_path), None, damaged)
     assert named == len(damaged)

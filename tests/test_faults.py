@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +32,23 @@ def kills(request):
     # The first child waits for the server: what is timed is not to.
     _time(time.sleep, 0)
     return request.config.getoption("--kills")
+
+
+@pytest.fixture
+def survives(tally):
+    """A context that counts a killer's faults, and a lost run if what is left is not right."""
+
+    @contextmanager
+    def counted(subject, killer):
+        lost = 1
+        try:
+            yield
+            lost = 0
+        finally:
+            tally(f"kill -9 while {subject}", "faults", killer.died)
+            tally(f"kill -9 while {subject}", "lost runs", lost)
+
+    return counted
 
 
 @dataclass
@@ -101,18 +119,19 @@ def _assert_same_run(folder, whole):
     assert _same(first, second)
 
 
-def test_killed_training_is_resumed_as_if_it_had_not_been(tmp_path, kills):
+def test_killed_training_is_resumed_as_if_it_had_not_been(tmp_path, kills, survives):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     killer = Killer(_time(_train, whole), random.Random(1))
-    while killer.died < kills:
-        if killer.attempt(_train, folder):
-            _assert_same_run(folder, whole)
-            shutil.rmtree(folder)
-        # Under way it can be resumed at once; what is left of an attempt to start can go.
-        elif not (folder / "config.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-    _time(_train, folder)
-    _assert_same_run(folder, whole)
+    with survives("training", killer):
+        while killer.died < kills:
+            if killer.attempt(_train, folder):
+                _assert_same_run(folder, whole)
+                shutil.rmtree(folder)
+            # Under way it can be resumed at once; what is left of an attempt to start can go.
+            elif not (folder / "config.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        _time(_train, folder)
+        _assert_same_run(folder, whole)
     assert not list(folder.glob("*.tmp"))
 
 
@@ -131,21 +150,22 @@ def _write_images(folder, count):
     return pixels.transpose(0, 3, 1, 2)
 
 
-def test_a_killed_conversion_is_done_again(tmp_path, kills):
+def test_a_killed_conversion_is_done_again(tmp_path, kills, survives):
     pixels = _write_images(tmp_path / "train", 800)
     cache = tmp_path / "cache"
     killer = Killer(_time(_convert, tmp_path, cache), random.Random(2))
     shutil.rmtree(cache)
     unfinished = 0
-    while killer.died < kills:
-        killer.attempt(_convert, tmp_path, cache)
-        unfinished += bool(list(cache.glob("*.tmp")))
-        if list(cache.glob("*.json")):
-            # The record is the last thing that is written: with it the set is whole.
-            np.testing.assert_array_equal(_convert(tmp_path, cache).numpy(), pixels)
-            shutil.rmtree(cache)
+    with survives("converting", killer):
+        while killer.died < kills:
+            killer.attempt(_convert, tmp_path, cache)
+            unfinished += bool(list(cache.glob("*.tmp")))
+            if list(cache.glob("*.json")):
+                # The record is the last thing that is written: with it the set is whole.
+                np.testing.assert_array_equal(_convert(tmp_path, cache).numpy(), pixels)
+                shutil.rmtree(cache)
+        np.testing.assert_array_equal(_convert(tmp_path, cache).numpy(), pixels)
     assert unfinished
-    np.testing.assert_array_equal(_convert(tmp_path, cache).numpy(), pixels)
     assert {path.suffix for path in cache.iterdir()} == {".npy", ".json", ".lock"}
 
 
@@ -155,14 +175,15 @@ def _save_for_ever(path, first):
         save_checkpoint(path, {"a": torch.full((50_000,), float(number)), "number": number})
 
 
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, kills):
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, kills, survives):
     path, killer, last = tmp_path / "checkpoint.pt", Killer(0.5, random.Random(3)), 0
     save_checkpoint(path, {"a": torch.zeros(50_000), "number": 0})
-    while killer.died < kills:
-        assert not killer.attempt(_save_for_ever, path, last + 1)
-        state = load_checkpoint(path)
-        assert state["a"].eq(state["number"]).all() and state["number"] >= last
-        last = state["number"]
+    with survives("saving", killer):
+        while killer.died < kills:
+            assert not killer.attempt(_save_for_ever, path, last + 1)
+            state = load_checkpoint(path)
+            assert state["a"].eq(state["number"]).all() and state["number"] >= last
+            last = state["number"]
     assert last > kills
 
 

@@ -67,7 +67,7 @@ def test_values_and_gradients_match_the_float64_oracle(m, n, largest_error):
     for name, mine, peer, oracle in zip(
         names, (*got, *grads), (*plain, *plain_grads), (*want, *want_grads), strict=True
     ):
-        largest_error(f"float32 {name}, of its largest entry", error(mine, oracle))
+        largest_error("the primitive, float32, of the largest entry", name, error(mine, oracle))
         assert error(mine, oracle) <= 2 * error(peer, oracle) + (16 + m) * eps
 
 
@@ -191,8 +191,8 @@ def test_extreme_spectra_are_finite_and_rescued(kind, top, m, n, largest_error):
     scale = float(terms.squared_error)
     err_ld = abs(float(terms.log_det) - log_det) / max(1.0, abs(log_det))
     err_ex = abs(float(terms.explained) - explained) / scale
-    largest_error("extreme spectra, log_det (relative)", err_ld)
-    largest_error("extreme spectra, explained (of rr)", err_ex)
+    largest_error("extreme spectra, float32", "log_det (relative)", err_ld)
+    largest_error("extreme spectra, float32", "explained (of rr)", err_ex)
     assert 0 <= float(terms.explained) <= scale
     # Beyond what float64 resolves, what its rounding of the Gram costs: m eps64 lambda_max / c.
     tolerance = 5e-4 + 8 * m * torch.finfo(torch.float64).eps * top

@@ -62,7 +62,7 @@ def test_a_long_run_neither_grows_nor_traces_again(request, monkeypatch, tally):
             gc.collect()
             tensors.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
             resident.append(_resident())
-    tally("steps soaked", steps)
+    tally("a long run", "steps", steps)
     assert bool(value.isfinite()) and after_warm_up == len(traced) > 0
     assert len(set(tensors)) == 1
     # A leak of one number a step would be 8 bytes; an allocator's noise over a mark is pages.
