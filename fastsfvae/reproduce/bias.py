@@ -38,7 +38,7 @@ class ObjectiveBias:
     """
 
     likelihoods: Likelihoods
-    repeats: int = 50
+    repeats: int = 20
     batch: int = 64
 
     @property
