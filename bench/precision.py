@@ -1,0 +1,224 @@
+"""What a precision costs: values, gradients and a training run against float64, on the digits.
+
+    python -m bench.precision --steps 500
+
+The default MLP (m = 16) is trained in each precision from the same weights on the same batches.
+Values and gradients are those of one batch at the weights that float64 ended at, rounded to
+float32, so that every precision starts from the same numbers. Writes bench/results/precision.csv
+and prints a markdown table; what needs a GPU is measured where one is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import io
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastsfvae as sf
+from bench.ledger import commit, device_name
+from fastsfvae import models
+from fastsfvae.atomic import write_text
+from fastsfvae.data import digits
+
+RESULTS = Path(__file__).parent / "results" / "precision.csv"
+NOISE_VAR, BATCH = 0.5, 64
+# Steps whose mean is the final loss.
+LAST = 50
+
+
+class Precision(NamedTuple):
+    """How numbers are held.
+
+    Attributes:
+        dtype: of the parameters and the data.
+        autocast: of the layers' products, values and tangents; None for `dtype`.
+        products: of float32 numbers in cuBLAS and cuDNN, "ieee" or "tf32".
+    """
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    products: str = "ieee"
+
+
+EXACT = "float64"
+PRECISIONS = {
+    EXACT: Precision(torch.float64),
+    "float32": Precision(torch.float32),
+    "float32, TF32 products": Precision(torch.float32, products="tf32"),
+    "bfloat16 autocast": Precision(torch.float32, torch.bfloat16),
+    "float16 autocast": Precision(torch.float32, torch.float16),
+}
+
+
+class Trained(NamedTuple):
+    """A model and what became of its loss."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    final_loss: float
+    seconds: float
+
+
+@contextmanager
+def held(precision: Precision, device: str) -> Iterator[None]:
+    """Compute in a precision within the block."""
+    backends: Any = torch.backends
+    settings = [backends.cudnn.conv, backends.cuda.matmul]
+    before = [s.fp32_precision for s in settings]
+    with ExitStack() as stack:
+        if precision.autocast is not None:
+            stack.enter_context(torch.autocast(device, precision.autocast))
+        for setting in settings:
+            setting.fp32_precision = precision.products
+        try:
+            yield
+        finally:
+            for setting, old in zip(settings, before, strict=True):
+                setting.fp32_precision = old
+
+
+def fresh_model(seed: int, precision: Precision, device: str) -> tuple[nn.Module, nn.Module]:
+    """(encoder, decoder) of the same weights in every precision."""
+    torch.manual_seed(seed)
+    encoder, decoder = models.build(models.ModelConfig())
+    return encoder.to(device, precision.dtype), decoder.to(device, precision.dtype)
+
+
+def train(images: Tensor, steps: int, seed: int, precision: Precision) -> Trained:
+    """Train on batches that depend on the seed alone.
+
+    Args:
+        images: uint8 ``[N, 1, 28, 28]``, on the device.
+        steps: of Adam, at its default rate.
+        seed: of the weights and of the order.
+        precision: what to compute in.
+    """
+    device = images.device.type
+    encoder, decoder = fresh_model(seed, precision, device)
+    loss_of = sf.SamplingFreeLoss(decoder, noise_var=NOISE_VAR)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()])
+    order = torch.Generator().manual_seed(seed)
+    losses, started = [], time.perf_counter()
+    for _ in range(steps):
+        rows = torch.randint(len(images), (BATCH,), generator=order).to(images.device)
+        x = images[rows].to(precision.dtype) / 255
+        with held(precision, device):
+            loss = loss_of(x, *encoder(x))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    final = float(torch.stack(losses[-LAST:]).double().mean())
+    return Trained(encoder, decoder, final, time.perf_counter() - started)
+
+
+def held_out_elbo(trained: Trained, images: Tensor) -> float:
+    """Sampled ELBO in nats an image, in float64 and with the same noise for every model."""
+    encoder, decoder = (copy.deepcopy(m).double() for m in (trained.encoder, trained.decoder))
+    x = images.double() / 255
+    with torch.no_grad():
+        mean, log_var = encoder(x)
+    generator = torch.Generator(x.device).manual_seed(0)
+    settings = {"noise_var": NOISE_VAR, "samples": 10, "generator": generator}
+    return float(sf.evaluate.sampled_elbo(decoder, x, mean, log_var, **settings).elbo.mean())
+
+
+def values_and_gradients(
+    decoder: nn.Module, tensors: tuple[Tensor, ...], precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """(objective [B], the gradients of its mean in (x, mean, log_var) and the weights), float64."""
+    decoder = copy.deepcopy(decoder).to(precision.dtype)
+    leaves = [t.to(precision.dtype).requires_grad_() for t in tensors]
+    with held(precision, leaves[0].device.type):
+        loss = sf.SamplingFreeLoss(decoder, noise_var=NOISE_VAR)
+        value, terms = loss(*leaves, return_terms=True)
+    gradients = torch.autograd.grad(value, [*leaves, *decoder.parameters()])
+    return terms.elbo.double(), torch.cat([g.double().flatten() for g in gradients])
+
+
+def measure(steps: int, seed: int, device: str, names: list[str]) -> list[dict[str, object]]:
+    """A row for each precision, float64 first."""
+    train_images, test_images = (digits(split).images.to(device) for split in ("train", "test"))
+    runs = {}
+    for name in names:
+        runs[name] = train(train_images, steps, seed, PRECISIONS[name])
+        print(f"{name}: {runs[name].seconds:.0f} s", flush=True)
+    # Numbers that every precision holds exactly.
+    decoder = copy.deepcopy(runs[EXACT].decoder).float()
+    x = (test_images[:BATCH].double() / 255).float()
+    with torch.no_grad():
+        mean, log_var = (t.float() for t in runs[EXACT].encoder(x.double()))
+    found = {
+        name: values_and_gradients(decoder, (x, mean, log_var), PRECISIONS[name]) for name in names
+    }
+    rows, (values, gradient) = [], found[EXACT]
+    best = held_out_elbo(runs[EXACT], test_images)
+    for name, run in runs.items():
+        mine, of_mine = found[name]
+        rows.append(
+            {
+                "precision": name,
+                "steps": steps,
+                "seed": seed,
+                "value_error_nats": float((mine - values).abs().max()),
+                "gradient_error": float((of_mine - gradient).norm() / gradient.norm()),
+                "final_loss": run.final_loss,
+                "final_loss_change": run.final_loss - runs[EXACT].final_loss,
+                "held_out_elbo": held_out_elbo(run, test_images),
+                "held_out_elbo_change": held_out_elbo(run, test_images) - best,
+                "device": device_name(device),
+                "torch": torch.__version__,
+                "commit": commit(),
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """The table of the README; what was left out is named."""
+    lines = [
+        "| precision | largest error of a value, nats | gradient, relative | final loss "
+        "| sampled ELBO, held out |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        changes = (
+            f"{row['final_loss']:.3f} ({row['final_loss_change']:+.1e}) "
+            f"| {row['held_out_elbo']:.3f} ({row['held_out_elbo_change']:+.1e})"
+        )
+        errors = f"{row['value_error_nats']:.1e} | {row['gradient_error']:.1e}"
+        lines.append(f"| {row['precision']} | {errors} | {changes} |")
+    for name in PRECISIONS.keys() - {row["precision"] for row in rows}:
+        lines.append(f"| {name} | not measured on a GPU yet | | | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line, measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
+    options = parser.parse_args()
+    names = [n for n, p in PRECISIONS.items() if options.device != "cpu" or p.products == "ieee"]
+    rows = measure(options.steps, options.seed, options.device, names)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(options.out, text.getvalue())
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
