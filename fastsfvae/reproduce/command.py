@@ -11,6 +11,7 @@ from typing import Literal
 from fastsfvae.command_line import UsageError, fail, parse, require_extras
 from fastsfvae.config import DataSet
 from fastsfvae.reproduce import EXPERIMENTS, Interrupted, Options, choose, reproduce
+from fastsfvae.reproduce.runtime import projected_hours
 from fastsfvae.reproduce.sizes import step_ratios
 
 _PROG = "fastsfvae reproduce"
@@ -42,7 +43,8 @@ class ReproduceArguments:
     """One cell by its name, or several by a pattern, e.g. "sampling,*"."""
 
     list: bool = False
-    """Print the names of the cells, their steps and seeds; run nothing."""
+    """Print the names of the cells, their steps and seeds, and the hours of those whose step time
+    `runtime` has measured into the same folder; run nothing."""
 
     inception: str = ""
     """File of Inception's weights, for the FID of tables 2 and 5, figures 4 and C1."""
@@ -83,10 +85,7 @@ def _reproduce(name: str, arguments: ReproduceArguments) -> int:
     options = Options(**given)
     options = dataclasses.replace(options, step_ratios=step_ratios(options, Path(arguments.out)))
     if arguments.list:
-        for cell in choose(name, options, arguments.only):
-            cell = options.apply(cell)
-            steps = ", ".join(f"{step:,}" for step in cell.at[-3:])
-            print(f"{cell.name}: measured after {steps} steps, {cell.seeds} seeds")
+        _list(name, options, arguments)
         return 0
     out = Path(arguments.out)
     complete = reproduce(name, options, out, arguments.only)
@@ -95,3 +94,14 @@ def _reproduce(name: str, arguments: ReproduceArguments) -> int:
         print(table.read_text())
         print(f"{table.with_suffix('.csv')}, {table.with_suffix('.png')}")
     return 0 if complete else 1
+
+
+def _list(name: str, options: Options, arguments: ReproduceArguments) -> None:
+    cells = [options.apply(cell) for cell in choose(name, options, arguments.only)]
+    hours = projected_hours(cells, options, Path(arguments.out))
+    for cell in cells:
+        steps = ", ".join(f"{step:,}" for step in cell.at[-3:])
+        projected = f", about {hours[cell.name]:.3g} hours" if cell.name in hours else ""
+        print(f"{cell.name}: measured after {steps} steps, {cell.seeds} seeds{projected}")
+    if hours:
+        print(f"hours: of training, by the step times of `runtime` in {arguments.out}")

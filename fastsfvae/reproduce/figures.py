@@ -24,6 +24,16 @@ def tidy(axes, title: str, x_label: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def log_seconds(axes) -> None:
+    """A logarithmic axis of seconds whose numbers are plain: 1, 3, 10, 30, ..."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
 class Panel(NamedTuple):
     """A quantity and how its panel is labelled."""
 
@@ -34,8 +44,8 @@ class Panel(NamedTuple):
 def dots(results: Sequence[Result], panels: Sequence[Panel]):
     """Draw each quantity as dots, one a cell, a row of panels for each step of measurement.
 
-    Lines are standard deviations over seeds; a black mark is the paper's value. Cells of one
-    objective share a colour.
+    Lines are standard deviations over seeds; a black mark is the paper's value, and a dot that it
+    fits is filled. Cells of one objective share a colour.
     """
     summaries = summarise(results)
     steps = sorted({row.step for row in summaries})
@@ -51,15 +61,20 @@ def dots(results: Sequence[Result], panels: Sequence[Panel]):
             _dot_panel(axes, shown, colors)
             tidy(axes, panel.label if step == steps[0] else "")
         row[0].set_ylabel(f"after {step:,} steps", fontsize=9)
-    figure.supxlabel("dots: mean and standard deviation over seeds; black: the paper", fontsize=8)
+    figure.supxlabel(
+        "dots: mean and standard deviation over seeds; black: the paper; filled: within both "
+        "spreads of it",
+        fontsize=8,
+    )
     return figure
 
 
 def _dot_panel(axes, shown: Sequence[Summary], colors: Mapping[str, str]) -> None:
     rows = {cell: len(colors) - 1 - i for i, cell in enumerate(colors)}
     for summary in shown:
-        y = rows[summary.cell]
-        axes.errorbar(summary.mean, y, xerr=summary.spread, fmt="o", color=colors[summary.cell])
+        y, color = rows[summary.cell], colors[summary.cell]
+        inside = color if summary.fits or summary.paper is None else "white"
+        axes.errorbar(summary.mean, y, xerr=summary.spread, fmt="o", color=color, mfc=inside)
         if summary.paper is not None:
             axes.plot([summary.paper.value] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1.6)
     axes.set_yticks(list(rows.values()), list(rows))

@@ -14,6 +14,15 @@ from fastsfvae.run import Run, evaluation_generator
 
 _BATCH = 250
 PIXELS = {"pixels": "[0, 1]"}
+# Of `Likelihoods`, what a table for people shows beside "NLL" or "log ML".
+LIKELIHOOD_COLUMNS = (
+    "NLL, Monte Carlo error",
+    "median effective samples",
+    "sampled ELBO",
+    "error at the mean",
+    "error, sampled",
+    "KL",
+)
 
 
 def images_of(run: Run, split: str, count: int = 0) -> Tensor:

@@ -26,6 +26,8 @@ _PAPER_HOURS = {"sampling": 9.7, "sampling-free": 14.5}
 PAPER_RATIO = _PAPER_HOURS["sampling-free"] / _PAPER_HOURS["sampling"]
 _PLAIN = "vmap(jacfwd)"
 _NAMES = (*_PAPER_HOURS, _PLAIN)
+# What the time of a step depends on.
+_TIMED = ("data", "model", "method", "latent_dim", "batch_size", "samples", "precision")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,30 @@ def measured_ratios(options: Options, out: Path) -> dict[str, float]:
     return ratios
 
 
+def projected_hours(cells: Sequence[Cell], options: Options, out: Path) -> dict[str, float]:
+    """Of each cell whose step was timed, the hours that training all its runs takes.
+
+    Args:
+        cells: what is to be trained.
+        options: of the runs that are looked for.
+        out: the folder of results; without runs of `RUNTIME` in it there are none.
+    """
+    times = {
+        _timed(result.cell.config): result.measured(result.steps[-1])["ms per step"]
+        for result in stored_results(_cells(replace(options, data="")), out)
+        if _PLAIN not in result.cell.name
+    }
+    return {
+        cell.name: times[timed] * cell.at[-1] * cell.seeds / 3.6e6
+        for cell in cells
+        if (timed := _timed(cell.config)) in times
+    }
+
+
+def _timed(config: TrainConfig) -> tuple:
+    return tuple(getattr(config, name) for name in _TIMED)
+
+
 def _cells(options: Options) -> list[Cell]:
     cells = []
     steps = 5 if options.quick else 15
@@ -153,6 +179,7 @@ def _draw(results: Sequence[Result]):
                 if s.quantity == "ms per step" and s.cell.startswith(f"{data}, {name}, ")
             }
             axes.plot(list(points), list(points.values()), marker=".", label=name)
+        axes.set_xticks(sorted({c.latent_dim for c in cells.values() if c.data == data}))
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8, frameon=False)
         tidy(axes, f"{data}: ms per training step, B = 64", "latent dimensions m")

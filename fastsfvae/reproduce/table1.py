@@ -57,6 +57,8 @@ def _draw(results: Sequence[Result]):
             axes.plot(PAPER_SAMPLES, paper[1:], "k_", markersize=10, label="paper, K samples")
             axes.axhline(paper[0], color="black", linestyle=":", label="paper, Taylor")
         axes.set_xscale("log")
+        axes.set_xticks(PAPER_SAMPLES, [str(count) for count in PAPER_SAMPLES])
+        axes.minorticks_off()
         tidy(axes, f"{result.cell.name}: correlation of pixel variances", "samples K")
         axes.legend(fontsize=8, frameon=False)
     return figure

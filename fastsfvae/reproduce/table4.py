@@ -11,6 +11,7 @@ from fastsfvae.models import Init, OutputActivation
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import Panel, dots
 from fastsfvae.reproduce.measures import Collapse
+from fastsfvae.reproduce.tables import summarise
 
 _COLLAPSE, _ERROR, _KL = "collapse %", "error", "KL"
 _PAPER: dict[str, dict[str, dict[int, Published]]] = {
@@ -44,6 +45,7 @@ _READINGS: tuple[tuple[OutputActivation, Init], ...] = (
     ("sigmoid", "torch"),
     ("sigmoid", "kaiming"),
 )
+_SHOWN = {"none": "identity", "sigmoid": "sigmoid"}
 # What torch would do by itself, and what comes closest to the printed collapse.
 _QUICK = (("none", "torch"), ("sigmoid", "kaiming"))
 
@@ -72,11 +74,44 @@ def _cells(options: Options) -> list[Cell]:
             output_activation=output,
             init=init,
         )
-        shown = "identity" if output == "none" else output
+        shown = _SHOWN[output]
         cells.append(
             Cell(f"{name}, {shown}, {init}", config, Collapse(), at, seeds, _paper(config.method))
         )
     return cells
+
+
+def _reading(results: Sequence[Result]) -> str:
+    """Which printed values each reading of what the paper leaves open fits."""
+    columns = (_COLLAPSE, *_ERRORS, _KL)
+    fits: dict[tuple[int, str], set[str]] = {}
+    for row in summarise(results):
+        found = fits.setdefault((row.step, row.cell), set())
+        if row.fits:
+            found.add(row.quantity)
+    lines = [
+        "Printed values that a cell fits (x), within the paper's spread and ours together:",
+        "",
+        f"| cell | steps | {' | '.join(columns)} |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
+    for (step, cell), found in fits.items():
+        marks = ("x" if column in found else "" for column in columns)
+        lines.append(f"| {cell} | {step:,} | {' | '.join(marks)} |")
+    # A reading's output, initial weights and error -> the paper's rows that it fits whole.
+    whole: dict[str, set[str]] = {}
+    for (step, cell), found in fits.items():
+        objective, _, reading = cell.partition(", ")
+        for error in _ERRORS:
+            if {_COLLAPSE, error, _KL} <= found:
+                method = "sampling" if objective == "sampling" else "sampling-free"
+                whole.setdefault(f"{reading}, {error} after {step:,} steps", set()).add(method)
+    both = "; ".join(reading for reading, methods in whole.items() if len(methods) == 2)
+    lines += [
+        "",
+        f"Readings that fit the paper's sampling row and its sampling-free one: {both or 'none'}.",
+    ]
+    return "\n".join(lines)
 
 
 def _draw(results: Sequence[Result]):
@@ -93,6 +128,8 @@ TABLE4 = Experiment(
     title="Posterior collapse: m = 200, 1,000 digits, full batch",
     cells=_cells,
     draw=_draw,
+    reading=_reading,
+    columns=(_COLLAPSE, *_ERRORS, _KL),
     assumptions=(
         "the output's activation and the initial weights are not stated: identity and sigmoid, "
         "torch's own and He-normal with zero bias, each pair a row",

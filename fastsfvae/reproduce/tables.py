@@ -34,6 +34,14 @@ class Summary(NamedTuple):
     seeds: int
     paper: Published | None
 
+    @property
+    def fits(self) -> bool:
+        """Whether it lies within the paper's spread and ours, together, of the printed value."""
+        if self.paper is None:
+            return False
+        ours = 0.0 if math.isnan(self.spread) else self.spread
+        return abs(self.mean - self.paper.value) <= math.hypot(ours, self.paper.spread or 0.0)
+
 
 def summarise(results: Iterable[Result]) -> list[Summary]:
     """Average the runs of each cell, in their order."""

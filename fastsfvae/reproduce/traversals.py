@@ -52,7 +52,8 @@ def _draw(results: Sequence[Result], dimensions: int):
         order = _most_informative(encoder, result)[: dimensions or None]
         for row in range(_IMAGES):
             draw_images(grid[row, column], _block(encoder, decoder, x[row], order), _COLUMNS)
-        grid[0, column].set_title(result.cell.name, fontsize=8)
+        title = f"{result.cell.name}\n{result.trained_steps:,} steps"
+        grid[0, column].set_title(title, fontsize=8)
     figure.supxlabel(
         f"each block: an image and its reconstruction; below, each dimension from {-_LIMIT:g} to "
         f"{_LIMIT:g}, the largest KL first",

@@ -9,8 +9,8 @@ from dataclasses import replace
 from fastsfvae._checks import Likelihood
 from fastsfvae.config import TrainConfig
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
-from fastsfvae.reproduce.figures import row_of_panels, tidy
-from fastsfvae.reproduce.measures import Likelihoods
+from fastsfvae.reproduce.figures import log_seconds, row_of_panels, tidy
+from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods
 from fastsfvae.reproduce.runtime import PAPER_RATIO
 from fastsfvae.reproduce.seconds import (
     Curve,
@@ -118,30 +118,43 @@ def _range(ratios: Sequence[float], least: float, greatest: float) -> str:
 
 def _draw(results: Sequence[Result]):
     """Both quantities against seconds, and the break-even ratio against steps."""
-    seconds, ratios = step_seconds(results), _ratios(results)
-    if not ratios or not trained(results):
+    seconds = step_seconds(results)
+    compared = {result.cell.name for result in trained(results)}
+    if _SAMPLING not in seconds or _SAMPLING not in compared or len(compared) == 1:
         return None
     figure, panels = row_of_panels(len(_QUANTITIES) + 1, 4.6, 3.8)
     for axes, quantity in zip(panels, _QUANTITIES, strict=False):
         found = curves(results, quantity)
         _plot_against_seconds(axes, found, seconds)
         tidy(axes, f"{quantity} of test images (nats)", "seconds of training")
-    axes = panels[-1]
+    panels[0].legend(fontsize=7, frameon=False, loc="lower right")
+    _plot_break_even(panels[-1], results)
+    tidy(panels[-1], "break-even ratio of step times (median seed)", "sampling-free steps")
+    return figure
+
+
+def _plot_break_even(axes, results: Sequence[Result]) -> None:
     for i, name in enumerate(_FREE):
         for quantity, style in zip(_QUANTITIES, ("-", "--"), strict=True):
             by_seed = _break_even_by_seed(results, name, quantity)
-            middle = [sorted(values)[len(values) // 2] for values in by_seed.values()]
+            # A bound is no value.
+            middle = [sorted(found)[len(found) // 2] or math.nan for found in by_seed.values()]
             label = f"{name}, {quantity}"
             axes.plot(list(by_seed), middle, style, color=f"C{i + 1}", marker=".", label=label)
-    for label, ratio in (ratios | {"the paper's": PAPER_RATIO}).items():
-        axes.axhline(ratio, color="gray", linewidth=0.8, linestyle=":")
-        place = {"xy": (1, ratio), "xycoords": ("axes fraction", "data")}
-        axes.annotate(f"{label} {ratio:.2f}", **place, fontsize=7, ha="right", va="bottom")
+    marks = _ratios(results) | {"the paper's": PAPER_RATIO}
+    for i, label in enumerate(sorted(marks, key=marks.__getitem__)):
+        axes.axhline(marks[label], color="gray", linewidth=0.8, linestyle=":")
+        # Neighbours stand at opposite ends.
+        side = i % 2
+        place = {"xy": (side, marks[label]), "xycoords": ("axes fraction", "data")}
+        align = {"ha": "right" if side else "left", "va": "bottom"}
+        axes.annotate(f"{label} {marks[label]:.2f}", **place, **align, fontsize=7)
     axes.set_xscale("log")
+    steps = sorted({step for r in results if r.cell.name in _FREE for step in r.steps})
+    axes.set_xticks(steps, [f"{step:,}" for step in steps])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, frameon=False)
-    tidy(axes, "break-even ratio of step times (median seed)", "sampling-free steps")
-    return figure
 
 
 def _plot_against_seconds(axes, found: Mapping[str, Curve], seconds: Mapping[str, float]) -> None:
@@ -154,8 +167,7 @@ def _plot_against_seconds(axes, found: Mapping[str, Curve], seconds: Mapping[str
         for label, (style, step) in times.items():
             x = [step * n for n in curve]
             axes.plot(x, list(curve.values()), style, color=colors[name], marker=".", label=label)
-    axes.set_xscale("log")
-    axes.legend(fontsize=7, frameon=False)
+    log_seconds(axes)
 
 
 WALLCLOCK = Experiment(
@@ -163,16 +175,7 @@ WALLCLOCK = Experiment(
     cells=_cells,
     draw=_draw,
     reading=_reading,
-    columns=(
-        "log ML",
-        "NLL, Monte Carlo error",
-        "median effective samples",
-        "sampled ELBO",
-        "error at the mean",
-        "error, sampled",
-        "KL",
-        "ms per step",
-    ),
+    columns=("log ML", *LIKELIHOOD_COLUMNS, "ms per step"),
     assumptions=(
         "seconds: steps times the time of a step, which has cells of its own, to be run with "
         "nothing else on the machine",
