@@ -23,5 +23,6 @@ from fastsfvae.jacobian import check_decoder as check_decoder
 from fastsfvae.jacobian import decode_with_jacobian as decode_with_jacobian
 from fastsfvae.jacobian import pullback as pullback
 from fastsfvae.loss import SamplingFreeLoss as SamplingFreeLoss
+from fastsfvae.ops.dispatch import fused_layers as fused_layers
 
 __version__ = "0.1.0"

@@ -11,10 +11,10 @@ ADA = Device("a card", 89, 100e9, 1e12)
 CPU = torch.device("cpu")
 
 
-def layer(device, dtype=torch.bfloat16, channels=(32, 3)):
+def layer(device, dtype=torch.bfloat16, channels=(32, 3), **options):
     """A transposed convolution, kernel 4 and stride 2, of 16 x 16 values."""
     x, weight, out = (channels[0], 16, 16), (*channels, 4, 4), (channels[1], 32, 32)
-    return decide("conv_transpose2d", x, weight, out, device=device, dtype=dtype)
+    return decide("conv_transpose2d", x, weight, out, device=device, dtype=dtype, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +88,12 @@ def test_what_was_measured_overrides_the_model(monkeypatch):
 
 def test_the_interpreter_takes_the_library():
     assert layer(CPU) == ("library", "the interpreter is slow")
+
+
+def test_nothing_to_take_in_leaves_the_library():
+    assert layer(ADA, activated=False) == ("library", "no activation to take in")
+    with fused_layers("always"):
+        assert layer(ADA, activated=False).how == "fused"
 
 
 def test_an_unknown_setting_is_named(monkeypatch):

@@ -19,6 +19,7 @@ from fastsfvae.jacobian.cost import CARDS, Floor, step_floor
 from fastsfvae.jacobian.linearize import Linearizer
 from fastsfvae.jacobian.registry import RULES
 from fastsfvae.jacobian.validate import unwrap
+from fastsfvae.ops.dispatch import Choice
 
 if TYPE_CHECKING:
     from fastsfvae.jacobian.plan import Step
@@ -45,6 +46,8 @@ class LayerReport(NamedTuple):
         flops: floating point operations for the m tangents of one sample, forward.
         elements: of those tangents, that forward and backward must move; see
             `fastsfvae.jacobian.cost`.
+        choice: of a layer that a fused kernel might take: "fused" or "library", and why; see
+            `fastsfvae.fused_layers`. None of the others.
     """
 
     module: str
@@ -54,6 +57,7 @@ class LayerReport(NamedTuple):
     backend: str
     flops: int
     elements: int
+    choice: Choice | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,7 @@ class DecoderReport:
 
     def __str__(self) -> str:
         """A table of the layers that cost something, the totals and the verdict."""
-        header = ("module", "operation", "shape", "tangents", "backend", "MFLOP")
+        header = ("module", "operation", "shape", "tangents", "backend", "MFLOP", "")
         rows = [
             (
                 layer.module or "(decoder)",
@@ -123,6 +127,7 @@ class DecoderReport:
                 layer.handled,
                 layer.backend,
                 f"{layer.flops / 1e6:.3g}",
+                f"{layer.choice.how}: {layer.choice.why}" if layer.choice else "",
             )
             for layer in self.layers
             if layer.flops or layer.handled == "fallback"
@@ -232,17 +237,20 @@ def _layers(steps: Sequence[Step], m: int, backend: str) -> list[LayerReport]:
             step.op,
             step.shape[1:],
             step.handled,
-            "triton" if backend == "triton" and _has_kernel(step.op) else "torch",
+            "triton" if backend == "triton" and _has_kernel(step) else "torch",
             step.cost.flops * m,
             step.cost.elements * m,
+            step.choice,
         )
         for step in steps
         if step.handled != "plain"
     ]
 
 
-def _has_kernel(op: str) -> bool:
-    return op in RULES and RULES[op].fused is not None
+def _has_kernel(step: Step) -> bool:
+    if step.choice is not None:
+        return step.choice.how == "fused"
+    return step.op in RULES and RULES[step.op].fused is not None
 
 
 def _errors(decoder, z: Tensor, args, kwargs) -> tuple[Tensor, tuple[float, float, float | None]]:

@@ -38,6 +38,11 @@ def from_stack(stack: Tensor) -> Jet:
     return Jet(stack[0], stack[1:], stack)
 
 
+def stack_of(x: Jet) -> Tensor:
+    """Value and tangents of all samples as one ``[1 + m, B, ...]``; copied where they are apart."""
+    return torch.cat([x.primal[None], full_tangent(x)]) if x.stack is None else x.stack
+
+
 def move(x: Jet, operation: Callable[[Tensor, int], Tensor], keeps_batch: bool = True) -> Jet:
     """Apply a linear operation to values and tangents.
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsfvae.jacobian.fingerprint import Fingerprint, fingerprint, freeze
 from fastsfvae.jacobian.validate import Method, check_inputs, unwrap
+from fastsfvae.ops import dispatch
 
 # Plans per decoder; more than a training loop needs, few enough that a key which changes at every
 # call cannot fill the memory.
@@ -191,9 +192,10 @@ class Linearizer:
         plain = tuple(freeze(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor))
         device = z.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        layers = dispatch.state() if self.backend == "triton" else None
         return (
             self._print.key,
-            (z.shape[1], z.dtype, z.device, self.backend, autocast),
+            (z.shape[1], z.dtype, z.device, self.backend, layers, autocast),
             (self._spec, leaves, tuple(self.batched), plain),
         )
 

@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 from fastsfvae.jacobian.functionalize import is_mutation
 from fastsfvae.jacobian.rules import NOT_DIFFERENTIABLE
 
+# What gives its argument another shape and moves no element past another.
+VIEWS = frozenset("view reshape flatten unflatten unsqueeze squeeze".split())
+
 
 def is_tensor(node: fx.Node) -> bool:
     """Whether its value is a tensor."""
@@ -58,6 +61,17 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
             live.add(node)
             live.update(node.all_input_nodes)
     return live
+
+
+def with_tangents(graph: fx.Graph, z: fx.Node) -> set[fx.Node]:
+    """The nodes whose values depend on z where gradients are enabled: those that become Jets."""
+    jets, enabled = {z}, True
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif enabled and any(arg in jets for arg in node.all_input_nodes) and differentiable(node):
+            jets.add(node)
+    return jets
 
 
 def is_autocast(target: Any) -> bool:

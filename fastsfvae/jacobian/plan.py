@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from fastsfvae.jacobian.cost import Cost, tangent_cost
 from fastsfvae.jacobian.fallback import generic_rule, where
 from fastsfvae.jacobian.functionalize import functionalize
+from fastsfvae.jacobian.fuse import Placed, place_layers
 from fastsfvae.jacobian.jet import Jet, full_tangent, latent_jet
 from fastsfvae.jacobian.nodes import (
+    VIEWS,
     contains,
     differentiable,
     is_autocast,
@@ -34,15 +36,17 @@ from fastsfvae.jacobian.nodes import (
     leading,
     live_nodes,
     packet_name,
+    with_tangents,
 )
 from fastsfvae.jacobian.refuse import refuse_training_mode
 from fastsfvae.jacobian.registry import RULES
+from fastsfvae.jacobian.rules.fused_layer import fused_layer
 from fastsfvae.jacobian.rules.scatter import copied
 from fastsfvae.jacobian.source import Source, identifier, tuple_text
 from fastsfvae.jacobian.trace import Trace
+from fastsfvae.ops.dispatch import Choice
+from fastsfvae.ops.tangent_layer import Layer
 
-# What passes a private argument on.
-_VIEWS = frozenset("view reshape unflatten unsqueeze squeeze".split())
 # What stands for an operation that autograd does not know.
 _PLAIN = {torch.ops.aten.copy.default: copied}
 # Layers whose third argument is a bias, which an activation's kernel can add.
@@ -61,6 +65,7 @@ class Step:
         handled: "rule" or "fallback" where tangents pass; "plain" elsewhere.
         shape: the result's shape, with the batch axis's traced extent.
         cost: of one tangent of one sample; nothing where none passes.
+        choice: between the fused kernels and the library, where there is one.
     """
 
     op: str
@@ -68,6 +73,7 @@ class Step:
     handled: str
     shape: tuple[int, ...]
     cost: Cost
+    choice: Choice | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -144,7 +150,10 @@ class _Emitter:
         self.trace, self.params, self.z, self.extras = trace, params, z, extras
         self.backend = backend
         self.dynamic: set[fx.Node] = set(batch_inputs)
-        self.jets: set[fx.Node] = {z}
+        self.jets = with_tangents(trace.module.graph, z)
+        self.placed: dict[fx.Node, Placed] = {}
+        if backend == "triton":
+            self.placed = place_layers(trace.module.graph, z, self.jets)
         self.source = Source(params, z, extras)
         self.prelude: list[tuple[str, fx.Node]] = []
         self.body: list[tuple[str, fx.Node]] = []
@@ -205,8 +214,7 @@ class _Emitter:
         if isinstance(node.target, torch._ops.OpOverload):
             refuse_training_mode(packet_name(node.target), node, self.trace.paths.get(node, ""))
         handled = "plain"
-        if grad_enabled and differentiable(node) and any(arg in self.jets for arg in inputs):
-            self.jets.add(node)
+        if node in self.jets:
             self.carriers.discard(node)
             call, handled = self._jet_call(node)
         else:
@@ -220,17 +228,23 @@ class _Emitter:
     def _see(self, node: fx.Node, handled: str | None = None) -> None:
         value = node.meta.get("val")
         if handled is not None:
-            shape = tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
-            path = self.trace.paths.get(node, "")
-            op, cost = packet_name(node.target), Cost(0, 0)
-            if handled != "plain":
-                cost = tangent_cost(op, node, int(self.z.meta["val"].shape[0]))
-            self.steps.append(Step(op, path, handled, shape, cost))
+            placed = self.placed.get(node)
+            if placed is not None and placed.activation is not None:
+                self._step(placed.activation, handled, Choice("fused", "in the layer behind it"))
+            self._step(node, handled, None if placed is None else placed.choice)
         if node in self.jets and isinstance(value, Tensor):
             batch = int(self.z.meta["val"].shape[0])
             elements = -(-int(value.numel()) // batch)
             self.widest = max(self.widest, elements)
             self.total += elements
+
+    def _step(self, node: fx.Node, handled: str, choice: Choice | None) -> None:
+        value, path = node.meta.get("val"), self.trace.paths.get(node, "")
+        shape = tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
+        op, cost = packet_name(node.target), Cost(0, 0)
+        if handled != "plain":
+            cost = tangent_cost(op, node, int(self.z.meta["val"].shape[0]))
+        self.steps.append(Step(op, path, handled, shape, cost, choice))
 
     def _jet_call(self, node: fx.Node) -> tuple[str, str]:
         target: Any = node.target
@@ -244,7 +258,10 @@ class _Emitter:
         arguments = [self.source.text(arg) for arg in node.args]
         if found is not None and (found.several or not contains(others, self.jets)):
             described = self._described(node)
+            layer = self._fused(node)
             chosen = found.on(self.backend, *described)
+            if layer is not None:
+                chosen = fused_layer(packet, layer)
             label = f"{packet} {self.trace.paths.get(node, '')}".rstrip()
             function, handled = chosen.bind(self._private(node.args[0]), label), "rule"
             if not found.pulls(*described):
@@ -260,10 +277,16 @@ class _Emitter:
         arguments += [f"{key}={self.source.text(value)}" for key, value in node.kwargs.items()]
         return f"{name}({', '.join(arguments)})", handled
 
+    def _fused(self, node: fx.Node) -> Layer | None:
+        return self.placed[node].layer if node in self.placed else None
+
     def _bias_left_by(self, layer: Any) -> tuple[str, str]:
         """A bias, taken out of the layer's own call, and its axis; "None" where it must stay."""
         nothing = "None", "0"
         if layer not in self.jets or len(layer.users) > 1 or len(layer.args) < 3:
+            return nothing
+        # The layer's kernel adds it at no cost.
+        if self._fused(layer) is not None:
             return nothing
         name, bias = packet_name(layer.target), layer.args[2]
         # What is computed in the body would be deleted behind the layer.
@@ -298,7 +321,7 @@ class _Emitter:
         if arg is self.z or not isinstance(arg.target, torch._ops.OpOverload):
             return False
         name = packet_name(arg.target)
-        if name in _VIEWS:
+        if name in VIEWS:
             return self._private(arg.args[0])
         return name in RULES and RULES[name].fresh and not RULES[name].overwrites
 
@@ -360,7 +383,7 @@ class _Emitter:
             body_inputs,
             self.obstacles,
             self.steps,
-            self.trace.accepts,
+            _limited(self.trace.accepts, self.placed.values()),
             self.widest,
             self.total,
             (tuple(body_inputs), *(tuple(n.name for n in nodes) for nodes in (carried, sides))),
@@ -375,6 +398,15 @@ class _Emitter:
                 aside.add(node)
                 aside.update(arg for arg in node.all_input_nodes if arg in self.dynamic)
         return aside
+
+
+def _limited(accepts: Callable[[int], bool], placed: Iterable[Placed]) -> Callable[[int], bool]:
+    """What a trace accepts as far as every fused kernel can count its positions."""
+    limits = [p.largest_batch for p in placed if p.layer is not None]
+    if not limits:
+        return accepts
+    most = min(limits)
+    return lambda batch: batch <= most and accepts(batch)
 
 
 def _keeping_modes(function: Callable[..., Any]) -> Callable[..., Any]:

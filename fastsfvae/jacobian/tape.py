@@ -24,8 +24,15 @@ _running = threading.local()
 
 
 def current_tape() -> Tape | None:
-    """The tape that records this thread's rules, if any."""
-    return getattr(_running, "tape", None)
+    """The tape that records this thread's rules, if any; none while one of them runs."""
+    tape = getattr(_running, "tape", None)
+    return None if tape is None or tape.busy else tape
+
+
+def once(tensor: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function(tensor)`, computed once in a tape's life, for what no sample changes."""
+    tape = getattr(_running, "tape", None)
+    return function(tensor) if tape is None else tape.once(tensor, name, function)
 
 
 class _Entry(NamedTuple):
@@ -54,11 +61,13 @@ class Tape:
         self._entries: list[_Entry] = []
         self._gradients: dict[int, _Gradient] = {}
         self._once: dict[Any, Tensor] = {}
+        # Whether a rule runs, which may call others.
+        self.busy = False
         self._forget()
 
     def __enter__(self) -> Tape:
         """Start recording."""
-        self._outer = current_tape()
+        self._outer = getattr(_running, "tape", None)
         _running.tape = self
         return self
 
@@ -71,7 +80,7 @@ class Tape:
         self._active.add(id(source))
 
     def once(self, tensor: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function(tensor)`, computed once in the tape's life, for what no sample changes."""
+        """See the function of that name."""
         key = id(tensor), name
         if key not in self._once:
             # The source is kept, so that its id stays its own.
@@ -90,11 +99,11 @@ class Tape:
         """Call `function(*args, **kwargs)` for a rule whose own arguments begin at `skip`."""
         if rule.composed:
             return function(*args, **kwargs)
-        _running.tape = None
+        self.busy = True
         try:
             out = function(*args, **kwargs)
         finally:
-            _running.tape = self
+            self.busy = False
         args = args[skip:]
         if rule.adjoint is not None and any(self._needs(arg) for arg in flat(args)):
             results = out if _is_list(out) else (out,)

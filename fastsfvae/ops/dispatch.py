@@ -1,10 +1,10 @@
 """Which implementation a layer's tangents take: a fused Triton kernel, or the library's product.
 
-A fused kernel saves a pass over the layer's result, which the library's product followed by the
-activation writes, reads and writes again; the library's product is the better one where arithmetic
-and not memory sets the time. Where a layer was measured on the device at hand, the faster one is
-taken. Elsewhere a model decides, and says so: fused where the layer's FLOPs take less time at the
-device's peak than its bytes at its bandwidth.
+A fused kernel saves the pass of the activation in front, which reads and writes all that goes into
+the layer; the library's product is the better one where there is none, and where arithmetic and not
+memory sets the time. Where a layer was measured on the device at hand, the faster one is taken.
+Elsewhere a model decides, and says so: fused where the layer's FLOPs take less time at the device's
+peak than its bytes at its bandwidth.
 
 The choice does not depend on the batch size: a decoder's plan serves all of them, whichever came
 first, and gives the same bits.
@@ -117,6 +117,7 @@ def decide(
     *,
     device: torch.device | Device,
     dtype: torch.dtype,
+    activated: bool = True,
 ) -> Choice:
     """How a layer runs that a fused kernel supports, and why.
 
@@ -127,6 +128,7 @@ def decide(
         out_shape: of one sample's result.
         device: where it runs, on the Triton backend.
         dtype: of values and tangents.
+        activated: whether there is an activation in front for the kernel to take in.
 
     Raises:
         ValueError: an unknown $FASTSFVAE_FUSED.
@@ -139,6 +141,8 @@ def decide(
         return Choice("fused" if setting == "always" else "library", source)
     if cuda is None:
         return Choice("library", "the interpreter is slow")
+    if not activated:
+        return Choice("library", "no activation to take in")
     key = (operation, tuple(x_shape), tuple(weight_shape), dtype)
     if key in MEASURED.get(cuda.name, {}):
         return Choice(MEASURED[cuda.name][key], f"measured on {cuda.name}")

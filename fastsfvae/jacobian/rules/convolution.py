@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,12 +16,8 @@ from fastsfvae.jacobian.tape import current_tape
 from fastsfvae.ops.convolution import Geometry, convolve, convolve_backward
 
 
-def _register(name: str, spatial: int, transposed: bool) -> None:
-    operation = getattr(F, name)
-
-    def geometry(weight: Tensor, *args: Any, **kwargs: Any) -> Geometry:
-        read = _transposed_geometry if transposed else _geometry
-        return read(spatial, weight, *args, **kwargs)
+def _register(name: str, spatial: int) -> None:
+    operation, geometry = getattr(F, name), functools.partial(geometry_of, name)
 
     @rule(name, several=True)
     def forward(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Jet:
@@ -38,14 +35,14 @@ def _register(name: str, spatial: int, transposed: bool) -> None:
         if x.primal.ndim == spatial + 1 or x.tangent.shape[1] != x.primal.shape[0]:
             return forward(x, weight, bias, *args, **kwargs)
         stack = torch.cat([x.primal[None], x.tangent]) if x.stack is None else x.stack
-        moved = convolve(fold(stack), _prepared(weight), geometry(weight, *args, **kwargs))
+        moved = convolve(fold(stack), _prepared(weight), geometry(*args, **kwargs))
         y = from_stack(unfold(moved, stack.shape[0]))
         if bias is not None:
             y.primal.add_(bias.view(-1, *[1] * spatial))
         return y
 
     def pull(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor, *rest: Any, **kwargs: Any):
-        shape = geometry(weight, *rest[1:], **kwargs)
+        shape = geometry(*rest[1:], **kwargs)
         if x.stack is not None and grad.stack is not None:
             pairs = [(grad.stack, x.stack)]
         else:
@@ -101,8 +98,20 @@ def _many(value: Any, spatial: int) -> tuple[int, ...]:
     return values * spatial if len(values) == 1 else values
 
 
+def geometry_of(name: str, *args: Any, **kwargs: Any) -> Geometry:
+    """What an operation's arguments behind its bias say.
+
+    Args:
+        name: "conv1d" to "conv3d" or "conv_transpose1d" to "conv_transpose3d".
+        *args: stride, padding and so on, in the operation's order.
+        **kwargs: those that are given by name.
+    """
+    read = _transposed_geometry if name.startswith("conv_transpose") else _geometry
+    return read(int(name[-2]), *args, **kwargs)
+
+
 def _geometry(
-    n: int, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    n: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Geometry:
     padding = 0 if padding == "valid" else padding
     sizes = _many(stride, n), _many(padding, n), _many(dilation, n)
@@ -111,7 +120,6 @@ def _geometry(
 
 def _transposed_geometry(
     n: int,
-    weight: Tensor,
     stride: Any = 1,
     padding: Any = 0,
     output_padding: Any = 0,
@@ -123,5 +131,5 @@ def _transposed_geometry(
 
 
 for _spatial in (1, 2, 3):
-    _register(f"conv{_spatial}d", _spatial, False)
-    _register(f"conv_transpose{_spatial}d", _spatial, True)
+    _register(f"conv{_spatial}d", _spatial)
+    _register(f"conv_transpose{_spatial}d", _spatial)

@@ -18,15 +18,31 @@ from fastsfvae.ops.tangent_activation import (
 
 # The arguments of a call -> the kernel's kind and parameters, or None where there is no kernel.
 Read = Callable[..., tuple[str, tuple[float, ...]] | None]
+_KERNELS: dict[str, Read] = {}
+
+
+def kernel_of(
+    name: str, args: tuple, kwargs: dict[str, Any]
+) -> tuple[str, tuple[float, ...]] | None:
+    """The kernel's kind and parameters of an operation, or None where there is no kernel.
+
+    Args:
+        name: the ATen operation.
+        args: its arguments behind the first.
+        kwargs: those that are given by name.
+    """
+    found = _KERNELS[name](*args, **kwargs) if name in _KERNELS else None
+    return None if found is None else (found[0], tuple(float(p) for p in found[1]))
 
 
 def fused_rule(name: str, read: Read) -> Rule:
     """The rule ``(x, bias, axis, *arguments)`` of phi(a + bias, *arguments)."""
+    _KERNELS[name] = read
 
     def kernel(args: tuple, kwargs: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
-        found = read(*args, **kwargs)
+        found = kernel_of(name, args, kwargs)
         assert found is not None
-        return found[0], tuple(float(p) for p in found[1])
+        return found
 
     def forward(x: Jet, bias: Tensor | None, axis: int, *args: Any, **kwargs: Any) -> Jet:
         a = x.primal
@@ -68,7 +84,7 @@ def fused_rule(name: str, read: Read) -> Rule:
         name,
         forward,
         adjoint=pull,
-        covers=lambda args, kwargs: read(*args[1:], **kwargs) is not None,
+        covers=lambda args, kwargs: kernel_of(name, args[1:], kwargs) is not None,
         lean=lean,
         fresh=True,
         overwrites=True,
