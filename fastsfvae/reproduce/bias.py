@@ -164,7 +164,7 @@ def _draw(results: Sequence[Result]):
         axes.minorticks_off()
         axes.set_yscale("log")
         tidy(axes, f"error of the {kind}, trained by {judged}", "draws K per image, B = 64")
-        axes.legend(fontsize=7, frameon=False)
+    panels[-1].legend(fontsize=7, frameon=False)
     return figure
 
 

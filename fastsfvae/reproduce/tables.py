@@ -87,8 +87,8 @@ def runs_csv(results: Sequence[Result]) -> str:
     for result in results:
         record = result.record
         origin = {k: v for k, v in record.items() if k not in ("config", "measured", "cell")}
-        # The seed is the configuration's; the steps are the row's.
-        config = {k: v for k, v in record["config"].items() if k != "steps"}
+        # The seed is the configuration's; the steps are the row's; a path says nothing elsewhere.
+        config = {k: v for k, v in record["config"].items() if k not in ("steps", "data_dir")}
         for step in result.steps:
             measured = {k: _digits(v) for k, v in result.measured(step).items()}
             rows.append({"cell": result.cell.name, "steps": step} | measured | config | origin)
