@@ -98,6 +98,15 @@ def test_a_gram_beyond_float32_is_formed_again_in_float64(scales, backend):
         assert bool(((got - exact).abs() <= 16 * eps * exact.abs()).all())
 
 
+def test_a_rescued_sample_explains_no_more_than_its_squared_error():
+    # With m > n and a small c all is explained, and |r|^2 is rounded another way.
+    J, r, h, c = (t.detach() for t in _problem(256, 3, 2, J=1e4, c=1.0))
+    terms = low_rank_terms(J, r, h, c)
+    assert bool((terms.explained <= terms.squared_error).all())
+    exact = reference.low_rank_terms(*(t.double() for t in (J, r, h, c)))
+    assert bool(((terms.explained - exact[1]).abs() <= 2 * EPS[torch.float32] * exact[2]).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_gram_beyond_every_dtype_at_hand_is_flagged(dtype):
     J, r, h, c = (t.detach() for t in _problem(4, 3, 7, dtype=torch.float64))

@@ -349,4 +349,6 @@ def _factorised(
     redone = woodbury_native(*sums64, latent_var[lost].double(), noise_var[lost].double())
     for whole, part in zip(solved, redone, strict=True):
         whole[lost] = part.to(whole.dtype)
+    # Rounded from float64 it may pass the squared error, which was summed in float32.
+    torch.minimum(solved.explained, sums[2], out=solved.explained)
     return solved
