@@ -43,6 +43,7 @@ from fastsfvae.jacobian.registry import RULES
 from fastsfvae.jacobian.rules.fused_layer import fused_layer
 from fastsfvae.jacobian.rules.scatter import copied
 from fastsfvae.jacobian.source import Source, identifier, tuple_text
+from fastsfvae.jacobian.tail import Ending, find_ending
 from fastsfvae.jacobian.trace import Trace
 from fastsfvae.ops.dispatch import Choice
 from fastsfvae.ops.tangent_layer import Layer
@@ -370,11 +371,20 @@ class _Emitter:
         write("side", "tensors, extras, statics", side, sides, side_values, of_statics)
         returned = self.source.text(result)
         parameters = "z, tensors, extras, statics, sides"
-        write("body", parameters, body, [result], returned, of_statics + of_sides)
+        unpacked = of_statics + of_sides
+        write("body", parameters, body, [result], returned, unpacked)
+        ending = self._ending(result)
+        if ending is not None:
+            before = [(line, node) for line, node in body if node not in ending.replaced]
+            stop, inputs = self.source.bind("stop", ending.stop), ending.inputs
+            stopped = f"{stop}({', '.join(map(self.source.text, inputs))})"
+            kept = [node for node in inputs if node is not None]
+            self._tell_of_tail()
+            write("to_tail", parameters, before, kept, stopped, unpacked)
         functions = self.source.run()
         if self.controls:
             functions = [_keeping_modes(function) for function in functions]
-        prelude, side_of_batch, body_of_chunk = functions
+        prelude, side_of_batch, body_of_chunk, *to_tail = functions
         return Plan(
             str(self.source),
             prelude,
@@ -388,7 +398,22 @@ class _Emitter:
             self.total,
             (tuple(body_inputs), *(tuple(n.name for n in nodes) for nodes in (carried, sides))),
             tuple(int(size) for size in result.meta["val"].shape[1:]),
+            *to_tail,
         )
+
+    def _ending(self, result: fx.Node) -> Ending | None:
+        """What a sweep need not run itself; its modes must not change on the way."""
+        if self.controls or self.obstacles:
+            return None
+        return find_ending(result, self.placed, self.dynamic, int(self.z.meta["val"].shape[1]))
+
+    def _tell_of_tail(self) -> None:
+        # What lies behind the last layer makes no choice.
+        last = max(index for index, step in enumerate(self.steps) if step.choice is not None)
+        step = self.steps[last]
+        assert step.choice is not None
+        why = f"{step.choice.why}; the loss takes its Gram at once and writes no J"
+        self.steps[last] = dataclasses.replace(step, choice=step.choice._replace(why=why))
 
     def _aside(self) -> set[fx.Node]:
         """What carries a gradient beside z, and what it is computed from."""

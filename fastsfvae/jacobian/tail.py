@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from fastsfvae.jacobian.jet import Jet, full_tangent
+from fastsfvae.jacobian.jet import Jet, stack_of
+from fastsfvae.jacobian.nodes import packet_name
+from fastsfvae.jacobian.rules.fused_activation import kernel_of
 from fastsfvae.ops._precision import autocast
-from fastsfvae.ops.gram_tail import Tail
+from fastsfvae.ops.gram_tail import Tail, largest_batch
 from fastsfvae.ops.tangent_layer import Layer
+
+if TYPE_CHECKING:
+    from fastsfvae.jacobian.fuse import Placed
 
 
 class LastLayer(NamedTuple):
@@ -38,8 +43,50 @@ def stop_at(
     """
 
     def stop(x: Jet, weight: Tensor, bias: Tensor | None = None) -> LastLayer:
-        stack = torch.cat([x.primal[None], full_tangent(x)]) if x.stack is None else x.stack
-        tail = Tail(layer, autocast(stack), weight, bias, behind, behind_params)
-        return LastLayer(x, tail)
+        stack = autocast(stack_of(x))
+        return LastLayer(x, Tail(layer, stack, weight, bias, behind, behind_params))
 
     return stop
+
+
+class Ending(NamedTuple):
+    """The end of a decoder's graph, as far as `gram_tail` takes it.
+
+    Attributes:
+        inputs: the last layer's source, weight and bias; nodes but for a bias that is None.
+        stop: what is called with them.
+        replaced: the layer, and the activation behind it.
+    """
+
+    inputs: tuple[Any, Any, Any]
+    stop: Callable[..., LastLayer]
+    replaced: frozenset[fx.Node]
+
+
+def find_ending(
+    result: fx.Node, placed: dict[fx.Node, Placed], dynamic: set[fx.Node], m: int
+) -> Ending | None:
+    """The ending of a graph whose last layer is fused, None where the kernels do not take it.
+
+    Args:
+        result: the node that the decoder returns.
+        placed: how its layers run.
+        dynamic: the nodes that depend on a batched input.
+        m: latents.
+    """
+    layer_node: Any = result
+    behind: tuple[str, tuple[float, ...]] | None = ("none", ())
+    if result not in placed and isinstance(result.target, torch._ops.OpOverload):
+        behind = kernel_of(packet_name(result.target), result.args[1:], result.kwargs)
+        layer_node = result.args[0]
+    if behind is None or layer_node not in placed or len(layer_node.users) + len(result.users) > 2:
+        return None
+    layer, (source, weight, *rest) = placed[layer_node].layer, layer_node.args
+    bias = rest[0] if rest else None
+    if layer is None or weight in dynamic or bias in dynamic:
+        return None
+    value, shape = source.meta["val"], weight.meta["val"].shape
+    if not largest_batch(layer, 1 + m, value.shape[1:], shape, layer_node.meta["val"].dtype):
+        return None
+    replaced = frozenset({layer_node, result})
+    return Ending((source, weight, bias), stop_at(layer, *behind), replaced)
