@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,8 @@ _MAX_PLANS = 32
 _CPU_BUDGET = 256 * 2**20
 _CUDA_SHARE = 8
 
+# Held while a trace has its stand-ins in a decoder's modules: no other thread reads those then.
+_tracing = threading.RLock()
 _NO_INPUTS = pytree.tree_flatten(((), {}))
 _plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -36,6 +39,14 @@ def chunk_bounds(batch: int, size: int) -> Iterator[tuple[int, int]]:
         stop = start + base + (index < longer)
         yield start, stop
         start = stop
+
+
+def _fingerprint_of(decoder: nn.Module) -> Fingerprint:
+    if torch.compiler.is_compiling():
+        # A compiler cannot follow a lock.
+        return fingerprint(decoder)
+    with _tracing:
+        return fingerprint(decoder)
 
 
 class Linearizer:
@@ -75,7 +86,7 @@ class Linearizer:
             )
         self.batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
         if isinstance(self.decoder, nn.Module):
-            self._print = fingerprint(self.decoder)
+            self._print = _fingerprint_of(self.decoder)
         else:
             self._print = Fingerprint((), [], [])
         check_inputs(z, self._print.names, self._print.tensors)
@@ -162,15 +173,16 @@ class Linearizer:
             return pytree.tree_unflatten(filled, self._spec)
 
         z, extras = self._slice(0, batch)
-        traced = trace(
-            self.decoder,
-            self._print.names,
-            self._print.tensors,
-            z,
-            extras,
-            self.batched,
-            rebuild,
-        )
+        with _tracing:
+            traced = trace(
+                self.decoder,
+                self._print.names,
+                self._print.tensors,
+                z,
+                extras,
+                self.batched,
+                rebuild,
+            )
         trained = [t.requires_grad for t in self._print.tensors]
         return build_plan(traced, trained, self.batched, self.backend)
 

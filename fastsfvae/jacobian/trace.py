@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -206,16 +207,22 @@ def _recorded_paths(decoder: Callable[..., Any], paths: dict[fx.Node, str]) -> I
     if isinstance(decoder, nn.Module):
         names = {module: path for path, module in modules_with_paths(decoder)}
     starts: list[fx.Node | None] = []
+    # The hooks see every module of the process, those that other threads run as well.
+    own = threading.get_ident()
 
     def newest_first() -> Iterator[fx.Node]:
         mode = get_proxy_mode()
         return iter(()) if mode is None else iter(reversed(mode.tracer.graph.nodes))
 
     def enter(module: nn.Module, inputs: Any) -> None:
+        if threading.get_ident() != own:
+            return
         refuse_batch_statistics(module, names.get(module, ""))
         starts.append(next(newest_first(), None))
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if threading.get_ident() != own:
+            return
         start = starts.pop()
         for node in newest_first():
             if node is start:
