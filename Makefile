@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train reproduce test trust licenses lint audit bench bench-full clean
+.PHONY: help install train reproduce test trust licenses audit-deps lint audit bench bench-full clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,14 +33,16 @@ test: $(INSTALLED) ## Run the tests, then the Triton kernels' again in the inter
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
 
-# More of what `make test` draws: decoders, hostile numbers, kills, steps. Counts and errors are printed.
-TRUST := numerics random_decoders compatibility compose determinism faults damage network soak
 trust: $(INSTALLED) ## Look for what breaks: random decoders, hostile numbers, kills, long runs
-	$(BIN)/python -m pytest $(TRUST:%=tests/test_%.py) --decoders 500 --examples 1000 --kills 10 --soak-steps 20000
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests/test_numerics.py tests/test_determinism.py
+	$(BIN)/python -m tests.trust --out bench/results/trust.md
 
 licenses: $(INSTALLED) ## Print the licence of everything that is installed; fail on an unknown one
 	$(BIN)/python tests/licenses.py
+
+# Asks a database of known vulnerabilities, so it needs a network, unlike every other target but the first.
+audit-deps: $(INSTALLED) ## Look for known vulnerabilities in what is installed (needs a network)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
