@@ -12,7 +12,7 @@ them out; so layers in front of it are not fused, nor is it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -71,13 +71,15 @@ def place_layers(graph: fx.Graph, z: fx.Node, jets: set[fx.Node]) -> dict[fx.Nod
 def _place(
     graph: fx.Graph, z: fx.Node, jets: set[fx.Node], apart: set[fx.Node], node: fx.Node
 ) -> Placed:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: _described(arg, jets))
-    name, x, weight, out = _name(node), args[0], args[1], node.meta["val"]
+    given: Any = node.args, node.kwargs
+    described: Any = fx.map_arg(given, lambda arg: _described(arg, jets))
+    (args, kwargs), out = described, node.meta["val"]
+    name, x, weight = _name(node), args[0], args[1]
     if node.args[0] not in apart:
-        return Placed(Choice("library", "no activation in front: all samples share tangents"))
+        return Placed(Choice("library", "in front of the first activation"))
     if not RULES[name].pulls(args, kwargs):
         return Placed(Choice("library", "the layer's weight depends on z, or it has no adjoint"))
-    geometry = None if name == "linear" else geometry_of(name, *node.args[3:], **node.kwargs)
+    geometry = None if name == "linear" else geometry_of(name, *args[3:], **kwargs)
     (batch, m), (rows, *x_shape) = (tuple(map(int, t.shape)) for t in (z.meta["val"], x.primal))
     # A view may have made several rows of a sample.
     most = largest_batch(Layer(geometry), 1 + m, x_shape, weight.shape, out.dtype) * batch // rows
@@ -85,21 +87,25 @@ def _place(
         return Placed(Choice("library", "no kernel for its geometry, dtype or size"))
     sizes = x_shape, tuple(weight.shape), tuple(map(int, out.shape[1:]))
     activation = _activation_in_front(node, apart)
-    options = {"device": out.device, "dtype": out.dtype, "activated": activation is not None}
+    options: dict[str, Any] = {
+        "device": out.device,
+        "dtype": out.dtype,
+        "activated": activation is not None,
+    }
     choice = decide(name, *sizes, **options)
     if choice.how == "library":
         return Placed(choice)
-    kind = ("none", ())
+    kind = None if activation is None else _kernel(activation)
     if activation is not None:
-        kind = _kernel(activation)
         activation.replace_all_uses_with(activation.args[0])
         graph.erase_node(activation)
-    return Placed(choice, Layer(geometry, *kind), activation, most)
+    return Placed(choice, Layer(geometry, *(kind or ())), activation, most)
 
 
-def _activation_in_front(layer: fx.Node, apart: set[fx.Node]) -> fx.Node | None:
-    """The activation whose result only this layer reads, through views at most."""
-    reader, node = layer, layer.args[0]
+def _activation_in_front(layer: fx.Node, apart: set[fx.Node]) -> Any:
+    """The activation whose result only this layer reads, through views at most; or None."""
+    reader: Any = layer
+    node: Any = layer.args[0]
     while node.args and node.args[0] in apart and list(node.users) == [reader]:
         if _kernel(node) is not None:
             return node
@@ -117,6 +123,6 @@ def _name(node: fx.Node) -> str:
     return packet_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
-def _described(arg: fx.Node, jets: set[fx.Node]):
-    value = arg.meta.get("val")
+def _described(arg: fx.Node, jets: set[fx.Node]) -> Any:
+    value: Any = arg.meta.get("val")
     return Jet(value, value) if arg in jets else value
