@@ -398,7 +398,7 @@ class _Emitter:
             self.total,
             (tuple(body_inputs), *(tuple(n.name for n in nodes) for nodes in (carried, sides))),
             tuple(int(size) for size in result.meta["val"].shape[1:]),
-            *to_tail,
+            to_tail[0] if to_tail else None,
         )
 
     def _ending(self, result: fx.Node) -> Ending | None:
