@@ -100,10 +100,10 @@ def _bucket(size: int) -> int:
     return min(max(16, triton.next_power_of_2(size)), 64)
 
 
-def _most_registers(kind: str) -> int | None:
+def _most_registers(kind: str, precision: str) -> int | None:
     # Without a bound of its own the assembler spills a few bytes of some curved kinds for the sake
-    # of more programs an SM.
-    return 255 if _is_curved(kind) else None
+    # of more programs an SM; with one, it spills some of what three products hold.
+    return 255 if _is_curved(kind) and precision != "tf32x3" else None
 
 
 def _is_curved(kind: str) -> bool:
@@ -129,7 +129,7 @@ def _product_tile_of(
         block_k=block_k,
         num_warps=8 if crowded and not exact else 4,
         num_stages=2 if exact else 3,
-        maxnreg=_most_registers(kind),
+        maxnreg=_most_registers(kind, precision),
     )
 
 
@@ -140,7 +140,7 @@ def _weight_tile_of(
     # One TF32 product holds little; what splits its operands or converts them holds more.
     warps = 4 if dtype == torch.float32 and precision == "tf32" else 8
     blocks = _bucket(outer), _bucket(columns), 16 if exact else 32
-    return _Tile(*blocks, warps, 2 if exact else 3, _most_registers(kind))
+    return _Tile(*blocks, warps, 2 if exact else 3, _most_registers(kind, precision))
 
 
 def _product_constexprs(
