@@ -85,6 +85,27 @@ def test_each_layer_is_one_convolution_and_one_pass(calls, in_place):
     ]
 
 
+def test_library_layers_are_channels_last_both_ways(monkeypatch):
+    weights = []
+
+    def spy(name, place):
+        original = getattr(convolution, name)
+
+        def seen(*args):
+            weights.append(args[place])
+            return original(*args)
+
+        monkeypatch.setattr(convolution, name, seen)
+
+    spy("convolve", 1)
+    spy("convolve_backward", 2)
+    gradients(decoder(nn.ReLU()).to(DEVICE), tensors(), "triton", chunk_size=2)
+    # Three layers, two chunks; the reordered weight is made once and serves both.
+    assert len(weights) == 12
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    assert len({w.data_ptr() for w in weights}) == 3
+
+
 def test_relu_overwrites_what_the_layer_wrote(monkeypatch):
     from fastsfvae.jacobian.rules import fused_activation
 

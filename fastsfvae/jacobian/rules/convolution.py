@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsfvae.jacobian.fallback import generic_rule
 from fastsfvae.jacobian.jet import Jet, fold, from_stack, full_tangent, unfold
 from fastsfvae.jacobian.registry import adjoint, rule
-from fastsfvae.jacobian.tape import current_tape
+from fastsfvae.jacobian.tape import once
 from fastsfvae.ops.convolution import Geometry, convolve, convolve_backward
 
 
@@ -77,11 +77,10 @@ def _prepared(weight: Tensor) -> Tensor:
 
     It is what a CPU's vectors and a GPU's tensor cores take without a copy.
     """
-    tape = current_tape()
-    if tape is None or weight.ndim != 4 or weight.device.type not in ("cpu", "cuda"):
+    if weight.ndim != 4 or weight.device.type not in ("cpu", "cuda"):
         return weight
     last = torch.channels_last
-    return tape.once(weight, "channels_last", lambda w: w.contiguous(memory_format=last))
+    return once(weight, "channels_last", lambda w: w.contiguous(memory_format=last))
 
 
 def _batched(t: Tensor, spatial: int) -> Tensor:
