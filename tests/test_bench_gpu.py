@@ -180,7 +180,9 @@ def test_short_training_compares_the_backends(context, monkeypatch):
 
 def test_every_module_with_a_test_for_a_device_is_a_suite():
     chosen = set(gpu_correctness.suites())
-    assert {path.stem for path in Path(__file__).parent.glob("test_kernel_*.py")} <= chosen
+    kernels = {path.stem for path in Path(__file__).parent.glob("test_kernel_*.py")}
+    # The interpreter's alone.
+    assert kernels - chosen == {"test_kernel_offsets"}
     assert {"test_graphed", "test_compose", "test_elbo_triton", "test_chunk_gram"} <= chosen
     assert "test_cli" not in chosen
 
