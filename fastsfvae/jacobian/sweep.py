@@ -50,8 +50,18 @@ class Program:
         _programs[self.number] = self
 
     def plan(self, size: int) -> Plan:
-        """The plan for chunks of that many samples."""
-        return next(plan for plan in self.plans if plan.accepts(size))
+        """The plan for chunks of that many samples.
+
+        Raises:
+            RuntimeError: a compiled program meets a size that it was not made for.
+        """
+        for plan in self.plans:
+            if plan.accepts(size):
+                return plan
+        raise RuntimeError(
+            f"a chunk of {size} samples is none that this decoder was traced for: give a smaller "
+            "chunk_size, or compile again"
+        )
 
     def gather(
         self, tensors: Sequence[Tensor], extras: Sequence[Tensor]
