@@ -192,19 +192,24 @@ def _compile_numbered(job: tuple[int, int]) -> Row:
     return compile_configuration(configurations()[index], arch)
 
 
-def audit(archs: Iterable[int], names: Sequence[str] = ("",)) -> list[Row]:
+def audit(archs: Iterable[int], names: Sequence[str] = ("",), one_in: int = 1) -> list[Row]:
     """Compile for `archs` the kernels with any of `names` in theirs, on as many cores as allowed.
 
     Args:
         archs: compute capabilities, 86 for 8.6.
         names: parts of kernels' names.
+        one_in: so many configurations of a kernel are one that is compiled, another on each card.
     """
-    chosen = [
-        index
-        for index, configuration in enumerate(configurations())
-        if any(name in configuration.kernel.__name__ for name in names)
+    chosen: dict[str, list[int]] = {}
+    for index, configuration in enumerate(configurations()):
+        if any(name in configuration.kernel.__name__ for name in names):
+            chosen.setdefault(configuration.kernel.__name__, []).append(index)
+    jobs = [
+        (index, arch)
+        for start, arch in enumerate(archs)
+        for indices in chosen.values()
+        for index in indices[start % min(one_in, len(indices)) :: one_in]
     ]
-    jobs = [(index, arch) for arch in archs for index in chosen]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
         return list(pool.map(_compile_numbered, jobs, chunksize=4))
@@ -232,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(
-        "--quick", action="store_true", help=f"only sm_{' and sm_'.join(map(str, QUICK))}"
+        "--quick",
+        action="store_true",
+        help=f"a third of them, another on each of sm_{' and sm_'.join(map(str, QUICK))}",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=sorted(SHARED_KIB), help="only these, as in 86"
@@ -244,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
     archs = options.arch or (QUICK if options.quick else tuple(SHARED_KIB))
-    rows = audit(archs, options.kernel)
+    rows = audit(archs, options.kernel, one_in=3 if options.quick else 1)
     if not rows:
         parser.error(f"no kernel has {' or '.join(map(repr, options.kernel))} in its name")
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else _table(rows))

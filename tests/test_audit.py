@@ -72,6 +72,6 @@ def test_a_spill_is_found(monkeypatch):
     one_warp = replace(large, num_warps=1)
     row = audit.compile_configuration(one_warp, 86)
     assert row.stack_bytes > 0 and not row.ok
-    monkeypatch.setattr(audit, "audit", lambda archs: [row])
+    monkeypatch.setattr(audit, "audit", lambda *_, **__: [row])
     assert audit.main(["--arch", "86"]) == 1
     assert audit.compile_configuration(large, 86).ok
