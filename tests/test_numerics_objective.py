@@ -330,3 +330,17 @@ def test_batches_of_4096_equal_their_samples():
         of_one = sf.pullback(DECODER, alone[1], alone[0], alone[3])
         for all_, one in zip(pulled, of_one, strict=True):
             assert torch.allclose(all_[row], one[0], rtol=1e-12)
+
+
+def test_a_square_beyond_the_dtype_is_not_formed():
+    """Found by the draws: (w / s)^2 is 1e41 where gamma = 0 and h = 1e-20, and its factor is 0."""
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        weight = torch.tensor([[[1.541e7, -2.9343e6], [-2.1788e7, 5.6843e6]]], dtype=dtype)
+        x, mean = (torch.tensor([v], dtype=dtype) for v in ([1.541, -0.2934], [0.0, -2.0]))
+        log_var = torch.tensor([[0.0, -46.0517]], dtype=dtype, requires_grad=True)
+        found = sf.sampling_free_elbo(DECODER, x, mean, log_var, weight, noise_var=1e-7, gamma=0.0)
+        (grad,) = torch.autograd.grad(found.log_likelihood.sum(), log_var)
+        grads.append(grad.double())
+    # What float32's e^log_var and weight leave of A, whose factorisation is redone in float64.
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=0)

@@ -204,9 +204,11 @@ def variance_gradients(
     dh = dc = dh2 = None
     if needs[0]:
         dh = g_ld.unsqueeze(-1) * _q_over_h(first.q, h, G, first.K, c)
-        dh += (g_ex * c).unsqueeze(-1) * _w_over_s(first.w, h, G, p, first.y, c).square()
+        # The cotangent first: where h is small, the square alone may exceed the dtype.
+        ratio = _w_over_s(first.w, h, G, p, first.y, c)
+        dh += (g_ex * c).unsqueeze(-1) * ratio * ratio
     if needs[1]:
-        dc = -g_ld * first.q.sum(-1) / c - g_ex * first.w.square().sum(-1)
+        dc = -g_ld * first.q.sum(-1) / c - (g_ex.unsqueeze(-1) * first.w * first.w).sum(-1)
         if second is not None and g_second is not None:
             dc = dc - g_second * second.q.sum(-1) / c
     if needs[2] and second is not None and h2 is not None and g_second is not None:
