@@ -151,8 +151,10 @@ def _block_c(channels_in: int) -> int:
     return min(32, max(16, triton.next_power_of_2(channels_in)))
 
 
-def _num_warps(block_c: int, dtype: torch.dtype) -> int:
-    return 4 if block_c == 16 and dtype == torch.float32 else 8
+def _tangent_options(block_c: int, dtype: torch.dtype) -> dict:
+    num_warps = 4 if block_c == 16 and dtype == torch.float32 else 8
+    # Here four warps spill without a bound as well, on sm_80.
+    return launch_options(num_warps) | {"maxnreg": 255}
 
 
 def gram_tail_bwd(
@@ -230,7 +232,7 @@ def gram_tail_bwd(
             BLOCK_C=block_c,
             CURVED=curved,
             PRECISION=input_precision,
-            **launch_options(_num_warps(block_c, T.dtype)),
+            **_tangent_options(block_c, T.dtype),
         )
     taps = dW.sum(0).view(channels_in, 4, 4, 4)[..., :channels_out]
     return dT, taps.permute(0, 3, 1, 2).contiguous(), dr, da, d_slope
@@ -260,7 +262,7 @@ def configurations() -> Iterator[Configuration]:
                 "CURVED": kind not in ("none", *PIECEWISE_LINEAR),
             }
             label = f"Ci={block_c} {pointer(dtype)[1:]}{exact} {name}"
-            launch = launch_options(_num_warps(block_c, dtype))
+            launch = _tangent_options(block_c, dtype)
             yield from even_and_odd(
                 Configuration(*(_gram_tail_bwd_tangent_kernel, label, types, options), **launch)
             )
