@@ -164,7 +164,7 @@ class Linearizer:
                 "batch of the same size"
             )
         # Late: the tracer brings in sympy, which `import fastsfvae` must not.
-        from fastsfvae.jacobian.plan import build_plan
+        from fastsfvae.jacobian.build import build_plan
         from fastsfvae.jacobian.trace import trace
 
         def rebuild(tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
