@@ -2,12 +2,13 @@
 
 problems.py         the workloads, and how wrong a result may be before it gets no time
 peers.py            everything that the library can be replaced by, with one signature each
-cases_kernels.py, cases_steps.py    what is timed: operations with given tensors; whole steps
+cases_*.py          what is timed: operations with given tensors; single layers; whole steps
 measure.py, timing.py, memory.py    how one case is checked, timed, and its memory taken
 suite.py, conftest.py, bench_*.py   `make bench`: pytest-benchmark over those cases
 claims.py           `python -m bench.claims`: each claim of the README by one command
 gpu*.py             `python -m bench.gpu`: all of it on a GPU, unattended
 ledger.py           results/ledger.csv, which only grows
+choices.py          the library's table of faster layers, from the ledger
 report.py           `python -m bench.report`: its tables and plots
 compare.py          `python -m bench.compare A B`: two commits in one run
 model.py            `python -m bench.model`: what to expect of a card, from counts alone

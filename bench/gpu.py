@@ -6,7 +6,8 @@ when it is known; what fails becomes a row that says why. A plain checkout with 
 and pytest is enough.
 
     python -m bench.gpu --out DIR --device cpu --quick     the same code, tiny, interpreted
-    python -m bench.gpu --out DIR --merge                  append DIR's times to the ledger
+    python -m bench.gpu --out DIR --merge                  append DIR's times to the ledger, and
+                                                           have the library choose by them
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 import bench.checkout  # noqa: F401 - before anything that imports fastsfvae
-from bench import ledger
+from bench import choices, ledger
 from bench.ledger import Recorder, read_rows
 from bench.measure import Context, OutOfTime
 
@@ -35,6 +36,7 @@ SECTIONS = {
     "correctness": ("bench.gpu_correctness:section", 0.30),
     "ceilings": ("bench.ceilings:section", 0.15),
     "kernels": ("bench.gpu_sections:kernels", 0.20),
+    "layers": ("bench.gpu_sections:layers", 0.20),
     "loss_only": ("bench.gpu_sections:loss_only", 0.25),
     "decoder_loss": ("bench.gpu_sections:decoder_loss", 0.40),
     "training_step": ("bench.gpu_sections:training_step", 0.30),
@@ -49,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.merge:
         print(f"{ledger.merge(read_rows(options.out / ROWS))} rows appended to {ledger.LEDGER}")
+        print(f"{choices.update()} devices with measured layers in {choices.MEASURED}")
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print(

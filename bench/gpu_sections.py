@@ -6,7 +6,7 @@ import csv
 import tempfile
 from pathlib import Path
 
-from bench import cases_kernels, cases_steps
+from bench import cases_kernels, cases_layers, cases_steps
 from bench.measure import Context, why
 from bench.peers import SAMPLING
 from bench.problems import products
@@ -24,6 +24,13 @@ def kernels(context: Context) -> None:
     for case in cases_kernels.woodbury(context.device, given):
         context.run(case)
     for case in cases_kernels.tangent_activation(context.device, layers):
+        context.run(case)
+
+
+def layers(context: Context) -> None:
+    """Each layer of the paper's decoder on the fused kernel and on the library, in every dtype."""
+    names = cases_layers.TINY if context.quick else cases_layers.LAYERS
+    for case in cases_layers.layers(context.device, list(names)):
         context.run(case)
 
 

@@ -32,6 +32,8 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Jacobian = Callable[[Tensor], tuple[Tensor, Tensor]]
 SETTINGS = {"noise_var": NOISE_VAR, "gamma": GAMMA}
 OURS, TRITON = "fastsfvae[torch]", "fastsfvae[triton]"
+# With every layer that has a fused kernel on it, and with none.
+FUSED, UNFUSED = "fastsfvae[triton, fused]", "fastsfvae[triton, library]"
 
 
 def _ours_log_prob(backend: str) -> LogProb:
@@ -146,12 +148,24 @@ def _ours(backend: str, decoder: nn.Module) -> Loss:
     return sf.SamplingFreeLoss(decoder, reduction="sum", backend=backend, **SETTINGS)
 
 
+def _with_layers(setting: str, decoder: nn.Module) -> Loss:
+    loss = _ours("triton", decoder)
+
+    def forced(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+        with sf.fused_layers(setting):
+            return loss(x, mean, log_var)
+
+    return forced
+
+
 def _compiled(jacobian: Callable[[nn.Module], Jacobian], decoder: nn.Module) -> Loss:
     return torch.compile(with_torch_distributions(jacobian, decoder), dynamic=False)
 
 
 DECODER_LOSSES: dict[str, Callable[[nn.Module], Loss]] = {
     TRITON: partial(_ours, "triton"),
+    FUSED: partial(_with_layers, "always"),
+    UNFUSED: partial(_with_layers, "never"),
     OURS: partial(_ours, "torch"),
     "vmap(jacfwd)": partial(with_torch_distributions, vmap_jacfwd),
     "vmap(jvp)": partial(with_torch_distributions, vmap_jvp),

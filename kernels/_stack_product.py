@@ -100,12 +100,6 @@ def _bucket(size: int) -> int:
     return min(max(16, triton.next_power_of_2(size)), 64)
 
 
-def _most_registers(kind: str, precision: str) -> int | None:
-    # Without a bound of its own the assembler spills a few bytes of some curved kinds for the sake
-    # of more programs an SM; with one, it spills some of what three products hold.
-    return 255 if _is_curved(kind) and precision != "tf32x3" else None
-
-
 def _is_curved(kind: str) -> bool:
     return kind != "none" and kind not in PIECEWISE_LINEAR
 
@@ -121,15 +115,18 @@ def _product_tile_of(
         block_k = max(16, block_k // 2)
     # A curved kind has more to hold, three TF32 products split both operands, and a block that
     # crosses taps has an address a lane.
-    crowded = curved or across_taps or (is_full and precision == "tf32x3")
-    registers = _most_registers(kind, precision)
+    three = is_full and precision == "tf32x3"
+    crowded = curved or across_taps or three
+    # Without a bound of its own the assembler spills a few bytes of some curved kinds for the sake
+    # of more programs an SM; with one, it spills some of what three products hold.
+    registers = 255 if curved and not three else None
     if exact and curved and not pull:
         # Between 192, which spills on sm_90, and 224, which spills on sm_120.
         registers = 208
     return _Tile(
         block_m=64,
         # The sum over tangents is a second accumulator.
-        block_n=min(_bucket(columns), 32 if pull and curved and is_full else 64),
+        block_n=min(_bucket(columns), 32 if curved and (three or pull and is_full) else 64),
         block_k=block_k,
         num_warps=8 if crowded and not exact else 4,
         num_stages=2 if exact else 3,
@@ -140,11 +137,19 @@ def _product_tile_of(
 def _weight_tile_of(
     outer: int, columns: int, dtype: torch.dtype, precision: str, kind: str
 ) -> _Tile:
-    exact = dtype == torch.float32 and precision == "ieee"
-    # One TF32 product holds little; what splits its operands or converts them holds more.
-    warps = 4 if dtype == torch.float32 and precision == "tf32" else 8
-    blocks = _bucket(outer), _bucket(columns), 16 if exact else 32
-    return _Tile(*blocks, warps, 2 if exact else 3, _most_registers(kind, precision))
+    exact, one, three = (
+        dtype == torch.float32 and precision == of for of in ("ieee", "tf32", "tf32x3")
+    )
+    return _Tile(
+        block_m=_bucket(outer),
+        block_n=_bucket(columns),
+        block_k=16 if exact or three else 32,
+        # One TF32 product holds little; what splits its operands or converts them holds more.
+        num_warps=4 if one else 8,
+        num_stages=2 if exact else 3,
+        # As in a product, but here three TF32 products spill without a bound too.
+        maxnreg=255 if three or _is_curved(kind) else None,
+    )
 
 
 def _product_constexprs(
@@ -302,29 +307,33 @@ def _weight_constexprs(
     }
 
 
+_PRODUCTS = (
+    *((torch.float32, precision) for precision in ("tf32", "tf32x3", "ieee")),
+    (torch.bfloat16, "tf32"),
+)
 # (dtype, precision, kind, channels, columns): what any operation compiles most of,
 TYPICAL = tuple(
-    (dtype, "tf32", kind, 64, 64)
-    for dtype in (torch.float32, torch.bfloat16)
+    (*product, kind, 64, 64)
+    for product in _PRODUCTS
     for kind in ("relu", "tanh")
+    if product[1] != "ieee"
 )
 # every kind, every dtype and product with each sort of activation and with odd channels, and narrow
 # tiles. float16 differs from bfloat16 in the instructions' names alone.
-_PRODUCTS = ((torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "tf32"))
 EVERY = (
     *(
         (*product, kind, 64, 64)
         for product in _PRODUCTS
-        for kind in PARAMETERS
-        if kind not in ("relu", "tanh")
+        for kind in ("none", *PARAMETERS)
+        if (*product, kind, 64, 64) not in TYPICAL
     ),
-    *itertools.product(
-        (torch.float32,), ("ieee", "tf32x3"), ("none", "relu", "tanh"), (64,), (64,)
-    ),
-    *itertools.product((torch.float32, torch.bfloat16), ("tf32",), ("none",), (64,), (64,)),
     *itertools.product((torch.float16,), ("tf32",), ("none", "relu", "tanh"), (64,), (64,)),
-    *itertools.product((torch.float32, torch.bfloat16), ("tf32",), ("relu",), (3,), (16, 32, 64)),
-    *itertools.product((torch.float32, torch.bfloat16), ("tf32",), ("relu",), (48,), (64,)),
+    *(
+        (*product, "relu", *sizes)
+        for product in _PRODUCTS
+        if product[1] != "ieee"
+        for sizes in ((3, 16), (3, 32), (3, 64), (48, 64))
+    ),
     *TYPICAL,
 )
 

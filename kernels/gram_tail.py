@@ -296,7 +296,10 @@ def prepare(T, weight, r, a, kind, params, slope):
 
 
 # float16 differs from bfloat16 in the instruction's name alone.
-PRODUCTS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+PRODUCTS = (
+    (torch.bfloat16, "ieee"),
+    *((torch.float32, precision) for precision in ("tf32", "tf32x3", "ieee")),
+)
 
 
 def activation_variants() -> Iterator[tuple[str, dict]]:

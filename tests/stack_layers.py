@@ -1,5 +1,6 @@
 """What the tests of fused layers share: an oracle by autograd, and the comparison with it."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,20 @@ def oracle(phi, layer, stack, weight, bias, grad):
     shape = (-1, *[1] * (stack.ndim - 3)) if stack.ndim == 5 else (-1,)
     out = torch.cat([out[:1] + leaves[2].view(shape), out[1:]])
     return Results(out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+@contextlib.contextmanager
+def library_products(product):
+    """Have the library multiply float32 numbers as `product` does; no effect on the CPU."""
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [s.fp32_precision for s in settings]
+    for s in settings:
+        s.fp32_precision = "tf32" if product == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.fp32_precision = value
 
 
 def assert_layer(got, phi, layer, stack, weight, bias, grad):

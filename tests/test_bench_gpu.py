@@ -1,6 +1,7 @@
 """The GPU runbook's code, run small on the CPU: its rows, its checks, and how it survives."""
 
 import contextlib
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -9,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import ceilings, gpu, gpu_correctness, gpu_sections, ledger
+from bench import cases_layers, ceilings, choices, gpu, gpu_correctness, gpu_sections, ledger
 from bench.ledger import Recorder, read_rows
 from bench.measure import Case, Context, OutOfTime, Prepared
 from bench.problems import TOLERANCE, relative_error
 from bench.timing import Timing, time_graph
+from fastsfvae.ops import _gpu
+from fastsfvae.ops.dispatch import decide
 
 
 @pytest.fixture
@@ -238,9 +241,71 @@ def test_merge_appends_each_time_once(tmp_path, monkeypatch, context):
     book = tmp_path / "ledger.csv"
     book.write_text(",".join(ledger.COLUMNS) + "\n")
     monkeypatch.setattr(ledger, "LEDGER", book)
+    monkeypatch.setattr(choices, "MEASURED", tmp_path / "measured.json")
     context.run(case(lambda: (torch.ones(3),)))
     context.run(case(lambda: 1 / 0))
     for _ in range(2):
         assert gpu.main(["--out", str(tmp_path), "--merge"]) == 0
     (row,) = read_rows(book)
     assert row["op"] == "op" and row["commit"] == "abc1234" and float(row["p50_ms"]) >= 0
+
+
+def layer_rows(device, milliseconds):
+    """Rows of every layer's cases; the backward takes twice as long as the forward."""
+    cases = (
+        (n, d, i)
+        for n in cases_layers.LAYERS
+        for d in cases_layers.DTYPES
+        for i in [*cases_layers.implementations(d)]
+    )
+    for name, dtype, implementation in cases:
+        for mode, factor in (("forward, graph", 1), ("backward, graph", 2)):
+            yield {
+                "op": cases_layers.OPERATION,
+                "implementation": implementation,
+                "shape": cases_layers.label(name),
+                "dtype": dtype,
+                "mode": mode,
+                "device": device,
+                "p50_ms": str(factor * milliseconds(name, dtype, implementation)),
+            }
+
+
+def test_the_ledger_tells_which_layers_to_fuse(monkeypatch):
+    def milliseconds(name, dtype, implementation):
+        if implementation == cases_layers.LIBRARY:
+            return 2.0
+        exact = {"fused, ieee": 1.9, "fused, tf32x3": 1.5}.get(implementation, 1.0)
+        return exact if name != "deconv3" else 3.0
+
+    old = [
+        row | {"p50_ms": "0.1"}
+        for row in layer_rows("a card", milliseconds)
+        if row["implementation"] == cases_layers.LIBRARY
+    ]
+    table = choices.choose([*old, *layer_rows("a card", milliseconds)])
+    assert table.keys() == {"a card"} and table["a card"]["float32"] == "tf32x3"
+    for name, size in cases_layers.LAYERS.items():
+        for product in ("tf32", "tf32x3", "half"):
+            how = "library" if name == "deconv3" else "fused"
+            assert table["a card"]["layers"][size.key(product)] == how
+    assert len(table["a card"]["layers"]) == 12
+    # What the table says, the library does.
+    monkeypatch.setitem(_gpu.MEASURED, "a card", table["a card"])
+    card = _gpu.Gpu("a card", 90, 1e11, 1e12)
+    shapes = (64, 4, 4), (64, 64, 4, 4), (64, 8, 8)
+    choice = decide("conv_transpose2d", *shapes, device=card, dtype=torch.bfloat16)
+    assert choice[:2] == ("fused", "measured on a card")
+
+
+def test_half_measured_layers_are_not_chosen():
+    rows = list(layer_rows("a card", lambda *_: 1.0))
+    assert choices.choose(row for row in rows if "forward" in row["mode"]) == {}
+    assert choices.choose(row | {"p50_ms": ""} for row in rows) == {}
+    plain = choices.choose(row for row in rows if "tf32x3" not in row["implementation"])
+    assert "float32" not in plain["a card"]
+    assert not any(key.endswith(("ieee", "x3")) for key in plain["a card"]["layers"])
+
+
+def test_the_shipped_table_is_what_the_ledger_says():
+    assert json.loads(choices.MEASURED.read_text()) == choices.choose(read_rows(ledger.LEDGER))

@@ -8,7 +8,14 @@ from fastsfvae.ops.convolution import Geometry
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
 from ._triton import poisoned_empty, requires_triton
-from .stack_layers import ACTIVATIONS, Results, assert_layer, draw, supports
+from .stack_layers import (
+    ACTIVATIONS,
+    Results,
+    assert_layer,
+    draw,
+    library_products,
+    supports,
+)
 
 # pytest finds the fixture by its name in this module.
 _ = poisoned_empty
@@ -37,8 +44,8 @@ def problem(m, B, C_in, C_out, H, W, kernel, g, dtype=torch.float32):
     return layer, (stack, weight, bias, grad)
 
 
-def run(g, kind, stack, weight, bias, grad):
-    layer = Layer(g, kind, ACTIVATIONS[kind][1])
+def run(g, kind, stack, weight, bias, grad, product="ieee"):
+    layer = Layer(g, kind, ACTIVATIONS[kind][1], product)
     out = stack_layer(layer, stack, weight, bias)
     assert out[0].is_contiguous(memory_format=torch.channels_last)
     return Results(out, *stack_layer_backward(layer, grad, stack, weight))
@@ -54,6 +61,14 @@ class TestKernel:
         layer, inputs = problem(*SHAPES[0], kernel, g)
         assert supports(g, *inputs[:2])
         assert_layer(run(g, kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
+
+    @pytest.mark.parametrize("product", ["ieee", "tf32x3", "tf32"])
+    def test_float32_products(self, product):
+        g = geometry(2, 1)
+        layer, inputs = problem(3, 2, 20, 12, 6, 8, 4, g)
+        with library_products(product):
+            got = run(g, "tanh", *inputs, product)
+            assert_layer(got, torch.tanh, layer, *inputs)
 
     @pytest.mark.parametrize("kernel, stride", [(3, 1), (4, 2)])
     @pytest.mark.parametrize("shape", SHAPES[1:])

@@ -4,12 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsfvae.ops import _precision
 from fastsfvae.ops.convolution import Geometry
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
 from ._triton import poisoned_empty, requires_triton
-from .stack_layers import ACTIVATIONS, Results, assert_layer, draw, supports
+from .stack_layers import (
+    ACTIVATIONS,
+    Results,
+    assert_layer,
+    draw,
+    library_products,
+    supports,
+)
 
 # pytest finds the fixture by its name in this module.
 _ = poisoned_empty
@@ -44,8 +50,8 @@ def problem(m, B, C_in, C_out, H, W, g, kernel=4, dtype=torch.float32):
     return layer, (stack, weight, bias, grad)
 
 
-def run(g, kind, stack, weight, bias, grad):
-    layer = Layer(g, kind, ACTIVATIONS[kind][1])
+def run(g, kind, stack, weight, bias, grad, product="ieee"):
+    layer = Layer(g, kind, ACTIVATIONS[kind][1], product)
     out = stack_layer(layer, stack, weight, bias)
     assert out[0].is_contiguous(memory_format=torch.channels_last)
     return Results(out, *stack_layer_backward(layer, grad, stack, weight))
@@ -81,6 +87,14 @@ class TestKernel:
         layer, inputs = problem(2, 2, 3, 2, 2, 3, g, kernel)
         assert supports(g, *inputs[:2])
         assert_layer(run(g, "sigmoid", *inputs), torch.sigmoid, layer, *inputs)
+
+    @pytest.mark.parametrize("product", ["ieee", "tf32x3", "tf32"])
+    def test_float32_products(self, product):
+        g = geometry()
+        layer, inputs = problem(3, 2, 20, 12, 4, 5, g)
+        with library_products(product):
+            got = run(g, "tanh", *inputs, product)
+            assert_layer(got, torch.tanh, layer, *inputs)
 
     def test_any_layout_gives_the_same_bits_twice(self):
         g = geometry()
@@ -160,17 +174,3 @@ def test_supports_names_what_the_kernels_take():
         {"shape": (3, 2, 2**11, 2**10, 2**9), "weight": (2**11, 6, 4, 4)},
     ]
     assert not any(asked(**options) for options in refused)
-
-
-def test_float32_products_follow_cudnn_and_cublas():
-    for settings, read in (
-        (torch.backends.cudnn.conv, _precision.of_convolutions),
-        (torch.backends.cuda.matmul, _precision.of_products),
-    ):
-        before = settings.fp32_precision
-        try:
-            for precision in ("ieee", "tf32"):
-                settings.fp32_precision = precision
-                assert read() == precision
-        finally:
-            settings.fp32_precision = before

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
 from ._triton import poisoned_empty, requires_triton
-from .stack_layers import ACTIVATIONS, Results, assert_layer, draw, supports
+from .stack_layers import (
+    ACTIVATIONS,
+    Results,
+    assert_layer,
+    draw,
+    library_products,
+    supports,
+)
 
 # pytest finds the fixture by its name in this module.
 _ = poisoned_empty
@@ -22,8 +29,8 @@ def problem(lead, C_in, C_out, dtype=torch.float32):
     return stack, weight, bias, grad
 
 
-def run(kind, stack, weight, bias, grad):
-    layer = Layer(None, kind, ACTIVATIONS[kind][1])
+def run(kind, stack, weight, bias, grad, product="ieee"):
+    layer = Layer(None, kind, ACTIVATIONS[kind][1], product)
     out = stack_layer(layer, stack, weight, bias)
     return Results(out, *stack_layer_backward(layer, grad, stack, weight))
 
@@ -42,6 +49,13 @@ class TestKernel:
     def test_bfloat16(self, kind, poisoned_empty):
         inputs = problem((3, 4), 20, 9, torch.bfloat16)
         assert_layer(run(kind, *inputs), ACTIVATIONS[kind][0], F.linear, *inputs)
+
+    @pytest.mark.parametrize("product", ["ieee", "tf32x3", "tf32"])
+    def test_float32_products(self, product):
+        inputs = problem((3, 20), 40, 24)
+        with library_products(product):
+            got = run("tanh", *inputs, product)
+            assert_layer(got, torch.tanh, F.linear, *inputs)
 
     def test_any_layout_gives_the_same_bits_twice(self):
         stack, weight, bias, grad = problem((33, 3), 20, 5)

@@ -95,11 +95,13 @@ def _place(
     choice = decide(name, *sizes, **options)
     if choice.how == "library":
         return Placed(choice)
-    kind = None if activation is None else _kernel(activation)
-    if activation is not None:
+    layer = Layer(geometry, product=choice.product)
+    taken = None if activation is None else _kernel(activation)
+    if activation is not None and taken is not None:
+        layer = layer._replace(kind=taken[0], params=taken[1])
         activation.replace_all_uses_with(activation.args[0])
         graph.erase_node(activation)
-    return Placed(choice, Layer(geometry, *(kind or ())), activation, most)
+    return Placed(choice, layer, activation, most)
 
 
 def _activation_in_front(layer: fx.Node, apart: set[fx.Node]) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.ops._gpu import MEASURED, Gpu
+
 
 def autocast(stack: Tensor) -> Tensor:
     """The stack in the dtype that the library's product would take it in."""
@@ -16,21 +18,37 @@ def autocast(stack: Tensor) -> Tensor:
     return stack.to(torch.get_autocast_dtype(device))
 
 
-def of_convolutions() -> str:
-    """The kernels' float32 products, as cuDNN's convolutions have them set."""
-    return _input_precision("cudnn", "conv")
+def allows_tf32(operation: str) -> bool:
+    """Whether float32 products of a layer may be TF32: cuBLAS's setting, or cuDNN's.
 
-
-def of_products() -> str:
-    """The kernels' float32 products, as cuBLAS has them set."""
-    return _input_precision("cuda", "matmul")
-
-
-def _input_precision(backend: str, operation: str) -> str:
+    Args:
+        operation: "linear", or a convolution's ATen name.
+    """
     # The submodules are made at run time, where a type checker does not see them.
     backends: Any = torch.backends
-    setting = getattr(getattr(backends, backend), operation).fp32_precision
-    return "tf32" if setting == "tf32" else "ieee"
+    setting = backends.cuda.matmul if operation == "linear" else backends.cudnn.conv
+    return setting.fp32_precision == "tf32"
+
+
+def product_of(operation: str, gpu: Gpu | None) -> str:
+    """How a layer's kernel multiplies float32 numbers: "tf32", "tf32x3" or "ieee".
+
+    Where TF32 is not allowed, a product is as exact as float32's in either of two ways: plain ones,
+    or three TF32 products on the tensor cores, which lose at most the last bit or two. Which one a
+    device takes was measured there, or follows from its peaks: data centre cards (sm_80, sm_90)
+    have tensor cores enough for three, RTX cards have not.
+
+    Args:
+        operation: as in `allows_tf32`.
+        gpu: where it runs; None in the interpreter.
+    """
+    if allows_tf32(operation):
+        return "tf32"
+    if gpu is None:
+        return "ieee"
+    if "float32" in MEASURED.get(gpu.name, {}):
+        return MEASURED[gpu.name]["float32"]
+    return max("ieee", "tf32x3", key=gpu.rate)
 
 
 def bias_gradient(grad: Tensor, axis: int) -> Tensor:

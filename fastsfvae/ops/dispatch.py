@@ -15,7 +15,6 @@ Nothing was measured on a GPU yet.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -24,55 +23,26 @@ from typing import NamedTuple
 
 import torch
 
-from fastsfvae.ops import _precision
+from fastsfvae.ops._gpu import MEASURED, Gpu, gpu_of
+from fastsfvae.ops._precision import allows_tf32, product_of
 
 ENVIRONMENT = "FASTSFVAE_FUSED"
 SETTINGS = ("auto", "always", "never")
 _forced: ContextVar[str | None] = ContextVar("fused_layers", default=None)
 
-# Device name -> (operation, one sample's input, weight, dtype) -> "fused" or "library", as measured
-# there.
-MEASURED: dict[str, dict[tuple, str]] = {}
-
-# FLOPs a clock of one multiprocessor: dense bfloat16 products on the tensor cores with float32
-# sums (TF32 has half), and plain float32, by compute capability; from the vendor's data sheets.
-_TENSOR_RATE = {80: 2048, 86: 512, 89: 512, 90: 4096, 100: 8192, 120: 512}
-_PLAIN_RATE = {80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
-
 
 class Choice(NamedTuple):
-    """An implementation, "fused" or "library", and why."""
+    """An implementation.
+
+    Attributes:
+        how: "fused" or "library".
+        why: in a few words.
+        product: of float32 numbers in the fused kernel; see `fastsfvae.ops._precision.product_of`.
+    """
 
     how: str
     why: str
-
-
-class Device(NamedTuple):
-    """What the model knows of a device.
-
-    Attributes:
-        name: as the driver gives it.
-        capability: 86 for 8.6.
-        clocks: of all multiprocessors together, a second.
-        bandwidth: of its memory, bytes a second.
-    """
-
-    name: str
-    capability: int
-    clocks: float
-    bandwidth: float
-
-
-@functools.cache
-def _cuda_device(index: int) -> Device:
-    found = torch.cuda.get_device_properties(index)
-    # The driver gives kHz, and bits that are moved twice a clock.
-    return Device(
-        name=found.name,
-        capability=10 * found.major + found.minor,
-        clocks=found.multi_processor_count * found.clock_rate * 1e3,
-        bandwidth=2 * found.memory_clock_rate * 1e3 * found.memory_bus_width / 8,
-    )
+    product: str = "ieee"
 
 
 @contextlib.contextmanager
@@ -100,13 +70,13 @@ def fused_layers(setting: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def state() -> tuple[str, str, str]:
+def state() -> tuple[str, bool, bool]:
     """All that a choice depends on besides `decide`'s arguments.
 
     Raises:
         ValueError: an unknown $FASTSFVAE_FUSED.
     """
-    return _setting()[0], _precision.of_convolutions(), _precision.of_products()
+    return _setting()[0], allows_tf32("conv2d"), allows_tf32("linear")
 
 
 def decide(
@@ -115,7 +85,7 @@ def decide(
     weight_shape: Sequence[int],
     out_shape: Sequence[int],
     *,
-    device: torch.device | Device,
+    device: torch.device | Gpu,
     dtype: torch.dtype,
     activated: bool = True,
 ) -> Choice:
@@ -134,19 +104,40 @@ def decide(
         ValueError: an unknown $FASTSFVAE_FUSED.
     """
     setting, source = _setting()
-    cuda = device if isinstance(device, Device) else _properties(device)
-    if cuda is not None and cuda.capability < 80:
+    gpu = device if isinstance(device, Gpu) else gpu_of(device)
+    if gpu is not None and gpu.capability < 80:
         return Choice("library", "no tensor cores in Triton's code for this device")
+    is_full = dtype == torch.float32
+    product = product_of(operation, gpu) if is_full else "ieee"
     if setting != "auto":
-        return Choice("fused" if setting == "always" else "library", source)
-    if cuda is None:
+        return Choice("fused" if setting == "always" else "library", source, product)
+    if gpu is None:
         return Choice("library", "the interpreter is slow")
     if not activated:
         return Choice("library", "no activation to take in")
-    key = (operation, tuple(x_shape), tuple(weight_shape), dtype)
-    if key in MEASURED.get(cuda.name, {}):
-        return Choice(MEASURED[cuda.name][key], f"measured on {cuda.name}")
-    return _modelled(operation, x_shape, weight_shape, out_shape, cuda, dtype)
+    used = product if is_full else "half"
+    measured = MEASURED.get(gpu.name, {}).get("layers", {})
+    key = layer_key(operation, x_shape, weight_shape, used)
+    if key in measured:
+        return Choice(measured[key], f"measured on {gpu.name}", product)
+    x, out = math.prod(x_shape), math.prod(out_shape)
+    # The weight's first axis counts inputs where it is transposed, and outputs elsewhere.
+    per_first = x if operation.startswith("conv_transpose") else out
+    flops = 2 * per_first * math.prod(weight_shape[1:])
+    # The weight is read once for all values and tangents of a batch.
+    intensity = flops / ((x + out) * dtype.itemsize)
+    ridge = gpu.rate(used) / gpu.bandwidth
+    how, relation = ("fused", "below") if intensity < ridge else ("library", "above")
+    why = f"model: {intensity:.0f} FLOP/byte, {relation} {ridge:.0f} of {used}; not measured"
+    return Choice(how, why, product)
+
+
+def layer_key(
+    operation: str, x_shape: Sequence[int], weight_shape: Sequence[int], product: str
+) -> str:
+    """The name of a layer among what was measured; `product` "half" for half precision."""
+    sizes = ("x".join(map(str, shape)) for shape in (x_shape, weight_shape))
+    return " ".join((operation, *sizes, product))
 
 
 def _setting() -> tuple[str, str]:
@@ -161,38 +152,3 @@ def _checked(setting: str, source: str) -> tuple[str, str]:
     if setting not in SETTINGS:
         raise ValueError(f"{source} is not one of {', '.join(SETTINGS)}")
     return setting, source
-
-
-def _properties(device: torch.device) -> Device | None:
-    if device.type != "cuda":
-        return None
-    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _modelled(
-    operation: str,
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    out_shape: Sequence[int],
-    device: Device,
-    dtype: torch.dtype,
-) -> Choice:
-    x, out = math.prod(x_shape), math.prod(out_shape)
-    # The weight's first axis counts inputs where it is transposed, and outputs elsewhere.
-    per_first = x if operation.startswith("conv_transpose") else out
-    flops = 2 * per_first * math.prod(weight_shape[1:])
-    # The weight is read once for all values and tangents of a batch.
-    intensity = flops / ((x + out) * dtype.itemsize)
-    ridge = _rate(operation, device, dtype) * device.clocks / device.bandwidth
-    how, relation = ("fused", "below") if intensity < ridge else ("library", "above")
-    return Choice(how, f"model: {intensity:.0f} FLOP/byte, {relation} {ridge:.0f}; not measured")
-
-
-def _rate(operation: str, device: Device, dtype: torch.dtype) -> int:
-    """FLOPs a clock of one multiprocessor; an unknown device counts as the newest known."""
-    known = max(c for c in _TENSOR_RATE if c <= device.capability)
-    if dtype != torch.float32:
-        return _TENSOR_RATE[known]
-    is_linear = operation == "linear"
-    tf32 = (_precision.of_products if is_linear else _precision.of_convolutions)() == "tf32"
-    return max(_PLAIN_RATE[known], _TENSOR_RATE[known] // 2 if tf32 else 0)

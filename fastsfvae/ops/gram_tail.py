@@ -22,7 +22,7 @@ from fastsfvae.kernels._contract import (
     GRAM_TAIL_MAX_M,
     PARAMETERS,
 )
-from fastsfvae.ops import _library, _precision, tangent_layer
+from fastsfvae.ops import _library, tangent_layer
 from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 from fastsfvae.ranges import ranged
@@ -184,5 +184,5 @@ def _options(tail: Tail, values: Values) -> dict:
         "kind": kind,
         "params": tail.layer.params,
         "slope": values.slope,
-        "input_precision": _precision.of_convolutions(),
+        "input_precision": tail.layer.product,
     }

@@ -29,11 +29,13 @@ class Layer(NamedTuple):
         geometry: of a convolution or its transpose; None of a linear layer.
         kind: "none", or as in `fastsfvae.ops.tangent_activation.tangent_activation`.
         params: likewise.
+        product: of float32 numbers: "ieee", "tf32x3" or "tf32".
     """
 
     geometry: Geometry | None = None
     kind: str = "none"
     params: tuple[float, ...] = ()
+    product: str = "ieee"
 
 
 def largest_batch(
@@ -46,7 +48,7 @@ def largest_batch(
     """How many samples one call takes at most; 0 where only the library can take the layer.
 
     Args:
-        layer: its kind does not matter.
+        layer: its geometry alone matters.
         slots: of the stack, 1 + m.
         x_shape: of one sample, ``[*, C_in]`` for a linear layer and ``[C_in, H, W]`` elsewhere.
         weight_shape: as in `stack_layer`.
@@ -100,7 +102,7 @@ def stack_layer(layer: Layer, stack: Tensor, weight: Tensor, bias: Tensor | None
     """
     _library.require_triton(stack)
     forward, _ = _launchers(layer.geometry)
-    options = _options(layer.geometry)
+    options = _options(layer)
     if layer.geometry is not None and layer.geometry.transposed:
         options["output_padding"] = layer.geometry.output_padding
     stack = _precision.autocast(stack)
@@ -132,7 +134,7 @@ def stack_layer_backward(
     grad_stack, grad_weight = backward(
         *(grad, stack, weight, layer.kind, layer.params),
         needs=needs[:2],
-        **_options(layer.geometry),
+        **_options(layer),
     )
     axis = -1 if layer.geometry is None else 1
     return grad_stack, grad_weight, _precision.bias_gradient(grad, axis) if needs[2] else None
@@ -153,8 +155,9 @@ def _launchers(g: Geometry | None) -> tuple[Callable[..., Any], Callable[..., An
     return tangent_conv.tangent_conv_fwd, tangent_conv.tangent_conv_bwd
 
 
-def _options(g: Geometry | None) -> dict[str, Any]:
+def _options(layer: Layer) -> dict[str, Any]:
+    g, options = layer.geometry, {"input_precision": layer.product}
     if g is None:
-        return {"input_precision": _precision.of_products()}
-    options = {"padding": g.padding[0], "input_precision": _precision.of_convolutions()}
-    return options if g.transposed else {**options, "stride": g.stride[0]}
+        return options
+    placed = {**options, "padding": g.padding[0]}
+    return placed if g.transposed else {**placed, "stride": g.stride[0]}
