@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a third of them, another on each of sm_{' and sm_'.join(map(str, QUICK))}",
+        help=f"a quarter of them, another on each of sm_{' and sm_'.join(map(str, QUICK))}",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=sorted(SHARED_KIB), help="only these, as in 86"
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
     archs = options.arch or (QUICK if options.quick else tuple(SHARED_KIB))
-    rows = audit(archs, options.kernel, one_in=3 if options.quick else 1)
+    rows = audit(archs, options.kernel, one_in=4 if options.quick else 1)
     if not rows:
         parser.error(f"no kernel has {' or '.join(map(repr, options.kernel))} in its name")
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else _table(rows))

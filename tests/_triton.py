@@ -35,7 +35,7 @@ def poisoned_empty(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
-def assert_as_good(got, want, plain, scale):
+def assert_as_good(got, want, plain, scale, eps=None):
     """Error within twice that of plain PyTorch in the same dtype, plus four roundings of `scale`.
 
     Args:
@@ -43,10 +43,11 @@ def assert_as_good(got, want, plain, scale):
         want: the float64 oracle.
         plain: the same formula in plain PyTorch, in the kernel's dtype.
         scale: float64, the largest sum of absolute terms behind any one entry.
+        eps: of the products' operands, where it is larger than the dtype's.
     """
     assert got.shape == want.shape
     want = want.to(got.device)
     error = (got.double() - want).abs().max().item()
     plain_error = (plain.double().to(got.device) - want).abs().max().item()
-    bound = 2 * plain_error + 4 * torch.finfo(got.dtype).eps * float(scale)
+    bound = 2 * plain_error + 4 * (eps or torch.finfo(got.dtype).eps) * float(scale)
     assert error <= bound, f"error {error:.3e} above {bound:.3e} (plain {plain_error:.3e})"
