@@ -118,8 +118,8 @@ def _product_tile_of(
     three = is_full and precision == "tf32x3"
     crowded = curved or across_taps or three
     # Without a bound of its own the assembler spills a few bytes of some curved kinds for the sake
-    # of more programs an SM; with one, it spills some of what three products hold.
-    registers = 255 if curved and not three else None
+    # of more programs an SM.
+    registers = 255 if curved else None
     if exact and curved and not pull:
         # Between 192, which spills on sm_90, and 224, which spills on sm_120.
         registers = 208
