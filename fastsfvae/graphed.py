@@ -74,7 +74,11 @@ def make_graphed_step(
 
 
 class GraphedStep:
-    """A training step that is replayed; made by `make_graphed_step`."""
+    """A training step; `make_graphed_step` makes it.
+
+    Called as ``step(x, *args)``, it trains on one batch and returns ``(loss 0-d, Elbo)``. A batch
+    of the captured size replays the graph, a smaller one runs eagerly, a larger one is refused.
+    """
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
 from fastsfvae.elbo import Elbo, Settings, check_settings, evaluate
 from fastsfvae.fused import remember
-from fastsfvae.jacobian.validate import unwrap
+from fastsfvae.jacobian.validate import check_chunk_size, unwrap
 
 
 class SamplingFreeLoss(nn.Module):
@@ -54,6 +54,7 @@ class SamplingFreeLoss(nn.Module):
         check_settings(noise_var, gamma, kl_weight, likelihood)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("backend", backend, _checks.BACKENDS)
+        check_chunk_size(chunk_size)
         unwrap(decoder)
         remember(decoder)
         # A plain entry of __dict__ is not registered as a submodule.
@@ -98,6 +99,8 @@ class SamplingFreeLoss(nn.Module):
                 "nn.DataParallel copies the loss but not its decoder: "
                 "use DistributedDataParallel around the module that computes the loss"
             )
+        # Before a mean over the batch is taken.
+        _checks.latent(mean, log_var)
         if sample_weight is not None and sample_weight.shape != mean.shape[:1]:
             raise ValueError(
                 f"sample_weight has shape {tuple(sample_weight.shape)}: "

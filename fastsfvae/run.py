@@ -182,7 +182,9 @@ def resume(folder: str | os.PathLike[str], config: TrainConfig | None = None) ->
     run.folder, run.lock = folder, lock
     _restore(run, state)
     if run.step > config.steps:
-        raise ValueError(f"steps={config.steps} but {folder} is already at step {run.step}")
+        raise ValueError(
+            f"steps={config.steps} but {folder} is already at step {run.step}: give more steps"
+        )
     _capture(run)
     if writes:
         rewind_metrics(folder / METRICS, run.step, (*COLUMNS, *run.scheduled))
@@ -226,6 +228,8 @@ def _restore(run: Run, state: dict) -> None:
 
 def _prepare(config: TrainConfig) -> Run:
     device = config.resolve_device()
+    if config.cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a GPU, this run is on the {device}: leave it out")
     if config.batch_size % distributed.size():
         raise ValueError(
             f"batch_size={config.batch_size} is shared by {distributed.size()} processes: give a "

@@ -47,6 +47,7 @@ Z = torch.randn(3, M)
 REFUSED = {
     "not_callable": (lambda: 3, Z, TypeError, "decoder must be an nn.Module"),
     "integer_z": (linear, Z.long(), TypeError, "z must be a floating point tensor, got torch.int"),
+    "latents": (linear, Z[:, :3], RuntimeError, r"fails on z of shape \(3, 3\).*takes m = 3"),
     "flat_z": (linear, Z[0], ValueError, r"\[B, m\].*got shape \(4,\)"),
     "empty_batch": (linear, Z[:0], ValueError, r"B, m >= 1, got shape \(0, 4\)"),
     "dtype": (linear, Z.double(), ValueError, "z is torch.float64 but the decoder's weight"),
@@ -170,7 +171,7 @@ def test_pullback_data(x, error, message):
 
 
 def test_unknown_backend_and_triton_without_gpu(monkeypatch):
-    with pytest.raises(ValueError, match="backend must be one of auto, torch.*got 'cuda'"):
+    with pytest.raises(ValueError, match="backend='cuda' is not one of 'auto', 'torch'"):
         decode_with_jacobian(linear(), Z, backend="cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="triton"):

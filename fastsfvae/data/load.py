@@ -111,7 +111,7 @@ def load_images(
 
 def _place(name: str, folder: str) -> Path:
     if not folder:
-        raise ValueError(f"data={name!r} lies where you put it: give its place by --data-dir")
+        raise ValueError(f"data={name!r} is read from disk: say where it lies with --data-dir")
     return Path(folder).expanduser()
 
 

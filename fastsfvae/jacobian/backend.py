@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "torch", "triton", "reference")
+from fastsfvae import _checks
 
 
 def resolve_backend(backend: str, tensor: Tensor) -> str:
@@ -25,8 +25,7 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
         ValueError: an unknown backend, or "triton" with float64.
         RuntimeError: "triton" on the CPU without the interpreter.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _checks.choice("backend", backend, _checks.BACKENDS)
     if backend == "auto":
         fusable = tensor.is_cuda and tensor.dtype != torch.float64
         return "triton" if fusable and _triton_installed() else "torch"

@@ -90,7 +90,8 @@ def trace(
         rebuild: turns a list of such tensors into (args, kwargs).
 
     Raises:
-        RuntimeError: control flow that depends on tensor values.
+        RuntimeError: control flow that depends on tensor values, or a decoder that PyTorch cannot
+            run on these inputs.
     """
     # The caller may be inside torch.func.grad or no_grad: that is for the plan's runs.
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
@@ -151,6 +152,13 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
         raise RuntimeError(
             f"the decoder uses {_first_line(error)}, which cannot be traced: PyTorch does not know "
             "the shape of its result"
+        ) from error
+    except RuntimeError as error:
+        if not _raised_by_torch(error):
+            raise
+        raise RuntimeError(
+            f"the decoder fails on z of shape {tuple(z.shape)}: {_first_line(error)} "
+            f"(check that it takes m = {z.shape[1]} latents and the further inputs)"
         ) from error
     _refuse_untraceable_values(module)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -251,6 +259,15 @@ def _restored(decoder: Callable[..., Any]) -> Iterator[None]:
         for place, attributes in zip(places, before, strict=True):
             place.clear()
             place.update(attributes)
+
+
+def _raised_by_torch(error: BaseException) -> bool:
+    """Whether an operation refused its inputs, and not the decoder or this library."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] == "torch"
 
 
 def _first_line(error: BaseException) -> str:

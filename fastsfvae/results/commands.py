@@ -24,8 +24,8 @@ _GENERATED_BATCH = 250
 class EvaluateArguments:
     """Measure a trained run on its test images; write JSON, a page and pictures."""
 
-    run: str
-    """Folder of the run."""
+    run: Path
+    """Folder of the run, such as runs/sampling-free-mlp-1."""
 
     settings: evaluation.Settings = dataclasses.field(default_factory=evaluation.Settings)
     """How much work is done."""
@@ -47,7 +47,7 @@ class EvaluateArguments:
 class CompareArguments:
     """Measure runs on the same test images: differences from the first, image by image."""
 
-    runs: list[str]
+    runs: list[Path]
     """Folders of two or more runs."""
 
     samples: int = 1_000
@@ -92,7 +92,7 @@ def _evaluate(prog: str, options: list[str]) -> None:
     networks = (arguments.extractor, arguments.inception, arguments.download)
     if sum(map(bool, networks)) > 1:
         raise UsageError("--extractor, --inception and --download name one network: give one")
-    folder = _folder(arguments.out, Path(arguments.run) / "evaluation")
+    folder = _folder(arguments.out, arguments.run / "evaluation")
     extractor = _extractor(arguments)
     trained = evaluation.load_trained(arguments.run, arguments.settings.images)
     print(f"{trained.folder}: {len(trained.x):,} test images", file=sys.stderr)
