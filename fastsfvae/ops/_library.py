@@ -101,7 +101,7 @@ def woodbury(
     solved = woodbury_fwd(G, p, rr, h, c)
     if J is not None and r is not None:
         rescue(J, r, h, c, solved)
-    return tuple(solved)
+    return (*solved,)
 
 
 @woodbury.register_fake
