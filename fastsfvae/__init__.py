@@ -1,12 +1,12 @@
 """Sampling-free Gaussian VAEs, fast.
 
     import fastsfvae as sf
-    loss = sf.SamplingFreeLoss(decoder)
+    loss_fn = sf.SamplingFreeLoss(decoder)
     mean, log_var = encoder(x)
-    loss(x, mean, log_var).backward()
+    loss_fn(x, mean, log_var).backward()
 
-A decoder f is linearised at each latent mean and the posterior's Gaussian pushed through it; the
-log-likelihood then has a closed form (the README has the method in a page).
+A decoder f is linearised at each latent mean and the posterior's Gaussian is pushed through it; the
+log-likelihood then has a closed form. The README has a whole example and the method in a page.
 """
 
 from fastsfvae import evaluate as evaluate

@@ -80,26 +80,27 @@ def sampling_free_elbo(
 
     Args:
         decoder: f, an ``nn.Module`` (or callable) ``z [B, m] -> [B, *out]``.
-        x: data ``[B, *out]``, floating point, in the decoder's range.
+        x: data ``[B, *out]``, floating point, in the units of the decoder's output.
         mean: mu ``[B, m]``.
         log_var: log h ``[B, m]``.
         *args: passed to the decoder after z; tensors whose first axis is B are chunked with it.
         noise_var: c, variance of the observation noise in squared units of x.
-        gamma: weight of the low-rank precision, in [0, 1].
+        gamma: weight of the low-rank precision, in [0, 1]; "expected" has none.
         kl_weight: factor of the KL divergence.
         likelihood: "precision", "mixture", "normalized" or "expected" (`fastsfvae.likelihood`).
-        backend: "auto", "torch", "triton" or "reference".
+        backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
+            the plain formulas, slow.
         chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
         **kwargs: passed to the decoder, chunked like `args`.
 
     Returns:
         `Elbo`, each field ``[B]``, differentiable in every tensor and in the decoder's parameters.
 
-    A sample whose Gram float32 cannot resolve against c is computed again in float64 where its
-    Jacobian is at hand in float32: on the CPU, and in the Triton kernels up to m = 64. On CUDA with
-    `backend="torch"` or m > 64, with half-precision tangents, and behind a last layer that is fused
-    with the Gram (`fused_layers("never")` forbids that), the pivot rule bounds its terms instead.
-    `fastsfvae.evaluate.conditioning` counts such samples.
+    Some samples have a Gram matrix J^T J that float32 cannot resolve against c;
+    `fastsfvae.evaluate.conditioning` counts them. On the CPU, and in the Triton kernels up to
+    m = 64, they are computed again in float64. On CUDA with `backend="torch"` or m > 64, with
+    half-precision tangents, and behind a last layer that is fused with the Gram
+    (`fused_layers("never")` forbids that), a lower bound of the pivots bounds their terms instead.
 
     Raises:
         TypeError: for tensors that are not floating point.

@@ -15,9 +15,11 @@ from fastsfvae.jacobian.validate import check_chunk_size, unwrap
 class SamplingFreeLoss(nn.Module):
     """Negative sampling-free objective of a decoder (paper, eq. 20 with the precision of eq. 21).
 
-        loss = sf.SamplingFreeLoss(decoder)
+        loss_fn = sf.SamplingFreeLoss(decoder)
         mean, log_var = encoder(x)
-        loss(x, mean, log_var).backward()
+        loss_fn(x, mean, log_var).backward()
+
+    Its negative is no bound of log p(x): judge models by `fastsfvae.evaluate`.
 
     The decoder is referred to, not registered: `parameters()` and `state_dict()` hold only what is
     the loss's own, a learned `noise_var`. The attributes `noise_var`, `gamma`, `kl_weight` may be
@@ -26,12 +28,16 @@ class SamplingFreeLoss(nn.Module):
     Args:
         decoder: f, an ``nn.Module`` ``z [B, m] -> [B, *out]``; not wrapped in DDP or FSDP (wrap the
             module that computes the loss).
-        noise_var: c, a number, a 0-d tensor, or a Parameter to be learned.
-        gamma: weight of the low-rank precision in [0, 1], a number or a 0-d tensor.
+        noise_var: c, variance of the observation noise in squared units of x; a number, a 0-d
+            tensor, or a Parameter to be learned.
+        gamma: weight of the low-rank precision in [0, 1], a number or a 0-d tensor; "expected" has
+            none.
         kl_weight: factor of the KL divergence, a number or a 0-d tensor.
-        likelihood: "precision", "mixture", "normalized" or "expected".
+        likelihood: "precision" (the paper's), "mixture", "normalized" or "expected"; their formulas
+            are in `fastsfvae.likelihood`.
         reduction: "mean", "sum" or "none" (``[B]``).
-        backend: "auto", "torch", "triton" or "reference".
+        backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
+            the plain formulas, slow.
         chunk_size: samples whose tangents exist at one time; None chooses.
 
     Raises:

@@ -200,7 +200,9 @@ def table(report: Report, config: TrainConfig) -> str:
         )
     c = report.conventions
     sampling_free = config.method == "sampling-free"
-    reading = f", likelihood {config.likelihood}, gamma {config.gamma:g}" if sampling_free else ""
+    reading = f", likelihood {config.likelihood}" if sampling_free else ""
+    if sampling_free and config.likelihood != "expected":
+        reading += f", gamma {config.gamma:g}"
     collapse = report.collapse
     lines += [
         "",

@@ -6,14 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
+import fastsfvae as sf
+from fastsfvae.jacobian.registry import RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
+
+
+def blocks(page):
+    """(language, text) of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
+def python(page):
+    return [text for language, text in blocks(page) if language == "python"]
+
+
 COMMANDS = [
     line.partition(" #")[0].strip()
-    for _, text in BLOCKS
+    for _, text in blocks(README)
     for line in text.splitlines()
     if "fastsfvae train" in line
 ]
@@ -21,17 +34,34 @@ COMMANDS = [
 
 def test_the_python_examples_train_and_judge_a_model():
     """All blocks one after another, as a newcomer pastes them."""
-    assert len(PYTHON) == 4
+    first, *others = python(README)
+    assert len(others) == 3
     torch.manual_seed(0)
     names = {}
-    exec(PYTHON[0], names)
+    exec(first, names)
     digits = names["images"].mean(0).sub(names["images"]).square().sum(1).mean()
     # Less than what the mean digit leaves: the example learns something.
     assert names["terms"].squared_error.mean() < 0.75 * digits
-    for block in PYTHON[1:]:
+    for block in others:
         exec(block, names)
     # The estimate of log p(x) lies above the sampled ELBO, by the bound's own gap.
     assert names["bound"].elbo.mean() < names["log_ml"].estimate.mean() < 0
+
+
+def test_the_example_of_a_rule_is_right():
+    class Erfcx(nn.Module):
+        def forward(self, h):
+            return torch.special.erfcx(h)
+
+    decoder = nn.Sequential(nn.Linear(3, 8), Erfcx(), nn.Linear(8, 5))
+    (example,) = python((ROOT / "CONTRIBUTING.md").read_text())
+    exec(example, {})
+    try:
+        report = sf.check_decoder(decoder, torch.randn(4, 3))
+    finally:
+        del RULES["special_erfcx"]
+    assert report.ok and not report.obstacles
+    assert [layer.handled for layer in report.layers] == ["rule"] * 3
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -50,7 +50,8 @@ def decode_with_jacobian(
             something that it depends on changes; other callables are traced at each call.
         z: latents [B, m].
         *args: further decoder inputs; tensors with leading extent B go with their samples.
-        backend: "auto", "torch", "triton" or "reference" (torch.func.jacrev per sample).
+        backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
+            torch.func.jacrev per sample, slow.
         chunk_size: samples that are processed together; None for as many as a memory budget
             allows. Changes results by rounding only.
         **kwargs: further decoder inputs by name.
@@ -99,8 +100,8 @@ def pullback(
         z: latents [B, m].
         x: data [B, *out], or None for the Gram matrix alone.
         *args: further decoder inputs.
-        backend: "auto", "torch", "triton" or "reference".
-        chunk_size: samples that are processed together, None for a memory budget.
+        backend: see `decode_with_jacobian`.
+        chunk_size: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
