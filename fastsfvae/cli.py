@@ -146,7 +146,7 @@ def _start(prog: str, options: list[str]):
     if parsed.tensorboard:
         require_extras(("tensorboard",), "tensorboard")
     if not parsed.resume:
-        _download(parsed)
+        _prepare(parsed)
         return parsed, training.start(parsed.config, parsed.out)
     if parsed.out is None:
         raise UsageError("--resume continues the run in --out: give --out runs/<name>")
@@ -154,11 +154,15 @@ def _start(prog: str, options: list[str]):
     # Options that are not given keep the values of the run, not this command's defaults.
     saved = TrainArguments(checkpoint.load_config(folder))
     parsed = parse(prog, TrainArguments, options, saved)
-    _download(parsed)
+    _prepare(parsed)
     return parsed, training.resume(folder, parsed.config)
 
 
-def _download(arguments: TrainArguments) -> None:
+def _prepare(arguments: TrainArguments) -> None:
+    """Refuse a graph without a GPU; fetch the data where that is asked for."""
+    device = arguments.config.resolve_device()
+    if arguments.config.cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph needs a GPU, this run is on the {device}: leave it out")
     from fastsfvae import distributed
     from fastsfvae.data.load import download_images
 

@@ -228,8 +228,6 @@ def _restore(run: Run, state: dict) -> None:
 
 def _prepare(config: TrainConfig) -> Run:
     device = config.resolve_device()
-    if config.cuda_graph and device.type != "cuda":
-        raise ValueError(f"cuda_graph needs a GPU, this run is on the {device}: leave it out")
     if config.batch_size % distributed.size():
         raise ValueError(
             f"batch_size={config.batch_size} is shared by {distributed.size()} processes: give a "

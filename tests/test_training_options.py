@@ -204,7 +204,7 @@ def test_pictures_and_tensorboard_leave_the_training_as_it_is(tmp_path):
         ("--image-every -1", "--image-every -1 must not be negative"),
         ("--compile --cuda-graph", "compile and cuda_graph exclude each other"),
         ("--cuda-graph --method iwae", "--cuda-graph is for sampling-free"),
-        ("--cuda-graph --device cpu", "cuda_graph needs a GPU, this run is on the cpu"),
+        ("--cuda-graph --device cpu", "--cuda-graph needs a GPU, this run is on the cpu"),
     ],
 )
 def test_impossible_options(options, message, tmp_path, capsys):
