@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae.fused import known_decoders
+from fastsfvae.jacobian.known import known_decoders
 from fastsfvae.jacobian.linearize import Linearizer
 from fastsfvae.jacobian.sweep import default_chunk, program_of
 

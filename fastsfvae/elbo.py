@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from fastsfvae import _checks, fused
 from fastsfvae._checks import Likelihood
 from fastsfvae.jacobian import flatten_in_memory_order, map_chunks, resolve_backend
 from fastsfvae.likelihood import LikelihoodTerms, likelihood_terms
+from fastsfvae.settings import Settings, check_settings
 
 
 class Elbo(NamedTuple):
@@ -40,26 +40,6 @@ class Elbo(NamedTuple):
 def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp(log_var)) || N(0, I)) per sample, ``[B]``, in nats."""
     return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
-
-
-def check_settings(
-    noise_var: float | Tensor,
-    gamma: float | Tensor,
-    kl_weight: float | Tensor,
-    likelihood: str,
-) -> None:
-    """Raise one clear error for a setting out of range; warn where one is pointless."""
-    _checks.noise_var(noise_var)
-    _checks.gamma(gamma)
-    _checks.kl_weight(kl_weight)
-    _checks.choice("likelihood", likelihood, _checks.LIKELIHOODS)
-    weak = likelihood in ("mixture", "normalized") and not isinstance(gamma, Tensor)
-    if weak and gamma < 0.5:
-        warnings.warn(
-            f'likelihood="{likelihood}" with gamma={gamma!r} hardly penalises the decoder\'s noise '
-            'and trains an auto-encoder: use gamma >= 0.5, or likelihood="precision"',
-            stacklevel=3,
-        )
 
 
 def sampling_free_elbo(
@@ -109,17 +89,6 @@ def sampling_free_elbo(
     """
     settings = Settings(noise_var, gamma, kl_weight, likelihood, backend, chunk_size)
     return evaluate(decoder, x, mean, log_var, args, kwargs, settings)[0]
-
-
-class Settings(NamedTuple):
-    """The keyword arguments of `sampling_free_elbo`."""
-
-    noise_var: float | Tensor
-    gamma: float | Tensor
-    kl_weight: float | Tensor
-    likelihood: Likelihood
-    backend: str
-    chunk_size: int | None
 
 
 def evaluate(

@@ -11,36 +11,24 @@ Functions stand over it.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsfvae import likelihood_adjoint
 from fastsfvae.chunk_gram import Unwritten, Written
 from fastsfvae.jacobian.chunked import flatten_in_memory_order
 from fastsfvae.jacobian.jet import full_tangent, latent_jet
+from fastsfvae.jacobian.known import remember
 from fastsfvae.jacobian.linearize import Linearizer, chunk_bounds
 from fastsfvae.jacobian.sweep import Sweep, default_chunk, find_program, program_of
 from fastsfvae.jacobian.tail import LastLayer
 from fastsfvae.jacobian.validate import check_chunk_size
 from fastsfvae.likelihood import likelihood_terms
 from fastsfvae.ops.vmap import refuse_vmap
-
-if TYPE_CHECKING:
-    from fastsfvae.elbo import Settings
-
-
-# Where a compiler finds a decoder, which it knows by its id.
-known_decoders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-def remember(decoder: Any) -> None:
-    """Make a decoder known to a compiler."""
-    if isinstance(decoder, nn.Module):
-        known_decoders[id(decoder)] = decoder
+from fastsfvae.settings import Settings
 
 
 class Problem(NamedTuple):

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
-from fastsfvae.elbo import Elbo, Settings, check_settings, evaluate
-from fastsfvae.fused import remember
+from fastsfvae.elbo import Elbo, evaluate
+from fastsfvae.jacobian.known import remember
 from fastsfvae.jacobian.validate import check_chunk_size, unwrap
+from fastsfvae.settings import Settings, check_settings
 
 
 class SamplingFreeLoss(nn.Module):

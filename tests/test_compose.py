@@ -180,7 +180,7 @@ def test_spectral_norm_and_tied_weights(monkeypatch):
 
 
 def _settings():
-    from fastsfvae.elbo import Settings
+    from fastsfvae.settings import Settings
 
     return Settings(0.5, 0.5, 1.0, "precision", "torch", None)
 

@@ -46,7 +46,7 @@ def is_fused(decoder, tensors):
 
 
 def fused_settings(**changes):
-    from fastsfvae.elbo import Settings
+    from fastsfvae.settings import Settings
 
     return Settings(0.3, 0.6, 1.0, "precision", "torch", None)._replace(**changes)
 
