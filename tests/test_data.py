@@ -367,7 +367,7 @@ def test_missing_data(name, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert cli.main(arguments) == 2
-    assert "give its place by --data-dir" in capsys.readouterr().err
+    assert "say where it lies with --data-dir" in capsys.readouterr().err
 
 
 # --- training
