@@ -52,7 +52,7 @@ lint: $(INSTALLED) ## Check style and types
 audit: $(INSTALLED) ## Compile every kernel configuration for sm_75 to sm_120 and print its resources
 	$(BIN)/python -m fastsfvae.kernels.audit
 
-bench: $(INSTALLED) ## Time every operation against its peers here, in ten minutes; rows go to the ledger
+bench: $(INSTALLED) ## Time every operation against its peers here, in about five minutes; rows go to the ledger
 	$(BIN)/python -m pytest bench --benchmark-only -rs --ledger bench/results/ledger.csv
 
 bench-full: $(INSTALLED) ## The same for every workload, with the peak memory of each

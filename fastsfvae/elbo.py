@@ -12,7 +12,7 @@ from fastsfvae import _checks, fused
 from fastsfvae._checks import Likelihood
 from fastsfvae.jacobian import flatten_in_memory_order, map_chunks, resolve_backend
 from fastsfvae.likelihood import LikelihoodTerms, likelihood_terms
-from fastsfvae.settings import Settings, check_settings
+from fastsfvae.settings import Settings, check_settings, warn_of_weak
 
 
 class Elbo(NamedTuple):
@@ -88,7 +88,9 @@ def sampling_free_elbo(
         RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
     """
     settings = Settings(noise_var, gamma, kl_weight, likelihood, backend, chunk_size)
-    return evaluate(decoder, x, mean, log_var, args, kwargs, settings)[0]
+    terms, _ = evaluate(decoder, x, mean, log_var, args, kwargs, settings)
+    warn_of_weak(likelihood, gamma)
+    return terms
 
 
 def evaluate(
@@ -203,6 +205,7 @@ def low_rank_log_prob(
         RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
     """
     check_settings(noise_var, gamma, 1.0, likelihood)
+    warn_of_weak(likelihood, gamma)
     _checks.low_rank(residual, jacobian, latent_var)
     return likelihood_terms(
         jacobian,

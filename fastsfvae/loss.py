@@ -10,7 +10,7 @@ from fastsfvae._checks import Likelihood
 from fastsfvae.elbo import Elbo, evaluate
 from fastsfvae.jacobian.known import remember
 from fastsfvae.jacobian.validate import check_chunk_size, unwrap
-from fastsfvae.settings import Settings, check_settings
+from fastsfvae.settings import Settings, check_settings, warn_of_weak
 
 
 class SamplingFreeLoss(nn.Module):
@@ -59,6 +59,7 @@ class SamplingFreeLoss(nn.Module):
     ):
         super().__init__()
         check_settings(noise_var, gamma, kl_weight, likelihood)
+        warn_of_weak(likelihood, gamma)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("backend", backend, _checks.BACKENDS)
         check_chunk_size(chunk_size)

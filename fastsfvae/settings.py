@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastsfvae import _checks
@@ -28,13 +29,19 @@ def check_settings(
     kl_weight: float | Tensor,
     likelihood: str,
 ) -> None:
-    """Raise one clear error for a setting out of range; warn where one is pointless."""
+    """Raise one clear error for a setting out of range."""
     _checks.noise_var(noise_var)
     _checks.gamma(gamma)
     _checks.kl_weight(kl_weight)
     _checks.choice("likelihood", likelihood, _checks.LIKELIHOODS)
-    weak = likelihood in ("mixture", "normalized") and not isinstance(gamma, Tensor)
-    if weak and gamma < 0.5:
+
+
+def warn_of_weak(likelihood: str, gamma: float | Tensor) -> None:
+    """Warn the caller's caller of a gamma with which the objective is pointless."""
+    # A compiler may hold the number as a symbol.
+    if isinstance(gamma, Tensor) or torch.compiler.is_compiling():
+        return
+    if likelihood in ("mixture", "normalized") and gamma < 0.5:
         warnings.warn(
             f'likelihood="{likelihood}" with gamma={gamma!r} hardly penalises the decoder\'s noise '
             'and trains an auto-encoder: use gamma >= 0.5, or likelihood="precision"',

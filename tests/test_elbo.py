@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,6 +271,15 @@ def test_an_empty_batch_and_a_bad_weight_are_clear_errors():
         sf.low_rank_log_prob(torch.ones(2, 5), torch.ones(2, 5, 3), torch.ones(2, 3), noise_var=1.0)
 
 
-def test_weak_settings_warn():
-    with pytest.warns(UserWarning, match="auto-encoder"):
-        sf.SamplingFreeLoss(decoder(), likelihood="mixture", gamma=0.1)
+def test_weak_settings_warn_where_they_are_given():
+    x, mean, log_var = torch.rand(2, 5), torch.zeros(2, 3), torch.zeros(2, 3)
+    weak = {"likelihood": "mixture", "gamma": 0.1}
+    f = nn.Linear(3, 5)
+    with pytest.warns(UserWarning, match="auto-encoder") as told:
+        loss = sf.SamplingFreeLoss(f, **weak)
+        sf.sampling_free_elbo(f, x, mean, log_var, noise_var=0.5, **weak)
+        sf.low_rank_log_prob(x, torch.ones(2, 3, 5), mean.exp(), noise_var=0.5, **weak)
+    assert [Path(warning.filename).name for warning in told] == [Path(__file__).name] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(x, mean, log_var)
