@@ -27,7 +27,9 @@ _CUDA_SHARE = 8
 # Held while a trace has its stand-ins in a decoder's modules: no other thread reads those then.
 _tracing = threading.RLock()
 _NO_INPUTS = pytree.tree_flatten(((), {}))
-_plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# By the decoder's id, until it dies. A dictionary of weak keys would do, but a compiler that looks
+# into one knows a key by its place, which moves when another decoder dies.
+_plans: dict[int, dict[Any, list[Any]]] = {}
 
 
 def chunk_bounds(batch: int, size: int) -> Iterator[tuple[int, int]]:
@@ -144,15 +146,18 @@ class Linearizer:
         if isinstance(self.decoder, nn.Module):
             # A method's wrapper lives for one call only.
             home = self.decoder.owner if isinstance(self.decoder, Method) else self.decoder
-            plans = _plans.setdefault(home, {})
+            plans = _plans.get(id(home), {})
         else:
-            plans = self._local
-        candidates = plans.setdefault(self._key, [])
-        for plan in candidates:
+            home, plans = None, self._local
+        for plan in plans.get(self._key, ()):
             if plan.accepts(batch):
                 return plan
         plan = self._trace(batch)
-        candidates.append(plan)
+        if home is not None:
+            if id(home) not in _plans:
+                weakref.finalize(home, _plans.pop, id(home), None)
+            plans = _plans.setdefault(id(home), {})
+        plans.setdefault(self._key, []).append(plan)
         while len(plans) > _MAX_PLANS:
             plans.pop(next(iter(plans)))
         return plan
