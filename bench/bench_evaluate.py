@@ -32,7 +32,10 @@ def bare_rate(decoder, m: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the log marginal likelihood of digits.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_evaluate",
+        description="Time the log marginal likelihood of digits.",
+    )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--proposal", choices=evaluate.PROPOSALS, default="posterior")

@@ -119,7 +119,9 @@ def _extra(loop: list[float], bare: list[float]) -> float:
 
 def main() -> None:
     """Measure the cases that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_training_loop", description=__doc__
+    )
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--steps", type=int, default=0, help="default: half a minute's")
     parser.add_argument("--no-ledger", action="store_true")

@@ -164,7 +164,9 @@ CLAIMS = {
 def main() -> None:
     """Check the claims named on the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="+", choices=[*CLAIMS, "all"])
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")

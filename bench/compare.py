@@ -144,7 +144,9 @@ def ratios(a: Path, b: Path, problem: str, rounds: int) -> tuple[list[float], li
 def main(arguments: list[str] | None = None) -> int:
     """Compare and print; return 1 for a regression."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("a", nargs="?", default="HEAD~1", help="the commit that is compared with")
     parser.add_argument("b", nargs="?", default="HEAD", help="the commit that may be slower")

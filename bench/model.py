@@ -101,7 +101,9 @@ def _run(row: dict[str, str]) -> tuple[str, ...]:
 def main() -> None:
     """Print all three."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--card", choices=CARDS, action="append", help="default: all")
     parser.add_argument("--workload", choices=WORKLOADS, default=PAPER_WORKLOAD)

@@ -204,7 +204,9 @@ def markdown(rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     """Parse the command line, measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.precision", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -76,7 +76,9 @@ def table(found: dict[str, float]) -> str:
 def main() -> None:
     """Profile the step that the command line names."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cuda = torch.cuda.is_available()
     parser.add_argument("--workload", choices=WORKLOADS, default="celeba16")

@@ -240,7 +240,9 @@ PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
 def main() -> None:
     """Write the report; a plot whose rows are missing says what to run."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--ledger", type=Path, default=LEDGER)
     parser.add_argument("--device", help="part of a device's name; default: the last row's")
