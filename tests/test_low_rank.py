@@ -1,5 +1,7 @@
 """The primitive (J, r, h, c) -> (log_det, explained, rr): values and gradients against oracles."""
 
+import contextlib
+
 import mpmath
 import pytest
 import torch
@@ -252,3 +254,33 @@ def test_strided_jacobian_gives_the_same_result_and_the_same_bits_twice():
     for a, b, p in zip(first[:3], again[:3], plain[:3], strict=True):
         assert torch.equal(a, b)
         assert torch.allclose(a, p, rtol=1e-5)
+
+
+def rounded(device, mode):
+    """Values and gradients under a mode, and without it; one latent variance is 0."""
+    J, r, h, c = (t.detach().float().to(device) for t in problem(3, 40, 300))
+    h[:, 0] = 0
+    found = []
+    for around in (mode, contextlib.nullcontext()):
+        inputs = [t.clone().requires_grad_() for t in (J, r, h, c)]
+        with around:
+            terms = low_rank_terms(*inputs, 0.5 * inputs[2])[:4]
+            found.append([*terms, *torch.autograd.grad(sum(t.sum() for t in terms), inputs)])
+    return zip(*found, strict=True)
+
+
+def test_autocast_does_not_round_the_factorisation():
+    for under, plain in rounded("cpu", torch.autocast("cpu", torch.bfloat16)):
+        assert torch.equal(under, plain)
+
+
+@pytest.mark.gpu
+def test_tf32_does_not_round_the_factorisation(monkeypatch):
+    @contextlib.contextmanager
+    def tf32():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+            yield
+
+    for under, plain in rounded("cuda", tf32()):
+        assert torch.equal(under, plain)

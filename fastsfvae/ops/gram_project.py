@@ -78,7 +78,7 @@ def gram_project_backward(
     dJ = out
     if dJ is None or dJ.dtype != dtype:
         dJ = torch.empty_like(J, dtype=dtype)
-    with _full_products(J):
+    with full_products(J):
         J32, r32, M, u, g_rr = (t.to(dtype) for t in (J, r, M, u, g_rr))
         # Written in place: J's order of strides is kept, and no product of J's size is allocated.
         torch.mul(u.unsqueeze(-1), r32.unsqueeze(-2), out=dJ)
@@ -95,8 +95,11 @@ def _compute_dtype(J: Tensor, r: Tensor) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _full_products(J: Tensor) -> Iterator[None]:
-    """Neither autocast nor TF32: a rounded G cannot hold the ratio of its eigenvalues to c."""
+def full_products(J: Tensor) -> Iterator[None]:
+    """Neither autocast nor TF32: a rounded G cannot hold the ratio of its eigenvalues to c.
+
+    Nor could what is computed from it.
+    """
     matmul = torch.backends.cuda.matmul
     with torch.autocast(J.device.type, enabled=False):
         if not J.is_cuda or matmul.fp32_precision in ("none", "ieee"):
@@ -112,7 +115,7 @@ def _full_products(J: Tensor) -> Iterator[None]:
 
 def _forward(J: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _compute_dtype(J, r)
-    with _full_products(J):
+    with full_products(J):
         J, r = J.to(dtype), r.to(dtype)
         G = torch.bmm(J, J.mT)
         p = torch.bmm(J, r.unsqueeze(-1)).squeeze(-1)

@@ -26,7 +26,11 @@ from torch import Tensor
 
 from fastsfvae import reference
 from fastsfvae.kernels._contract import WOODBURY_MAX_M
-from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
+from fastsfvae.ops.gram_project import (
+    full_products,
+    gram_project_backward,
+    gram_project_forward,
+)
 from fastsfvae.ops.vmap import refuse_vmap
 from fastsfvae.ops.woodbury import (
     Woodbury,
@@ -280,7 +284,8 @@ def _q_over_h(q: Tensor, h: Tensor, G: Tensor, K: Tensor, c: Tensor) -> Tensor:
     """D log_det / dh; its limit at h_i = 0 is (G - G K G)_ii / c, which would cancel elsewhere."""
     if not _has_zero(h):
         return q / h
-    limit = (G.diagonal(dim1=-2, dim2=-1) - ((G @ K) * G).sum(-1)) / c.unsqueeze(-1)
+    with full_products(G):
+        limit = (G.diagonal(dim1=-2, dim2=-1) - ((G @ K) * G).sum(-1)) / c.unsqueeze(-1)
     return torch.where(h > 0, q / h, limit)
 
 
@@ -289,7 +294,8 @@ def _w_over_s(w: Tensor, h: Tensor, G: Tensor, p: Tensor, y: Tensor, c: Tensor) 
     ratio = w / h.sqrt()
     if not _has_zero(h):
         return ratio
-    limit = (p - (G @ y.unsqueeze(-1)).squeeze(-1)) / c.unsqueeze(-1)
+    with full_products(G):
+        limit = (p - (G @ y.unsqueeze(-1)).squeeze(-1)) / c.unsqueeze(-1)
     return torch.where(h > 0, ratio, limit)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastsfvae.kernels._contract import Woodbury as Woodbury
 from fastsfvae.ops import _library
+from fastsfvae.ops.gram_project import full_products
 
 _BLOCK = 32
 
@@ -36,6 +37,13 @@ def woodbury_native(
         latent_var: h, ``[B, m]``.
         noise_var: c, ``[B]``.
     """
+    with full_products(gram):
+        return _solve(gram, projection, rr, latent_var, noise_var)
+
+
+def _solve(
+    gram: Tensor, projection: Tensor, rr: Tensor, latent_var: Tensor, noise_var: Tensor
+) -> Woodbury:
     s = latent_var.sqrt()
     v = s * projection
     A = s.unsqueeze(-1) * gram * s.unsqueeze(-2)
