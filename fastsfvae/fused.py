@@ -153,8 +153,10 @@ def decoder_likelihood(
     with torch.no_grad():
         chunks = iter(sweep)
         while True:
-            # Autocast shapes the decoder's values and tangents; adjoints follow their dtypes.
-            with torch.autocast(z.device.type, autocast, enabled=enabled):
+            # Autocast shapes the decoder's values and tangents; adjoints follow their dtypes. Its
+            # cache would keep casts made without a graph, and the caller's own use of the decoder
+            # in the same region would take them and leave its weights without gradients.
+            with torch.autocast(z.device.type, autocast, enabled=enabled, cache_enabled=False):
                 chunk = next(chunks, None)
             if chunk is None:
                 break

@@ -181,6 +181,20 @@ def test_autocast_does_not_round_the_total():
     assert torch.allclose(total.detach(), -terms.elbo.sum(), rtol=1e-6)
 
 
+def test_autocast_keeps_no_cast_that_the_loss_has_made():
+    torch.manual_seed(0)
+    decoder = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    x, mean, log_var = torch.rand(3, 8), torch.randn(3, 4), torch.randn(3, 4)
+    parameters, found = list(decoder.parameters()), []
+    for loss_first in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            if loss_first:
+                sf.SamplingFreeLoss(decoder)(x, mean, log_var)
+            mine = decoder(mean).square().sum()
+        found.append(torch.autograd.grad(mine, parameters, allow_unused=True))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in RECOMPUTED])
 def test_every_adjoint_equals_autograd_on_the_rule(name, monkeypatch):
     torch.manual_seed(0)
