@@ -125,10 +125,16 @@ class GraphedStep:
             self._record()
 
     def _record(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        # Another thread may copy the next batch meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = self._train(*self._inputs)
+        self._graph, device = torch.cuda.CUDAGraph(), self._inputs[0].device
+        # torch's own stream for captures is on the device that was current at its first one, and
+        # would record nothing of a step on another. A second thread may copy the next batch
+        # meanwhile.
+        with torch.cuda.device(device):
+            capturing = torch.cuda.graph(
+                self._graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
+            )
+            with capturing:
+                self._outputs = self._train(*self._inputs)
 
     def warm_up(self, x: Tensor, *args: Tensor) -> None:
         """Train for a few steps and take them back."""

@@ -1,5 +1,6 @@
 """The captured training step: what it refuses, and that it trains like a loop by hand."""
 
+import contextlib
 import copy
 
 import pytest
@@ -63,7 +64,7 @@ class Rehearsal(sf.GraphedStep):
 def by_hand(steps, device="cpu", dropout=True, noise_var=0.3):
     encoder, decoder = modules(device, dropout=dropout)
     loss = sf.SamplingFreeLoss(decoder, noise_var=noise_var)
-    optimizer, values = adam(encoder, decoder, capturable=device == "cuda"), []
+    optimizer, values = adam(encoder, decoder, capturable=device != "cpu"), []
     torch.manual_seed(3)
     for index, x in enumerate(batches(steps, device)):
         changed(loss, index)
@@ -78,7 +79,7 @@ def by_hand(steps, device="cpu", dropout=True, noise_var=0.3):
 def by_step(make, steps, device="cpu", dropout=True):
     encoder, decoder = modules(device, dropout=dropout)
     loss = sf.SamplingFreeLoss(decoder, noise_var=0.3)
-    optimizer, values = adam(encoder, decoder, capturable=device == "cuda"), []
+    optimizer, values = adam(encoder, decoder, capturable=device != "cpu"), []
     torch.manual_seed(3)
     step = make(encoder, loss, optimizer, batches(1, device)[0])
     for index, x in enumerate(batches(steps, device)):
@@ -193,6 +194,30 @@ def test_changes_that_a_graph_would_not_see_are_refused():
             step(wrong)
 
 
+def test_a_step_is_captured_on_its_own_device(monkeypatch):
+    current, streams = [], []
+
+    @contextlib.contextmanager
+    def made_current(device):
+        current.append(device)
+        yield
+
+    @contextlib.contextmanager
+    def graph(_, *, stream=None, **options):
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    encoder, decoder = modules()
+    optimizer = adam(encoder, decoder, capturable=False)
+    x = batches(1)[0]
+    sf.GraphedStep(encoder, sf.SamplingFreeLoss(decoder), optimizer).capture(x)
+    assert current == streams == [x.device]
+
+
 def unhandled():
     class Odd(nn.Module):
         def __init__(self):
@@ -241,6 +266,15 @@ def test_a_graph_trains_like_the_loop():
     torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-5)
     for a, b in zip(weights, trained, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_graph_on_a_device_that_is_not_the_current_one():
+    # The first capture is on the current device.
+    first, _ = by_step(sf.make_graphed_step, 8, "cuda:0", dropout=False)
+    second, _ = by_step(sf.make_graphed_step, 8, "cuda:1", dropout=False)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
