@@ -53,7 +53,7 @@ def make_graphed_step(
         encoder: ``x [B, ...] -> (mean [B, m], log_var [B, m])``.
         loss: with reduction "mean" or "sum".
         optimizer: Adam or AdamW with capturable=True; a learning rate that changes must be a
-            tensor.
+            tensor on the GPU.
         x: an example batch of the size that is captured, on the GPU.
         *args: example tensors that go to the decoder after z.
         autocast: the dtype of an autocast region around encoder and loss, or None.
@@ -202,7 +202,8 @@ class GraphedStep:
         if self._learning_rates() != self._rates:
             raise ValueError(
                 f"the learning rates were captured as {self._rates} and are now "
-                f"{self._learning_rates()}: give the optimizer lr=torch.tensor(...) to change them"
+                f"{self._learning_rates()}: give the optimizer "
+                "lr=torch.tensor(..., device=...), on the GPU, to change them"
             )
         loss = self._loss
         for name in _SCALARS:
@@ -234,8 +235,9 @@ class GraphedStep:
                 setattr(self._loss, name, value)
 
     def _learning_rates(self) -> list[float]:
+        """Those that a graph holds: an optimiser reads a tensor on the host as it does a number."""
         rates = [group["lr"] for group in self._optimizer.param_groups]
-        return [rate for rate in rates if not isinstance(rate, Tensor)]
+        return [float(r) for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"]
 
 
 def _is_learned(value: float | Tensor) -> bool:

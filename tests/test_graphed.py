@@ -194,6 +194,18 @@ def test_changes_that_a_graph_would_not_see_are_refused():
             step(wrong)
 
 
+def test_a_learning_rate_on_the_host_is_part_of_the_graph():
+    encoder, decoder = modules()
+    rate = torch.tensor(1e-2)
+    optimizer = adam(encoder, decoder, lr=rate, capturable=False)
+    x = batches(1)[0]
+    step = rehearse(encoder, sf.SamplingFreeLoss(decoder), optimizer, x)
+    step(x)
+    rate.fill_(5e-3)
+    with pytest.raises(ValueError, match=r"are now \[0.00499.*lr=torch.tensor.*on the GPU"):
+        step(x)
+
+
 def test_a_step_is_captured_on_its_own_device(monkeypatch):
     current, streams = [], []
 
