@@ -283,7 +283,13 @@ def gram_project_fwd(
 
 
 def gram_project_bwd(
-    J: Tensor, r: Tensor, M: Tensor, u: Tensor, g_rr: Tensor, input_precision: str = "ieee"
+    J: Tensor,
+    r: Tensor,
+    M: Tensor,
+    u: Tensor,
+    g_rr: Tensor,
+    input_precision: str = "ieee",
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pull cotangents of G, p and rr back to J and r.
 
@@ -295,9 +301,11 @@ def gram_project_bwd(
         g_rr: d rr, ``[B]`` float32.
         input_precision: as in `gram_project_partials`; bfloat16 J always runs on bfloat16 products,
             with M in two terms.
+        out: where dJ is written, ``[B, m, n]`` of J's dtype with unit stride in n; None for new
+            memory in J's order of strides.
 
     Returns:
-        ``(dJ [B, m, n], dr [B, n])`` in the dtypes of J and r; dJ has J's order of strides.
+        ``(dJ [B, m, n], dr [B, n])`` in the dtypes of J and r.
 
     Raises:
         TypeError: another dtype.
@@ -308,7 +316,7 @@ def gram_project_bwd(
     B, m, n = J.shape
     tile = _bwd_tile(m)
     tiles, n_blocks = cdiv(m, tile.block_m), cdiv(n, tile.block_n)
-    dJ = torch.empty_like(J)
+    dJ = torch.empty_like(J) if out is None else out
     dr = torch.empty((B, n), dtype=torch.float32, device=r.device)
     with torch.cuda.device_of(J):
         _gram_project_bwd_kernel[(B * tiles * n_blocks,)](

@@ -52,6 +52,17 @@ class TestKernel:
             assert g.dtype == torch.float32
             assert_as_good(g, w, p, s)
 
+    def test_backward_writes_where_it_is_told(self, shape, dtype, monkeypatch):
+        J, r, g_G, g_p, g_rr = problem(*shape, dtype)
+        given = J, r, g_G + g_G.mT, g_p, g_rr, "triton"
+        want = gram_project_backward(*given)
+        B, m, n = shape
+        out = torch.full((m, B, n), float("nan"), dtype=dtype, device=DEVICE).transpose(0, 1)
+        # J is what there is most of: no other memory of its size, and no copy from there.
+        monkeypatch.setattr(torch, "empty_like", None)
+        got = gram_project_backward(*given, out)
+        assert got[0] is out and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
     def test_backward(self, shape, dtype, poisoned_empty):
         J, r, g_G, g_p, g_rr = inputs = problem(*shape, dtype)
         got = gram_project_backward(J, r, g_G + g_G.mT, g_p, g_rr, "triton")

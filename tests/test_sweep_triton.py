@@ -64,7 +64,7 @@ def calls(monkeypatch):
         (woodbury, "woodbury_of_partials"),
         (woodbury, "woodbury_fwd"),
     ):
-        spy(module, name, lambda *args: len(args[0]))
+        spy(module, name, lambda *args, **_: len(args[0]))
     return seen
 
 

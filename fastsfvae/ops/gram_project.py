@@ -65,15 +65,20 @@ def gram_project_backward(
         u: dp, ``[B, m]``.
         g_rr: d rr, ``[B]``.
         backend: "torch" or "triton".
-        out: where dJ is written; None for new memory in J's order of strides.
+        out: where dJ is written, with unit stride in n and, for "triton", in J's dtype; None for
+            new memory in J's order of strides.
 
     Returns:
         ``(dJ [B, m, n], dr [B, n])``.
     """
     if backend == "triton":
         _library.require_triton(J)
-        dJ, dr = _library.gram_project_bwd(J, r, M, u, g_rr)
-        return (dJ if out is None else out.copy_(dJ)), dr
+        if out is None:
+            return _library.gram_project_bwd(J, r, M, u, g_rr)
+        # Only a sweep has memory at hand, and no compiler sees it: an operator's results are new.
+        from fastsfvae.kernels.gram_project import gram_project_bwd
+
+        return gram_project_bwd(J, r, M, u, g_rr, out=out)
     dtype = _compute_dtype(J, r)
     dJ = out
     if dJ is None or dJ.dtype != dtype:
