@@ -65,7 +65,9 @@ def _record(context: Context, suite: str, text: str, status: int) -> None:
     failed = [name for name, outcome in outcomes if outcome in ("FAILED", "ERROR")]
     note = f"{count['PASSED']} passed, {len(failed)} failed, {count['SKIPPED']} skipped"
     if status not in (0, 1):
-        note += f"; pytest ended with status {status}: {text.strip().splitlines()[-1][:200]}"
+        # One that was stopped while it started has said nothing.
+        last = text.strip().splitlines()[-1:] or ["no output"]
+        note += f"; pytest ended with status {status}: {last[0][:200]}"
     context.recorder.write(op="tests", implementation=suite, note=note)
     for name in failed[:LISTED]:
         reasons = re.findall(rf"^(?:FAILED|ERROR) \S+::{re.escape(name)} - (.*)$", text, re.M)

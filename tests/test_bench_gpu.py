@@ -201,6 +201,8 @@ def test_suites_are_counted_line_by_line(context):
     whole, failed = rows_of(context)
     assert whole["note"].startswith("1 passed, 1 failed, 1 skipped; pytest ended with status -9")
     assert failed["shape"] == "test_c" and failed["note"] == "AssertionError: error 2 above 1"
+    gpu_correctness._record(context, "test_y", "", -9)
+    assert rows_of(context)[-1]["note"].endswith("pytest ended with status -9: no output")
 
 
 def test_command_runs_a_section_in_a_process_of_its_own(tmp_path, capsys):
