@@ -205,6 +205,24 @@ def test_suites_are_counted_line_by_line(context):
     assert rows_of(context)[-1]["note"].endswith("pytest ended with status -9: no output")
 
 
+def test_late_suites_are_stopped_together(context, monkeypatch):
+    started = []
+
+    def start(suite, selection, log):
+        log.touch()
+        started.append(subprocess.Popen(["sleep", "60"]))
+        return started[-1]
+
+    monkeypatch.setattr(gpu_correctness, "_start", start)
+    monkeypatch.setattr(gpu_correctness, "suites", lambda: tuple(map(str, range(8))))
+    context.quick, context.deadline = False, time.monotonic()
+    before = time.monotonic()
+    gpu_correctness.section(context)
+    # Not a second each.
+    assert time.monotonic() - before < 4
+    assert len(started) == 8 and all(process.returncode for process in started)
+
+
 def test_command_runs_a_section_in_a_process_of_its_own(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--only", "ceilings"]
     assert gpu.main(arguments) == 0
