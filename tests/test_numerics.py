@@ -11,7 +11,7 @@ import fastsfvae as sf
 from fastsfvae import reference
 from fastsfvae.jacobian.linearize import chunk_bounds
 from fastsfvae.ops.low_rank import low_rank_terms
-from tests._triton import requires_triton
+from tests._triton import DEVICE, requires_triton
 from tests.decoders import batch, build
 from tests.hostile import (
     EPS,
@@ -72,12 +72,16 @@ def _check(largest_error, tally, inputs):
             largest_error(subject, f"{name} (of its bound)", (error / (bound + tiny)).max())
 
 
-def _problem(B, m, n, J=1.0, h=1.0, c=0.5, dtype=torch.float32):
+def _device(backend):
+    return DEVICE if backend == "triton" else "cpu"
+
+
+def _problem(B, m, n, J=1.0, h=1.0, c=0.5, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     jacobian = torch.randn(B, m, n, generator=generator, dtype=torch.float64) * J
     residual = torch.randn(B, n, generator=generator, dtype=torch.float64)
     tensors = jacobian, residual, torch.full((B, m), h), torch.full((B,), c)
-    return tuple(t.to(dtype).requires_grad_() for t in tensors)
+    return tuple(t.to(device, dtype).requires_grad_() for t in tensors)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=requires_triton)])
@@ -88,7 +92,7 @@ def _problem(B, m, n, J=1.0, h=1.0, c=0.5, dtype=torch.float32):
 )
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 def test_a_gram_beyond_float32_is_formed_again_in_float64(scales, backend):
-    inputs = _problem(2, 4, 9, **scales)
+    inputs = _problem(2, 4, 9, **scales, device=_device(backend))
     terms = low_rank_terms(*inputs, backend=backend)
     grads = torch.autograd.grad(sum(t.sum() for t in terms[:3]), inputs)
     want = reference.low_rank_terms(*(t.detach().double() for t in inputs))
@@ -204,16 +208,23 @@ def test_a_batch_of_4096_equals_its_samples(n):
 
 @pytest.fixture
 def far_apart(tmp_path):
-    """A function that lays the samples of a tensor 2^30 elements apart, in a file with holes."""
+    """A function that lays the samples of a tensor 2^30 elements apart.
+
+    On a GPU in 4 GiB of its memory, on the CPU in a file with holes.
+    """
 
     def spread(t, axis=0):
         strides = [1] * t.ndim
         for inner in reversed(range(t.ndim - 1)):
             strides[inner] = strides[inner + 1] * t.shape[inner + 1]
         strides[axis] = 2**30
-        room = np.memmap(tmp_path / "holes", np.float16, "w+", shape=(2**31 + 2**20,))
-        far = torch.as_strided(torch.from_numpy(room), t.shape, strides)
-        return far.copy_(t)
+        size = 2**31 + 2**20
+        if t.is_cuda:
+            room = torch.empty(size, dtype=torch.float16, device=t.device)
+        else:
+            holes = np.memmap(tmp_path / "holes", np.float16, "w+", shape=(size,))
+            room = torch.from_numpy(holes)
+        return torch.as_strided(room, t.shape, strides).copy_(t)
 
     return spread
 
@@ -222,7 +233,7 @@ def far_apart(tmp_path):
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_offsets_beyond_two_to_the_31(backend, far_apart):
     # The last of three samples begins at element 2^31, which 32 bits cannot count.
-    J, r, h, c = (t.detach() for t in _problem(3, 4, 40))
+    J, r, h, c = (t.detach() for t in _problem(3, 4, 40, device=_device(backend)))
     near = J.half()
     far = far_apart(near)
     assert far.stride(0) * 2 == 2**31
