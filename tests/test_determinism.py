@@ -12,6 +12,8 @@ import fastsfvae as sf
 from tests._triton import DEVICE, requires_triton
 from tests.decoders import DECODERS, batch, build
 
+# On a GPU torch refuses products otherwise; cuBLAS reads it when it is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 BACKENDS = ["torch", "reference", pytest.param("triton", marks=requires_triton)]
 
 
