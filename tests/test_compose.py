@@ -233,6 +233,7 @@ def test_cuda_graph_replays_a_step():
     tensors = tuple(t.detach().float().requires_grad_() for t in tensors)
     loss = sf.SamplingFreeLoss(decoder)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             want = step(loss, decoder, tensors)
