@@ -1,6 +1,7 @@
 """The primitive (J, r, h, c) -> (log_det, explained, rr): values and gradients against oracles."""
 
 import contextlib
+from types import SimpleNamespace
 
 import mpmath
 import pytest
@@ -12,6 +13,7 @@ from torch.distributions import MultivariateNormal
 import fastsfvae as sf
 from fastsfvae import reference
 from fastsfvae.likelihood import likelihood_terms
+from fastsfvae.ops.gram_project import full_products
 from fastsfvae.ops.low_rank import low_rank_terms
 
 LIKELIHOODS = ("precision", "mixture", "normalized", "expected")
@@ -274,6 +276,18 @@ def test_autocast_does_not_round_the_factorisation():
         assert torch.equal(under, plain)
 
 
+def test_a_compiler_follows_full_products_on_a_gpu():
+    of_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+
+    def product(J):
+        with full_products(of_gpu):
+            return J @ J.mT
+
+    compiled, J = torch.compile(product, fullgraph=True, backend="eager"), torch.rand(2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(J), product(J))
+
+
 @pytest.mark.gpu
 def test_tf32_does_not_round_the_factorisation(monkeypatch):
     @contextlib.contextmanager
@@ -284,3 +298,17 @@ def test_tf32_does_not_round_the_factorisation(monkeypatch):
 
     for under, plain in rounded("cuda", tf32()):
         assert torch.equal(under, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiled_whole_on_a_gpu(backend):
+    inputs = [t.detach().float().cuda().requires_grad_() for t in problem(3, 40, 300)]
+
+    def gradients(terms):
+        found = terms(*inputs, backend=backend)[:3]
+        return [*found, *torch.autograd.grad(sum(t.sum() for t in found), inputs)]
+
+    compiled = torch.compile(low_rank_terms, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled), gradients(low_rank_terms), strict=True):
+        torch.testing.assert_close(got, want)

@@ -103,11 +103,13 @@ def _compute_dtype(J: Tensor, r: Tensor) -> torch.dtype:
 def full_products(J: Tensor) -> Iterator[None]:
     """Neither autocast nor TF32: a rounded G cannot hold the ratio of its eigenvalues to c.
 
-    Nor could what is computed from it.
+    Nor could what is computed from it. A compiler can follow no change of TF32's setting, nor read
+    it: what it compiles of plain torch keeps the caller's.
     """
     matmul = torch.backends.cuda.matmul
     with torch.autocast(J.device.type, enabled=False):
-        if not J.is_cuda or matmul.fp32_precision in ("none", "ieee"):
+        compiling = torch.compiler.is_compiling()
+        if compiling or not J.is_cuda or matmul.fp32_precision in ("none", "ieee"):
             yield
             return
         chosen = matmul.fp32_precision
