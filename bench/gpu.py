@@ -3,7 +3,8 @@
 Sections run in the order of their importance, each in a process of its own, so that a kernel which
 breaks the device costs one section. Every row is written to DIR/rows.csv (quick.csv with --quick)
 when it is known; what fails becomes a row that says why. A plain checkout with torch, triton, numpy
-and pytest is enough.
+and pytest is enough, and the C compiler with Python's headers that Triton builds its launcher with;
+the tests of hostile numbers want hypothesis and mpmath too.
 
     python -m bench.gpu --out DIR --device cpu --quick     the same code, tiny, interpreted
     python -m bench.gpu --out DIR --merge                  append DIR's times to the ledger, and
