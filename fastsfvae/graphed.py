@@ -98,7 +98,7 @@ class GraphedStep:
         self._outputs: Any = None
         self._scalars: dict[str, Tensor] = {}
         self._given: dict[str, Any] = {}
-        self._rates = self._learning_rates()
+        self._groups = self._captured_groups()
 
     def __call__(self, x: Tensor, *args: Tensor) -> Any:
         """Train on a batch; returns ``(loss, Elbo)``, detached.
@@ -199,12 +199,16 @@ class GraphedStep:
 
     def _take_settings(self) -> None:
         """Bring what was changed since the last step to where the graph reads it."""
-        if self._learning_rates() != self._rates:
-            raise ValueError(
-                f"the learning rates were captured as {self._rates} and are now "
-                f"{self._learning_rates()}: give the optimizer "
-                "lr=torch.tensor(..., device=...), on the GPU, to change them"
-            )
+        for before, group in zip(self._groups, self._captured_groups(), strict=True):
+            for name, value in group.items():
+                if value == before[name]:
+                    continue
+                advice = "put back what it was, or capture again"
+                if name == "lr":
+                    advice = "give the optimizer lr=torch.tensor(..., device=...), on the GPU"
+                raise ValueError(
+                    f"{name} was captured as {before[name]} and is now {value}: {advice}"
+                )
         loss = self._loss
         for name in _SCALARS:
             value, before = getattr(loss, name), self._given[name]
@@ -234,10 +238,22 @@ class GraphedStep:
             for name, value in kept.items():
                 setattr(self._loss, name, value)
 
-    def _learning_rates(self) -> list[float]:
-        """Those that a graph holds: an optimiser reads a tensor on the host as it does a number."""
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        return [float(r) for r in rates if not isinstance(r, Tensor) or r.device.type == "cpu"]
+    def _captured_groups(self) -> list[dict[str, Any]]:
+        names = self._optimizer.defaults
+        groups = self._optimizer.param_groups
+        return [{name: _as_captured(group[name]) for name in names} for group in groups]
+
+
+def _as_captured(value: Any) -> Any:
+    """What a graph keeps of an optimiser's setting: a tensor on the host counts as its number.
+
+    A tensor on the device is read anew by every replay.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(_as_captured, value))
+    if isinstance(value, Tensor):
+        return value.item() if value.device.type == "cpu" else None
+    return value
 
 
 def _is_learned(value: float | Tensor) -> bool:

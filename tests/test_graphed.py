@@ -186,9 +186,12 @@ def test_changes_that_a_graph_would_not_see_are_refused():
         step(x)
     loss.gamma = 0.5
     optimizer.param_groups[0]["lr"] = 5e-3
-    with pytest.raises(ValueError, match=r"captured as \[0.01\] and are now \[0.005\]: .*lr=torch"):
+    with pytest.raises(ValueError, match=r"lr was captured as 0.01 and is now 0.005: .*lr=torch"):
         step(x)
-    optimizer.param_groups[0]["lr"] = 1e-2
+    optimizer.param_groups[0].update(lr=1e-2, betas=(0.5, 0.999))
+    with pytest.raises(ValueError, match=r"betas was captured as \(0.9, 0.999\) and is now \(0.5"):
+        step(x)
+    optimizer.param_groups[0]["betas"] = 0.9, 0.999
     for wrong in (torch.rand(B + 1, 8), torch.rand(B, 9)):
         with pytest.raises(ValueError, match=r"captured for \(6, 8\) and takes that or fewer"):
             step(wrong)
@@ -202,7 +205,7 @@ def test_a_learning_rate_on_the_host_is_part_of_the_graph():
     step = rehearse(encoder, sf.SamplingFreeLoss(decoder), optimizer, x)
     step(x)
     rate.fill_(5e-3)
-    with pytest.raises(ValueError, match=r"are now \[0.00499.*lr=torch.tensor.*on the GPU"):
+    with pytest.raises(ValueError, match=r"is now 0.00499.*lr=torch.tensor.*on the GPU"):
         step(x)
 
 
