@@ -125,6 +125,11 @@ def test_what_was_measured_overrides_the_model(monkeypatch):
         assert choice.why.startswith("model") and choice.product == "tf32x3"
 
 
+def test_a_driver_that_does_not_tell_leaves_the_library():
+    silent = layer(ADA._replace(bandwidth=0.0))
+    assert silent[:2] == ("library", "the driver does not tell the memory's speed")
+
+
 def test_the_interpreter_takes_the_library():
     assert layer(CPU)[:2] == ("library", "the interpreter is slow")
 

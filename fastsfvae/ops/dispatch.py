@@ -120,6 +120,8 @@ def decide(
     key = layer_key(operation, x_shape, weight_shape, used)
     if key in measured:
         return Choice(measured[key], f"measured on {gpu.name}", product)
+    if not gpu.bandwidth:
+        return Choice("library", "the driver does not tell the memory's speed")
     x, out = math.prod(x_shape), math.prod(out_shape)
     # The weight's first axis counts inputs where it is transposed, and outputs elsewhere.
     per_first = x if operation.startswith("conv_transpose") else out
