@@ -99,6 +99,7 @@ class GraphedStep:
         self._scalars: dict[str, Tensor] = {}
         self._given: dict[str, Any] = {}
         self._groups = self._captured_groups()
+        self._state = optimizer.state
 
     def __call__(self, x: Tensor, *args: Tensor) -> Any:
         """Train on a batch; returns ``(loss, Elbo)``, detached.
@@ -199,6 +200,11 @@ class GraphedStep:
 
     def _take_settings(self) -> None:
         """Bring what was changed since the last step to where the graph reads it."""
+        if self._optimizer.state is not self._state:
+            raise ValueError(
+                "the optimizer's state was replaced (load_state_dict does that) and the graph "
+                "still writes to the old one: load it before the step is captured"
+            )
         for before, group in zip(self._groups, self._captured_groups(), strict=True):
             for name, value in group.items():
                 if value == before[name]:

@@ -197,6 +197,17 @@ def test_changes_that_a_graph_would_not_see_are_refused():
             step(wrong)
 
 
+def test_a_state_that_is_loaded_later_is_refused():
+    encoder, decoder = modules()
+    optimizer = adam(encoder, decoder, capturable=False)
+    x = batches(1)[0]
+    step = rehearse(encoder, sf.SamplingFreeLoss(decoder), optimizer, x)
+    step(x)
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="load it before the step is captured"):
+        step(x)
+
+
 def test_a_learning_rate_on_the_host_is_part_of_the_graph():
     encoder, decoder = modules()
     rate = torch.tensor(1e-2)
