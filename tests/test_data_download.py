@@ -134,7 +134,16 @@ def chairs(served, tmp_path, monkeypatch):
     return folder / "rendered_chairs.tar", tmp_path / "data"
 
 
-def test_chairs(chairs):
+@pytest.fixture(params=["data_filter", None])
+def tar_filter(request, monkeypatch):
+    """tarfile as this Python has it, and as it was before 3.10.12 and 3.11.4."""
+    if request.param is None:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    elif not hasattr(tarfile, "data_filter"):
+        pytest.skip("this Python's tarfile has no filters")
+
+
+def test_chairs(chairs, tar_filter):
     _, place = chairs
     download_images("chairs", str(place))
     images = load_images("chairs", str(place), "train", channels=3, size=4)
@@ -167,6 +176,26 @@ def test_an_archive_that_is_cut(chairs):
     (place / archive.name).write_bytes(content)
     download_images("chairs", str(place))
     assert len(load_images("chairs", str(place), "train", channels=3, size=4)) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "link"),
+    [
+        ("rendered_chairs/../../out", tarfile.REGTYPE, ""),
+        ("/out", tarfile.LNKTYPE, "/etc/passwd"),
+        ("rendered_chairs/link", tarfile.SYMTYPE, "/etc"),
+        ("rendered_chairs/pipe", tarfile.FIFOTYPE, ""),
+    ],
+)
+def test_an_archive_that_reaches_outside(chairs, tar_filter, name, kind, link):
+    archive, place = chairs
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, link
+    with tarfile.open(archive, "a") as tar:
+        tar.addfile(member)
+    with pytest.raises(RuntimeError, match=r"rendered_chairs.tar is damaged: .*remove it and try"):
+        download_images("chairs", str(place))
+    assert {path.name for path in place.iterdir()} <= {"rendered_chairs.part", archive.name}
 
 
 def test_the_command(chairs, capsys):
@@ -210,5 +239,5 @@ def test_what_is_not_downloaded(tmp_path):
     for name in DATA_SETS.keys() - download.SOURCES.keys():
         with pytest.raises(ValueError, match=f"data='{name}': --download is for mnist, omniglot, "):
             download_images(name, str(tmp_path))
-    with pytest.raises(ValueError, match="give its place by --data-dir"):
+    with pytest.raises(ValueError, match="say where it lies with --data-dir"):
         download_images("mnist", "")

@@ -7,7 +7,7 @@ import os
 import tarfile
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fastsfvae.progress import counter
@@ -94,7 +94,7 @@ def _chairs(folder: Path) -> None:
     unpacked = folder / "rendered_chairs.part"
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(unpacked, filter="data")
+            _unpack(tar, unpacked)
     except tarfile.TarError as error:
         raise ValueError(f"{archive} is damaged: {error}; remove it and try again") from error
     os.replace(unpacked / "rendered_chairs", folder / "rendered_chairs")
@@ -108,6 +108,19 @@ _DOWNLOADS: dict[str, Callable[[Path], None]] = {
     "celeba": _celeba,
     "chairs": _chairs,
 }
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Unpack an archive, nothing of which may end outside of the folder."""
+    if hasattr(tarfile, "data_filter"):
+        tar.extractall(folder, filter="data")
+        return
+    # Before Python 3.10.12 and 3.11.4: plain files and folders alone.
+    for member in tar:
+        name = PurePosixPath(member.name)
+        if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name!r} is not a file or folder inside of it")
+        tar.extract(member, folder)
 
 
 def _torchvision():
