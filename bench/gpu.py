@@ -14,8 +14,10 @@ the tests of hostile numbers want hypothesis and mpmath too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -121,18 +123,18 @@ def _spawn(options: argparse.Namespace, name: str, seconds: float, environment: 
     with (options.out / LOG).open("a") as log:
         log.write(f"== {name}\n")
         log.flush()
+        place = {"cwd": bench.checkout.ROOT, "env": environment, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, **place, start_new_session=True)
         try:
-            done = subprocess.run(
-                command,
-                cwd=bench.checkout.ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                timeout=seconds + GRACE / 2,
-            )
+            status = process.wait(seconds + GRACE / 2)
         except subprocess.TimeoutExpired:
             return f"stopped after {seconds:.0f} s; see {LOG}"
-    return f"ended with status {done.returncode}; see {LOG}" if done.returncode else ""
+        finally:
+            # Whatever it started as well: it would hold the GPU under the next section's timings.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return f"ended with status {status}; see {LOG}" if status else ""
 
 
 def _run_section(options: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import select
 import subprocess
 import time
 from pathlib import Path
@@ -233,20 +235,26 @@ def test_command_runs_a_section_in_a_process_of_its_own(tmp_path, capsys):
 
 
 def test_command_survives_a_section_that_dies_and_one_that_hangs(tmp_path, monkeypatch):
-    def spawned(command, timeout, **kwargs):
-        if "ceilings" in command:
-            return subprocess.CompletedProcess(command, -11)
-        raise subprocess.TimeoutExpired(command, timeout)
+    spawn, (reading, writing) = subprocess.Popen, os.pipe()
 
-    monkeypatch.setattr(gpu.subprocess, "run", spawned)
-    monkeypatch.setattr(gpu, "Recorder", lambda path, device, commit: Recorder(path, device, "x"))
+    def spawned(command, **kwargs):
+        script = "kill -SEGV $$" if "ceilings" in command else "sleep 60 & wait"
+        return spawn(["sh", "-c", script], pass_fds=[writing], **kwargs)
+
     # Provenance asks git, by the same function.
     monkeypatch.setattr(ledger, "commit", lambda: "x")
+    monkeypatch.setattr(gpu, "Recorder", lambda path, device, commit: Recorder(path, device, "x"))
+    monkeypatch.setattr(gpu.subprocess, "Popen", spawned)
+    monkeypatch.setattr(gpu, "GRACE", 2.0)
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--only", "ceilings", "kernels"]
-    assert gpu.main([*arguments, "--minutes", "1"]) == 0
+    assert gpu.main([*arguments, "--minutes", "0.1"]) == 0
     died, hung = read_rows(tmp_path / gpu.ROWS)
     assert died["op"] == "ceilings" and "status -11" in died["note"]
-    assert hung["op"] == "kernels" and "stopped after 12 s" in hung["note"]
+    assert hung["op"] == "kernels" and "stopped after 1 s" in hung["note"]
+    # What a section had started is gone as well: nobody is left to write.
+    os.close(writing)
+    assert select.select([reading], [], [], 10)[0] and os.read(reading, 1) == b""
+    os.close(reading)
 
 
 def test_sections_without_time_left_are_named(tmp_path):
