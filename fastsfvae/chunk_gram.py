@@ -79,7 +79,7 @@ class Written:
 
 
 class Unwritten:
-    """A chunk whose decoder has stopped in front of its last layer; lost samples stay lost.
+    """A chunk whose decoder has stopped in front of its last layer.
 
     Args:
         last: where it stopped.
@@ -92,12 +92,14 @@ class Unwritten:
         self._r = r.contiguous(memory_format=torch.channels_last)
         self.n = r[0].numel()
 
-    def _partials(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tail_partials(self._last.tail, self._values, self._r)
+    def _partials(self, lost: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return tail_partials(self._last.tail, self._values, self._r, lost)
 
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
         """As `Written`."""
-        return low_rank_of_partials(self._partials(), h, c, second_var)
+        # Rounded tangents cannot be rescued.
+        redo = self._partials if self._last.tail.stack.dtype == torch.float32 else None
+        return low_rank_of_partials(self._partials(), h, c, second_var, redo)
 
     def norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As `Written`, from G's diagonal."""

@@ -18,6 +18,20 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_gram_float64(G, J, m):
+    """G + J J^T for a float64 tile J [BLOCK_M, N] of m rows, whatever the card.
+
+    No matrix instruction takes float64 on every card: one column of G at a time.
+    """
+    i = tl.arange(0, J.shape[0])
+    for k in range(0, m):
+        row = tl.sum(tl.where(i[:, None] == k, J, 0.0), 0)
+        column = tl.sum(J * row[None, :], 1)
+        G += tl.where(i[None, :] == k, column[:, None], 0.0)
+    return G
+
+
+@triton.jit
 def store_sums(g_ptr, p_ptr, rr_ptr, part, m, rows, cols, G, p, rr, first_col, first):
     """Store a program's share of G, p and rr as part (split, sample) of [splits * B, ...].
 

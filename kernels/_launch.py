@@ -45,6 +45,16 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def empty_sums(
+    parts: int, B: int, m: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for G, p and rr in parts: ``[parts, B, m, m]``, ``[parts, B, m]``, ``[parts, B]``."""
+    G, p, rr = (
+        torch.empty((parts, B, *shape), dtype=dtype, device=device) for shape in ((m, m), (m,), ())
+    )
+    return G, p, rr
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One compilation that a launcher can ask for, as the audit compiles it.

@@ -33,6 +33,7 @@ from ._launch import (
     cdiv,
     check_dtypes,
     device_limits,
+    empty_sums,
     pointer,
 )
 
@@ -250,9 +251,7 @@ def gram_project_partials(
     tile = _fwd_tile(m, J.dtype)
     tiles = cdiv(m, tile.block_m)
     splits, n_per_split = _splits(B, n, tiles * tiles, tile.block_n, device_limits(J))
-    G = torch.empty((splits, B, m, m), dtype=torch.float32, device=J.device)
-    p = torch.empty((splits, B, m), dtype=torch.float32, device=J.device)
-    rr = torch.empty((splits, B), dtype=torch.float32, device=J.device)
+    G, p, rr = empty_sums(splits, B, m, J.device)
     with torch.cuda.device_of(J):
         _gram_project_fwd_kernel[(B * splits * tiles * tiles,)](
             *(J, r, G, p, rr, B, m, n, splits, n_per_split, tiles),

@@ -16,6 +16,9 @@ Floor, in bytes through device memory: T once (2.25 times from L2, for a 4 x 4 t
 What it saves is to write and read J, and a pass over T for phi'. FLOPs a sample: 72 m Ci 4 H W for
 the layer, whatever Co is, and 2 m^2 n for the Gram.
 
+A rescue of lost samples (`woodbury_float64`) makes their J again and sums in float64; where none is
+lost it reads B flags.
+
 The pullback is in `gram_tail_backward`.
 """
 
@@ -30,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot, store_sums
+from ._blocks import add_gram_float64, dot, store_sums
 from ._contract import GRAM_TAIL_MAX_CHANNELS, GRAM_TAIL_MAX_M, tangents_like
 from ._launch import (
     Configuration,
@@ -38,6 +41,7 @@ from ._launch import (
     cdiv,
     check_dtypes,
     device_limits,
+    empty_sums,
     pointer,
 )
 from .activations import activation, activation_constexprs, front_constexprs
@@ -125,21 +129,26 @@ def _gram_tail_fwd_kernel(
     w_ptr,  # [Ci, Co, 4, 4]
     slope_ptr,  # [B, 2H, 2W, Co] float32; not read without SLOPED
     r_ptr,  # [B, 2H, 2W, Co] float32
-    g_ptr,  # [splits, B, m, m]
-    p_ptr,  # [splits, B, m]
-    rr_ptr,  # [splits, B]
+    lost_ptr,  # [B], uint8; not read without RESCUE
+    g_ptr,  # [splits, B, m, m], float64 in a RESCUE and else float32
+    p_ptr,  # [splits, B, m], likewise
+    rr_ptr,  # [splits, B], likewise
     B, m, height, width, channels_in, channels_out, splits, tiles, tiles_x, stride_t_m,
     BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    SLOPED: tl.constexpr, PRECISION: tl.constexpr,
+    SLOPED: tl.constexpr, PRECISION: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     split = pid % splits
     b = (pid // splits).to(tl.int64)
+    if RESCUE:
+        if tl.load(lost_ptr + b) == 0:
+            return
+    dtype: tl.constexpr = tl.float64 if RESCUE else tl.float32
     i = tl.arange(0, BLOCK_M)
-    G = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    p = tl.zeros([BLOCK_M], tl.float32)
-    rr_lanes = tl.zeros([TILE_Y * TILE_X * 16], tl.float32)
+    G = tl.zeros([BLOCK_M, BLOCK_M], dtype)
+    p = tl.zeros([BLOCK_M], dtype)
+    rr_lanes = tl.zeros([TILE_Y * TILE_X * 16], dtype)
     for tile in range(split, tiles, splits):
         J, slope, r, _, _ = tile_values(
             t_ptr, a_ptr, w_ptr, slope_ptr, r_ptr, b, tile, tiles_x,
@@ -148,7 +157,11 @@ def _gram_tail_fwd_kernel(
         )  # fmt: skip
         if SLOPED:
             J = J * slope[None, :]
-        G = tl.dot(J, tl.trans(J), G, input_precision="ieee")
+        J, r = J.to(dtype), r.to(dtype)
+        if RESCUE:
+            G = add_gram_float64(G, J, m)
+        else:
+            G = tl.dot(J, tl.trans(J), G, input_precision="ieee")
         p += tl.sum(J * r[None, :], 1)
         rr_lanes += r * r
     rr = tl.sum(rr_lanes, 0)
@@ -200,6 +213,11 @@ def tail_tile(m: int, channels_in: int, dtype: torch.dtype, backward: bool = Fal
     return Tile(block_m, tile_y, tile_x, 32 if wide else 16, num_warps)
 
 
+def _rescue_tile(block_m: int) -> Tile:
+    """Small, as it is there to be compiled in every first step and to run in few."""
+    return Tile(block_m, 1, 2, 16, 8 if block_m == 64 else 4)
+
+
 def shares(parts: int, others: int, limits: DeviceLimits) -> int:
     """Programs that share `parts` pieces of work, about four an SM together with `others`."""
     return min(parts, max(1, 4 * limits.sm_count // others))
@@ -219,6 +237,7 @@ def gram_tail_partials(
     params: Sequence[float] = (),
     slope: Tensor | None = None,
     input_precision: str = "ieee",
+    lost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over parts of the image, in a fixed split, as `gram_project_partials` gives them.
 
@@ -232,35 +251,40 @@ def gram_tail_partials(
         params: its parameters.
         slope: the derivative of the activation behind the layer, ``[B, Co, 2H, 2W]``, or None.
         input_precision: how float32 products of the layer are formed; the Gram's are "ieee".
+        lost: bool ``[B]``; then the samples that it marks are summed in float64, by "ieee" products
+            of the layer, and the results of all others stay uninitialised.
 
     Returns:
-        Float32 ``(G [S, B, m, m], p [S, B, m], rr [S, B])``.
+        ``(G [S, B, m, m], p [S, B, m], rr [S, B])``, float64 with `lost` and else float32.
 
     Raises:
-        TypeError: a tensor that is not float32, bfloat16 or float16.
+        TypeError: a tensor that is not float32, bfloat16 or float16; T not float32 with `lost`.
         ValueError: shapes that do not fit, or m or Co above the limit.
     """
     T, weight, r, a, slope, constexprs = prepare(T, weight, r, a, kind, params, slope)
     m, B, channels_in, height, width = T.shape
+    if lost is not None and T.dtype != torch.float32:
+        raise TypeError(f"T has dtype {T.dtype}: rounded tangents cannot be rescued in float64")
     tile = tail_tile(m, channels_in, T.dtype)
+    if lost is not None:
+        tile = _rescue_tile(tile.block_m)
     tiles, tiles_x = tile.count(height, width)
     splits = shares(tiles, B, device_limits(T))
-    G, p, rr = (
-        torch.empty((splits, B, *shape), dtype=torch.float32, device=T.device)
-        for shape in ((m, m), (m,), ())
-    )
+    sums = empty_sums(splits, B, m, T.device, torch.float32 if lost is None else torch.float64)
     with torch.cuda.device_of(T):
         _gram_tail_fwd_kernel[(B * splits,)](
-            *(T, T if a is None else a, weight, r if slope is None else slope, r, G, p, rr),
+            *(T, T if a is None else a, weight, r if slope is None else slope, r),
+            *(r if lost is None else lost.view(torch.uint8), *sums),
             *(B, m, height, width, channels_in, weight.shape[1], splits, tiles, tiles_x),
             T.stride(0),
             **constexprs,
             **tile.constexprs,
             SLOPED=slope is not None,
-            PRECISION=input_precision,
+            PRECISION=input_precision if lost is None else "ieee",
+            RESCUE=lost is not None,
             **launch_options(tile.num_warps),
         )
-    return G, p, rr
+    return sums
 
 
 def prepare(T, weight, r, a, kind, params, slope):
@@ -337,11 +361,17 @@ def even_and_odd(configuration: Configuration) -> Iterator[Configuration]:
 
 def configurations() -> Iterator[Configuration]:
     """Every compilation of the forward kernel, even and odd sizes."""
+    sums = ("g_ptr", "p_ptr", "rr_ptr")
     for label, dtype, constexprs, tile in tail_variants():
         types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a")}
-        types |= {f"{name}_ptr": "*fp32" for name in ("w", "slope", "r", "g", "p", "rr")}
-        yield from even_and_odd(
-            Configuration(
-                *(_gram_tail_fwd_kernel, label, types, constexprs), **launch_options(tile.num_warps)
-            )
-        )
+        types |= dict.fromkeys(("w_ptr", "slope_ptr", "r_ptr", "lost_ptr", *sums), "*fp32")
+        given = label, types, {**constexprs, "RESCUE": False}
+        options = launch_options(tile.num_warps)
+        yield from even_and_odd(Configuration(_gram_tail_fwd_kernel, *given, **options))
+        if dtype == torch.float32 and constexprs["PRECISION"] == "ieee":
+            tile = _rescue_tile(tile.block_m)
+            types = types | dict.fromkeys(sums, "*fp64") | {"lost_ptr": "*u8"}
+            constexprs = {**constexprs, **tile.constexprs, "RESCUE": True}
+            given = f"{label} rescue", types, constexprs
+            options = launch_options(tile.num_warps)
+            yield from even_and_odd(Configuration(_gram_tail_fwd_kernel, *given, **options))

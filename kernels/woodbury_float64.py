@@ -1,9 +1,10 @@
 """Rescue of lost samples: their Gram and factorisation again, in float64.
 
 A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c. Products of float32 numbers are
-exact in float64, so a sample marked lost is worth a second look wherever its float32 J is at hand.
-The host never learns which samples those are: every program reads its sample's flag and leaves at
-once where it is not set. Two launches: partial Grams, then the factorisation of `woodbury`.
+exact in float64, so a sample marked lost is worth a second look wherever its float32 J is at hand,
+or is made again by `gram_tail`. The host never learns which samples those are: every program reads
+its sample's flag and leaves at once where it is not set. Two launches: partial Grams, then the
+factorisation of `woodbury`.
 
 Floor, where nothing is lost: two launches that read B flags. A lost sample reads J once and does
 2 m^2 n float64 FLOPs, which cards for games run at 1/64 of their float32 rate.
@@ -18,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import store_sums
+from ._blocks import add_gram_float64, store_sums
 from ._contract import Woodbury, rows_dense
-from ._launch import Configuration, cdiv, pointer
+from ._launch import Configuration, cdiv, empty_sums, pointer
 from .woodbury import _woodbury_fwd_kernel, woodbury_block
 
 # Columns of J that one program sums up, at the least; and into how many parts n is cut at most.
@@ -66,15 +67,7 @@ def _gram_float64_kernel(
         J = tl.load(rows + ks[None, :], mask=(i < m)[:, None] & inside[None, :], other=0.0)
         J = J.to(tl.float64)
         r = tl.load(r_ptr + b * stride_r_b + ks, mask=inside, other=0.0).to(tl.float64)
-        # No matrix instruction takes float64 on every card: one column of G at a time.
-        for k in range(0, m):
-            row = tl.load(
-                j_ptr + b * stride_j_b + tl.cast(k, tl.int64) * stride_j_m + ks,
-                mask=inside,
-                other=0.0,
-            )
-            column = tl.sum(J * row.to(tl.float64)[None, :], 1)
-            G += tl.where(i[None, :] == k, column[:, None], 0.0)
+        G = add_gram_float64(G, J, m)
         p_lanes += J * r[None, :]
         rr_lanes += r * r
 
@@ -100,29 +93,43 @@ def rescue(J: Tensor, r: Tensor, h: Tensor, c: Tensor, solved: Woodbury) -> None
     if J.dtype != torch.float32:
         raise TypeError(f"J has dtype {J.dtype}: rounded tangents cannot be rescued in float64")
     J, r = rows_dense(J), rows_dense(r)
-    h, c = h.contiguous(), c.contiguous()
     B, m, n = J.shape
     block_m = woodbury_block(m)
     block_n = _block_n(block_m)
     wanted = min(_MAX_SPLITS, cdiv(n, _COLUMNS))
     n_per_split = cdiv(cdiv(n, block_n), wanted) * block_n
     splits = cdiv(n, n_per_split)
-    sums = [
-        torch.empty((splits, B, *shape), dtype=torch.float64, device=J.device)
-        for shape in ((m, m), (m,), ())
-    ]
-    lost = solved.lost.view(torch.uint8)
+    sums = empty_sums(splits, B, m, J.device, torch.float64)
     with torch.cuda.device_of(J):
         _gram_float64_kernel[(B * splits,)](
-            *(lost, J, r, *sums, B, m, n, splits, n_per_split),
+            *(solved.lost.view(torch.uint8), J, r, *sums, B, m, n, splits, n_per_split),
             *(J.stride(0), J.stride(1), r.stride(0)),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=_gram_warps(block_m),
         )
+    solve_again(*sums, h, c, solved)
+
+
+def solve_again(G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor, solved: Woodbury) -> None:
+    """The second launch of `rescue`, in place.
+
+    Args:
+        G: float64 partial sums ``[S, B, m, m]``; those of samples that are not lost are not read.
+        p: likewise, ``[S, B, m]``.
+        rr: likewise, ``[S, B]``.
+        h: as in `rescue`.
+        c: likewise.
+        solved: likewise.
+    """
+    splits, B, m, _ = G.shape
+    block_m = woodbury_block(m)
+    with torch.cuda.device_of(G):
         _woodbury_fwd_kernel[(B,)](
-            # Without SUMS the second three are not written.
-            *(*sums, h, c, *solved[:-1], lost, *sums, B, m, splits),
+            *(G, p, rr, h.contiguous(), c.contiguous()),
+            *(*solved[:-1], solved.lost.view(torch.uint8)),
+            # Without SUMS these three are not written.
+            *(G, p, rr, B, m, splits),
             **_SOLVE,
             BLOCK_M=block_m,
             num_warps=_solve_warps(block_m),

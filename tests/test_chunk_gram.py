@@ -4,17 +4,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsfvae import likelihood_adjoint
+from fastsfvae import likelihood_adjoint, reference
 from fastsfvae.chunk_gram import Unwritten, Written
 from fastsfvae.jacobian.jet import from_stack
 from fastsfvae.jacobian.tail import stop_at
 from fastsfvae.likelihood import likelihood_terms
+from fastsfvae.ops.gram_tail import Tail, tail_partials, tail_values
 from fastsfvae.ops.tangent_layer import Layer
+from fastsfvae.ops.woodbury import Woodbury, woodbury_native, woodbury_triton
 
-from ._triton import DEVICE, assert_as_good, requires_triton
+from ._triton import DEVICE, assert_as_good, poisoned_empty, requires_triton
 from .stack_layers import moved
 from .test_kernel_gram_tail import GEOMETRY, function, named, problem
 
+# pytest finds the fixture by its name in this module.
+_ = poisoned_empty
 pytestmark = requires_triton
 LIKELIHOODS = ("precision", "mixture", "normalized", "expected")
 C, GAMMA = 0.3, 0.6
@@ -78,20 +82,84 @@ def test_tangents_that_all_samples_share():
     assert torch.equal(last.tail.stack, stack) and last.source is jet
 
 
-def test_a_lost_sample_stays_lost_and_its_neighbours_keep_their_bits():
-    tail, x, _ = problem(3, 4, 5, 3, 3, 3)
-    last = stop_at(Layer(GEOMETRY, *named("relu")))
-    h, c, _, _ = settings(4, 3, torch.float32)
-    before = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias), x)
-    stack = tail.stack.clone()
-    # Two equal rows of J, large beside c: what tells them apart is below a float32 Gram's rounding.
-    stack[2, 1] = stack[1, 1] = 1e4 * stack[1, 1]
-    after = Unwritten(last(from_stack(stack), tail.weight, tail.bias), x)
-    solved, clean = (chunk.solve(h, c.expand(3), None) for chunk in (after, before))
-    assert solved.lost.tolist() == [False, True, False] and not clean.lost.any()
-    assert solved.first.log_det.isfinite().all()
-    kept = [0, 2]
+def nearly_equal_rows(B, m, Ci, Co, H, W, front, behind, dtype=torch.float32):
+    """A tail of whole numbers, whose J float32 holds; its first and last sample make no trouble.
+
+    In the others two rows of J are large and almost equal: what tells them apart is far below the
+    rounding of a float32 Gram, and the one factorisation with a pivot beside c.
+    """
+    g = torch.Generator().manual_seed(B + m)
+
+    def draw(*shape):
+        return torch.randint(-3, 4, shape, generator=g).to(DEVICE, dtype)
+
+    stack, weight, bias = draw(1 + m, B, Ci, H, W), draw(Ci, Co, 4, 4).float(), draw(Co).float()
+    harmless = stack.clone()
+    large = slice(1, B - 1)
+    stack[1, large] = 2**5 * stack[1, large]
+    stack[m, large] = stack[1, large]
+    stack[m, large, 0, 0, 0] += 1
+    stack[0, large, 0, 0, 0] = 1
+    x = draw(B, Co, 2 * H, 2 * W).float()
+    tails = (Tail(Layer(GEOMETRY, *front), t, weight, bias, *behind) for t in (stack, harmless))
+    return *tails, x
+
+
+def solve(tail, x, h, second_var=None):
+    last = stop_at(tail.layer, tail.behind, tail.behind_params)
+    chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias), x)
+    return chunk.solve(h, torch.full((len(x),), C, device=DEVICE), second_var)
+
+
+def written_float64(tail, x, h):
+    """The same factorisation in float64, J at hand."""
+    stack = moved(function(tail.layer.kind), tail.stack.double())
+    y = F.conv_transpose2d(stack.flatten(0, 1), tail.weight.double(), None, 2, 1)
+    y = y.unflatten(0, stack.shape[:2])
+    y = torch.cat([y[:1] + tail.bias.double().view(-1, 1, 1), y[1:]])
+    if tail.behind != "none":
+        y = moved(lambda x: F.leaky_relu(x, *tail.behind_params), y)
+    J, r = y[1:].transpose(0, 1).flatten(2), (x.double() - y[0]).flatten(1)
+    return woodbury_native(*reference.gram_project(J, r), h.double(), h.new_full((len(x),), C))
+
+
+EXACT = [
+    # B, m, Ci, Co, H, W, in front, behind
+    (4, 3, 5, 3, 3, 4, ("relu", ()), ("none", ())),
+    (3, 17, 18, 2, 5, 3, ("none", ()), ("leaky_relu", (0.5,))),
+    (3, 33, 12, 4, 4, 3, ("leaky_relu", (0.25,)), ("none", ())),
+]
+
+
+@pytest.mark.parametrize("B, m, Ci, Co, H, W, front, behind", EXACT)
+def test_lost_samples_are_redone(B, m, Ci, Co, H, W, front, behind, poisoned_empty):
+    tail, harmless, x = nearly_equal_rows(B, m, Ci, Co, H, W, front, behind)
+    h = settings(m, B, torch.float32)[0]
+    solved, clean = solve(tail, x, h, 0.5 * h), solve(harmless, x, h, 0.5 * h)
+    assert not solved.lost.any() and not clean.lost.any()
+    for mine, variance in ((solved.first, h), (solved.second, 0.5 * h)):
+        want = written_float64(tail, x, variance)
+        for name, g, w in zip(Woodbury._fields[:-1], mine, want, strict=False):
+            error = (g.double() - w)[1:-1].abs().max()
+            assert error <= 2**-21 * w.abs().max().clamp(min=1), name
+    # What was not lost keeps its bits, and the others were wrong by far more before.
+    partials = tail_partials(tail, values := tail_values(tail), x - values.output)
+    alone = woodbury_triton(*(part.sum(0) for part in partials), h, h.new_full((B,), C))
+    assert alone.lost.tolist() == [False, *[True] * (B - 2), False]
+    kept = ~alone.lost
     assert torch.equal(solved.first.log_det[kept], clean.first.log_det[kept])
+    want = written_float64(tail, x, h)
+    assert (alone.log_det - want.log_det)[alone.lost].abs().min() > 1e-4
+
+
+def test_half_precision_tangents_stay_lost():
+    tail, _, x = nearly_equal_rows(*EXACT[0][:6], *EXACT[0][6:], dtype=torch.bfloat16)
+    solved = solve(tail, x, settings(3, 4, torch.float32)[0])
+    assert solved.lost.tolist() == [False, True, True, False]
+    assert solved.first.log_det.isfinite().all()
+    values = tail_values(tail)
+    with pytest.raises(TypeError, match="T has dtype torch.bfloat16: rounded tangents cannot be"):
+        tail_partials(tail, values, x - values.output, solved.lost)
 
 
 def test_written_and_unwritten_agree_on_the_norms():

@@ -117,18 +117,22 @@ def tail_values(tail: Tail) -> Values:
 
 
 @ranged("gram")
-def tail_partials(tail: Tail, values: Values, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def tail_partials(
+    tail: Tail, values: Values, r: Tensor, lost: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 ``(G [S, B, m, m], p [S, B, m], rr [S, B])`` of the tail's Jacobian, in S parts.
 
     Args:
         tail: the layer.
         values: of `tail_values`.
         r: x - values.output, ``[B, Co, 2H, 2W]``; channels-last is not copied.
+        lost: bool ``[B]``, for a float32 stack; the results are then float64, and those of samples
+            that it does not mark uninitialised.
     """
     from fastsfvae.kernels.gram_tail import gram_tail_partials
 
     _library.require_triton(tail.stack)
-    return gram_tail_partials(tail.stack[1:], tail.weight, r, **_options(tail, values))
+    return gram_tail_partials(tail.stack[1:], tail.weight, r, **_options(tail, values), lost=lost)
 
 
 @ranged("gram backward")

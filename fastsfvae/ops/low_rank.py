@@ -18,7 +18,7 @@ J: it shares G and its cotangent joins M, so that J is still read once forward a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -148,10 +148,9 @@ def low_rank_of_partials(
     latent_var: Tensor,
     noise_var: Tensor,
     second_var: Tensor | None,
+    redo: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Solved:
     """`low_rank_forward` of a Jacobian that was never written, on the Triton kernels.
-
-    A lost sample stays lost: what a rescue would read does not exist.
 
     Args:
         partials: float32 sums over parts of n, ``(G [S, B, m, m], p [S, B, m], rr [S, B])`` with
@@ -159,13 +158,20 @@ def low_rank_of_partials(
         latent_var: as in `low_rank_forward`, float32.
         noise_var: likewise.
         second_var: likewise.
+        redo: the same sums in float64, of the samples that its argument marks, bool ``[B]``;
+            without it a lost sample stays lost.
     """
     from fastsfvae.kernels.woodbury import woodbury_fwd, woodbury_of_partials
+    from fastsfvae.kernels.woodbury_float64 import solve_again
 
     (gram, projection, rr), first = woodbury_of_partials(*partials, latent_var, noise_var)
+    if redo is not None:
+        solve_again(*redo(first.lost), latent_var, noise_var, first)
     second = None
     if second_var is not None:
         second = woodbury_fwd(gram, projection, rr, second_var, noise_var)
+        if redo is not None:
+            solve_again(*redo(second.lost), second_var, noise_var, second)
     return Solved(gram, projection, rr, first, second)
 
 
