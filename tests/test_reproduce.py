@@ -70,6 +70,28 @@ def test_stored_cells_are_not_run_again_and_longer_ones_go_on(tmp_path, monkeypa
     assert lines == []
 
 
+@dataclass(frozen=True)
+class OtherWeights(Weights):
+    """What another table measures of the same run."""
+
+
+def test_a_run_that_another_table_took_past_a_step_is_made_anew(tmp_path):
+    lines = []
+    run_cells([_cell(at=(7,))], tmp_path, lines.append)
+    for at in ((3, 7), (2,), (9,)):
+        run_cells([replace(_cell(at=at), measure=OtherWeights())], tmp_path, lines.append)
+    assert not any("failed" in line for line in lines)
+    (first, _), (other, _) = (
+        stored_results([replace(_cell(at=(2, 3, 7, 9)), measure=m)], tmp_path)
+        for m in (Weights(), OtherWeights())
+    )
+    assert [first.steps, other.steps] == [[7], [2, 3, 7, 9]]
+    assert other.measured(7)["weight"] == first.measured(7)["weight"]
+    # 2 and 3 were past in the first folder, and 2 in the second; the first goes on to 9.
+    runs = sorted(path.name for path in (tmp_path / "runs").glob("*seed0*"))
+    assert [name.removeprefix(first.folder.name) for name in runs] == ["", "-2", "-3"]
+
+
 def test_a_killed_cell_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     save = training.save
 

@@ -2,13 +2,16 @@
 
 Below the folder of results, ``runs/<cell>-seed<k>-<digest>/`` is an ordinary training run and
 ``runs/records/<cell>-seed<k>-<digest>.json`` what was measured of it. The digests stand for the
-configuration, so that another version of a protocol never meets the files of this one.
+configuration, so that another version of a protocol never meets the files of this one. Tables share
+the runs of a cell that both have; where one has trained it past the step that another measures it
+at, that one trains it anew, in a folder with -2 behind its name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch
 
 from fastsfvae import training
 from fastsfvae.atomic import write_text
-from fastsfvae.checkpoint import FolderLock, load_config
+from fastsfvae.checkpoint import CHECKPOINT, FolderLock, load_checkpoint, load_config
 from fastsfvae.config import CHANGEABLE, TrainConfig
 from fastsfvae.monitors import monitors
 from fastsfvae.provenance import commit, device_name
@@ -102,6 +105,7 @@ def _run(cell: Cell, seed: int, out: Path, say: Callable[[str], object]) -> None
 
 def _prepare(cell: Cell, seed: int, step: int, folder: Path) -> training.Run:
     """Start the run, or take it up, to be trained to a step."""
+    folder = _not_past(step, folder)
     if folder.exists():
         # Only how long and where it runs is this call's.
         now = {name: getattr(cell.config, name) for name in CHANGEABLE} | {"steps": step}
@@ -109,6 +113,17 @@ def _prepare(cell: Cell, seed: int, step: int, folder: Path) -> training.Run:
     # Its schedules last until the end, not until it is first measured.
     changes: dict[str, Any] = {"seed": seed, "steps": step, "schedule_steps": cell.at[-1]}
     return training.start(dataclasses.replace(cell.config, **changes), folder)
+
+
+def _not_past(step: int, folder: Path) -> Path:
+    """The folder, or the first beside it, whose run has not passed the step for other numbers."""
+    names = itertools.chain([folder.name], (f"{folder.name}-{n}" for n in itertools.count(2)))
+    return next(
+        beside
+        for beside in map(folder.with_name, names)
+        if not (beside / CHECKPOINT).is_file()
+        or load_checkpoint(beside / CHECKPOINT)["step"] <= step
+    )
 
 
 def _extend(run: training.Run, step: int) -> training.Run:
