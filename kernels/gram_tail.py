@@ -215,7 +215,7 @@ def tail_tile(m: int, channels_in: int, dtype: torch.dtype, backward: bool = Fal
 
 def _rescue_tile(block_m: int) -> Tile:
     """Small, as it is there to be compiled in every first step and to run in few."""
-    return Tile(block_m, 1, 2, 16, 8 if block_m == 64 else 4)
+    return Tile(block_m, 1, 2, 16, 4 if block_m == 16 else 8)
 
 
 def shares(parts: int, others: int, limits: DeviceLimits) -> int:
