@@ -205,7 +205,7 @@ def test_every_protocol_has_distinct_runs(name, quick):
 
 def test_the_papers_table4_stands_beside_every_reading():
     cells = {cell.name: cell for cell in choose("table4", Options())}
-    assert len(cells) == 18
+    assert len(cells) == 19
     assert cells["precision .95, sigmoid, kaiming"].config.gamma == 0.95
     config = cells["precision, sigmoid, kaiming"].config
     assert (config.latent_dim, config.batch_size, config.train_images) == (200, 1000, 1000)
