@@ -215,7 +215,7 @@ def tail_tile(m: int, channels_in: int, dtype: torch.dtype, backward: bool = Fal
 
 def _rescue_tile(block_m: int) -> Tile:
     """Small, as it is there to be compiled in every first step and to run in few."""
-    return Tile(block_m, 1, 2, 16, 4 if block_m == 16 else 8)
+    return Tile(block_m, 1, 2, 16, 8)
 
 
 def shares(parts: int, others: int, limits: DeviceLimits) -> int:
@@ -265,6 +265,10 @@ def gram_tail_partials(
     m, B, channels_in, height, width = T.shape
     if lost is not None and T.dtype != torch.float32:
         raise TypeError(f"T has dtype {T.dtype}: rounded tangents cannot be rescued in float64")
+    if lost is not None and lost.shape != (B,):
+        raise ValueError(
+            f"lost {tuple(lost.shape)} does not fit: give a flag for each of {B} samples"
+        )
     tile = tail_tile(m, channels_in, T.dtype)
     if lost is not None:
         tile = _rescue_tile(tile.block_m)
@@ -274,7 +278,7 @@ def gram_tail_partials(
     with torch.cuda.device_of(T):
         _gram_tail_fwd_kernel[(B * splits,)](
             *(T, T if a is None else a, weight, r if slope is None else slope, r),
-            *(r if lost is None else lost.view(torch.uint8), *sums),
+            *(r if lost is None else lost.contiguous().view(torch.uint8), *sums),
             *(B, m, height, width, channels_in, weight.shape[1], splits, tiles, tiles_x),
             T.stride(0),
             **constexprs,
@@ -328,6 +332,7 @@ PRODUCTS = (
 
 def activation_variants() -> Iterator[tuple[str, dict]]:
     """Label and constexprs: the least in front and behind, and the most, stand for all others."""
+    yield "none", {**front_constexprs("none", ()), "SLOPED": False}
     yield "relu", {**activation_constexprs("relu", ()), "SLOPED": False}
     yield "tanh sloped", {**activation_constexprs("tanh", ()), "SLOPED": True}
 

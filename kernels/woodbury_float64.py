@@ -77,12 +77,15 @@ def _gram_float64_kernel(
     )
 
 
-def rescue(J: Tensor, r: Tensor, h: Tensor, c: Tensor, solved: Woodbury) -> None:
+def rescue(
+    J: Tensor, r: Tensor, squared_error: Tensor, h: Tensor, c: Tensor, solved: Woodbury
+) -> None:
     """Compute lost samples again, in place; a flag stays set where float64 loses a pivot too.
 
     Args:
         J: float32 ``[B, m, n]`` with m <= 64.
         r: ``[B, n]``.
+        squared_error: r^T r as it was summed in float32, ``[B]``.
         h: float32 ``[B, m]``.
         c: float32 ``[B]``.
         solved: what `woodbury_fwd` made of them, dense as it returned it; overwritten.
@@ -108,20 +111,27 @@ def rescue(J: Tensor, r: Tensor, h: Tensor, c: Tensor, solved: Woodbury) -> None
             BLOCK_N=block_n,
             num_warps=_gram_warps(block_m),
         )
-    solve_again(*sums, h, c, solved)
+    solve_again(sums, squared_error, h, c, solved)
 
 
-def solve_again(G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor, solved: Woodbury) -> None:
+def solve_again(
+    sums: tuple[Tensor, Tensor, Tensor],
+    squared_error: Tensor,
+    h: Tensor,
+    c: Tensor,
+    solved: Woodbury,
+) -> None:
     """The second launch of `rescue`, in place.
 
     Args:
-        G: float64 partial sums ``[S, B, m, m]``; those of samples that are not lost are not read.
-        p: likewise, ``[S, B, m]``.
-        rr: likewise, ``[S, B]``.
-        h: as in `rescue`.
+        sums: float64 parts of ``G [S, B, m, m]``, ``p [S, B, m]`` and ``rr [S, B]``; those of
+            samples that are not lost are not read.
+        squared_error: as in `rescue`.
+        h: likewise.
         c: likewise.
         solved: likewise.
     """
+    G, p, rr = sums
     splits, B, m, _ = G.shape
     block_m = woodbury_block(m)
     with torch.cuda.device_of(G):
@@ -134,6 +144,8 @@ def solve_again(G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor, solved: 
             BLOCK_M=block_m,
             num_warps=_solve_warps(block_m),
         )
+    # Rounded from float64 it may pass the squared error, which was summed in float32.
+    torch.minimum(solved.explained, squared_error, out=solved.explained)
 
 
 _SOLVE = {"SUMS": False, "RESCUE": True}

@@ -137,6 +137,7 @@ def test_lost_samples_are_redone(B, m, Ci, Co, H, W, front, behind, poisoned_emp
     h = settings(m, B, torch.float32)[0]
     solved, clean = solve(tail, x, h, 0.5 * h), solve(harmless, x, h, 0.5 * h)
     assert not solved.lost.any() and not clean.lost.any()
+    assert (solved.first.explained <= solved.squared_error).all()
     for mine, variance in ((solved.first, h), (solved.second, 0.5 * h)):
         want = written_float64(tail, x, variance)
         for name, g, w in zip(Woodbury._fields[:-1], mine, want, strict=False):
@@ -160,6 +161,9 @@ def test_half_precision_tangents_stay_lost():
     values = tail_values(tail)
     with pytest.raises(TypeError, match="T has dtype torch.bfloat16: rounded tangents cannot be"):
         tail_partials(tail, values, x - values.output, solved.lost)
+    with pytest.raises(ValueError, match=r"lost \(3,\) does not fit: give a flag for each of 4"):
+        full = tail._replace(stack=tail.stack.float())
+        tail_partials(full, tail_values(full), x - values.output, solved.lost[:3])
 
 
 def test_written_and_unwritten_agree_on_the_norms():

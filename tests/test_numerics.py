@@ -72,6 +72,9 @@ def _check(largest_error, tally, inputs):
             largest_error(subject, f"{name} (of its bound)", (error / (bound + tiny)).max())
 
 
+BACKENDS = ["torch", pytest.param("triton", marks=requires_triton)]
+
+
 def _device(backend):
     return DEVICE if backend == "triton" else "cpu"
 
@@ -84,7 +87,7 @@ def _problem(B, m, n, J=1.0, h=1.0, c=0.5, dtype=torch.float32, device="cpu"):
     return tuple(t.to(device, dtype).requires_grad_() for t in tensors)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=requires_triton)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "scales",
     [{"J": 1e19}, {"J": 1e30}, {"h": 1e38}, {"h": 1e30, "c": 1e-8}],
@@ -102,10 +105,12 @@ def test_a_gram_beyond_float32_is_formed_again_in_float64(scales, backend):
         assert bool(((got - exact).abs() <= 16 * eps * exact.abs()).all())
 
 
-def test_a_rescued_sample_explains_no_more_than_its_squared_error():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rescued_sample_explains_no_more_than_its_squared_error(backend):
     # With m > n and a small c all is explained, and |r|^2 is rounded another way.
-    J, r, h, c = (t.detach() for t in _problem(256, 3, 2, J=1e4, c=1.0))
-    terms = low_rank_terms(J, r, h, c)
+    problem = _problem(256, 3, 2, J=1e4, c=1.0, device=_device(backend))
+    J, r, h, c = (t.detach() for t in problem)
+    terms = low_rank_terms(J, r, h, c, backend=backend)
     assert bool((terms.explained <= terms.squared_error).all())
     exact = reference.low_rank_terms(*(t.double() for t in (J, r, h, c)))
     assert bool(((terms.explained - exact[1]).abs() <= 2 * EPS[torch.float32] * exact[2]).all())

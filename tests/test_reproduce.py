@@ -90,6 +90,7 @@ def test_a_run_that_another_table_took_past_a_step_is_made_anew(tmp_path):
     # 2 and 3 were past in the first folder, and 2 in the second; the first goes on to 9.
     runs = sorted(path.name for path in (tmp_path / "runs").glob("*seed0*"))
     assert [name.removeprefix(first.folder.name) for name in runs] == ["", "-2", "-3"]
+    assert other.trained_steps == 9
 
 
 def test_a_killed_cell_goes_on_from_its_checkpoint(tmp_path, monkeypatch):

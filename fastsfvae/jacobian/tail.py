@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fastsfvae.jacobian.jet import Jet, stack_of
 from fastsfvae.jacobian.nodes import packet_name
 from fastsfvae.jacobian.rules.fused_activation import kernel_of
+from fastsfvae.kernels._contract import tangents_like
 from fastsfvae.ops._precision import autocast
 from fastsfvae.ops.gram_tail import Tail, largest_batch
 from fastsfvae.ops.tangent_layer import Layer
@@ -43,7 +44,8 @@ def stop_at(
     """
 
     def stop(x: Jet, weight: Tensor, bias: Tensor | None = None) -> LastLayer:
-        stack = autocast(stack_of(x))
+        # Dense once, for the kernels of the forward, its rescue and the backward.
+        stack = tangents_like(autocast(stack_of(x)), torch.channels_last)
         return LastLayer(x, Tail(layer, stack, weight, bias, behind, behind_params))
 
     return stop

@@ -100,7 +100,7 @@ def woodbury(
 
     solved = woodbury_fwd(G, p, rr, h, c)
     if J is not None and r is not None:
-        rescue(J, r, h, c, solved)
+        rescue(J, r, rr, h, c, solved)
     return (*solved,)
 
 
@@ -124,7 +124,7 @@ def gram_woodbury(J: Tensor, r: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
 
     sums, solved = woodbury_of_partials(*gram_project_partials(J, r), h, c)
     if J.dtype == torch.float32:
-        rescue(J, r, h, c, solved)
+        rescue(J, r, sums[2], h, c, solved)
     return [*sums, *solved]
 
 

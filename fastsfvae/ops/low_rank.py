@@ -166,12 +166,12 @@ def low_rank_of_partials(
 
     (gram, projection, rr), first = woodbury_of_partials(*partials, latent_var, noise_var)
     if redo is not None:
-        solve_again(*redo(first.lost), latent_var, noise_var, first)
+        solve_again(redo(first.lost), rr, latent_var, noise_var, first)
     second = None
     if second_var is not None:
         second = woodbury_fwd(gram, projection, rr, second_var, noise_var)
         if redo is not None:
-            solve_again(*redo(second.lost), second_var, noise_var, second)
+            solve_again(redo(second.lost), rr, second_var, noise_var, second)
     return Solved(gram, projection, rr, first, second)
 
 

@@ -64,7 +64,9 @@ def stored_results(cells: Sequence[Cell], out: Path) -> list[Result]:
     for cell in cells:
         for seed in range(cell.seeds):
             path, folder = _paths(cell, seed, out)
-            result = Result(cell, seed, folder, _read(path))
+            record = _read(path)
+            folder = folder.with_name(record.get("folder", folder.name))
+            result = Result(cell, seed, folder, record)
             if result.steps:
                 results.append(result)
     return results
@@ -100,6 +102,8 @@ def _run(cell: Cell, seed: int, out: Path, say: Callable[[str], object]) -> None
         seconds = {"seconds": round(run.seconds, 2)}
         record["measured"][str(step)] = cell.measure(run) | seconds
         record |= _origin(cell, run)
+        # Another call may have measured other steps meanwhile, of a run beside this one.
+        record["measured"] = _read(path)["measured"] | record["measured"]
         _write(path, record)
 
 
@@ -116,14 +120,17 @@ def _prepare(cell: Cell, seed: int, step: int, folder: Path) -> training.Run:
 
 
 def _not_past(step: int, folder: Path) -> Path:
-    """The folder, or the first beside it, whose run has not passed the step for other numbers."""
-    names = itertools.chain([folder.name], (f"{folder.name}-{n}" for n in itertools.count(2)))
-    return next(
-        beside
-        for beside in map(folder.with_name, names)
-        if not (beside / CHECKPOINT).is_file()
-        or load_checkpoint(beside / CHECKPOINT)["step"] <= step
-    )
+    """The folder, or one beside it, whose run is nearest to the step and not past it."""
+    reached, first = {}, folder.name
+    for number in itertools.count(2):
+        if not folder.exists():
+            break
+        # Whoever takes the run up says what is wrong with its files.
+        steps = load_checkpoint(folder / CHECKPOINT).get("step", 0)
+        if steps <= step:
+            reached[folder] = steps
+        folder = folder.with_name(f"{first}-{number}")
+    return max(reached, key=reached.__getitem__, default=folder)
 
 
 def _extend(run: training.Run, step: int) -> training.Run:
@@ -176,6 +183,7 @@ def _origin(cell: Cell, run: training.Run) -> dict[str, Any]:
     """Where a record comes from."""
     return {
         "cell": cell.name,
+        "folder": run.folder.name,
         "config": dataclasses.asdict(run.config),
         "measure": repr(cell.measure),
         "device": device_name(run.device),
