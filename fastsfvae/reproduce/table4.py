@@ -41,7 +41,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 _OTHER_GAMMAS = {
     f"precision {gamma:g}".replace("0.", "."): _OBJECTIVES["precision"] | {"gamma": gamma}
-    for gamma in (0.67, 0.8, 0.95)
+    for gamma in (0.67, 0.8, 0.85, 0.9, 0.95)
 }
 _Reading = tuple[OutputActivation, Init]
 _READINGS: tuple[_Reading, ...] = (
