@@ -64,6 +64,15 @@ def encode(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def objective_values(
+    objective: Objective, x: Tensor, mean: Tensor, log_var: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Evaluate what a method maximises on images ``[N, C, H, W]`` in chunks; ``[N]`` in nats."""
+    chunks = zip(x.split(_BATCH), mean.split(_BATCH), log_var.split(_BATCH), strict=True)
+    return torch.cat([objective(*chunk, generator=generator).objective for chunk in chunks])
+
+
+@torch.no_grad()
 def measure(
     encoder: nn.Module,
     decoder: Callable[[Tensor], Tensor],
@@ -77,9 +86,7 @@ def measure(
     mean, log_var = encode(encoder, x)
     quantities = {}
     if objective is not None:
-        chunks = zip(x.split(_BATCH), mean.split(_BATCH), log_var.split(_BATCH), strict=True)
-        terms = [objective(*chunk, generator=generator) for chunk in chunks]
-        quantities["objective"] = torch.cat([term.objective for term in terms])
+        quantities["objective"] = objective_values(objective, x, mean, log_var, generator)
     elbo = evaluate.sampled_elbo(
         decoder, x, mean, log_var, noise_var=noise_var, generator=generator
     )

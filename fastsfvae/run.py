@@ -219,6 +219,9 @@ def _restore(run: Run, state: dict) -> None:
             # How it runs is this configuration's, not the checkpoint's.
             group["capturable"] = run.config.cuda_graph
         run.step, run.seconds = int(state["step"]), float(state["seconds"])
+        for schedule, value in run.scheduled.values():
+            # As the last step left it: what is evaluated may never be trained again.
+            value.fill_(schedule.at(max(run.step - 1, 0)))
         if len(state["window"]):
             rows = distributed.rows(run.config.batch_size)
             run.window = list(state["window"][:, :, rows].to(run.device))

@@ -33,7 +33,7 @@ def make_objective(config: TrainConfig, decoder: nn.Module, **scheduled: Tensor)
         case "iwae":
             return ImportanceWeighted(decoder, noise_var=c, samples=samples)
         case "stl":
-            return StickingTheLanding(decoder, noise_var=c)
+            return StickingTheLanding(decoder, noise_var=c, samples=samples)
         case "dreg":
             return DoublyReparameterized(decoder, noise_var=c, samples=samples)
     settings = {"likelihood": config.likelihood, "backend": config.backend}

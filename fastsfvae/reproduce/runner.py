@@ -21,7 +21,7 @@ import torch
 
 from fastsfvae import training
 from fastsfvae.atomic import write_text
-from fastsfvae.checkpoint import CHECKPOINT, FolderLock, load_checkpoint, load_config
+from fastsfvae.checkpoint import CHECKPOINT, CONFIG, FolderLock, load_checkpoint, load_config
 from fastsfvae.config import CHANGEABLE, TrainConfig
 from fastsfvae.monitors import monitors
 from fastsfvae.provenance import commit, device_name
@@ -137,6 +137,7 @@ def _extend(run: training.Run, step: int) -> training.Run:
     """Let a finished run go on to a later step; to take it up from its files would cost seconds."""
     run.config = dataclasses.replace(run.config, steps=step)
     run.lock = FolderLock(run.folder)
+    write_text(run.folder / CONFIG, run.config.to_json())
     return run
 
 

@@ -9,7 +9,11 @@ from dataclasses import replace
 from fastsfvae.config import Method, TrainConfig
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import log_seconds, row_of_panels, tidy
-from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods
+from fastsfvae.reproduce.measures import (
+    LIKELIHOOD_COLUMNS,
+    OWN_OBJECTIVE,
+    LikelihoodsAndObjective,
+)
 from fastsfvae.reproduce.seconds import (
     curves,
     doublings,
@@ -56,7 +60,8 @@ def _paper(data: str, method: str, count: int, step: int) -> Mapping[str, Mappin
 
 def _cells(options: Options) -> list[Cell]:
     samples = (1, 5) if options.quick else _SAMPLES
-    measure = Likelihoods(samples=500, images=200) if options.quick else Likelihoods(samples=5000)
+    extent = {"samples": 500, "images": 200} if options.quick else {"samples": 5000}
+    measure = LikelihoodsAndObjective(**extent)
     seeds = 1 if options.quick else 5
     cells: list[Cell] = []
     timed: list[Cell] = []
@@ -74,10 +79,8 @@ def _cells(options: Options) -> list[Cell]:
         add(expected, replace(base, likelihood="expected"), {}, _POINTS)
         for count in samples:
             for name, method in _METHODS.items():
-                # Of more samples its gradient is biased, and refused.
-                if method != "stl" or count == 1:
-                    config = replace(base, method=method, samples=count)
-                    add(f"{name}, K={count}", config, _paper(data, name, count, step))
+                config = replace(base, method=method, samples=count)
+                add(f"{name}, K={count}", config, _paper(data, name, count, step))
         # All sets have 784 pixels: a step takes as long on any of them.
         timed = timed or [step_time_cell(cell) for cell in cells]
     return [*cells, *timed]
@@ -185,12 +188,12 @@ TABLE3 = Experiment(
     cells=_cells,
     draw=_draw,
     reading=_reading,
-    columns=("NLL", *LIKELIHOOD_COLUMNS, "ms per step"),
+    columns=("NLL", OWN_OBJECTIVE, *LIKELIHOOD_COLUMNS, "ms per step"),
     assumptions=(
         "m, the epochs, the learning rate and the estimator are not stated: m = 50, 30 epochs, "
         "Adam at 1e-3, 5,000 importance weights from one defensive proposal for all",
-        "Sticking-the-Landing at K > 1 is not defined by the paper and biased on an "
-        "importance-weighted bound: K = 1 alone; DReG is its unbiased relative",
+        "Sticking-the-Landing at K > 1 is not defined by the paper: the ELBO of K draws, averaged; "
+        "on an importance-weighted bound it is biased, where DReG is its unbiased relative",
         "gamma = 0.5; c = 0.5; identity output; torch's initial weights",
         "the paper's column leaves the constant out, and so does NLL here",
         "bundled digits: 9,000 to train on, 1,000 to test on; the paper has no values for them",
