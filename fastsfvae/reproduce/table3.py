@@ -60,8 +60,8 @@ def _paper(data: str, method: str, count: int, step: int) -> Mapping[str, Mappin
 
 def _cells(options: Options) -> list[Cell]:
     samples = (1, 5) if options.quick else _SAMPLES
-    extent = {"samples": 500, "images": 200} if options.quick else {"samples": 5000}
-    measure = LikelihoodsAndObjective(**extent)
+    weights, images = (500, 200) if options.quick else (5000, 0)
+    measure = LikelihoodsAndObjective(samples=weights, images=images)
     seeds = 1 if options.quick else 5
     cells: list[Cell] = []
     timed: list[Cell] = []
