@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import pytest
@@ -138,6 +139,23 @@ def test_refused(name):
     with pytest.raises(error, match=message) as caught:
         decode_with_jacobian(build(), z)
     assert "\n" not in str(caught.value)
+
+
+def test_a_failing_decoder_is_no_traceback_in_the_log():
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(handler)
+    try:
+        # The batch is a number, not the symbol that it is traced with.
+        with pytest.raises(RuntimeError, match=r"got \[3, 3\] X \[4, 3\]"):
+            decode_with_jacobian(linear(), Z[:, :3])
+        assert not logged
+        logger.error("of others")
+        assert len(logged) == 1
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_distributed_wrapper_is_refused():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -140,7 +141,7 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
     paths: dict[fx.Node, str] = {}
     tracer = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
     try:
-        with _recorded_paths(decoder, paths), _restored(decoder):
+        with _recorded_paths(decoder, paths), _restored(decoder), _no_log_of_failures():
             module = tracer(fakes, fake_z, fake_extras)
     except _DATA_DEPENDENT as error:
         raise RuntimeError(
@@ -156,8 +157,9 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
     except RuntimeError as error:
         if not _raised_by_torch(error):
             raise
+        reason = _first_line(error).replace(str(fake_z.shape[0]), str(z.shape[0]))
         raise RuntimeError(
-            f"the decoder fails on z of shape {tuple(z.shape)}: {_first_line(error)} "
+            f"the decoder fails on z of shape {tuple(z.shape)}: {reason} "
             f"(check that it takes m = {z.shape[1]} latents and the further inputs)"
         ) from error
     _refuse_untraceable_values(module)
@@ -244,6 +246,21 @@ def _recorded_paths(decoder: Callable[..., Any], paths: dict[fx.Node, str]) -> I
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _no_log_of_failures() -> Iterator[None]:
+    """Keep PyTorch from logging a traceback of what is raised, and said in one line, anyway."""
+    logger, own = logging.getLogger(FakeTensorMode.__module__), threading.get_ident()
+
+    def from_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != own
+
+    logger.addFilter(from_elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(from_elsewhere)
 
 
 @contextlib.contextmanager
