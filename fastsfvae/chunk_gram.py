@@ -1,7 +1,8 @@
 """Where a chunk's Gram G = J J^T comes from, and its cotangents go to.
 
 `Written` has J at hand. `Unwritten` has what goes into the decoder's last layer, which gives the
-same sums on the way (`fastsfvae.ops.gram_tail`): the same four functions, no J.
+same sums on the way (`fastsfvae.ops.gram_tail`), and so has `Contracted`, whose last layer is
+linear: the same four functions, no J.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsfvae import reference
 from fastsfvae.jacobian.chunked import empty_gradient, flatten_in_memory_order
 from fastsfvae.jacobian.jet import Jet, from_stack, full_tangent
-from fastsfvae.jacobian.tail import LastLayer
-from fastsfvae.ops.gram_project import gram_project_backward
-from fastsfvae.ops.gram_tail import tail_backward, tail_partials, tail_values
+from fastsfvae.jacobian.tail import LastLayer, Linear
+from fastsfvae.ops.gram_project import full_products, gram_project_backward
+from fastsfvae.ops.gram_tail import Tail, tail_backward, tail_partials, tail_values
 from fastsfvae.ops.low_rank import (
     Solved,
     low_rank_forward,
     low_rank_of_partials,
+    low_rank_of_sums,
     squared_norms,
 )
+from fastsfvae.ranges import ranged
 
 
 class Pulled(NamedTuple):
@@ -82,23 +86,23 @@ class Unwritten:
     """A chunk whose decoder has stopped in front of its last layer.
 
     Args:
-        last: where it stopped.
+        tail: the layer on what goes into it.
         x: data ``[b, *out]``.
     """
 
-    def __init__(self, last: LastLayer, x: Tensor):
-        self._last, self._values = last, tail_values(last.tail)
+    def __init__(self, tail: Tail, x: Tensor):
+        self._tail, self._values = tail, tail_values(tail)
         r = (x - self._values.output).to(torch.float32)
         self._r = r.contiguous(memory_format=torch.channels_last)
         self.n = r[0].numel()
 
     def _partials(self, lost: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        return tail_partials(self._last.tail, self._values, self._r, lost)
+        return tail_partials(self._tail, self._values, self._r, lost)
 
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
         """As `Written`."""
         # Rounded tangents cannot be rescued.
-        redo = self._partials if self._last.tail.stack.dtype == torch.float32 else None
+        redo = self._partials if self._tail.stack.dtype == torch.float32 else None
         return low_rank_of_partials(self._partials(), h, c, second_var, redo)
 
     def norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,7 +112,7 @@ class Unwritten:
 
     def pull(self, M: Tensor, u: Tensor, g_rr: Tensor) -> Pulled:
         """As `Written`."""
-        tail = self._last.tail
+        tail = self._tail
         grads = tail_backward(tail, self._values, self._r, M, u, g_rr)
         pairs = (tail.weight, grads.weight), (tail.bias, grads.bias)
         others = tuple((t, g) for t, g in pairs if t is not None and g is not None)
@@ -117,3 +121,117 @@ class Unwritten:
     def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
         """As `Written`."""
         return self.pull(torch.diag_embed(2 * rate), torch.zeros_like(rate), g_rr)
+
+
+class Contracted:
+    """A chunk whose last layer is linear, f = W a + b, and n wider than what goes into it.
+
+    With T ``[m, k]`` the tangents of a, J = T W^T is not needed: with H = W^T W, U = T H and
+    q = W^T r
+
+        G = U T^T                   p = T q
+        dT = M U + u q^T            dH = T^T M T / 2            t = T^T u
+        dr = W t + 2 g_rr r         dW = r t^T + df a^T + what H gives, W (dH + dH^T)
+
+    in 2 k^2 + 3 m k multiplications a tangent, and 2 n k^2 for all, where J takes 3 n k + 2 m n.
+    G's rounding is that of |T|^2 |W|^2, of which J may be a small part: `solve` tells.
+
+    Args:
+        source: a and T.
+        tail: the layer.
+        x: data ``[b, *out]``.
+    """
+
+    def __init__(self, source: Jet, tail: Linear, x: Tensor):
+        self._source, self._tail, self._shape = source, tail, x.shape
+        self._dtype = tail.metric.dtype
+        tangent = full_tangent(source)
+        self._rescues = tangent.dtype == torch.float32 and tail.weight.dtype == torch.float32
+        with full_products(tangent):
+            self._a, self._W = source.primal.to(self._dtype), tail.weight.to(self._dtype)
+            f = self._a @ self._W.mT
+            f = f if tail.bias is None else f + tail.bias
+            self._r = x.flatten(1).to(self._dtype) - f
+            self.n = self._r.shape[1]
+            self._q = self._r @ self._W
+            T = tangent.to(self._dtype)
+            # One product for all tangents of the chunk.
+            U = (T.flatten(0, 1) @ tail.metric).view(T.shape)
+            self._T, self._U = T.transpose(0, 1), U.transpose(0, 1)
+
+    def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
+        """As `Written`."""
+        T, r = self._T, self._r
+
+        def redo(lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            J = T[lost].double() @ self._W.double().mT
+            return reference.gram_project(J, r[lost].double())
+
+        with full_products(T):
+            G = torch.bmm(self._U, T.mT)
+            p = torch.bmm(T, self._q.unsqueeze(-1)).squeeze(-1)
+            # Its two halves are rounded apart.
+            sums = 0.5 * (G + G.mT), p, r.square().sum(-1)
+            summed = T.square().sum(-1) * self._tail.metric.diagonal().sum()
+        return low_rank_of_sums(sums, h, c, second_var, redo if self._rescues else None, summed)
+
+    def norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `Written`."""
+        squares = (self._T * self._U).sum(-1).clamp_min_(0)
+        return self._r.to(dtype).square().sum(-1), squares.to(dtype)
+
+    @ranged("gram backward")
+    def pull(self, M: Tensor, u: Tensor, g_rr: Tensor) -> Pulled:
+        """As `Written`."""
+        M, u, g_rr = (t.to(self._dtype) for t in (M, u, g_rr))
+        with full_products(self._T):
+            dT = torch.baddbmm(u.unsqueeze(-1) * self._q.unsqueeze(-2), M, self._U)
+            return self._pulled(dT, torch.bmm(0.5 * M, self._T), u, g_rr)
+
+    @ranged("gram backward")
+    def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
+        """As `Written`."""
+        rate, g_rr = rate.to(self._dtype), g_rr.to(self._dtype)
+        each = rate.unsqueeze(-1)
+        with full_products(self._T):
+            return self._pulled(2 * each * self._U, each * self._T, None, g_rr)
+
+    def _pulled(self, dT: Tensor, half: Tensor, u: Tensor | None, g_rr: Tensor) -> Pulled:
+        """`half` is M T / 2; `u` None stands for zeros."""
+        W, r, T = self._W, self._r, self._T
+        dr = 2 * g_rr.unsqueeze(-1) * r
+        d_weight = torch.zeros_like(W)
+        if u is not None:
+            t = torch.bmm(u.unsqueeze(-2), T).squeeze(-2)
+            dr.addmm_(t, W.mT)
+            d_weight.addmm_(r.mT, t)
+        # r = x - f
+        df = -dr
+        d_weight.addmm_(df.mT, self._a)
+        left, right = (side.transpose(0, 1).flatten(0, 1) for side in (half, T))
+        d_metric = left.mT @ right
+        grad, of_tangents, of_value = empty_gradient(self._source)
+        of_tangents.copy_(dT)
+        torch.mm(df, W, out=of_value) if of_value.dtype == W.dtype else of_value.copy_(df @ W)
+        others = [(self._tail.weight, d_weight), (self._tail.metric, d_metric)]
+        if self._tail.bias is not None:
+            others.append((self._tail.bias, df.sum(0)))
+        return Pulled(grad, dr.view(self._shape), tuple(others))
+
+
+ChunkGram = Written | Unwritten | Contracted
+
+
+def gram_of(output: Jet | LastLayer, x: Tensor, backend: str) -> ChunkGram:
+    """The Gram of a chunk.
+
+    Args:
+        output: what its plan returned.
+        x: data ``[b, *out]``.
+        backend: "torch" or "triton".
+    """
+    if not isinstance(output, LastLayer):
+        return Written(output, x, backend)
+    if isinstance(output.tail, Linear):
+        return Contracted(output.source, output.tail, x)
+    return Unwritten(output.tail, x)

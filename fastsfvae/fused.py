@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from fastsfvae import likelihood_adjoint
-from fastsfvae.chunk_gram import Unwritten, Written
+from fastsfvae.chunk_gram import gram_of
 from fastsfvae.jacobian.chunked import flatten_in_memory_order
 from fastsfvae.jacobian.jet import full_tangent, latent_jet
 from fastsfvae.jacobian.known import remember
 from fastsfvae.jacobian.linearize import Linearizer, chunk_bounds
 from fastsfvae.jacobian.sweep import Sweep, default_chunk, find_program, program_of
-from fastsfvae.jacobian.tail import LastLayer
 from fastsfvae.jacobian.validate import check_chunk_size
 from fastsfvae.likelihood import likelihood_terms
 from fastsfvae.ops.vmap import refuse_vmap
@@ -162,11 +161,7 @@ def decoder_likelihood(
                 break
             rows = slice(chunk.start, chunk.stop)
             with torch.autocast(z.device.type, enabled=False):
-                gram: Written | Unwritten
-                if isinstance(chunk.output, LastLayer):
-                    gram = Unwritten(chunk.output, x[rows])
-                else:
-                    gram = Written(chunk.output, x[rows], backend)
+                gram = gram_of(chunk.output, x[rows], backend)
                 found = likelihood_adjoint.evaluate(gram, h[rows], c, weight, likelihood)
                 terms.append(found.terms)
                 if not any(needs) or cotangents is None:

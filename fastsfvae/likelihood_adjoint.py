@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae.chunk_gram import Pulled, Unwritten, Written
+from fastsfvae.chunk_gram import ChunkGram, Pulled
 from fastsfvae.likelihood import (
     expected_log_det,
     log_det_weight,
@@ -47,9 +47,7 @@ class Evaluated(NamedTuple):
     row_norms: Tensor | None
 
 
-def evaluate(
-    chunk: Written | Unwritten, h: Tensor, c: Tensor, gamma: Tensor, likelihood: str
-) -> Evaluated:
+def evaluate(chunk: ChunkGram, h: Tensor, c: Tensor, gamma: Tensor, likelihood: str) -> Evaluated:
     """Terms of a chunk.
 
     Args:
@@ -75,7 +73,7 @@ def evaluate(
 
 def pull(
     evaluated: Evaluated,
-    chunk: Written | Unwritten,
+    chunk: ChunkGram,
     variances: tuple[Tensor, Tensor, Tensor],
     cotangents: Tensor,
     likelihood: str,

@@ -54,7 +54,7 @@ def plainly(tail, x, likelihood, dtype):
 def unwritten(tail, x, likelihood):
     *variances, cotangents = settings(len(tail.stack) - 1, len(x), torch.float32)
     last = stop_at(Layer(GEOMETRY, *tail.layer[1:]), *tail[4:])
-    chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias), x)
+    chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias).tail, x)
     found = likelihood_adjoint.evaluate(chunk, *variances, likelihood)
     pulled = likelihood_adjoint.pull(found, chunk, tuple(variances), cotangents, likelihood)
     (weight, d_weight), (bias, d_bias) = pulled.chunk.others
@@ -107,7 +107,7 @@ def nearly_equal_rows(B, m, Ci, Co, H, W, front, behind, dtype=torch.float32):
 
 def solve(tail, x, h, second_var=None):
     last = stop_at(tail.layer, tail.behind, tail.behind_params)
-    chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias), x)
+    chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias).tail, x)
     return chunk.solve(h, torch.full((len(x),), C, device=DEVICE), second_var)
 
 
@@ -169,7 +169,7 @@ def test_half_precision_tangents_stay_lost():
 def test_written_and_unwritten_agree_on_the_norms():
     tail, x, _ = problem(2, 3, 4, 3, 2, 3, "relu", "sigmoid")
     last = stop_at(Layer(GEOMETRY, *named("relu")), *tail[4:])
-    chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias), x)
+    chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias).tail, x)
     y = moved(torch.relu, tail.stack)
     y = F.conv_transpose2d(y.flatten(0, 1), tail.weight, None, 2, 1).unflatten(0, (4, 2))
     y = moved(torch.sigmoid, torch.cat([y[:1] + tail.bias.view(-1, 1, 1), y[1:]]))

@@ -35,7 +35,7 @@ from fastsfvae.jacobian.registry import RULES
 from fastsfvae.jacobian.rules.fused_layer import fused_layer
 from fastsfvae.jacobian.rules.scatter import copied
 from fastsfvae.jacobian.source import Source, identifier, tuple_text
-from fastsfvae.jacobian.tail import Ending, find_ending
+from fastsfvae.jacobian.tail import Ending, find_ending, find_linear_ending
 from fastsfvae.jacobian.trace import Trace
 from fastsfvae.ops.dispatch import Choice
 from fastsfvae.ops.tangent_layer import Layer
@@ -331,15 +331,21 @@ class _Emitter:
         """What a sweep need not run itself; its modes must not change on the way."""
         if self.controls or self.obstacles:
             return None
+        if self.backend == "torch":
+            return find_linear_ending(result, self.jets, self.z, self.dynamic)
         return find_ending(result, self.placed, self.dynamic, int(self.z.meta["val"].shape[1]))
 
     def _tell_of_tail(self) -> None:
-        # What lies behind the last layer makes no choice.
-        last = max(index for index, step in enumerate(self.steps) if step.choice is not None)
-        step = self.steps[last]
-        assert step.choice is not None
-        why = f"{step.choice.why}; the loss takes its Gram at once and writes no J"
-        self.steps[last] = dataclasses.replace(step, choice=step.choice._replace(why=why))
+        # What lies behind the last layer makes no choice, nor does PyTorch's backend.
+        chosen = [index for index, step in enumerate(self.steps) if step.choice is not None]
+        linear = [index for index, step in enumerate(self.steps) if step.op == "linear"]
+        last = max(chosen or linear)
+        choice, how = self.steps[last].choice, "the loss takes its Gram at once and writes no J"
+        if choice is None:
+            choice = Choice("library", f"{how}, through W^T W")
+        else:
+            choice = choice._replace(why=f"{choice.why}; {how}")
+        self.steps[last] = dataclasses.replace(self.steps[last], choice=choice)
 
     def _aside(self) -> set[fx.Node]:
         """What carries a gradient beside z, and what it is computed from."""

@@ -216,6 +216,7 @@ class Sweep:
             for parts, need in zip(self._parts, self._needs, strict=True)
             if need
         ]
+        self._tape.finish()
         return along + [_gradient(self._tape.take(t), t) for t in self._wanted]
 
 

@@ -29,10 +29,19 @@ def current_tape() -> Tape | None:
     return None if tape is None or tape.busy else tape
 
 
-def once(tensor: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function(tensor)`, computed once in a tape's life, for what no sample changes."""
+def once(
+    tensor: Tensor,
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`function(tensor)`, computed once in a tape's life, for what no sample changes.
+
+    With an `adjoint`, (tensor, gradient of the result) -> gradient of the tensor, gradients of the
+    result are added up over all that is pulled, and go through it once (`Tape.finish`).
+    """
     tape = getattr(_running, "tape", None)
-    return function(tensor) if tape is None else tape.once(tensor, name, function)
+    return function(tensor) if tape is None else tape.once(tensor, name, function, adjoint)
 
 
 class _Entry(NamedTuple):
@@ -61,6 +70,7 @@ class Tape:
         self._entries: list[_Entry] = []
         self._gradients: dict[int, _Gradient] = {}
         self._once: dict[Any, Tensor] = {}
+        self._derived: list[tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = []
         # Whether a rule runs, which may call others.
         self.busy = False
         self._forget()
@@ -79,12 +89,22 @@ class Tape:
         """Ask for a gradient once; the caller keeps the source until it has taken it."""
         self._active.add(id(source))
 
-    def once(self, tensor: Tensor, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def once(
+        self,
+        tensor: Tensor,
+        name: str,
+        function: Callable[[Tensor], Tensor],
+        adjoint: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """See the function of that name."""
         key = id(tensor), name
         if key not in self._once:
             # The source is kept, so that its id stays its own.
             self._once[key], self._once[key, "source"] = function(tensor), tensor
+            if adjoint is not None and self._needs(tensor):
+                self._wanted.append(self._once[key])
+                self._active.add(id(self._once[key]))
+                self._derived.append((tensor, self._once[key], adjoint))
         return self._once[key]
 
     def record(
@@ -153,6 +173,13 @@ class Tape:
         """Count a gradient that no rule gave, in memory that nothing else refers to."""
         if self._needs(tensor):
             self._add(tensor, gradient, fresh=True)
+
+    def finish(self) -> None:
+        """Pull the gradients of what was computed `once` back to what it was computed from."""
+        for tensor, result, adjoint in self._derived:
+            gradient = self.take(result)
+            if gradient is not None:
+                self.add(tensor, adjoint(tensor, gradient))
 
     def take(self, source: Tensor | Jet) -> Any:
         """The gradient of an activated Jet or a wanted tensor, None where it is zero; once."""

@@ -132,14 +132,67 @@ def low_rank_forward(
     backend: str,
 ) -> Solved:
     """`low_rank_terms` without a graph of its own, for use inside an autograd.Function."""
-    given = jacobian, residual, noise_var
-    if _fits_triton(jacobian, backend):
+    is_full = jacobian.dtype == torch.float32
+    if backend == "triton" and jacobian.shape[1] <= WOODBURY_MAX_M:
         sums, first = gram_woodbury_triton(jacobian, residual, latent_var, noise_var)
-    else:
-        sums = gram_project_forward(jacobian, residual, backend)
-        first = _factorised(sums, latent_var, given, backend)
-    second = None if second_var is None else _factorised(sums, second_var, given, backend)
-    return Solved(*sums, first, second)
+        second = None
+        if second_var is not None:
+            rescue = (jacobian, residual) if is_full else ()
+            second = woodbury_triton(*sums, second_var, noise_var, *rescue)
+        return Solved(*sums, first, second)
+
+    def redo(lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.gram_project(jacobian[lost].double(), residual[lost].double())
+
+    sums = gram_project_forward(jacobian, residual, backend)
+    return low_rank_of_sums(sums, latent_var, noise_var, second_var, redo if is_full else None)
+
+
+@ranged("solve")
+def low_rank_of_sums(
+    sums: tuple[Tensor, Tensor, Tensor],
+    latent_var: Tensor,
+    noise_var: Tensor,
+    second_var: Tensor | None,
+    redo: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    summed: Tensor | None = None,
+) -> Solved:
+    """`low_rank_forward` of sums at hand, by PyTorch, with the float64 rescue of lost samples.
+
+    A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c, nor hold any above 1e38.
+    Products of float32 numbers are exact in float64, so a lost sample's Gram is formed again there;
+    only those samples pay. On CUDA their choice would synchronise with the host, and to redo all
+    samples costs more than the step: there the flag alone is returned. (The Triton kernels rescue
+    on the device, up to the m that their registers hold.)
+
+    Args:
+        sums: G ``[B, m, m]``, p ``[B, m]`` and rr ``[B]``.
+        latent_var: as in `low_rank_forward`.
+        noise_var: likewise.
+        second_var: likewise.
+        redo: the sums of samples whose indices it is given, in float64; None where what they are
+            made of is not float32.
+        summed: ``[B, m]``, bounds of the terms that G's diagonal was summed from, where they may
+            cancel: a sample of which fewer than half the digits are left is lost as well.
+    """
+
+    def solve(h: Tensor) -> Woodbury:
+        solved = woodbury_native(*sums, h, noise_var)
+        if summed is not None:
+            left = noise_var.unsqueeze(-1) + h * sums[0].diagonal(dim1=-2, dim2=-1)
+            cancelled = left < torch.finfo(left.dtype).eps ** 0.5 * h * summed
+            solved = solved._replace(lost=solved.lost | cancelled.any(-1))
+        if redo is None or not solved.lost.is_cpu or not bool(solved.lost.any()):
+            return solved
+        lost = solved.lost.nonzero().squeeze(-1)
+        redone = woodbury_native(*redo(lost), h[lost].double(), noise_var[lost].double())
+        for whole, part in zip(solved, redone, strict=True):
+            whole[lost] = part.to(whole.dtype)
+        # Rounded from float64 it may pass the squared error, which was summed in float32.
+        torch.minimum(solved.explained, sums[2], out=solved.explained)
+        return solved
+
+    return Solved(*sums, solve(latent_var), None if second_var is None else solve(second_var))
 
 
 @ranged("solve")
@@ -321,48 +374,3 @@ def _plain_backward(needs, inputs, cotangents):
         )
     )
     return *(next(grads) if need else None for need in needs[:5]), None
-
-
-def _fits_triton(jacobian: Tensor, backend: str) -> bool:
-    return backend == "triton" and jacobian.shape[1] <= WOODBURY_MAX_M
-
-
-@ranged("solve")
-def _factorised(
-    sums: tuple[Tensor, Tensor, Tensor],
-    latent_var: Tensor,
-    given: tuple[Tensor, Tensor, Tensor],
-    backend: str,
-) -> Woodbury:
-    """The factorisation of one Gram's system, with the float64 rescue of lost samples.
-
-    A float32 Gram cannot resolve eigenvalue ratios above 1e7 against c, nor hold any above 1e38.
-    Products of float32 numbers are exact in float64, so a lost sample's Gram is formed again there;
-    only those samples pay. The Triton kernels do so on the device, up to the m that their registers
-    hold. On CUDA with a larger m or with backend="torch" the choice of samples would synchronise
-    with the host, and to redo all of them costs more than the step: there the flag alone is
-    returned.
-
-    Args:
-        sums: G, p and rr.
-        latent_var: h.
-        given: J, r and c, in which `sums` originate.
-        backend: "torch" or "triton".
-    """
-    jacobian, residual, noise_var = given
-    if _fits_triton(jacobian, backend):
-        rescue = (jacobian, residual) if jacobian.dtype == torch.float32 else ()
-        return woodbury_triton(*sums, latent_var, noise_var, *rescue)
-    solved = woodbury_native(*sums, latent_var, noise_var)
-    if jacobian.dtype != torch.float32 or jacobian.device.type != "cpu":
-        return solved
-    if not bool(solved.lost.any()):
-        return solved
-    lost = solved.lost.nonzero().squeeze(-1)
-    sums64 = reference.gram_project(jacobian[lost].double(), residual[lost].double())
-    redone = woodbury_native(*sums64, latent_var[lost].double(), noise_var[lost].double())
-    for whole, part in zip(solved, redone, strict=True):
-        whole[lost] = part.to(whole.dtype)
-    # Rounded from float64 it may pass the squared error, which was summed in float32.
-    torch.minimum(solved.explained, sums[2], out=solved.explained)
-    return solved
