@@ -115,6 +115,20 @@ def test_terms_and_gradients_from_the_densities(class_, samples):
     _close(decoder_gradient, torch.cat([g.flatten() for g in expected]))
 
 
+@pytest.mark.parametrize("class_", [ImportanceWeighted, DoublyReparameterized])
+def test_a_weight_that_is_lost_in_the_sum_has_no_gradient(class_):
+    # Draws of 2 fit; of the others the weight is e^-60 of theirs, and less.
+    output = torch.full((4, 1, 1), 10.0)
+    output[:2] = 0.5
+    output.requires_grad_()
+    objective = class_(lambda z: output.view(4, 1), samples=4)
+    mean, log_var = torch.zeros(1, M), torch.zeros(1, M)
+    terms = objective(torch.zeros(1, 1), mean, log_var)
+    terms.loss.backward()
+    assert torch.isfinite(terms.loss) and output.grad[:2].abs().min() > 1e-3
+    assert output.grad[2:].abs().max() == 0
+
+
 def test_iwae_of_one_sample_is_the_sampling_elbo():
     encoder, decoder = _model()
     x = _data(6)

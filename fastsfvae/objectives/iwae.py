@@ -42,6 +42,10 @@ class ImportanceWeighted:
         return self._terms(decoded, decoded.log_likelihood + log_ratio, mean, log_var)
 
     def _terms(self, decoded: Decoded, log_weight: Tensor, mean: Tensor, log_var: Tensor) -> Terms:
+        # Below eps^2 of the largest a weight is lost in the sum. Its gradient, a subnormal number
+        # before long, would take a CPU several times as long as a zero does.
+        least = log_weight.detach().amax(0) + 2 * math.log(torch.finfo(log_weight.dtype).eps)
+        log_weight = log_weight.masked_fill(log_weight < least, -math.inf)
         objective = log_weight.logsumexp(0) - math.log(self.samples)
         kl = gaussian_kl(mean, log_var)
         return make_terms(
