@@ -44,23 +44,33 @@ class Panel(NamedTuple):
 def dots(results: Sequence[Result], panels: Sequence[Panel]):
     """Draw each quantity as dots, one a cell, a row of panels for each step of measurement.
 
-    Lines are standard deviations over seeds; a black mark is the paper's value, and a dot that it
-    fits is filled. Cells of one objective share a colour.
+    A row holds the cells that were measured there. Lines are standard deviations over seeds; a
+    black mark is the paper's value, and a dot that it fits is filled. Cells of one objective share
+    a colour.
     """
     summaries = summarise(results)
     steps = sorted({row.step for row in summaries})
     objectives = {r.cell.name: (r.cell.config.method, r.cell.config.likelihood) for r in results}
     kinds = list(dict.fromkeys(objectives.values()))
     colors = {cell: f"C{kinds.index(kind)}" for cell, kind in objectives.items()}
-    height = max(0.23 * len(colors) + 0.7, 1.6)
-    figure = new_figure(2.4 * len(panels) + 2.2, height * len(steps))
-    grid = figure.subplots(len(steps), len(panels), squeeze=False, sharex="col", sharey=True)
-    for row, step in zip(grid, steps, strict=True):
+    measured = {(row.step, row.cell) for row in summaries}
+    cells = [[cell for cell in colors if (step, cell) in measured] for step in steps]
+    heights = [max(0.23 * len(names) + 0.7, 1.6) for names in cells]
+    figure = new_figure(2.4 * len(panels) + 2.2, sum(heights))
+    grid = figure.subplots(
+        *(len(steps), len(panels)),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        height_ratios=heights,
+    )
+    for row, step, names in zip(grid, steps, cells, strict=True):
         for axes, panel in zip(row, panels, strict=True):
             shown = [s for s in summaries if (s.step, s.quantity) == (step, panel.quantity)]
-            _dot_panel(axes, shown, colors)
+            _dot_panel(axes, shown, {name: colors[name] for name in names})
             tidy(axes, panel.label if step == steps[0] else "")
         row[0].set_ylabel(f"after {step:,} steps", fontsize=9)
+    figure.align_ylabels(grid[:, 0])
     figure.supxlabel(
         "dots: mean and standard deviation over seeds; black: the paper; filled: within both "
         "spreads of it",
