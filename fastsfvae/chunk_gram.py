@@ -144,7 +144,7 @@ class Contracted:
 
     def __init__(self, source: Jet, tail: Linear, x: Tensor):
         self._source, self._tail, self._shape = source, tail, x.shape
-        self._dtype = tail.metric.dtype
+        self._dtype = torch.promote_types(tail.metric.dtype, x.dtype)
         tangent = full_tangent(source)
         self._rescues = tangent.dtype == torch.float32 and tail.weight.dtype == torch.float32
         with full_products(tangent):
@@ -156,7 +156,7 @@ class Contracted:
             self._q = self._r @ self._W
             T = tangent.to(self._dtype)
             # One product for all tangents of the chunk.
-            U = (T.flatten(0, 1) @ tail.metric).view(T.shape)
+            U = (T.flatten(0, 1) @ tail.metric.to(self._dtype)).view(T.shape)
             self._T, self._U = T.transpose(0, 1), U.transpose(0, 1)
 
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:

@@ -108,6 +108,15 @@ def test_bfloat16_and_autocast():
     assert all(p.grad.dtype == torch.bfloat16 for p in half.parameters())
 
 
+def test_images_in_float64_before_a_float32_decoder():
+    decoder, tensors = problem("unflattened")
+    want = gradients(decoder, tensors, backend="reference")
+    decoder, (_, z, log_var) = problem("unflattened", dtype=torch.float32)
+    ours = gradients(decoder, [tensors[0], z, log_var])
+    assert ours[0].dtype == ours[1].dtype == torch.float64 and ours[2].dtype == torch.float32
+    close(ours, want, tolerance=1e-5)
+
+
 def test_a_compiled_loss():
     decoder, tensors = problem("unflattened")
     want = gradients(decoder, tensors)
