@@ -32,6 +32,18 @@ class Reshaped(nn.Module):
         return self.body(z).view(-1, N).unsqueeze(1).reshape(-1, *OUT)
 
 
+class Tied(nn.Module):
+    """The last layer's weight is another layer's, transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(M, N), nn.Linear(N, K)
+
+    def forward(self, z):
+        h = torch.tanh(self.second(torch.tanh(self.first(z))))
+        return nn.functional.linear(h, self.second.weight.t())
+
+
 def frozen():
     decoder = hidden(nn.Linear(K, N), nn.Unflatten(1, OUT))
     decoder[-2].weight.requires_grad_(False)
@@ -44,6 +56,8 @@ DECODERS = {
     "reshaped_without_bias": Reshaped,
     "weight_norm": lambda: hidden(nn.utils.parametrizations.weight_norm(nn.Linear(K, N))),
     "frozen": frozen,
+    "tied": Tied,
+    "of_one_number": lambda: nn.Sequential(nn.Linear(M, 1), nn.Sigmoid(), nn.Linear(1, N)),
     "shared_tangents": lambda: nn.Sequential(nn.Linear(M, K), nn.Linear(K, N)),
 }
 
