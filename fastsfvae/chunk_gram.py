@@ -134,7 +134,9 @@ class Contracted:
         dr = W t + 2 g_rr r         dW = r t^T + df a^T + what H gives, W (dH + dH^T)
 
     in 2 k^2 + 3 m k multiplications a tangent, and 2 n k^2 for all, where J takes 3 n k + 2 m n.
-    G's rounding is that of |T|^2 |W|^2, of which J may be a small part: `solve` tells.
+
+    G's rounding is that of |T|^2 |W|^2. Where a tangent keeps less than half the digits of that,
+    or a number leaves the dtype's range, `contracts` is False, and `ThroughLayer` does without H.
 
     Args:
         source: a and T.
@@ -145,8 +147,7 @@ class Contracted:
     def __init__(self, source: Jet, tail: Linear, x: Tensor):
         self._source, self._tail, self._shape = source, tail, x.shape
         self._dtype = torch.promote_types(tail.metric.dtype, x.dtype)
-        tangent = full_tangent(source)
-        self._rescues = tangent.dtype == torch.float32 and tail.weight.dtype == torch.float32
+        tangent, metric = full_tangent(source), tail.metric.to(self._dtype)
         with full_products(tangent):
             self._a, self._W = source.primal.to(self._dtype), tail.weight.to(self._dtype)
             f = self._a @ self._W.mT
@@ -156,8 +157,17 @@ class Contracted:
             self._q = self._r @ self._W
             T = tangent.to(self._dtype)
             # One product for all tangents of the chunk.
-            U = (T.flatten(0, 1) @ tail.metric.to(self._dtype)).view(T.shape)
+            U = (T.flatten(0, 1) @ metric).view(T.shape)
             self._T, self._U = T.transpose(0, 1), U.transpose(0, 1)
+        self._squares = (self._T * self._U).sum(-1)
+        self.contracts = self._keeps_digits(tail.metric)
+
+    def _keeps_digits(self, metric: Tensor) -> bool:
+        range_ = torch.finfo(metric.dtype)
+        total = metric.diagonal().sum()
+        summed = self._T.square().sum(-1) * total
+        kept = torch.isfinite(self._squares) & (self._squares >= range_.eps**0.5 * summed)
+        return bool(kept.all()) and float(total) >= range_.tiny / range_.eps
 
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
         """As `Written`."""
@@ -172,13 +182,13 @@ class Contracted:
             p = torch.bmm(T, self._q.unsqueeze(-1)).squeeze(-1)
             # Its two halves are rounded apart.
             sums = 0.5 * (G + G.mT), p, r.square().sum(-1)
-            summed = T.square().sum(-1) * self._tail.metric.diagonal().sum()
-        return low_rank_of_sums(sums, h, c, second_var, redo if self._rescues else None, summed)
+        # Rounded tangents cannot be rescued.
+        rescues = self._source.tangent.dtype == self._tail.weight.dtype == torch.float32
+        return low_rank_of_sums(sums, h, c, second_var, redo if rescues else None)
 
     def norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As `Written`."""
-        squares = (self._T * self._U).sum(-1).clamp_min_(0)
-        return self._r.to(dtype).square().sum(-1), squares.to(dtype)
+        return self._r.to(dtype).square().sum(-1), self._squares.to(dtype)
 
     @ranged("gram backward")
     def pull(self, M: Tensor, u: Tensor, g_rr: Tensor) -> Pulled:
@@ -208,18 +218,70 @@ class Contracted:
         # r = x - f
         df = -dr
         d_weight.addmm_(df.mT, self._a)
-        left, right = (side.transpose(0, 1).flatten(0, 1) for side in (half, T))
-        d_metric = left.mT @ right
-        grad, of_tangents, of_value = empty_gradient(self._source)
-        of_tangents.copy_(dT)
-        torch.mm(df, W, out=of_value) if of_value.dtype == W.dtype else of_value.copy_(df @ W)
-        others = [(self._tail.weight, d_weight), (self._tail.metric, d_metric)]
-        if self._tail.bias is not None:
-            others.append((self._tail.bias, df.sum(0)))
-        return Pulled(grad, dr.view(self._shape), tuple(others))
+        d_metric = _tangent_major(half).mT @ _tangent_major(T)
+        layer = (self._tail.weight, d_weight), (self._tail.metric, d_metric)
+        others = *layer, *_of_bias(self._tail, df)
+        return Pulled(_gradient(self._source, dT, df @ W), dr.view(self._shape), others)
 
 
-ChunkGram = Written | Unwritten | Contracted
+class ThroughLayer:
+    """The same chunk with J at hand, and its gradients pulled through the layer.
+
+    Args:
+        source: what goes into the layer.
+        tail: the layer.
+        x: data ``[b, *out]``.
+    """
+
+    def __init__(self, source: Jet, tail: Linear, x: Tensor):
+        self._source, self._tail, self._shape = source, tail, x.shape
+        # Autocast rounds what goes into the layer, and not its weight.
+        dtype = torch.promote_types(source.primal.dtype, tail.weight.dtype)
+        self._W = W = tail.weight.to(dtype)
+        self._a, T = source.primal.to(dtype), full_tangent(source).to(dtype)
+        self._T = T.flatten(0, 1)
+        with full_products(T):
+            f = self._a @ W.mT
+            f = f if tail.bias is None else f + tail.bias
+            J = (self._T @ W.mT).unflatten(0, T.shape[:2])
+        self._written = Written(Jet(f, J), x.flatten(1), "torch")
+        self.n, self.solve, self.norms = self._written.n, self._written.solve, self._written.norms
+
+    def pull(self, M: Tensor, u: Tensor, g_rr: Tensor) -> Pulled:
+        """As `Written`."""
+        return self._through(self._written.pull(M, u, g_rr))
+
+    def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
+        """As `Written`."""
+        return self._through(self._written.pull_norms(rate, g_rr))
+
+    def _through(self, pulled: Pulled) -> Pulled:
+        df, dJ, W = pulled.jet.primal, pulled.jet.tangent.flatten(0, 1), self._W
+        with full_products(W):
+            d_weight = dJ.mT @ self._T + df.mT @ self._a
+            dT = (dJ @ W).unflatten(0, (-1, len(df))).transpose(0, 1)
+            grad = _gradient(self._source, dT, df @ W)
+        others = (self._tail.weight, d_weight), *_of_bias(self._tail, df)
+        return Pulled(grad, pulled.x.view(self._shape), others)
+
+
+def _tangent_major(rows: Tensor) -> Tensor:
+    """``[b, m, k]`` as ``[m * b, k]``."""
+    return rows.transpose(0, 1).flatten(0, 1)
+
+
+def _of_bias(tail: Linear, df: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    return () if tail.bias is None else ((tail.bias, df),)
+
+
+def _gradient(source: Jet, dT: Tensor, da: Tensor) -> Jet:
+    grad, of_tangents, of_value = empty_gradient(source)
+    of_tangents.copy_(dT)
+    of_value.copy_(da)
+    return grad
+
+
+ChunkGram = Written | Unwritten | Contracted | ThroughLayer
 
 
 def gram_of(output: Jet | LastLayer, x: Tensor, backend: str) -> ChunkGram:
@@ -233,5 +295,6 @@ def gram_of(output: Jet | LastLayer, x: Tensor, backend: str) -> ChunkGram:
     if not isinstance(output, LastLayer):
         return Written(output, x, backend)
     if isinstance(output.tail, Linear):
-        return Contracted(output.source, output.tail, x)
+        contracted = Contracted(output.source, output.tail, x)
+        return contracted if contracted.contracts else ThroughLayer(output.source, output.tail, x)
     return Unwritten(output.tail, x)

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 import fastsfvae as sf
-from fastsfvae import fused, reference
-from fastsfvae.chunk_gram import Contracted
+from fastsfvae import fused, likelihood_adjoint
+from fastsfvae.chunk_gram import Contracted, ThroughLayer, gram_of
 from fastsfvae.jacobian import tail
 from fastsfvae.jacobian.jet import Jet, from_stack
 from fastsfvae.jacobian.sweep import find_program
-from fastsfvae.ops.woodbury import woodbury_native
 from tests.test_fused import LIKELIHOODS, close, fused_settings, gradients
 
 M, K, OUT = 3, 5, (1, 5, 8)
@@ -74,7 +73,8 @@ def stops_at_linear(decoder, tensors):
     prepared = fused.prepare(decoder, *tensors, (), {}, fused_settings())
     problem, (z, _, _, _, _, *rest) = prepared
     along, whole = rest[: problem.along], rest[problem.along :]
-    output = find_program(problem.program).body(Jet(z, torch.eye(M)[:, None]), along, whole, True)
+    latents = Jet(z, torch.eye(M)[:, None])
+    output = find_program(problem.program).body(latents, along, whole, to_tail=len(z))
     return isinstance(output, tail.LastLayer) and isinstance(output.tail, tail.Linear)
 
 
@@ -96,7 +96,7 @@ def test_float32_is_as_good_as_through_the_jacobian(likelihood, monkeypatch):
     want = gradients(decoder, tensors, likelihood=likelihood)
     decoder, tensors = problem("unflattened", dtype=torch.float32)
     ours = gradients(decoder, tensors, likelihood=likelihood)
-    monkeypatch.setattr(tail, "_metric_pays", lambda *_: False)
+    monkeypatch.setattr(tail, "least_batch", lambda *_: 0)
     again = copy.deepcopy(decoder)
     assert not stops_at_linear(again, tensors)
     theirs = gradients(again, tensors, likelihood=likelihood)
@@ -142,26 +142,23 @@ def test_a_compiled_loss():
     close([value.detach(), *torch.autograd.grad(value, leaves)], [*want[:4], *want[6:]])
 
 
-def chunk_of(a, T, W, x):
-    metric = W.mT @ W
-    return Contracted(from_stack(torch.cat([a[None], T])), tail.Linear(W, None, metric), x)
+def last_layer(a, T, W):
+    return tail.LastLayer(from_stack(torch.cat([a[None], T])), tail.Linear(W, None, W.mT @ W))
 
 
-def solved_in_float64(a, T, W, x, h, c):
-    a, T, W, x, h = (t.double() for t in (a, T, W, x, h))
-    sums = reference.gram_project((T @ W.mT).transpose(0, 1), x - a @ W.mT)
-    return woodbury_native(*sums, h, c.double())
-
-
-def whole_numbers(B, seed=0):
-    g = torch.Generator().manual_seed(seed)
+def whole_numbers(B=3):
+    g = torch.Generator().manual_seed(0)
     shapes = (B, K), (M, B, K), (N, K), (B, N)
     return [torch.randint(-3, 4, shape, generator=g).float() for shape in shapes]
 
 
+def harmless():
+    return whole_numbers()
+
+
 def nearly_equal_tangents():
     """What tells two tangents apart is far below the rounding of a float32 Gram."""
-    a, T, W, x = whole_numbers(3)
+    a, T, W, x = whole_numbers()
     T[0, 1] *= 2**7
     T[1, 1] = T[0, 1]
     T[1, 1, 0] += 1
@@ -170,33 +167,102 @@ def nearly_equal_tangents():
 
 def a_layer_that_cancels():
     """A tangent of which the layer leaves a millionth: W^T W has lost it, J has not."""
-    a, T, W, x = whole_numbers(3)
+    a, T, W, x = whole_numbers()
     W[:, 1] = -W[:, 0]
     W[0, 1] += 2**-10
     T[0, 1] = torch.tensor([2.0**10, 2.0**10, 0, 0, 0])
     return a, T, W, x
 
 
-@pytest.mark.parametrize("make", [nearly_equal_tangents, a_layer_that_cancels])
-def test_a_sample_that_float32_cannot_hold_is_redone_in_float64(make):
+def numbers_beyond_the_range():
+    """W^T W underflows, and so would |T|^2 |W|^2 overflow; J is ordinary."""
+    a, T, W, x = whole_numbers()
+    return a, 2.0**80 * T, 2.0**-80 * W, x
+
+
+def everything(gram, likelihood, W, dtype):
+    """Terms, and the gradients of a and T, of W (of which W^T W is made), of x and of h."""
+    given = torch.full((3, M), 0.5), torch.tensor(0.3), torch.tensor(0.5)
+    h, c, gamma = (t.to(dtype) for t in given)
+    cotangents = torch.linspace(-1, 1, 12, dtype=dtype).view(4, 3)
+    found = likelihood_adjoint.evaluate(gram, h, c, gamma, likelihood)
+    pulled = likelihood_adjoint.pull(found, gram, (h, c, gamma), cotangents, likelihood)
+    (_, of_weight), *rest = pulled.chunk.others
+    for _, gradient in rest:
+        of_weight = of_weight + W.to(gradient.dtype) @ (gradient + gradient.mT)
+    return found.terms, pulled.chunk.jet.stack, of_weight, pulled.chunk.x, pulled.latent_var
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(
+    "make", [harmless, nearly_equal_tangents, a_layer_that_cancels, numbers_beyond_the_range]
+)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64])
+def test_values_and_gradients_at_the_edge_of_float32(make, likelihood, x_dtype):
     a, T, W, x = make()
-    h, c = torch.full((3, M), 0.5), torch.full((3,), 0.3)
-    want = solved_in_float64(a, T, W, x, h, c)
-    ours = chunk_of(a, T, W, x).solve(h, c, 0.5 * h)
-    assert not ours.lost.any()
-    for name in ("log_det", "explained", "K", "y"):
-        mine, exact = getattr(ours.first, name), getattr(want, name)
-        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
-    # Without it the middle sample is marked, and it alone.
-    chunk = chunk_of(a, T, W, x)
-    chunk._rescues = False
-    assert chunk.solve(h, c, None).lost.tolist() == [False, True, False]
+    gram = gram_of(last_layer(a, T, W), x.to(x_dtype), "torch")
+    contracts = make in (harmless, nearly_equal_tangents)
+    assert isinstance(gram, Contracted if contracts else ThroughLayer)
+    plain = ThroughLayer(*last_layer(a, T, W), x.to(x_dtype))
+    exact = ThroughLayer(*last_layer(*(t.double() for t in (a, T, W))), x.double())
+    results = (
+        everything(gram, likelihood, W, x_dtype),
+        everything(plain, likelihood, W, x_dtype),
+        everything(exact, likelihood, W.double(), torch.float64),
+    )
+    for mine, by_jacobian, right in zip(*results, strict=True):
+        bound = 4 * (by_jacobian - right).abs().max() + 2e-5 * right.abs().max()
+        assert (mine - right).abs().max() <= bound
 
 
-def test_the_metric_is_taken_where_it_saves_work():
-    assert tail._metric_pays(784, 200, 50) and tail._metric_pays(3072, 256, 16)
-    # As wide as the images; and where W^T W itself would cost what it saves.
-    assert not tail._metric_pays(784, 784, 16) and not tail._metric_pays(784, 512, 16)
+def test_where_the_metric_is_taken():
+    # From so many samples on, the share of W^T W itself is small enough.
+    assert tail.least_batch(784, 200, 50) == 5 and tail.least_batch(3072, 256, 16) == 15
+    assert 1024 > tail.least_batch(784, 512, 16) > 64
+    # As wide as the images; and so wide that every tangent would be told to cancel.
+    assert not tail.least_batch(784, 1000, 50) and not tail.least_batch(12288, 2048, 16)
+    decoder, tensors = problem("unflattened", dtype=torch.float32)
+    assert stops_at_linear(decoder, tensors)
+    assert not stops_at_linear(decoder, [t[:1] for t in tensors])
+
+
+class Tokens(nn.Module):
+    """Its last layer has several rows of a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift, self.last = nn.Linear(M, 4 * K), nn.Linear(K, N)
+
+    def forward(self, z):
+        return self.last(torch.tanh(self.lift(z)).reshape(-1, K)).view(-1, 4 * N)
+
+
+class BiasOfASample(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lift, self.last = nn.Linear(M, K), nn.Linear(K, N)
+
+    def forward(self, z, label):
+        return nn.functional.linear(torch.tanh(self.lift(z)), self.last.weight, label)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_layers_that_it_leaves_to_the_jacobian(batch):
+    torch.manual_seed(0)
+    for decoder, out, labels in ((Tokens(), 4 * N, 0), (BiasOfASample(), N, N)):
+        z, log_var = torch.randn(2, batch, M).double()
+        x, extra = torch.rand(batch, out).double(), [torch.randn(batch, N).double()] * (labels > 0)
+        losses = [
+            sf.SamplingFreeLoss(decoder.double(), backend=backend)(x, z, log_var, *extra)
+            for backend in ("torch", "reference")
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
+def test_a_bias_of_one_row():
+    decoder, tensors = problem("flat")
+    decoder[-1].bias = nn.Parameter(decoder[-1].bias.detach()[None])
+    close(gradients(decoder, tensors), gradients(decoder, tensors, backend="reference"))
 
 
 def test_who_asks_for_the_jacobian_gets_it():

@@ -305,7 +305,7 @@ class _Emitter:
             stop, inputs = self.source.bind("stop", ending.stop), ending.inputs
             stopped = f"{stop}({', '.join(map(self.source.text, inputs))})"
             kept = [node for node in inputs if node is not None]
-            self._tell_of_tail()
+            self._tell_of_tail(ending)
             write("to_tail", parameters, before, kept, stopped, unpacked)
         functions = self.source.run()
         if self.controls:
@@ -325,6 +325,7 @@ class _Emitter:
             (tuple(body_inputs), *(tuple(n.name for n in nodes) for nodes in (carried, sides))),
             tuple(int(size) for size in result.meta["val"].shape[1:]),
             to_tail[0] if to_tail else None,
+            1 if ending is None else ending.least_batch,
         )
 
     def _ending(self, result: fx.Node) -> Ending | None:
@@ -335,14 +336,17 @@ class _Emitter:
             return find_linear_ending(result, self.jets, self.z, self.dynamic)
         return find_ending(result, self.placed, self.dynamic, int(self.z.meta["val"].shape[1]))
 
-    def _tell_of_tail(self) -> None:
+    def _tell_of_tail(self, ending: Ending) -> None:
         # What lies behind the last layer makes no choice, nor does PyTorch's backend.
         chosen = [index for index, step in enumerate(self.steps) if step.choice is not None]
         linear = [index for index, step in enumerate(self.steps) if step.op == "linear"]
         last = max(chosen or linear)
         choice, how = self.steps[last].choice, "the loss takes its Gram at once and writes no J"
         if choice is None:
-            choice = Choice("library", f"{how}, through W^T W")
+            samples = (
+                f"from {ending.least_batch} samples on" if ending.least_batch > 1 else "always"
+            )
+            choice = Choice("library", f"{how}, through W^T W, {samples}")
         else:
             choice = choice._replace(why=f"{choice.why}; {how}")
         self.steps[last] = dataclasses.replace(self.steps[last], choice=choice)

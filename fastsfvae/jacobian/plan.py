@@ -61,6 +61,7 @@ class Plan:
         signature: what the body reads; two plans with equal ones can take each other's inputs.
         output_shape: of one sample.
         to_tail: `body` up to the last layer, giving a `LastLayer`; None where nothing can take it.
+        tail_from: samples of a call from which on it is taken.
         programs: kept for `fastsfvae.jacobian.sweep`.
     """
 
@@ -77,6 +78,7 @@ class Plan:
     signature: tuple
     output_shape: tuple[int, ...]
     to_tail: Callable[..., Any] | None = None
+    tail_from: int = 1
     programs: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     def run(self, z: Tensor, tensors: list, extras: list, statics: tuple) -> tuple[Tensor, Tensor]:

@@ -79,14 +79,14 @@ class Program:
         return along, [*used, *[t for t, batched in pairs if not batched], *statics]
 
     def body(
-        self, z: Jet, along: Sequence[Tensor], whole: Sequence[Tensor], to_tail: bool = False
+        self, z: Jet, along: Sequence[Tensor], whole: Sequence[Tensor], to_tail: int = 0
     ) -> Any:
         """Run the body of a chunk on what `gather` returned, `along` cut to its samples.
 
-        It gives a Jet; or, with `to_tail` where the plan has a tail, a `LastLayer`.
+        It gives a Jet; or, where the plan has a tail for calls of `to_tail` samples, a `LastLayer`.
         """
         plan = self.plan(z.primal.shape[0])
-        run = plan.body if plan.to_tail is None or not to_tail else plan.to_tail
+        run = plan.body if plan.to_tail is None or to_tail < plan.tail_from else plan.to_tail
         used, fixed = len(plan.body_inputs), self._batched.count(False)
         tensors: list[Tensor | None] = [None] * self._count
         for index, tensor in zip(plan.body_inputs, whole, strict=False):
@@ -194,7 +194,8 @@ class Sweep:
                 for source, need in zip(sources, self._needs, strict=True):
                     if need:
                         self._tape.activate(source)
-                output = self._program.body(jet, along, self._whole, to_tail=True)
+                whole_batch = self._batch[0].shape[0]
+                output = self._program.body(jet, along, self._whole, to_tail=whole_batch)
 
             last = output.source if isinstance(output, LastLayer) else output
 

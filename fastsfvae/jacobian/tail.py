@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fastsfvae.jacobian.jet import Jet, stack_of
-from fastsfvae.jacobian.nodes import VIEWS, packet_name
+from fastsfvae.jacobian.nodes import VIEWS, leading, packet_name
 from fastsfvae.jacobian.rules.fused_activation import kernel_of
 from fastsfvae.jacobian.tape import once
 from fastsfvae.kernels._contract import tangents_like
@@ -20,6 +20,10 @@ from fastsfvae.ops.tangent_layer import Layer
 
 if TYPE_CHECKING:
     from fastsfvae.jacobian.fuse import Placed
+
+
+# Of a layer with more, even random tangents keep too small a part of |T|^2 |W|^2: about 1 / k.
+_MOST_INPUTS = 1024
 
 
 class Linear(NamedTuple):
@@ -90,11 +94,13 @@ class Ending(NamedTuple):
         inputs: the last layer's source, weight and bias; nodes but for a bias that is None.
         stop: what is called with them.
         replaced: the layer, and the activation or the views behind it.
+        least_batch: samples of a call from which on it is the better way.
     """
 
     inputs: tuple[Any, Any, Any]
     stop: Callable[..., LastLayer]
     replaced: frozenset[fx.Node]
+    least_batch: int = 1
 
 
 def find_ending(
@@ -149,24 +155,26 @@ def find_linear_ending(
     # Of one layer J is its weight, the same for all samples.
     if source not in jets or source is z or weight in dynamic or bias in dynamic:
         return None
-    if source.meta["val"].ndim != 2 or weight.meta["val"].ndim != 2:
+    # A view may have made several rows of a sample.
+    if source.meta["val"].ndim != 2 or leading(source) != leading(z):
         return None
     n, k = map(int, weight.meta["val"].shape)
-    if not _metric_pays(n, k, int(z.meta["val"].shape[1])):
+    least = least_batch(n, k, int(z.meta["val"].shape[1]))
+    if source.meta["val"].device.type != "cpu" or not least:
         return None
-    return Ending((source, weight, bias), stop_at_linear, frozenset(replaced))
+    return Ending((source, weight, bias), stop_at_linear, frozenset(replaced), least)
 
 
-def _metric_pays(n: int, k: int, m: int) -> bool:
-    """Whether G through W^T W takes a quarter less multiplications a tangent than through J.
+def least_batch(n: int, k: int, m: int) -> int:
+    """Samples from which on G through W^T W takes a quarter less multiplications; 0 for never.
 
-    Forward and backward (see `fastsfvae.chunk_gram.Contracted`); those of W^T W and its adjoint are
-    shared by all tangents of a batch, for which the paper's 64 samples stand: a decoder's plan
-    serves all sizes with the same bits.
+    Forward and backward (see `fastsfvae.chunk_gram.Contracted`), where W^T W and its adjoint are
+    shared by all tangents of a call.
     """
-    through_jacobian = 3 * n * k + 2 * m * n
-    through_metric = 2 * k * k + 3 * m * k + 2 * n * k * k // (64 * m)
-    return 4 * through_metric < 3 * through_jacobian
+    saved = 3 * (3 * n * k + 2 * m * n) - 4 * (2 * k * k + 3 * m * k)
+    if saved <= 0 or k > _MOST_INPUTS:
+        return 0
+    return -(-8 * n * k * k // (m * saved))
 
 
 def _name(node: fx.Node) -> str:

@@ -155,7 +155,6 @@ def low_rank_of_sums(
     noise_var: Tensor,
     second_var: Tensor | None,
     redo: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
-    summed: Tensor | None = None,
 ) -> Solved:
     """`low_rank_forward` of sums at hand, by PyTorch, with the float64 rescue of lost samples.
 
@@ -172,16 +171,10 @@ def low_rank_of_sums(
         second_var: likewise.
         redo: the sums of samples whose indices it is given, in float64; None where what they are
             made of is not float32.
-        summed: ``[B, m]``, bounds of the terms that G's diagonal was summed from, where they may
-            cancel: a sample of which fewer than half the digits are left is lost as well.
     """
 
     def solve(h: Tensor) -> Woodbury:
         solved = woodbury_native(*sums, h, noise_var)
-        if summed is not None:
-            left = noise_var.unsqueeze(-1) + h * sums[0].diagonal(dim1=-2, dim2=-1)
-            cancelled = left < torch.finfo(left.dtype).eps ** 0.5 * h * summed
-            solved = solved._replace(lost=solved.lost | cancelled.any(-1))
         if redo is None or not solved.lost.is_cpu or not bool(solved.lost.any()):
             return solved
         lost = solved.lost.nonzero().squeeze(-1)
