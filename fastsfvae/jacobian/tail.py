@@ -155,8 +155,10 @@ def find_linear_ending(
     # Of one layer J is its weight, the same for all samples.
     if source not in jets or source is z or weight in dynamic or bias in dynamic:
         return None
+    if source.meta["val"].ndim != 2 or weight.meta["val"].ndim != 2:
+        return None
     # A view may have made several rows of a sample.
-    if source.meta["val"].ndim != 2 or leading(source) != leading(z):
+    if leading(source) != leading(z):
         return None
     n, k = map(int, weight.meta["val"].shape)
     least = least_batch(n, k, int(z.meta["val"].shape[1]))

@@ -61,9 +61,13 @@ def _linear_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor, b
         # [*, out] and [*, in], which may be a single vector.
         return g.reshape(-1, g.shape[-1]).t() @ t.reshape(-1, t.shape[-1]).to(g.dtype)
 
+    of_bias = grad.primal
+    if weight.ndim == 1:
+        # A matrix of one row, which the result lacks.
+        weight, grad = weight[None], _unsqueezed(grad, -1)
     grad_x = move(grad, lambda g, _: g @ weight.to(g.dtype)) if needs[0] else None
     grad_weight = sum_over_parts(grad, x, product) if needs[1] else None
-    return grad_x, grad_weight, grad.primal
+    return grad_x, grad_weight, of_bias
 
 
 @rule("matmul", "mm", "bmm", "mv", "linalg_matmul", several=True)
