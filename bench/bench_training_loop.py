@@ -20,9 +20,9 @@ import torch
 from bench.ledger import LEDGER, Recorder
 from bench.timing import quantiles, wall_ms
 from fastsfvae import training
-from fastsfvae.config import TrainConfig
-from fastsfvae.monitors import PlainProgress
-from fastsfvae.order import to_unit
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.monitors import PlainProgress
+from fastsfvae.training.seeds import to_unit
 
 WARM_UP = 5
 # Images of the stand-in for CelebA: the loop does not look at what they show.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.measure import Case, Prepared
 from bench.problems import products, relative_error, rotations
-from fastsfvae.jacobian.jet import fold
+from fastsfvae.jacobian.rules.jet import fold
 from fastsfvae.ops.convolution import Geometry, convolve, convolve_backward
 from fastsfvae.ops.dispatch import layer_key
 from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward

@@ -16,7 +16,7 @@ from typing import Any
 import fastsfvae.ops
 from bench import ledger
 from bench.cases_layers import DTYPES, FUSED, HALF, LAYERS, LIBRARY, OPERATION, label
-from fastsfvae.atomic import write_text
+from fastsfvae.ground.atomic import write_text
 
 MEASURED = Path(fastsfvae.ops.__file__).with_name("measured.json")
 EXACT = ("ieee", "tf32x3")

@@ -16,22 +16,23 @@ from bench.measure import Context
 MARKED = re.compile(r"\brequires_triton\b|\bmark\.gpu\b")
 LOG = "correctness.log"
 # One suite and one of its tests, to show that the section works.
-QUICK = ("test_kernel_gram_project",), ["-k", "second_order"]
+QUICK = ("kernels/test_gram_project",), ["-k", "second_order"]
 # Failing tests of a suite that get a row of their own.
 LISTED = 10
 
 
 def suites() -> tuple[str, ...]:
     """Every module with a test of a kernel's values, or one that needs a GPU."""
-    modules = sorted((ROOT / "tests").glob("test_*.py"))
-    return tuple(path.stem for path in modules if MARKED.search(path.read_text()))
+    tests = ROOT / "tests"
+    modules = (p for p in sorted(tests.rglob("test_*.py")) if MARKED.search(p.read_text()))
+    return tuple(str(path.relative_to(tests).with_suffix("")) for path in modules)
 
 
 def section(context: Context) -> None:
     """Run all suites side by side: most of their time goes into compilation on the host."""
     chosen, selection = QUICK if context.quick else (suites(), [])
     with tempfile.TemporaryDirectory() as folder:
-        logs = {suite: Path(folder) / suite for suite in chosen}
+        logs = {suite: Path(folder) / suite.replace("/", "-") for suite in chosen}
         running = {suite: _start(suite, selection, logs[suite]) for suite in chosen}
         for suite, process in running.items():
             try:

@@ -12,7 +12,7 @@ from bench.peers import SAMPLING
 from bench.problems import products
 from bench.timing import Timing
 from fastsfvae import training
-from fastsfvae.config import TrainConfig
+from fastsfvae.training.config import TrainConfig
 
 
 def kernels(context: Context) -> None:

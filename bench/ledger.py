@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.timing import Timing
-from fastsfvae.provenance import commit, device_name
+from fastsfvae.ground.provenance import commit, device_name
 
 RESULTS = Path(__file__).parent / "results"
 LEDGER = RESULTS / "ledger.csv"

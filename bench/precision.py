@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import fastsfvae as sf
 from fastsfvae import models
-from fastsfvae.atomic import write_text
 from fastsfvae.data import digits
-from fastsfvae.provenance import commit, device_name
+from fastsfvae.ground.atomic import write_text
+from fastsfvae.ground.provenance import commit, device_name
 
 RESULTS = Path(__file__).parent / "results" / "precision.csv"
 NOISE_VAR, BATCH = 0.5, 64

@@ -1,7 +1,7 @@
 """Where a step's time goes: `python -m bench.profile [--workload celeba16] [--trace FILE]`.
 
 Prints each named range's share of a training step by torch.profiler, on CUDA by the device's time.
-The library's ranges are listed in fastsfvae/ranges.py. For Nsight Systems, on any script:
+The library's ranges are listed in fastsfvae/_ranges.py. For Nsight Systems, on any script:
 
     FASTSFVAE_RANGES=1 nsys profile --trace=cuda,nvtx,cudnn,cublas -o step python -m bench.profile
 """
@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import bench.checkout  # noqa: F401 - before anything that imports fastsfvae
 from bench.peers import OURS, SAMPLING, STEPS, TRITON
 from bench.problems import WORKLOADS, build_problem
-from fastsfvae.ranges import recording, span
+from fastsfvae._ranges import recording, span
 
 STEP = "step"
 

@@ -10,7 +10,6 @@ log-likelihood then has a closed form. The README has a whole example and the me
 """
 
 from fastsfvae import evaluate as evaluate
-from fastsfvae.checkpoint import load as load
 from fastsfvae.distributions import LinearizedGaussian as LinearizedGaussian
 from fastsfvae.elbo import Elbo as Elbo
 from fastsfvae.elbo import low_rank_log_prob as low_rank_log_prob
@@ -24,5 +23,6 @@ from fastsfvae.jacobian import decode_with_jacobian as decode_with_jacobian
 from fastsfvae.jacobian import pullback as pullback
 from fastsfvae.loss import SamplingFreeLoss as SamplingFreeLoss
 from fastsfvae.ops.dispatch import fused_layers as fused_layers
+from fastsfvae.training.checkpoint import load as load
 
 __version__ = "0.1.0"

@@ -2,6 +2,6 @@
 
 import sys
 
-from fastsfvae.cli import main
+from fastsfvae.cli.main import main
 
 sys.exit(main())

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae import _checks, fused
+from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
+from fastsfvae.gram import operator as fused
 from fastsfvae.jacobian import flatten_in_memory_order, map_chunks, resolve_backend
-from fastsfvae.likelihood import LikelihoodTerms, likelihood_terms
+from fastsfvae.likelihoods import LikelihoodTerms, likelihood_terms
 from fastsfvae.settings import Settings, check_settings, warn_of_weak
 
 
@@ -22,7 +23,7 @@ class Elbo(NamedTuple):
         elbo: the objective, log_likelihood - kl_weight * kl. A surrogate: by Jensen's inequality it
             lies above the evidence lower bound and may exceed log p(x) (only
             `likelihood="expected"` with a linear decoder gives the exact bound).
-        log_likelihood: see `fastsfvae.likelihood`; holds the constant -(n/2) log(2 pi c).
+        log_likelihood: see `fastsfvae.likelihoods`; holds the constant -(n/2) log(2 pi c).
         kl: KL(N(mean, h) || N(0, I)) = 1/2 sum(h + mean^2 - 1 - log h).
         squared_error: |x - f(mean)|^2, in squared units of x.
         log_det: the log-determinant term that the likelihood uses.
@@ -67,7 +68,7 @@ def sampling_free_elbo(
         noise_var: c, variance of the observation noise in squared units of x.
         gamma: weight of the low-rank precision, in [0, 1]; "expected" has none.
         kl_weight: factor of the KL divergence.
-        likelihood: "precision", "mixture", "normalized" or "expected" (`fastsfvae.likelihood`).
+        likelihood: "precision", "mixture", "normalized" or "expected" (`fastsfvae.likelihoods`).
         backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
             the plain formulas, slow.
         chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.

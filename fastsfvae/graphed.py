@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from fastsfvae._ranges import span
 from fastsfvae.jacobian import resolve_backend
-from fastsfvae.jacobian.linearize import Linearizer
+from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.loss import SamplingFreeLoss
-from fastsfvae.ranges import span
 from fastsfvae.settings import check_settings
 
 # Before a capture every kernel has been compiled and every library has chosen its algorithms.

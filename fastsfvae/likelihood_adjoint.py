@@ -1,4 +1,4 @@
-"""The likelihoods of `fastsfvae.likelihood` with their gradients by hand, for a chunk of samples.
+"""The likelihoods of `fastsfvae.likelihoods` with their gradients by hand, for a chunk of samples.
 
 With cotangents a of log_likelihood and b_rr, b_ld, b_ex of the terms, and lambda, gamma as there:
 
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae.chunk_gram import ChunkGram, Pulled
-from fastsfvae.likelihood import (
+from fastsfvae.gram.sources import ChunkGram, Pulled
+from fastsfvae.likelihoods import (
     expected_log_det,
     log_det_weight,
     log_likelihood,

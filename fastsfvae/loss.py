@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
 from fastsfvae.elbo import Elbo, evaluate
-from fastsfvae.jacobian.known import remember
+from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.validate import check_chunk_size, unwrap
 from fastsfvae.settings import Settings, check_settings, warn_of_weak
 
@@ -35,7 +35,7 @@ class SamplingFreeLoss(nn.Module):
             none.
         kl_weight: factor of the KL divergence, a number or a 0-d tensor.
         likelihood: "precision" (the paper's), "mixture", "normalized" or "expected"; their formulas
-            are in `fastsfvae.likelihood`.
+            are in `fastsfvae.likelihoods`.
         reduction: "mean", "sum" or "none" (``[B]``).
         backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
             the plain formulas, slow.

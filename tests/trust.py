@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: shown when it is over.
-        modules: test modules without their prefix.
+        modules: test modules, as folder/name without the prefix "test_".
         options: of pytest.
         interpreter: whether it is of the Triton kernels.
     """
@@ -41,19 +41,30 @@ class Part(NamedTuple):
 
 # The longest first: they share two cores.
 PARTS = (
-    Part("a long run", ("soak",), ("--soak-steps", "20000")),
-    Part("random decoders", ("random_decoders",), ("--decoders", "500")),
-    Part("hostile numbers", ("numerics", "numerics_objective", "low_rank"), ("--examples", "1000")),
-    Part("kills", ("faults",), ("--kills", "10")),
-    Part("compatibility", ("compatibility", "compatibility_wrappers", "compose", "determinism")),
-    Part("damage", ("damage", "network")),
-    Part("kernels", ("numerics", "determinism"), ("-m", "interpreter"), interpreter=True),
+    Part("a long run", ("loss/soak",), ("--soak-steps", "20000")),
+    Part("random decoders", ("jacobian/random_decoders",), ("--decoders", "500")),
+    Part(
+        "hostile numbers", ("ops/numerics", "loss/numerics", "ops/low_rank"), ("--examples", "1000")
+    ),
+    Part("kills", ("training/faults",), ("--kills", "10")),
+    Part(
+        "compatibility",
+        tuple(f"loss/{n}" for n in "compatibility wrappers compose determinism".split()),
+    ),
+    Part("damage", ("training/damage", "repository/network")),
+    Part("kernels", ("ops/numerics", "loss/determinism"), ("-m", "interpreter"), interpreter=True),
 )
+
+
+def file_of(module: str) -> str:
+    """The path of a test module from the root."""
+    folder, _, name = module.partition("/")
+    return f"tests/{folder}/test_{name}.py"
 
 
 def run(part: Part, record: Path) -> int:
     """Run a part, print how it ended, and return pytest's exit code."""
-    files = [f"tests/test_{name}.py" for name in part.modules]
+    files = [file_of(name) for name in part.modules]
     command = [sys.executable, "-m", "pytest", *files, *part.options, "--record", str(record)]
     # One core a part.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsfvae.progress import counter
+from fastsfvae.ground.progress import counter
 
 Shape = tuple[int, ...]
 Convert = Callable[[], tuple[Shape, Iterable[np.ndarray]]]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from fastsfvae.progress import counter
+from fastsfvae.ground.progress import counter
 
 OMNIGLOT_FILE = "chardata.mat"
 OMNIGLOT_MD5 = "21ecaf34373511aa7691cf2e0802aa3d"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.chunked import flatten_in_memory_order, map_chunks
-from fastsfvae.jacobian.linearize import Linearizer
-from fastsfvae.jacobian.reference import reference_jacobian
+from fastsfvae.jacobian.run.cache import Linearizer
+from fastsfvae.jacobian.run.chunks import flatten_in_memory_order, map_chunks
 from fastsfvae.jacobian.validate import check_chunk_size, check_target
+from fastsfvae.reference.jacobian import reference_jacobian
 
 
 class Pullback(NamedTuple):

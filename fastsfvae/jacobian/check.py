@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 from fastsfvae.jacobian.api import decode_with_jacobian
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.cost import CARDS, Floor, step_floor
-from fastsfvae.jacobian.linearize import Linearizer
-from fastsfvae.jacobian.registry import RULES
+from fastsfvae.jacobian.rules.registry import RULES
+from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.validate import unwrap
 from fastsfvae.ops.dispatch import Choice
 
 if TYPE_CHECKING:
-    from fastsfvae.jacobian.plan import Step
+    from fastsfvae.jacobian.plan.plan import Step
 
 _SAMPLES = 4
 # Whose floor the report prints.

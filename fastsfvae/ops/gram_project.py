@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastsfvae import reference
+from fastsfvae._ranges import ranged
 from fastsfvae.ops import _library
-from fastsfvae.ranges import ranged
 
 
 def gram_project(J: Tensor, r: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsfvae._ranges import ranged
 from fastsfvae.kernels._contract import (
     GRAM_TAIL_MAX_CHANNELS,
     GRAM_TAIL_MAX_M,
@@ -25,7 +26,6 @@ from fastsfvae.kernels._contract import (
 from fastsfvae.ops import _library, tangent_layer
 from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
-from fastsfvae.ranges import ranged
 
 
 class Tail(NamedTuple):

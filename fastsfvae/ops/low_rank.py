@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import reference
+from fastsfvae._ranges import ranged
 from fastsfvae.kernels._contract import WOODBURY_MAX_M
 from fastsfvae.ops.gram_project import (
     full_products,
@@ -38,7 +39,6 @@ from fastsfvae.ops.woodbury import (
     woodbury_native,
     woodbury_triton,
 )
-from fastsfvae.ranges import ranged
 
 
 class LowRankTerms(NamedTuple):

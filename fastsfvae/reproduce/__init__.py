@@ -12,7 +12,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fastsfvae.atomic import replacing, write_text
+from fastsfvae.ground.atomic import replacing, write_text
 from fastsfvae.reproduce import tables
 from fastsfvae.reproduce.bias import BIAS
 from fastsfvae.reproduce.cells import Cell, Experiment, Options

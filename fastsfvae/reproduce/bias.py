@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastsfvae import evaluate
-from fastsfvae.config import TrainConfig
-from fastsfvae.report import encode
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods, images_of
 from fastsfvae.reproduce.tables import summarise
 from fastsfvae.reproduce.wallclock import STEPS
-from fastsfvae.run import Run, evaluation_generator
+from fastsfvae.results.report import encode
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.run import Run, evaluation_generator
 
 _OBJECTIVES: dict[str, dict[str, Any]] = {
     "precision .95": {"likelihood": "precision", "gamma": 0.95},

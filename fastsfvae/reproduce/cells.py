@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from fastsfvae.checkpoint import CHECKPOINT, load, load_checkpoint
-from fastsfvae.config import TrainConfig
-from fastsfvae.run import Run
+from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.run import Run
 
 
 class Published(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fastsfvae.pictures import new_figure
 from fastsfvae.reproduce.cells import Result
 from fastsfvae.reproduce.tables import Summary, summarise
+from fastsfvae.results.pictures import new_figure
 
 
 def row_of_panels(count: int, width: float, height: float, share_y: bool = False):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastsfvae.config import TrainConfig
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.measures import ObjectiveGap
+from fastsfvae.training.config import TrainConfig
 
 # Where each of Figure 1's phases converges, as the text says (3.3).
 _PAPER = {0.95: Published(-8000), 0.67: Published(-7500), 0.5: Published(-7400)}

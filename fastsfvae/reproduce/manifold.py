@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fastsfvae.config import Method, TrainConfig
-from fastsfvae.pictures import draw_manifold
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import row_of_panels
 from fastsfvae.reproduce.measures import Likelihoods
+from fastsfvae.results.pictures import draw_manifold
+from fastsfvae.training.config import Method, TrainConfig
 
 _METHODS: tuple[Method, ...] = ("sampling-free", "sampling")
 

@@ -20,12 +20,18 @@ from typing import Any
 import torch
 
 from fastsfvae import training
-from fastsfvae.atomic import write_text
-from fastsfvae.checkpoint import CHECKPOINT, CONFIG, FolderLock, load_checkpoint, load_config
-from fastsfvae.config import CHANGEABLE, TrainConfig
-from fastsfvae.monitors import monitors
-from fastsfvae.provenance import commit, device_name
+from fastsfvae.ground.atomic import write_text
+from fastsfvae.ground.provenance import commit, device_name
 from fastsfvae.reproduce.cells import Cell, Result
+from fastsfvae.training.checkpoint import (
+    CHECKPOINT,
+    CONFIG,
+    FolderLock,
+    load_checkpoint,
+    load_config,
+)
+from fastsfvae.training.config import CHANGEABLE, TrainConfig
+from fastsfvae.training.monitors import monitors
 
 RUNS = "runs"
 _RECORDS = "records"

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastsfvae.config import Method, TrainConfig
 from fastsfvae.elbo import gaussian_kl, low_rank_log_prob
-from fastsfvae.order import to_unit
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.runner import stored_results
 from fastsfvae.reproduce.tables import summarise
-from fastsfvae.run import Run
+from fastsfvae.training.config import Method, TrainConfig
+from fastsfvae.training.run import Run
+from fastsfvae.training.seeds import to_unit
 
 # Hours of 10^6 steps on a Quadro RTX 6000, CelebA, m = 16.
 _PAPER_HOURS = {"sampling": 9.7, "sampling-free": 14.5}

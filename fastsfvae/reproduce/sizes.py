@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastsfvae.config import Method, TrainConfig
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import Panel, dots, row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
@@ -13,6 +12,7 @@ from fastsfvae.reproduce.measures import Likelihoods, Quality
 from fastsfvae.reproduce.runner import stored_records
 from fastsfvae.reproduce.runtime import measured_ratios
 from fastsfvae.reproduce.tables import summarise
+from fastsfvae.training.config import Method, TrainConfig
 
 _METHODS: tuple[Method, ...] = ("sampling-free", "sampling")
 # Sampling-free steps, of 10^6, that took the time of sampling's 10^6 there.

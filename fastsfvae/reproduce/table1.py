@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastsfvae.config import TrainConfig
 from fastsfvae.evaluate.taylor import PAPER_SAMPLES
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.measures import Covariances
+from fastsfvae.training.config import TrainConfig
 
 _COLUMNS = ("Taylor", *(f"K={count}" for count in PAPER_SAMPLES))
 # Data set -> row -> Taylor, then the numbers of samples.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fastsfvae.config import Method, TrainConfig
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import log_seconds, row_of_panels, tidy
 from fastsfvae.reproduce.measures import (
@@ -24,6 +23,7 @@ from fastsfvae.reproduce.seconds import (
     value_after,
 )
 from fastsfvae.reproduce.tables import Summary, summarise
+from fastsfvae.training.config import Method, TrainConfig
 
 _SAMPLES = (1, 5, 20, 50, 100, 200)
 # Data set -> method -> NLL for each number of samples.

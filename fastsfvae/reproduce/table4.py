@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from fastsfvae.config import TrainConfig
 from fastsfvae.models import Init, OutputActivation
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import Panel, dots
 from fastsfvae.reproduce.measures import Collapse
 from fastsfvae.reproduce.tables import summarise
+from fastsfvae.training.config import TrainConfig
 
 _COLLAPSE, _ERROR, _KL = "collapse %", "error", "KL"
 _PAPER: dict[str, dict[str, dict[int, Published]]] = {

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fastsfvae._checks import Likelihood
-from fastsfvae.config import TrainConfig
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import log_seconds, row_of_panels, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods
@@ -21,6 +20,7 @@ from fastsfvae.reproduce.seconds import (
     steps_to_reach,
     trained,
 )
+from fastsfvae.training.config import TrainConfig
 
 _SAMPLING, _PLAIN = "sampling", "vmap(jacfwd)"
 _PAPERS = "precision .5"

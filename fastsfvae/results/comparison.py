@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae import evaluate, pictures
+from fastsfvae import evaluate
 from fastsfvae.evaluate import ImageMean, mean_over_images
-from fastsfvae.progress import counter
+from fastsfvae.ground.progress import counter
+from fastsfvae.results import pictures
 from fastsfvae.results.evaluation import Settings, Trained
 from fastsfvae.results.evaluation import conventions as run_conventions
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastsfvae import evaluate, report
-from fastsfvae.checkpoint import CHECKPOINT, load, load_checkpoint
-from fastsfvae.config import TrainConfig
+from fastsfvae import evaluate
 from fastsfvae.evaluate import mean_over_images, monte_carlo_error
-from fastsfvae.order import to_unit
-from fastsfvae.progress import counter
-from fastsfvae.run import evaluation_generator
+from fastsfvae.ground.progress import counter
+from fastsfvae.results import report
+from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.run import evaluation_generator
+from fastsfvae.training.seeds import to_unit
 
 _ESS_SAMPLES = 256
 _GRADIENT_SAMPLES = (1, 10, 100)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastsfvae import pictures
+from fastsfvae.results import pictures
 from fastsfvae.results.evaluation import Evaluation, Number, Trained
 
 _DPI = 130

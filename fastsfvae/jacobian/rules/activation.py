@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, broadcast_jet, from_stack
-from fastsfvae.jacobian.registry import RULES, adjoint, rule
 from fastsfvae.jacobian.rules.arithmetic import mul
-from fastsfvae.jacobian.rules.fused_activation import Read, fused_rule
+from fastsfvae.jacobian.rules.jet import Jet, broadcast_jet, from_stack
 from fastsfvae.jacobian.rules.pieces import chunk
+from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
+from fastsfvae.jacobian.rules.triton_activation import Read, fused_rule
 
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946

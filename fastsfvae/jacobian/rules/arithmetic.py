@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, align, broadcast_jet, from_stack, join, move, primal_of
-from fastsfvae.jacobian.registry import adjoint, always, rule
+from fastsfvae.jacobian.rules.jet import (
+    Jet,
+    align,
+    broadcast_jet,
+    from_stack,
+    join,
+    move,
+    primal_of,
+)
+from fastsfvae.jacobian.rules.registry import adjoint, always, rule
 
 
 def combine(primal: Tensor, *terms: tuple[Any, Any]) -> Jet:

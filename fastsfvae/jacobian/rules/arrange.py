@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, align, fold, full_tangent, move, unfold
-from fastsfvae.jacobian.registry import RULES, adjoint, rule
+from fastsfvae.jacobian.rules.jet import Jet, align, fold, full_tangent, move, unfold
+from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
 from fastsfvae.jacobian.rules.shape import flatten, front, tangent_of
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, primal_of
-from fastsfvae.jacobian.registry import rule
 from fastsfvae.jacobian.rules.arithmetic import add, mul
 from fastsfvae.jacobian.rules.arrange import repeat_interleave
+from fastsfvae.jacobian.rules.jet import Jet, primal_of
 from fastsfvae.jacobian.rules.linear import matmul
+from fastsfvae.jacobian.rules.registry import rule
 from fastsfvae.jacobian.rules.shape import transpose
 from fastsfvae.jacobian.rules.softmax import softmax
 

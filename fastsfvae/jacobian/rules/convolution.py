@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.jacobian.fallback import generic_rule
-from fastsfvae.jacobian.jet import Jet, fold, from_stack, full_tangent, unfold
-from fastsfvae.jacobian.registry import adjoint, rule
-from fastsfvae.jacobian.tape import once
+from fastsfvae.jacobian.rules.fallback import generic_rule
+from fastsfvae.jacobian.rules.jet import Jet, fold, from_stack, full_tangent, unfold
+from fastsfvae.jacobian.rules.registry import adjoint, rule
+from fastsfvae.jacobian.rules.tape import once
 from fastsfvae.ops.convolution import Geometry, convolve, convolve_backward
 
 

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from fastsfvae.jacobian.jet import Jet, move
-from fastsfvae.jacobian.registry import adjoint, rule
 from fastsfvae.jacobian.rules.activation import pointwise
+from fastsfvae.jacobian.rules.jet import Jet, move
+from fastsfvae.jacobian.rules.registry import adjoint, rule
 
 
 @rule("neg", "negative")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, from_stack, stack_of
-from fastsfvae.jacobian.registry import RULES, Rule
-from fastsfvae.jacobian.tape import once
+from fastsfvae.jacobian.rules.jet import Jet, from_stack, stack_of
+from fastsfvae.jacobian.rules.registry import RULES, Rule
+from fastsfvae.jacobian.rules.tape import once
 from fastsfvae.ops._precision import autocast
 from fastsfvae.ops.tangent_activation import tangent_activation
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward

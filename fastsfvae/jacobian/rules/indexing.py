@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, full_tangent, move
-from fastsfvae.jacobian.registry import RULES, adjoint, rule
+from fastsfvae.jacobian.rules.jet import Jet, full_tangent, move
 from fastsfvae.jacobian.rules.pieces import put_back
+from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
 from fastsfvae.jacobian.rules.shape import expand, front, reshape
 
 aten = torch.ops.aten

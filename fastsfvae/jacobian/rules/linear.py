@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import (
+from fastsfvae.jacobian.rules.arithmetic import add, mul
+from fastsfvae.jacobian.rules.jet import (
     Jet,
     align,
     broadcast_jet,
@@ -24,8 +25,7 @@ from fastsfvae.jacobian.jet import (
     primal_of,
     sum_over_parts,
 )
-from fastsfvae.jacobian.registry import adjoint, rule
-from fastsfvae.jacobian.rules.arithmetic import add, mul
+from fastsfvae.jacobian.rules.registry import adjoint, rule
 from fastsfvae.jacobian.rules.shape import transpose, unsqueeze
 
 

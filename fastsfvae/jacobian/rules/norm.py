@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, broadcast_jet, move
-from fastsfvae.jacobian.registry import adjoint, rule
+from fastsfvae.jacobian.rules.jet import Jet, broadcast_jet, move
 from fastsfvae.jacobian.rules.normalize import move_normalized, precise, pull_normalized
+from fastsfvae.jacobian.rules.registry import adjoint, rule
 from fastsfvae.jacobian.rules.shape import tangent_of
 
 

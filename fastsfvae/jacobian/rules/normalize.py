@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet
+from fastsfvae.jacobian.rules.jet import Jet
 
 
 def precise(t: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, full_tangent, primal_of
-from fastsfvae.jacobian.registry import adjoint, always, rule
+from fastsfvae.jacobian.rules.jet import Jet, full_tangent, primal_of
+from fastsfvae.jacobian.rules.registry import adjoint, always, rule
 from fastsfvae.jacobian.rules.shape import front, tangent_of
 
 aten = torch.ops.aten

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, full_tangent, move_folded
-from fastsfvae.jacobian.registry import adjoint, rule
 from fastsfvae.jacobian.rules.indexing import gather
+from fastsfvae.jacobian.rules.jet import Jet, full_tangent, move_folded
+from fastsfvae.jacobian.rules.registry import adjoint, rule
 from fastsfvae.jacobian.rules.shape import flatten, unflatten
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.fallback import generic_rule
-from fastsfvae.jacobian.jet import Jet, broadcast_jet, move
-from fastsfvae.jacobian.registry import adjoint, always, rule
 from fastsfvae.jacobian.rules.arithmetic import maximum, minimum, power
+from fastsfvae.jacobian.rules.fallback import generic_rule
 from fastsfvae.jacobian.rules.indexing import gather
+from fastsfvae.jacobian.rules.jet import Jet, broadcast_jet, move
+from fastsfvae.jacobian.rules.registry import adjoint, always, rule
 from fastsfvae.jacobian.rules.shape import squeeze, tangent_of
 
 

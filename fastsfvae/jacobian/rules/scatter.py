@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, align, broadcast_jet, full_tangent, move, primal_of
-from fastsfvae.jacobian.registry import adjoint, always, rule
 from fastsfvae.jacobian.rules.indexing import places_of
+from fastsfvae.jacobian.rules.jet import Jet, align, broadcast_jet, full_tangent, move, primal_of
 from fastsfvae.jacobian.rules.pieces import zero_tangent
+from fastsfvae.jacobian.rules.registry import adjoint, always, rule
 from fastsfvae.jacobian.rules.shape import front
 
 aten = torch.ops.aten

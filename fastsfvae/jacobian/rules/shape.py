@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, align, fold, full_tangent, move, primal_of, unfold
-from fastsfvae.jacobian.registry import adjoint, rule
+from fastsfvae.jacobian.rules.jet import Jet, align, fold, full_tangent, move, primal_of, unfold
+from fastsfvae.jacobian.rules.registry import adjoint, rule
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.jet import Jet, broadcast_jet
-from fastsfvae.jacobian.registry import adjoint, rule
+from fastsfvae.jacobian.rules.jet import Jet, broadcast_jet
+from fastsfvae.jacobian.rules.registry import adjoint, rule
 from fastsfvae.jacobian.rules.shape import tangent_of
 
 

@@ -1,0 +1,1 @@
+"""The Gram of a decoder's Jacobian, and its chunk loop."""

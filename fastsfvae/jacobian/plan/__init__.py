@@ -1,0 +1,1 @@
+"""From a decoder to its plan."""

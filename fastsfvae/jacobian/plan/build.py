@@ -1,0 +1,380 @@
+"""From a trace to its plan: every node sorted into prelude, side or body, and written as source."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from fastsfvae.jacobian.cost import Cost, tangent_cost
+from fastsfvae.jacobian.plan.ending import Ending, find_ending, find_linear_ending
+from fastsfvae.jacobian.plan.functionalize import functionalize
+from fastsfvae.jacobian.plan.nodes import (
+    VIEWS,
+    contains,
+    differentiable,
+    is_autocast,
+    is_control,
+    is_floating,
+    is_tensor,
+    leading,
+    live_nodes,
+    packet_name,
+    with_tangents,
+)
+from fastsfvae.jacobian.plan.place import Placed, place_layers
+from fastsfvae.jacobian.plan.plan import Plan, Step
+from fastsfvae.jacobian.plan.refuse import refuse_training_mode
+from fastsfvae.jacobian.plan.source import Source, identifier, tuple_text
+from fastsfvae.jacobian.plan.trace import Trace
+from fastsfvae.jacobian.rules.fallback import generic_rule, where
+from fastsfvae.jacobian.rules.fused_layer import fused_layer
+from fastsfvae.jacobian.rules.jet import Jet
+from fastsfvae.jacobian.rules.registry import RULES
+from fastsfvae.jacobian.rules.scatter import copied
+from fastsfvae.ops.dispatch import Choice
+from fastsfvae.ops.tangent_layer import Layer
+
+# What stands for an operation that autograd does not know.
+_PLAIN = {torch.ops.aten.copy.default: copied}
+# Layers whose third argument is a bias, which an activation's kernel can add.
+_BIASED = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+
+
+def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: str) -> Plan:
+    """Turn a trace into code for the resolved backend, "torch" or "triton".
+
+    Args:
+        trace: of the decoder.
+        trained: for each parameter and buffer, whether it may require a gradient.
+        batched: for each further tensor input, whether it has the batch axis.
+        backend: chooses among a rule's implementations.
+    """
+    graph = trace.module.graph
+    params, rest = trace.inputs[: len(trained)], trace.inputs[len(trained) :]
+    z, extras = rest[0], rest[1:]
+    batch_inputs = {z, *(node for node, along in zip(extras, batched, strict=True) if along)}
+    functionalize(graph, batch_inputs)
+    carriers = {node for node, along in zip(params, trained, strict=True) if along}
+    carriers.update(node for node in extras if is_floating(node))
+    emitter = _Emitter(trace, params, z, extras, batch_inputs, carriers, backend)
+    # The caller may be inside torch.func.grad, where stand-ins cannot ask for gradients.
+    with temporarily_clear_interpreter_stack():
+        return emitter.plan()
+
+
+class _Emitter:
+    """Sorts the nodes of a graph into prelude, side and body, and has them written."""
+
+    def __init__(self, trace, params, z, extras, batch_inputs, carriers, backend):
+        self.trace, self.params, self.z, self.extras = trace, params, z, extras
+        self.backend = backend
+        self.dynamic: set[fx.Node] = set(batch_inputs)
+        self.jets = with_tangents(trace.module.graph, z)
+        self.placed: dict[fx.Node, Placed] = {}
+        if backend == "triton":
+            self.placed = place_layers(trace.module.graph, z, self.jets)
+        self.source = Source(params, z, extras)
+        self.prelude: list[tuple[str, fx.Node]] = []
+        self.body: list[tuple[str, fx.Node]] = []
+        self.controls = 0
+        self.obstacles: list[str] = []
+        self.from_z: set[fx.Node] = {z}
+        # What a gradient may be wanted of, besides Jets.
+        self.carriers: set[fx.Node] = carriers
+        self.steps: list[Step] = []
+        self.widest = self.total = 0
+
+    def plan(self) -> Plan:
+        grad_enabled = True
+        used = live_nodes(self.trace.module.graph)
+        result: fx.Node | None = None
+        for node in self.trace.module.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                (result,) = node.all_input_nodes
+            elif node not in used:
+                continue
+            elif node.op == "get_attr":
+                value = operator.attrgetter(node.target)(self.trace.module)
+                if isinstance(value, Tensor) and value.requires_grad:
+                    self._obstruct("a trained tensor that is no parameter of the decoder", node)
+                self.source.names[node] = self.source.bind(identifier(node.target), value)
+            elif node.target is torch._C._set_grad_enabled:
+                grad_enabled = bool(node.args[0])
+                self._control(node, f"torch.set_grad_enabled({grad_enabled} and ambient)")
+            elif is_autocast(node.target):
+                self._control(node, f"{node.name} = {self._plain_call(node)}")
+            else:
+                self._operation(node, grad_enabled)
+        assert result is not None
+        self._see(result)
+        return self._finish(result)
+
+    def _obstruct(self, what: str, node: fx.Node) -> None:
+        self.obstacles.append(what + where(self.trace.paths.get(node, "")))
+
+    def _control(self, node: fx.Node, line: str) -> None:
+        self.controls += 1
+        self.prelude.append((line, node))
+        self.body.append((line, node))
+
+    def _operation(self, node: fx.Node, grad_enabled: bool) -> None:
+        inputs = node.all_input_nodes
+        trained = any(arg in self.carriers for arg in inputs)
+        if trained and grad_enabled and differentiable(node):
+            self.carriers.add(node)
+        if not any(arg in self.dynamic for arg in inputs):
+            self.prelude.append((f"{node.name} = {self._plain_call(node)}", node))
+            return
+        self.dynamic.add(node)
+        if any(arg in self.from_z for arg in inputs):
+            self.from_z.add(node)
+        if isinstance(node.target, torch._ops.OpOverload):
+            refuse_training_mode(packet_name(node.target), node, self.trace.paths.get(node, ""))
+        handled = "plain"
+        if node in self.jets:
+            self.carriers.discard(node)
+            call, handled = self._jet_call(node)
+        else:
+            call = self._plain_call(node)
+            if node in self.from_z and node in self.carriers:
+                self._obstruct(f"{node.target} on z without tangents", node)
+        self.body.append((f"{node.name} = {call}", node))
+        if isinstance(node.target, torch._ops.OpOverload):
+            self._see(node, handled)
+
+    def _see(self, node: fx.Node, handled: str | None = None) -> None:
+        value = node.meta.get("val")
+        if handled is not None:
+            placed = self.placed.get(node)
+            if placed is not None and placed.activation is not None:
+                self._step(placed.activation, handled, Choice("fused", "in the layer behind it"))
+            self._step(node, handled, None if placed is None else placed.choice)
+        if node in self.jets and isinstance(value, Tensor):
+            batch = int(self.z.meta["val"].shape[0])
+            elements = -(-int(value.numel()) // batch)
+            self.widest = max(self.widest, elements)
+            self.total += elements
+
+    def _step(self, node: fx.Node, handled: str, choice: Choice | None) -> None:
+        value, path = node.meta.get("val"), self.trace.paths.get(node, "")
+        shape = tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else ()
+        op, cost = packet_name(node.target), Cost(0, 0)
+        if handled != "plain":
+            cost = tangent_cost(op, node, int(self.z.meta["val"].shape[0]))
+        self.steps.append(Step(op, path, handled, shape, cost, choice))
+
+    def _jet_call(self, node: fx.Node) -> tuple[str, str]:
+        target: Any = node.target
+        if target is operator.getitem:
+            return f"{self.source.text(node.args[0])}[{node.args[1]!r}]", "rule"
+        packet = packet_name(target)
+        if packet == "linear" and node.args[0] is self.z and not contains(node.args[1:], self.jets):
+            packet = "linear_of_latents"
+        found = RULES.get(packet)
+        others = (*node.args[1:], *node.kwargs.values())
+        arguments = [self.source.text(arg) for arg in node.args]
+        if found is not None and (found.several or not contains(others, self.jets)):
+            described = self._described(node)
+            layer = self._fused(node)
+            chosen = found.on(self.backend, *described)
+            if layer is not None:
+                chosen = fused_layer(packet, layer)
+            label = f"{packet} {self.trace.paths.get(node, '')}".rstrip()
+            function, handled = chosen.bind(self._private(node.args[0]), label), "rule"
+            if not found.pulls(*described):
+                self._obstruct(f"{packet} has no adjoint", node)
+            if chosen is found.fused:
+                arguments[1:1] = self._bias_left_by(node.args[0])
+        else:
+            path = self.trace.paths.get(node, "")
+            function, handled = generic_rule(target, path), "fallback"
+            self._obstruct(f"{packet} has no rule", node)
+            packet = node.name
+        name = self.source.bind(f"{packet}_{handled}", function)
+        arguments += [f"{key}={self.source.text(value)}" for key, value in node.kwargs.items()]
+        return f"{name}({', '.join(arguments)})", handled
+
+    def _fused(self, node: fx.Node) -> Layer | None:
+        return self.placed[node].layer if node in self.placed else None
+
+    def _bias_left_by(self, layer: Any) -> tuple[str, str]:
+        """A bias, taken out of the layer's own call, and its axis; "None" where it must stay."""
+        nothing = "None", "0"
+        if layer not in self.jets or len(layer.users) > 1 or len(layer.args) < 3:
+            return nothing
+        # The layer's kernel adds it at no cost.
+        if self._fused(layer) is not None:
+            return nothing
+        name, bias = packet_name(layer.target), layer.args[2]
+        # What is computed in the body would be deleted behind the layer.
+        if name not in _BIASED or not isinstance(bias, fx.Node) or bias in self.dynamic:
+            return nothing
+        # Behind the batch axis come the channels, or any axes with the features last.
+        spatial = layer.args[1].meta["val"].ndim - 2
+        if spatial and layer.meta["val"].ndim != spatial + 2:
+            return nothing
+        place = next(i for i, (_, node) in enumerate(self.body) if node is layer)
+        function, _, _ = self.body[place][0].partition("(")
+        x, weight, _, *rest = (self.source.text(arg) for arg in layer.args)
+        rest += [f"{key}={self.source.text(value)}" for key, value in layer.kwargs.items()]
+        self.body[place] = f"{function}({', '.join([x, weight, 'None', *rest])})", layer
+        return self.source.text(bias), "1" if spatial else "-1"
+
+    def _described(self, node: fx.Node) -> tuple[tuple, dict[str, Any]]:
+        """The arguments as a rule gets them, with fake tensors."""
+
+        def describe(arg: fx.Node) -> Any:
+            value: Any = arg.meta.get("val")
+            if arg in self.jets:
+                return Jet(value, value)
+            return value.detach().requires_grad_() if arg in self.carriers else value
+
+        return fx.map_arg((node.args, node.kwargs), describe)
+
+    def _private(self, arg: Any) -> bool:
+        """Whether a rule may overwrite this argument: new memory that only it reads."""
+        if not isinstance(arg, fx.Node) or arg not in self.jets or len(arg.users) > 1:
+            return False
+        if arg is self.z or not isinstance(arg.target, torch._ops.OpOverload):
+            return False
+        name = packet_name(arg.target)
+        if name in VIEWS:
+            return self._private(arg.args[0])
+        return name in RULES and RULES[name].fresh and not RULES[name].overwrites
+
+    def _plain_call(self, node: fx.Node) -> str:
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            name, target = identifier(str(target)), _PLAIN.get(target, target)
+        else:
+            name = "py_" + identifier(getattr(target, "__name__", "function"))
+        name = self.source.bind(name, target)
+        return f"{name}({self._arguments(node, self._primal_text)})"
+
+    def _arguments(self, node: fx.Node, text: Callable[[Any], str]) -> str:
+        parts = [text(arg) for arg in node.args]
+        parts += [f"{key}={text(value)}" for key, value in node.kwargs.items()]
+        return ", ".join(parts)
+
+    def _primal_text(self, value: Any) -> str:
+        if isinstance(value, fx.Node) and value in self.jets:
+            return f"{self.source.text(value)}.primal"
+        return self.source.text(value, self._primal_text)
+
+    def _finish(self, result: fx.Node) -> Plan:
+        aside = self._aside()
+        side = [(line, n) for line, n in self.body if n in aside or is_control(n)]
+        # Sizes are asked for again: those of a chunk are other ones.
+        body = [(line, n) for line, n in self.body if n not in aside or not is_tensor(n)]
+        in_body = {arg for _, node in body for arg in node.all_input_nodes} | {result}
+        sides = [node for _, node in side if node in aside & in_body and is_tensor(node)]
+        produced = {node for line, node in self.prelude if node not in self.dynamic}
+        wanted = in_body | {arg for _, node in side for arg in node.all_input_nodes}
+        carried = [n for n in dict.fromkeys(n for _, n in self.prelude) if n in produced & wanted]
+        body_inputs = [index for index, node in enumerate(self.params) if node in in_body]
+        if result not in self.jets:
+            self.obstacles.append("a result that does not depend on z")
+        if not all(is_tensor(node) for node in carried):
+            self.obstacles.append("numbers computed from parameters")
+        if not all(leading(node) == leading(self.z) for node in sides):
+            self.obstacles.append("parts without a batch axis that depend on a batched input")
+        statics, side_values = (
+            tuple_text(map(self.source.text, nodes)) for nodes in (carried, sides)
+        )
+        write, of_statics = self.source.function, [(statics, "statics")] * bool(carried)
+        of_sides = [(side_values, "sides")] * bool(sides)
+        write("prelude", "tensors, extras", self.prelude, carried, statics)
+        write("side", "tensors, extras, statics", side, sides, side_values, of_statics)
+        returned = self.source.text(result)
+        parameters = "z, tensors, extras, statics, sides"
+        unpacked = of_statics + of_sides
+        write("body", parameters, body, [result], returned, unpacked)
+        ending = self._ending(result)
+        if ending is not None:
+            before = [(line, node) for line, node in body if node not in ending.replaced]
+            stop, inputs = self.source.bind("stop", ending.stop), ending.inputs
+            stopped = f"{stop}({', '.join(map(self.source.text, inputs))})"
+            kept = [node for node in inputs if node is not None]
+            self._tell_of_tail(ending)
+            write("to_tail", parameters, before, kept, stopped, unpacked)
+        functions = self.source.run()
+        if self.controls:
+            functions = [_keeping_modes(function) for function in functions]
+        prelude, side_of_batch, body_of_chunk, *to_tail = functions
+        return Plan(
+            str(self.source),
+            prelude,
+            side_of_batch,
+            body_of_chunk,
+            body_inputs,
+            self.obstacles,
+            self.steps,
+            _limited(self.trace.accepts, self.placed.values()),
+            self.widest,
+            self.total,
+            (tuple(body_inputs), *(tuple(n.name for n in nodes) for nodes in (carried, sides))),
+            tuple(int(size) for size in result.meta["val"].shape[1:]),
+            to_tail[0] if to_tail else None,
+            1 if ending is None else ending.least_batch,
+        )
+
+    def _ending(self, result: fx.Node) -> Ending | None:
+        """What a sweep need not run itself; its modes must not change on the way."""
+        if self.controls or self.obstacles:
+            return None
+        if self.backend == "torch":
+            return find_linear_ending(result, self.jets, self.z, self.dynamic)
+        return find_ending(result, self.placed, self.dynamic, int(self.z.meta["val"].shape[1]))
+
+    def _tell_of_tail(self, ending: Ending) -> None:
+        # What lies behind the last layer makes no choice, nor does PyTorch's backend.
+        chosen = [index for index, step in enumerate(self.steps) if step.choice is not None]
+        linear = [index for index, step in enumerate(self.steps) if step.op == "linear"]
+        last = max(chosen or linear)
+        choice, how = self.steps[last].choice, "the loss takes its Gram at once and writes no J"
+        if choice is None:
+            samples = (
+                f"from {ending.least_batch} samples on" if ending.least_batch > 1 else "always"
+            )
+            choice = Choice("library", f"{how}, through W^T W, {samples}")
+        else:
+            choice = choice._replace(why=f"{choice.why}; {how}")
+        self.steps[last] = dataclasses.replace(self.steps[last], choice=choice)
+
+    def _aside(self) -> set[fx.Node]:
+        """What carries a gradient beside z, and what it is computed from."""
+        aside: set[fx.Node] = set()
+        for _, node in reversed(self.body):
+            if node in self.dynamic - self.from_z and (node in self.carriers or node in aside):
+                aside.add(node)
+                aside.update(arg for arg in node.all_input_nodes if arg in self.dynamic)
+        return aside
+
+
+def _limited(accepts: Callable[[int], bool], placed: Iterable[Placed]) -> Callable[[int], bool]:
+    """What a trace accepts as far as every fused kernel can count its positions."""
+    limits = [p.largest_batch for p in placed if p.layer is not None]
+    if not limits:
+        return accepts
+    most = min(limits)
+    return lambda batch: batch <= most and accepts(batch)
+
+
+def _keeping_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Restore the gradient mode also where the decoder's own no_grad block raises."""
+
+    def guarded(*args: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return function(*args)
+
+    return guarded

@@ -1,0 +1,183 @@
+"""A decoder's last layer, left to whoever needs the Gram of its Jacobian and not the Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from fastsfvae.jacobian.plan.nodes import VIEWS, leading, packet_name
+from fastsfvae.jacobian.rules.jet import Jet, stack_of
+from fastsfvae.jacobian.rules.tape import once
+from fastsfvae.jacobian.rules.triton_activation import kernel_of
+from fastsfvae.kernels._contract import tangents_like
+from fastsfvae.ops._precision import autocast
+from fastsfvae.ops.gram_project import full_products
+from fastsfvae.ops.gram_tail import Tail, largest_batch
+from fastsfvae.ops.tangent_layer import Layer
+
+if TYPE_CHECKING:
+    from fastsfvae.jacobian.plan.place import Placed
+
+
+# Of a layer with more, even random tangents keep too small a part of |T|^2 |W|^2: about 1 / k.
+_MOST_INPUTS = 1024
+
+
+class Linear(NamedTuple):
+    """A last layer f = W a + b.
+
+    Attributes:
+        weight: W, ``[n, k]``.
+        bias: ``[n]`` or None.
+        metric: W^T W, ``[k, k]``, in float32 at least.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    metric: Tensor
+
+
+class LastLayer(NamedTuple):
+    """What a plan returns that stops in front of the last layer.
+
+    Attributes:
+        source: what goes into it; the gradient of the tail's stack is its gradient.
+        tail: the layer on a stack of `source`, in autocast's dtype; or a linear one.
+    """
+
+    source: Jet
+    tail: Tail | Linear
+
+
+def stop_at(
+    layer: Layer, behind: str = "none", behind_params: tuple[float, ...] = ()
+) -> Callable[[Jet, Tensor, Tensor | None], LastLayer]:
+    """The function ``(x, weight, bias)`` that a plan calls in the layer's place.
+
+    Args:
+        layer: see `fastsfvae.ops.gram_tail.Tail`.
+        behind: likewise.
+        behind_params: likewise.
+    """
+
+    def stop(x: Jet, weight: Tensor, bias: Tensor | None = None) -> LastLayer:
+        # Dense once, for the kernels of the forward, its rescue and the backward.
+        stack = tangents_like(autocast(stack_of(x)), torch.channels_last)
+        return LastLayer(x, Tail(layer, stack, weight, bias, behind, behind_params))
+
+    return stop
+
+
+def stop_at_linear(x: Jet, weight: Tensor, bias: Tensor | None = None) -> LastLayer:
+    """What a plan calls in a linear layer's place."""
+    return LastLayer(x, Linear(weight, bias, once(weight, "metric", _metric, _metric_adjoint)))
+
+
+def _metric(weight: Tensor) -> Tensor:
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    with full_products(weight):
+        return weight.mT @ weight
+
+
+def _metric_adjoint(weight: Tensor, gradient: Tensor) -> Tensor:
+    with full_products(weight):
+        return weight.to(gradient.dtype) @ (gradient + gradient.mT)
+
+
+class Ending(NamedTuple):
+    """The end of a decoder's graph, as far as its Gram is taken without it.
+
+    Attributes:
+        inputs: the last layer's source, weight and bias; nodes but for a bias that is None.
+        stop: what is called with them.
+        replaced: the layer, and the activation or the views behind it.
+        least_batch: samples of a call from which on it is the better way.
+    """
+
+    inputs: tuple[Any, Any, Any]
+    stop: Callable[..., LastLayer]
+    replaced: frozenset[fx.Node]
+    least_batch: int = 1
+
+
+def find_ending(
+    result: fx.Node, placed: dict[fx.Node, Placed], dynamic: set[fx.Node], m: int
+) -> Ending | None:
+    """The ending of a graph whose last layer is fused, None where the kernels do not take it.
+
+    Args:
+        result: the node that the decoder returns.
+        placed: how its layers run.
+        dynamic: the nodes that depend on a batched input.
+        m: latents.
+    """
+    layer_node: Any = result
+    behind: tuple[str, tuple[float, ...]] | None = ("none", ())
+    if result not in placed and isinstance(result.target, torch._ops.OpOverload):
+        behind = kernel_of(packet_name(result.target), result.args[1:], result.kwargs)
+        layer_node = result.args[0]
+    if behind is None or layer_node not in placed or len(layer_node.users) + len(result.users) > 2:
+        return None
+    layer, (source, weight, *rest) = placed[layer_node].layer, layer_node.args
+    bias = rest[0] if rest else None
+    if layer is None or weight in dynamic or bias in dynamic:
+        return None
+    value, shape = source.meta["val"], weight.meta["val"].shape
+    if not largest_batch(layer, 1 + m, value.shape[1:], shape, layer_node.meta["val"].dtype):
+        return None
+    replaced = frozenset({layer_node, result})
+    return Ending((source, weight, bias), stop_at(layer, *behind), replaced)
+
+
+def find_linear_ending(
+    result: fx.Node, jets: set[fx.Node], z: fx.Node, dynamic: set[fx.Node]
+) -> Ending | None:
+    """The ending of a graph whose last layer is linear, None where J is the better way to its Gram.
+
+    Args:
+        result: the node that the decoder returns.
+        jets: the nodes that carry tangents.
+        z: the latents.
+        dynamic: the nodes that depend on a batched input.
+    """
+    node: Any = result
+    replaced = {result}
+    while _name(node) in VIEWS and len(node.users) == 1:
+        node = node.args[0]
+        replaced.add(node)
+    if _name(node) != "linear" or len(node.users) > 1:
+        return None
+    source, weight, *rest = node.args
+    bias = rest[0] if rest else None
+    # Of one layer J is its weight, the same for all samples.
+    if source not in jets or source is z or weight in dynamic or bias in dynamic:
+        return None
+    if source.meta["val"].ndim != 2 or weight.meta["val"].ndim != 2:
+        return None
+    # A view may have made several rows of a sample.
+    if leading(source) != leading(z):
+        return None
+    n, k = map(int, weight.meta["val"].shape)
+    least = least_batch(n, k, int(z.meta["val"].shape[1]))
+    if source.meta["val"].device.type != "cpu" or not least:
+        return None
+    return Ending((source, weight, bias), stop_at_linear, frozenset(replaced), least)
+
+
+def least_batch(n: int, k: int, m: int) -> int:
+    """Samples from which on G through W^T W takes a quarter less multiplications; 0 for never.
+
+    Forward and backward (see `fastsfvae.gram.sources.Contracted`), where W^T W and its adjoint are
+    shared by all tangents of a call.
+    """
+    saved = 3 * (3 * n * k + 2 * m * n) - 4 * (2 * k * k + 3 * m * k)
+    if saved <= 0 or k > _MOST_INPUTS:
+        return 0
+    return -(-8 * n * k * k // (m * saved))
+
+
+def _name(node: fx.Node) -> str:
+    return packet_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""

@@ -1,0 +1,92 @@
+"""What a plan asks about the nodes of a traced graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fastsfvae.jacobian.plan.functionalize import is_mutation
+from fastsfvae.jacobian.rules import NOT_DIFFERENTIABLE
+
+# What gives its argument another shape and moves no element past another.
+VIEWS = frozenset("view reshape flatten unflatten unsqueeze squeeze".split())
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether its value is a tensor."""
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def is_floating(node: fx.Node) -> bool:
+    """Whether its value is a floating point tensor."""
+    return is_tensor(node) and node.meta["val"].is_floating_point()
+
+
+def leading(node: fx.Node) -> str:
+    """The leading extent, which may be a symbol, as text."""
+    shape = node.meta["val"].shape
+    return str(shape[0]) if shape else ""
+
+
+def contains(arguments: Any, nodes: set[fx.Node]) -> bool:
+    """Whether any of the nodes is among nested arguments."""
+    leaves = pytree.tree_leaves(arguments)
+    return any(isinstance(leaf, fx.Node) and leaf in nodes for leaf in leaves)
+
+
+def differentiable(node: fx.Node) -> bool:
+    """Whether its value has a derivative by its arguments."""
+    if node.target is operator.getitem:
+        value = node.meta.get("val")
+        return isinstance(value, Tensor) and value.is_floating_point()
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if packet_name(node.target) in NOT_DIFFERENTIABLE:
+        return False
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the result needs, and those that act by side effect."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        needed = node.op == "output" or node in live or is_mutation(node) or is_control(node)
+        if needed:
+            live.add(node)
+            live.update(node.all_input_nodes)
+    return live
+
+
+def with_tangents(graph: fx.Graph, z: fx.Node) -> set[fx.Node]:
+    """The nodes whose values depend on z where gradients are enabled: those that become Jets."""
+    jets, enabled = {z}, True
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif enabled and any(arg in jets for arg in node.all_input_nodes) and differentiable(node):
+            jets.add(node)
+    return jets
+
+
+def is_autocast(target: Any) -> bool:
+    """Whether a call enters or leaves an autocast region."""
+    return target in (
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+    )
+
+
+def is_control(node: fx.Node) -> bool:
+    """Whether the node sets a mode and computes nothing."""
+    return node.target is torch._C._set_grad_enabled or is_autocast(node.target)
+
+
+def packet_name(target: Any) -> str:
+    """The operation without namespace and overload, such as "conv2d"."""
+    return target._schema.name.partition("::")[2] if target.namespace == "aten" else str(target)

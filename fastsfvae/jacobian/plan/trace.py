@@ -1,0 +1,291 @@
+"""Trace a decoder into a graph of ATen operations with a symbolic batch size.
+
+Composite operations stay whole (aten.linear, aten.group_norm, aten.glu, ...): the trace happens
+before dispatch, on fake tensors. Only the batch size is symbolic; parameters and buffers are
+inputs of the graph, closures' tensors are constants kept by reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    free_unbacked_symbols,
+)
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
+from fastsfvae.jacobian.plan.refuse import (
+    refuse_batch_statistics,
+    refuse_custom_functions,
+    refuse_or_warn_about_hooks,
+)
+from fastsfvae.jacobian.validate import check_output
+
+_DATA_DEPENDENT = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+
+@dataclasses.dataclass
+class Trace:
+    """A traced decoder.
+
+    Attributes:
+        module: its graph's placeholders are the parameters and buffers, then z, then the tensors
+            among the further arguments; its attributes are the constants.
+        inputs: the placeholders in that order.
+        paths: the module path that created a node, where one is known.
+        accepts: tells whether the graph is right for a batch size.
+    """
+
+    module: fx.GraphModule
+    inputs: list[fx.Node]
+    paths: dict[fx.Node, str]
+    accepts: Callable[[int], bool]
+
+
+def trace(
+    decoder: Callable[..., Any],
+    names: list[str],
+    tensors: list[Tensor],
+    z: Tensor,
+    extras: list[Tensor],
+    batched: list[bool],
+    rebuild: Callable[[list[Any]], tuple[tuple, dict[str, Any]]],
+) -> Trace:
+    """Trace `decoder(z, *args, **kwargs)`.
+
+    Args:
+        decoder: an nn.Module, or any callable (then `names` is empty).
+        names: the dotted names of parameters and buffers.
+        tensors: their values; only shape, strides, dtype, device and requires_grad are used.
+        z: [B, m], used in the same way.
+        extras: the tensors among the further arguments.
+        batched: for each of them, whether its leading axis is the batch.
+        rebuild: turns a list of such tensors into (args, kwargs).
+
+    Raises:
+        RuntimeError: control flow that depends on tensor values, or a decoder that PyTorch cannot
+            run on these inputs.
+    """
+    # The caller may be inside torch.func.grad or no_grad: that is for the plan's runs.
+    with temporarily_clear_interpreter_stack(), torch.enable_grad():
+        return _trace(decoder, names, tensors, z, extras, batched, rebuild)
+
+
+def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
+    if isinstance(decoder, nn.Module):
+        refuse_or_warn_about_hooks(decoder)
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+
+    def symbolic(tensor: Tensor) -> Tensor:
+        # Not the tensor itself: it may belong to a transform or to a graph.
+        stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return mode.from_tensor(stand_in, symbolic_context=_batch_symbol(tensor))
+
+    def static(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_strided(
+                tensor.shape,
+                tensor.stride(),
+                dtype=tensor.dtype,
+                device=tensor.device,
+                requires_grad=tensor.requires_grad,
+            )
+
+    fakes = [static(t) for t in tensors]
+    # Modules take shortcuts without a usable derivative where nothing requires a gradient.
+    fake_z = symbolic(z).requires_grad_()
+    pairs = zip(extras, batched, strict=True)
+    fake_extras = [symbolic(t) if along else static(t) for t, along in pairs]
+
+    def call(params: list[Tensor], z: Tensor, extras: list[Tensor]) -> Any:
+        args, kwargs = rebuild(extras)
+        with mode:
+            if names and isinstance(decoder, nn.Module):
+                swapped = dict(zip(names, params, strict=True))
+                output = torch.func.functional_call(decoder, swapped, (z, *args), kwargs)
+            else:
+                output = decoder(z, *args, **kwargs)
+        check_output(output, z)
+        refuse_custom_functions(output)
+        return output
+
+    paths: dict[fx.Node, str] = {}
+    tracer = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+    try:
+        with _recorded_paths(decoder, paths), _restored(decoder), _no_log_of_failures():
+            module = tracer(fakes, fake_z, fake_extras)
+    except _DATA_DEPENDENT as error:
+        raise RuntimeError(
+            "the decoder's control flow or shapes depend on the values of its tensors, which "
+            "cannot be traced; use torch.where, or make the value a plain Python attribute "
+            f"({_first_line(error)})"
+        ) from error
+    except UnsupportedOperatorException as error:
+        raise RuntimeError(
+            f"the decoder uses {_first_line(error)}, which cannot be traced: PyTorch does not know "
+            "the shape of its result"
+        ) from error
+    except RuntimeError as error:
+        if not _raised_by_torch(error):
+            raise
+        reason = _first_line(error).replace(str(fake_z.shape[0]), str(z.shape[0]))
+        raise RuntimeError(
+            f"the decoder fails on z of shape {tuple(z.shape)}: {reason} "
+            f"(check that it takes m = {z.shape[1]} latents and the further inputs)"
+        ) from error
+    _refuse_untraceable_values(module)
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    z_size = inputs[len(names)].meta["val"].shape[0]
+    return Trace(module, inputs, paths, _batch_predicate(shapes, z_size, z.shape[0]))
+
+
+def _refuse_untraceable_values(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and free_unbacked_symbols(value):
+            raise RuntimeError(
+                f"the shape of the decoder's {node.target} depends on the values of its tensors, "
+                "which cannot be traced; use torch.where or a fixed number of entries"
+            )
+        if node.op == "get_attr" and isinstance(getattr(module, node.target), FakeTensor):
+            # A value that escaped the tracer would come back as a constant without data.
+            raise RuntimeError(
+                "the decoder takes a value past the tracer, as tensor.data does; use .detach()"
+            )
+
+
+def _batch_symbol(tensor: Tensor) -> StatelessSymbolicContext:
+    # A batch of one is traced as such: a symbol stands for two or more.
+    batch = DimDynamic.DYNAMIC if tensor.shape[0] > 1 else DimDynamic.STATIC
+    return StatelessSymbolicContext(dynamic_sizes=[batch] + [DimDynamic.STATIC] * (tensor.ndim - 1))
+
+
+def _batch_predicate(shapes: ShapeEnv, size: Any, traced: int) -> Callable[[int], bool]:
+    if isinstance(size, int) or size.node.expr.is_number or shapes.replacements:
+        return lambda batch: batch == traced
+    symbol = size.node.expr
+    conditions = [guard.expr for guard in shapes.guards]
+    verdicts: dict[int, bool] = {}
+
+    def accepts(batch: int) -> bool:
+        if batch not in verdicts:
+            verdicts[batch] = batch > 1 and all(
+                bool(condition.subs(symbol, batch)) for condition in conditions
+            )
+        return verdicts[batch]
+
+    return accepts
+
+
+@contextlib.contextmanager
+def _recorded_paths(decoder: Callable[..., Any], paths: dict[fx.Node, str]) -> Iterator[None]:
+    """Note which submodule creates each node, for error messages and reports.
+
+    Raises:
+        RuntimeError: a submodule that runs on batch statistics.
+    """
+    names: dict[nn.Module, str] = {}
+    if isinstance(decoder, nn.Module):
+        names = {module: path for path, module in modules_with_paths(decoder)}
+    starts: list[fx.Node | None] = []
+    # The hooks see every module of the process, those that other threads run as well.
+    own = threading.get_ident()
+
+    def newest_first() -> Iterator[fx.Node]:
+        mode = get_proxy_mode()
+        return iter(()) if mode is None else iter(reversed(mode.tracer.graph.nodes))
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        if threading.get_ident() != own:
+            return
+        refuse_batch_statistics(module, names.get(module, ""))
+        starts.append(next(newest_first(), None))
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if threading.get_ident() != own:
+            return
+        start = starts.pop()
+        for node in newest_first():
+            if node is start:
+                break
+            # The innermost module leaves first.
+            paths.setdefault(node, names.get(module, ""))
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _no_log_of_failures() -> Iterator[None]:
+    """Keep PyTorch from logging a traceback of what is raised, and said in one line, anyway."""
+    logger, own = logging.getLogger(FakeTensorMode.__module__), threading.get_ident()
+
+    def from_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != own or record.levelno < logging.ERROR
+
+    logger.addFilter(from_elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(from_elsewhere)
+
+
+@contextlib.contextmanager
+def _restored(decoder: Callable[..., Any]) -> Iterator[None]:
+    """Undo what a forward pass writes to its modules' attributes: fake tensors, counters."""
+    modules = list(decoder.modules()) if isinstance(decoder, nn.Module) else []
+    # functional_call leaves its stand-ins in a module that is registered under two names.
+    places = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers)]
+    before = [dict(place) for place in places]
+    try:
+        yield
+    finally:
+        for place, attributes in zip(places, before, strict=True):
+            place.clear()
+            place.update(attributes)
+
+
+def _raised_by_torch(error: BaseException) -> bool:
+    """Whether an operation refused its inputs, and not the decoder or this library."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] == "torch"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,272 @@
+"""A tape of the rules that ran, and their adjoints in reverse order.
+
+It takes autograd's place inside a sweep, where gradients of a chunk are finished while its tangents
+exist: one entry per operation on Jets, not one per tensor operation, and nothing of torch.autograd,
+which cannot run inside a torch.library operator.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsfvae._ranges import span
+from fastsfvae.jacobian.rules.jet import Jet
+
+if TYPE_CHECKING:
+    from fastsfvae.jacobian.rules.registry import Rule
+
+_running = threading.local()
+
+
+def current_tape() -> Tape | None:
+    """The tape that records this thread's rules, if any; none while one of them runs."""
+    tape = getattr(_running, "tape", None)
+    return None if tape is None or tape.busy else tape
+
+
+def once(
+    tensor: Tensor,
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`function(tensor)`, computed once in a tape's life, for what no sample changes.
+
+    With an `adjoint`, (tensor, gradient of the result) -> gradient of the tensor, gradients of the
+    result are added up over all that is pulled, and go through it once (`Tape.finish`).
+    """
+    tape = getattr(_running, "tape", None)
+    return function(tensor) if tape is None else tape.once(tensor, name, function, adjoint)
+
+
+class _Entry(NamedTuple):
+    rule: Rule
+    args: tuple
+    kwargs: dict[str, Any]
+    out: Any
+    label: str
+
+
+class _Gradient(NamedTuple):
+    value: Any
+    # Whether nothing else refers to its memory.
+    owned: bool
+
+
+class Tape:
+    """Records rules while it is entered; `pull` gives the gradients.
+
+    Args:
+        wanted: the tensors whose gradients are wanted; they must outlive the tape.
+    """
+
+    def __init__(self, wanted: Iterable[Tensor]):
+        self._wanted = list(wanted)
+        self._entries: list[_Entry] = []
+        self._gradients: dict[int, _Gradient] = {}
+        self._once: dict[Any, Tensor] = {}
+        self._derived: list[tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = []
+        # Whether a rule runs, which may call others.
+        self.busy = False
+        self._forget()
+
+    def __enter__(self) -> Tape:
+        """Start recording."""
+        self._outer = getattr(_running, "tape", None)
+        _running.tape = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Stop recording."""
+        _running.tape = self._outer
+
+    def activate(self, source: Jet | Tensor) -> None:
+        """Ask for a gradient once; the caller keeps the source until it has taken it."""
+        self._active.add(id(source))
+
+    def once(
+        self,
+        tensor: Tensor,
+        name: str,
+        function: Callable[[Tensor], Tensor],
+        adjoint: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """See the function of that name."""
+        key = id(tensor), name
+        if key not in self._once:
+            # The source is kept, so that its id stays its own.
+            self._once[key], self._once[key, "source"] = function(tensor), tensor
+            if adjoint is not None and self._needs(tensor):
+                self._wanted.append(self._once[key])
+                self._active.add(id(self._once[key]))
+                self._derived.append((tensor, self._once[key], adjoint))
+        return self._once[key]
+
+    def record(
+        self,
+        rule: Rule,
+        function: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        label: str,
+        skip: int = 0,
+    ) -> Any:
+        """Call `function(*args, **kwargs)` for a rule whose own arguments begin at `skip`."""
+        if rule.composed:
+            return function(*args, **kwargs)
+        self.busy = True
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            self.busy = False
+        args = args[skip:]
+        if rule.adjoint is not None and any(self._needs(arg) for arg in flat(args)):
+            results = out if _is_list(out) else (out,)
+            fresh = [r for r in results if isinstance(r, Jet) and id(r) not in self._active]
+            if fresh:
+                self._active.update(map(id, fresh))
+                self._entries.append(_Entry(rule, args, kwargs, out, label))
+        return out
+
+    def pull(self, out: Jet, grad: Jet) -> None:
+        """Run the adjoints from `out` to everything wanted; forgets what was recorded.
+
+        Args:
+            out: a result of a recorded rule, or an activated Jet.
+            grad: its gradient, which may be overwritten.
+        """
+        if id(out) in self._active:
+            self._gradients[id(out)] = _Gradient(_reduced(grad, out), owned=True)
+        while self._entries:
+            entry = self._entries.pop()
+            gradient = self._of(entry.out)
+            if gradient is None:
+                continue
+            if entry.rule.overwrites and not gradient.owned:
+                gradient = _Gradient(_copy(gradient.value), owned=True)
+            needs = tuple(
+                [self._needs(item) for item in arg] if _is_list(arg) else self._needs(arg)
+                for arg in entry.args
+            )
+            assert entry.rule.adjoint is not None
+            with span(entry.label, "backward"):
+                results = entry.rule.adjoint(
+                    gradient.value, entry.out, needs, *entry.args, **entry.kwargs
+                )
+            # An adjoint may leave out trailing arguments, and name some that were not given.
+            results = (*results, *[None] * len(needs))[: len(needs)]
+            for arg, need, result in zip(entry.args, needs, results, strict=True):
+                if isinstance(need, list):
+                    result = [None] * len(need) if result is None else result
+                    for item, wanted, part in zip(arg, need, result, strict=True):
+                        self._give(entry.rule, item, wanted, part)
+                else:
+                    self._give(entry.rule, arg, need, result)
+        self._forget()
+
+    def add(self, tensor: Tensor, gradient: Tensor) -> None:
+        """Count a gradient that no rule gave, in memory that nothing else refers to."""
+        if self._needs(tensor):
+            self._add(tensor, gradient, fresh=True)
+
+    def finish(self) -> None:
+        """Pull the gradients of what was computed `once` back to what it was computed from."""
+        for tensor, result, adjoint in self._derived:
+            gradient = self.take(result)
+            if gradient is not None:
+                self.add(tensor, adjoint(tensor, gradient))
+
+    def take(self, source: Tensor | Jet) -> Any:
+        """The gradient of an activated Jet or a wanted tensor, None where it is zero; once."""
+        gradient = self._gradients.pop(id(source), None)
+        return None if gradient is None else gradient.value
+
+    def _forget(self) -> None:
+        # By identity: whatever is in here is kept alive by the entries or by the caller.
+        self._active = {id(tensor) for tensor in self._wanted}
+        self._entries.clear()
+
+    def _needs(self, value: Any) -> bool:
+        return isinstance(value, (Tensor, Jet)) and id(value) in self._active
+
+    def _of(self, out: Any) -> _Gradient | None:
+        if isinstance(out, Jet):
+            return self._gradients.pop(id(out), None)
+        parts = tuple(self.take(part) for part in out)
+        return None if all(part is None for part in parts) else _Gradient(parts, owned=False)
+
+    def _give(self, rule: Rule, source: Any, wanted: bool, gradient: Any) -> None:
+        if not wanted:
+            return
+        if gradient is None:
+            raise RuntimeError(f"the adjoint of {rule.name} lacks a gradient: please report it")
+        self._add(source, gradient, rule.fresh)
+
+    def _add(self, source: Any, gradient: Any, fresh: bool) -> None:
+        gradient = _reduced(gradient, source)
+        before = self._gradients.get(id(source))
+        if before is not None:
+            gradient, fresh = _sum(before.value, gradient), True
+        self._gradients[id(source)] = _Gradient(gradient, fresh)
+
+
+def _is_list(value: Any) -> bool:
+    # A Jet is a tuple as well.
+    return isinstance(value, (list, tuple)) and not isinstance(value, Jet)
+
+
+def flat(args: Iterable[Any]) -> Iterable[Any]:
+    """The arguments, with those in lists one by one."""
+    for arg in args:
+        if _is_list(arg):
+            yield from arg
+        else:
+            yield arg
+
+
+def _copy(grad: Any) -> Any:
+    if not isinstance(grad, Jet):
+        return grad
+    if grad.stack is not None:
+        stack = grad.stack.clone()
+        return Jet(stack[0], stack[1:], stack)
+    return Jet(grad.primal.clone(), grad.tangent.clone())
+
+
+def _sum(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a + b
+    if a.stack is not None and b.stack is not None:
+        stack = a.stack + b.stack
+        return Jet(stack[0], stack[1:], stack)
+    return Jet(a.primal + b.primal, a.tangent + b.tangent)
+
+
+def _reduced(gradient: Any, source: Any) -> Any:
+    """Sum over what was broadcast, and cast to the source's dtype."""
+    if isinstance(source, Tensor):
+        return sum_to(gradient, source.shape).to(source.dtype)
+    primal, tangent = gradient.primal, gradient.tangent
+    shape = source.tangent.shape
+    extra = tangent.ndim - len(shape)
+    if extra > 0:
+        # Axes that the value lacks were inserted behind the tangents' own.
+        tangent = tangent.sum(list(range(1, 1 + extra)))
+    same = primal.shape == source.primal.shape and tangent.shape == shape
+    if same and extra <= 0 and primal.dtype == source.primal.dtype == tangent.dtype:
+        return gradient
+    if same and extra <= 0 and gradient.stack is not None:
+        stack = gradient.stack.to(source.primal.dtype)
+        return Jet(stack[0], stack[1:], stack)
+    dtype = source.primal.dtype
+    return Jet(sum_to(primal, source.primal.shape).to(dtype), sum_to(tangent, shape).to(dtype))
+
+
+def sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """Undo a broadcast from `shape`."""
+    return gradient if gradient.shape == shape else gradient.sum_to_size(shape)

@@ -1,0 +1,229 @@
+"""Run a decoder with its tangents: the plans' cache, validation and chunks of samples."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from fastsfvae.jacobian.plan.fingerprint import Fingerprint, fingerprint, freeze
+from fastsfvae.jacobian.validate import Method, check_inputs, unwrap
+from fastsfvae.ops import dispatch
+
+# Plans per decoder; more than a training loop needs, few enough that a key which changes at every
+# call cannot fill the memory.
+_MAX_PLANS = 32
+# Bytes of tangents that one chunk may hold; on a GPU a share of its memory, the same at every call
+# so that the same batch is always cut the same way.
+_CPU_BUDGET = 256 * 2**20
+_CUDA_SHARE = 8
+
+# Held while a trace has its stand-ins in a decoder's modules: no other thread reads those then.
+_tracing = threading.RLock()
+_NO_INPUTS = pytree.tree_flatten(((), {}))
+# By the decoder's id, until it dies. A dictionary of weak keys would do, but a compiler that looks
+# into one knows a key by its place, which moves when another decoder dies.
+_plans: dict[int, dict[Any, list[Any]]] = {}
+
+
+def chunk_bounds(batch: int, size: int) -> Iterator[tuple[int, int]]:
+    """Bounds of near-equal chunks of at most `size` samples."""
+    count = -(-batch // max(1, min(size, batch)))
+    base, longer = divmod(batch, count)
+    start = 0
+    for index in range(count):
+        stop = start + base + (index < longer)
+        yield start, stop
+        start = stop
+
+
+def _fingerprint_of(decoder: nn.Module) -> Fingerprint:
+    if torch.compiler.is_compiling():
+        # A compiler cannot follow a lock.
+        return fingerprint(decoder)
+    with _tracing:
+        return fingerprint(decoder)
+
+
+class Linearizer:
+    """A decoder prepared for one batch; `chunks` and `run` evaluate it.
+
+    Args:
+        decoder: an nn.Module or a callable, called as decoder(z, *args, **kwargs).
+        z: [B, m].
+        args: further positional arguments; tensors with leading extent B go with their samples.
+        kwargs: further keyword arguments, likewise.
+        backend: "torch" or "triton", already resolved.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`.
+    """
+
+    def __init__(
+        self,
+        decoder: Callable[..., Tensor],
+        z: Tensor,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
+    ):
+        self.decoder, kwargs = unwrap(decoder, kwargs)
+        self.z, self.backend = z, backend
+        leaves, self._spec = _NO_INPUTS
+        if args or kwargs:
+            leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
+        self._leaves = leaves
+        self.extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        batch = z.shape[0]
+        if isinstance(batch, torch.SymInt):
+            raise RuntimeError(
+                "the batch size of z is a symbol, and a plan is made for a number: "
+                "export it with a fixed batch size"
+            )
+        self.batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
+        if isinstance(self.decoder, nn.Module):
+            self._print = _fingerprint_of(self.decoder)
+        else:
+            self._print = Fingerprint((), [], [])
+        check_inputs(z, self._print.names, self._print.tensors)
+        self._key = self._whole_key()
+        self._local: dict[tuple, list] = {}
+        self._statics: dict[Any, tuple] = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The decoder's parameters and buffers."""
+        return self._print.tensors
+
+    @property
+    def names(self) -> list[str]:
+        """Their dotted names."""
+        return self._print.names
+
+    def run(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Decode samples start to stop: (output [b, *out], tangents [m, b, *out])."""
+        z, extras = self._slice(start, stop)
+        plan = self.plan(z.shape[0])
+        return plan.run(z, self._print.tensors, extras, self._prepared(plan))
+
+    def run_checkpointed(self, finish: Callable[..., Any], start: int, stop: int) -> Any:
+        """`finish(output, tangents, start, stop)`, recomputed in the backward, not stored."""
+        # Before, not inside: a prelude may move buffers on and must run once.
+        self._prepared(self.plan(stop - start))
+
+        def compute() -> Any:
+            return finish(*self.run(start, stop), start, stop)
+
+        return checkpoint(compute, use_reentrant=False)
+
+    def _prepared(self, plan: Any) -> tuple:
+        if plan not in self._statics:
+            self._statics[plan] = plan.prelude(self._print.tensors, self.extras)
+        return self._statics[plan]
+
+    def needs_grad(self, *others: Tensor | None) -> bool:
+        """Whether a result would be part of an autograd graph.
+
+        A callable that is not a module may hold tensors that are not visible: then it is assumed.
+        """
+        tensors = (self.z, *self._print.tensors, *self.extras, *others)
+        hidden = not isinstance(self.decoder, nn.Module)
+        required = hidden or any(t is not None and t.requires_grad for t in tensors)
+        return required and torch.is_grad_enabled()
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[int, int]]:
+        """Bounds of near-equal chunks, of at most chunk_size samples or by a memory budget."""
+        return chunk_bounds(self.z.shape[0], chunk_size or self.default_chunk())
+
+    def plan(self, batch: int) -> Any:
+        """The plan for chunks of that many samples, traced if there is none yet."""
+        if isinstance(self.decoder, nn.Module):
+            # A method's wrapper lives for one call only.
+            home = self.decoder.owner if isinstance(self.decoder, Method) else self.decoder
+            plans = _plans.get(id(home), {})
+        else:
+            home, plans = None, self._local
+        for plan in plans.get(self._key, ()):
+            if plan.accepts(batch):
+                return plan
+        plan = self._trace(batch)
+        if home is not None:
+            if id(home) not in _plans:
+                weakref.finalize(home, _plans.pop, id(home), None)
+            plans = _plans.setdefault(id(home), {})
+        plans.setdefault(self._key, []).append(plan)
+        while len(plans) > _MAX_PLANS:
+            plans.pop(next(iter(plans)))
+        return plan
+
+    def _trace(self, batch: int) -> Any:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "the decoder's plan is not made inside torch.export: call it once before, with a "
+                "batch of the same size"
+            )
+        # Late: the tracer brings in sympy, which `import fastsfvae` must not.
+        from fastsfvae.jacobian.plan.build import build_plan
+        from fastsfvae.jacobian.plan.trace import trace
+
+        def rebuild(tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
+            given = iter(tensors)
+            filled = [next(given) if isinstance(x, Tensor) else x for x in self._leaves]
+            return pytree.tree_unflatten(filled, self._spec)
+
+        z, extras = self._slice(0, batch)
+        with _tracing:
+            traced = trace(
+                self.decoder,
+                self._print.names,
+                self._print.tensors,
+                z,
+                extras,
+                self.batched,
+                rebuild,
+            )
+        trained = [t.requires_grad for t in self._print.tensors]
+        return build_plan(traced, trained, self.batched, self.backend)
+
+    def _slice(self, start: int, stop: int | None) -> tuple[Tensor, list[Tensor]]:
+        if start == 0 and (stop is None or stop == self.z.shape[0]):
+            return self.z, self.extras
+        extras = [
+            t[start:stop] if along else t
+            for t, along in zip(self.extras, self.batched, strict=True)
+        ]
+        return self.z[start:stop], extras
+
+    def _whole_key(self) -> tuple:
+        z = self.z
+        leaves = tuple(
+            (leaf.shape[1:] if self.batched[i] else leaf.shape, leaf.dtype, leaf.device)
+            for i, leaf in enumerate(self.extras)
+        )
+        plain = tuple(freeze(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor))
+        device = z.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        layers = dispatch.state() if self.backend == "triton" else None
+        return (
+            self._print.key,
+            (z.shape[1], z.dtype, z.device, self.backend, layers, autocast),
+            (self._spec, leaves, tuple(self.batched), plain),
+        )
+
+    def default_chunk(self) -> int:
+        """Samples a chunk by a memory budget."""
+        plan = self.plan(self.z.shape[0])
+        budget = _CPU_BUDGET
+        if self.z.is_cuda:
+            properties = torch.cuda.get_device_properties(self.z.device)
+            budget = properties.total_memory // _CUDA_SHARE
+        # Without gradients only a layer's input and output are alive together.
+        elements = plan.total if self.needs_grad() else 2 * plan.widest
+        sample = max(1, elements * self.z.shape[1] * self.z.element_size())
+        return max(1, budget // sample)

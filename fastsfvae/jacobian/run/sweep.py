@@ -1,0 +1,228 @@
+"""Programs: a traced decoder as a function of tensors alone, which an operator can run by number.
+
+A sweep carries a chunk of samples and its tangents forward, asks for the gradient of (output, J)
+and pulls it back by the rules' adjoints before the next chunk begins. So one chunk's tangents exist
+at a time, and gradients are finished in the forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsfvae.jacobian.plan.ending import LastLayer
+from fastsfvae.jacobian.rules.jet import Jet, latent_jet
+from fastsfvae.jacobian.rules.tape import Tape
+from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
+
+if TYPE_CHECKING:
+    from fastsfvae.jacobian.plan.plan import Plan
+
+# Bytes of a chunk's tangents on a CPU, each operation's counted: fewer and its calls cost more than
+# they do, more and their memory is not reused (see `_reuse_memory`).
+_CPU_BUDGET = 64 * 2**20
+
+# Tensors and their gradients.
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+_numbers = itertools.count()
+_programs: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
+
+
+class Program:
+    """Plans of one decoder for different chunk sizes, and where their inputs come from.
+
+    Args:
+        plans: at least one; they agree on what they read.
+        count: of the decoder's parameters and buffers.
+        batched: for each further tensor input, whether it has the batch axis.
+    """
+
+    def __init__(self, plans: Sequence[Plan], count: int, batched: Sequence[bool]):
+        self.plans, self._count, self._batched = tuple(plans), count, tuple(batched)
+        self.number = next(_numbers)
+        _programs[self.number] = self
+
+    def plan(self, size: int) -> Plan:
+        """The plan for chunks of that many samples.
+
+        Raises:
+            RuntimeError: a compiled program meets a size that it was not made for.
+        """
+        for plan in self.plans:
+            if plan.accepts(size):
+                return plan
+        raise RuntimeError(
+            f"a chunk of {size} samples is none that this decoder was traced for: give a smaller "
+            "chunk_size, or compile again"
+        )
+
+    def gather(
+        self, tensors: Sequence[Tensor], extras: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(along, whole): the body's tensor inputs with and without a batch axis.
+
+        Runs the plan's prelude and side computations, under autograd where it is on.
+        """
+        plan = self.plans[0]
+        statics = plan.prelude(tensors, extras)
+        sides = plan.side(tensors, extras, statics)
+        pairs = list(zip(extras, self._batched, strict=True))
+        along = [t for t, batched in pairs if batched] + list(sides)
+        used = [tensors[index] for index in plan.body_inputs]
+        return along, [*used, *[t for t, batched in pairs if not batched], *statics]
+
+    def body(
+        self, z: Jet, along: Sequence[Tensor], whole: Sequence[Tensor], to_tail: int = 0
+    ) -> Any:
+        """Run the body of a chunk on what `gather` returned, `along` cut to its samples.
+
+        It gives a Jet; or, where the plan has a tail for calls of `to_tail` samples, a `LastLayer`.
+        """
+        plan = self.plan(z.primal.shape[0])
+        run = plan.body if plan.to_tail is None or to_tail < plan.tail_from else plan.to_tail
+        used, fixed = len(plan.body_inputs), self._batched.count(False)
+        tensors: list[Tensor | None] = [None] * self._count
+        for index, tensor in zip(plan.body_inputs, whole, strict=False):
+            tensors[index] = tensor
+        of_batch, of_call = iter(along), iter(whole[used : used + fixed])
+        extras = [next(of_batch) if batched else next(of_call) for batched in self._batched]
+        return run(z, tensors, extras, tuple(whole[used + fixed :]), tuple(of_batch))
+
+
+def find_program(number: int) -> Program:
+    """The program of that number, which its caller keeps alive."""
+    return _programs[number]
+
+
+@functools.cache
+def _reuse_memory() -> None:
+    """Let a chunk's tensors take the memory that the one before has freed.
+
+    glibc gives large blocks back to the system, and faulting their pages in again is up to a fifth
+    of a step. To free one block of nearly 32 MiB moves that bound to its largest, for the process.
+    """
+    torch.empty(2**25 - 2**13, dtype=torch.uint8)
+
+
+def default_chunk(linearizer: Linearizer) -> int:
+    """Samples a chunk: on a CPU what its caches hold, on a GPU what fits its memory."""
+    z = linearizer.z
+    if z.is_cuda:
+        return linearizer.default_chunk()
+    plan = linearizer.plan(z.shape[0])
+    return max(1, _CPU_BUDGET // max(1, plan.total * z.shape[1] * z.element_size()))
+
+
+def program_of(linearizer: Linearizer, sizes: Sequence[int]) -> Program | None:
+    """The program that a batch's chunks need, None where a part of the decoder has no adjoint."""
+    plans = list(dict.fromkeys(linearizer.plan(size) for size in sizes))
+    first = plans[0]
+    for plan in plans:
+        same = plan.signature == first.signature
+        if plan.obstacles or not same:
+            return None
+    if first.signature[2] and not first.accepts(linearizer.z.shape[0]):
+        return None
+    key = tuple(id(plan) for plan in plans)
+    if key not in first.programs:
+        first.programs[key] = Program(plans, len(linearizer.tensors), linearizer.batched)
+    return first.programs[key]
+
+
+class Chunk(NamedTuple):
+    """One chunk of a sweep, between its two halves.
+
+    Attributes:
+        start: its first sample.
+        stop: behind its last one.
+        output: of the decoder; or where it stopped, if its plan has a tail.
+        pull: takes the gradient of `output`, or of the last layer's source; and, as pairs, tensors
+            of the last layer with their gradients.
+    """
+
+    start: int
+    stop: int
+    output: Jet | LastLayer
+    pull: Callable[[Jet, Pairs], None]
+
+
+class Sweep:
+    """The chunk loop of one batch; iterate over it, and call each chunk's `pull` for gradients.
+
+    Args:
+        program: the decoder.
+        z: ``[B, m]``.
+        along: tensors with the batch axis.
+        whole: tensors without.
+        needs: which gradients are wanted: z's, those of `along`, those of `whole`.
+        chunk_size: at most that many samples a chunk.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        z: Tensor,
+        along: Sequence[Tensor],
+        whole: Sequence[Tensor],
+        needs: tuple[bool, Sequence[bool], Sequence[bool]],
+        chunk_size: int,
+    ):
+        self._program, self._whole = program, whole
+        self._batch, self._needs = (z, *along), (needs[0], *needs[1])
+        self._wanted = [t for t, need in zip(whole, needs[2], strict=True) if need]
+        self._pulling = any(self._needs) or bool(self._wanted)
+        self._size = chunk_size
+        if z.device.type == "cpu":
+            _reuse_memory()
+        self._tape = Tape(self._wanted)
+        self._parts: list[list[Tensor]] = [[] for _ in self._batch]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Run the forward half of each chunk in turn."""
+        for start, stop in chunk_bounds(self._batch[0].shape[0], self._size):
+            z, *along = (t[start:stop] for t in self._batch)
+            jet = latent_jet(z)
+            with self._tape:
+                sources: tuple[Any, ...] = (jet, *along)
+                for source, need in zip(sources, self._needs, strict=True):
+                    if need:
+                        self._tape.activate(source)
+                whole_batch = self._batch[0].shape[0]
+                output = self._program.body(jet, along, self._whole, to_tail=whole_batch)
+
+            last = output.source if isinstance(output, LastLayer) else output
+
+            def pull(grad: Jet, others: Pairs, last: Jet = last, sources: tuple = sources) -> None:
+                for tensor, gradient in others:
+                    self._tape.add(tensor, gradient)
+                with self._tape:
+                    self._tape.pull(last, grad)
+                for source, need, parts in zip(sources, self._needs, self._parts, strict=True):
+                    if need:
+                        parts.append(_gradient(self._tape.take(source), source))
+
+            yield Chunk(start, stop, output, pull)
+
+    def gradients(self) -> list[Tensor]:
+        """Those of all wanted tensors, in order, when every chunk has been pulled."""
+        along = [
+            parts[0] if len(parts) == 1 else torch.cat(parts)
+            for parts, need in zip(self._parts, self._needs, strict=True)
+            if need
+        ]
+        self._tape.finish()
+        return along + [_gradient(self._tape.take(t), t) for t in self._wanted]
+
+
+def _gradient(found: Jet | Tensor | None, source: Jet | Tensor) -> Tensor:
+    # The tangents of z are constants.
+    if isinstance(source, Jet):
+        source, found = source.primal, None if found is None else found.primal  # type: ignore[union-attr]
+    return torch.zeros_like(source) if found is None else found  # type: ignore[return-value]

@@ -1,0 +1,89 @@
+"""Figures of a run. Needs matplotlib."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastsfvae.ground.atomic import replacing
+from fastsfvae.results import pictures
+from fastsfvae.training.metrics_csv import METRICS
+from fastsfvae.training.run import Run, evaluation_generator
+from fastsfvae.training.seeds import to_unit
+
+_DPI = 150
+
+
+@torch.no_grad()
+def save_figures(run: Run) -> list[Path]:
+    """Write reconstructions, samples, curves and, with m = 2, the manifold; return the paths."""
+    run.encoder.eval()
+    run.decoder.eval()
+    generator = evaluation_generator(run.config, run.device)
+    m = run.config.latent_dim
+    test = to_unit(run.config.load_images("test")[:16].to(run.device))
+    written = {
+        "reconstructions.png": pictures.rows_of_images(
+            pictures.reconstructions(run.encoder, run.decoder, test, generator)
+        ),
+        "samples.png": pictures.image_grid(
+            run.decoder(torch.randn(128, m, generator=generator, device=run.device)),
+            columns=16,
+            title="Decoder output f(z), z drawn from N(0, I)",
+        ),
+        "curves.png": _curves(run),
+    }
+    if m == 2:
+        written["manifold.png"] = pictures.manifold(run.decoder, run.device)
+    paths = []
+    for name, figure in written.items():
+        with replacing(run.folder / name) as file:
+            figure.savefig(file, format="png", dpi=_DPI, bbox_inches="tight")
+        paths.append(run.folder / name)
+    return paths
+
+
+@torch.no_grad()
+def snapshot(run: Run, x: Tensor):
+    """Draw images ``[N, C, H, W]``, their reconstructions and N samples of the prior; a figure.
+
+    Leaves the modules' mode and every generator but its own as they are.
+    """
+    training = run.model.training
+    run.model.eval()
+    generator = evaluation_generator(run.config, run.device)
+    rows = pictures.reconstructions(run.encoder, run.decoder, x, generator)
+    z = torch.randn(len(x), run.config.latent_dim, generator=generator, device=run.device)
+    figure = pictures.rows_of_images(rows | {"f(z), z ~ N(0, I)": run.decoder(z)})
+    figure.suptitle(f"step {run.step:,}", fontsize=10)
+    run.model.train(training)
+    return figure
+
+
+def _curves(run: Run):
+    with (run.folder / METRICS).open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    at_the_mean = run.config.method in ("sampling-free", "auto-encoder")
+    where = "at the mean" if at_the_mean else "sampled"
+    panels = {
+        "objective": "objective (nats)",
+        "kl": "KL(q || p) (nats)",
+        "squared_error": f"squared error, {where}",
+    }
+    figure = pictures.new_figure(9.0, 2.6)
+    for axes, (column, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        steps, values = [row["step"] for row in rows], [row[column] for row in rows]
+        axes.plot(steps, values, linewidth=1.2)
+        # The first steps would flatten everything that follows.
+        settled = values[len(values) // 20 :]
+        margin = 0.05 * (max(settled) - min(settled)) or 1.0
+        axes.set_ylim(min(settled) - margin, max(settled) + margin)
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

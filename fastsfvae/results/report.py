@@ -1,0 +1,225 @@
+"""The final evaluation of a run: numbers on both splits and the conventions behind them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastsfvae import __version__, evaluate
+from fastsfvae.evaluate import ImageMean, mean_over_images
+from fastsfvae.ground.atomic import write_text
+from fastsfvae.ground.provenance import commit
+from fastsfvae.objectives import Objective
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.loop import Run, evaluation_generator, to_unit
+
+RESULTS = "results.json"
+_BATCH = 250
+_MAX_IMAGES = 10_000
+
+
+class Report(NamedTuple):
+    """Results of a run.
+
+    Attributes:
+        conventions: everything that a number's meaning depends on.
+        splits: split -> quantity -> mean over images and its standard error.
+        collapse: dimensions collapsed, active and in all (test images).
+        log_ml_monte_carlo_error: Monte Carlo error of the test split's mean log ML.
+        median_effective_samples: of the importance weights, over test images.
+        seconds: time spent training.
+        steps_per_second: training rate.
+    """
+
+    conventions: dict[str, Any]
+    splits: dict[str, dict[str, ImageMean]]
+    collapse: dict[str, int]
+    log_ml_monte_carlo_error: float
+    median_effective_samples: float
+    seconds: float
+    steps_per_second: float
+
+    def save(self, folder: Path) -> None:
+        """Write results.json."""
+        fields = self._asdict()
+        fields["splits"] = {
+            split: {name: value._asdict() for name, value in quantities.items()}
+            for split, quantities in self.splits.items()
+        }
+        write_text(folder / RESULTS, json.dumps(fields, indent=2) + "\n")
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode images ``[N, C, H, W]`` in chunks; mean and log_var, each ``[N, m]``."""
+    parts = [encoder(chunk) for chunk in x.split(_BATCH)]
+    mean, log_var = zip(*parts, strict=True)
+    return torch.cat(mean), torch.cat(log_var)
+
+
+@torch.no_grad()
+def objective_values(
+    objective: Objective, x: Tensor, mean: Tensor, log_var: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Evaluate what a method maximises on images ``[N, C, H, W]`` in chunks; ``[N]`` in nats."""
+    chunks = zip(x.split(_BATCH), mean.split(_BATCH), log_var.split(_BATCH), strict=True)
+    return torch.cat([objective(*chunk, generator=generator).objective for chunk in chunks])
+
+
+@torch.no_grad()
+def measure(
+    encoder: nn.Module,
+    decoder: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    noise_var: float,
+    generator: torch.Generator,
+    objective: Objective | None = None,
+) -> dict[str, Tensor]:
+    """Quantities per image, each ``[N]``: objective (if given), sampled ELBO, KL, both errors."""
+    mean, log_var = encode(encoder, x)
+    quantities = {}
+    if objective is not None:
+        quantities["objective"] = objective_values(objective, x, mean, log_var, generator)
+    elbo = evaluate.sampled_elbo(
+        decoder, x, mean, log_var, noise_var=noise_var, generator=generator
+    )
+    return quantities | {
+        "sampled ELBO": elbo.elbo,
+        "KL": elbo.kl,
+        "squared error at the mean": evaluate.squared_error_at_mean(decoder, x, mean),
+        "squared error, sampled": elbo.squared_error,
+    }
+
+
+@torch.no_grad()
+def evaluate_run(run: Run, *, importance_samples: int = 100) -> Report:
+    """Evaluate a run on up to 10,000 images a split; log ML and collapse on the test images."""
+    config = run.config
+    run.encoder.eval()
+    run.decoder.eval()
+    generator = evaluation_generator(config, run.device)
+    test = to_unit(config.load_images("test")[:_MAX_IMAGES].to(run.device))
+    train = to_unit(run.images[:_MAX_IMAGES])
+    splits = {}
+    for split, x in (("train", train), ("test", test)):
+        quantities = measure(
+            run.encoder,
+            run.decoder,
+            x,
+            noise_var=config.noise_var,
+            generator=generator,
+            objective=run.objective,
+        )
+        splits[split] = {name: mean_over_images(values) for name, values in quantities.items()}
+
+    mean, log_var = encode(run.encoder, test)
+    log_ml = evaluate.log_marginal_likelihood(
+        run.decoder,
+        test,
+        mean,
+        log_var,
+        samples=importance_samples,
+        noise_var=config.noise_var,
+        generator=generator,
+    )
+    splits["test"]["log ML"] = mean_over_images(log_ml.estimate)
+    collapse = evaluate.posterior_collapse(mean, log_var)
+    return Report(
+        conventions=conventions(config, importance_samples)
+        | {"split": f"{len(train):,} train / {len(test):,} test images evaluated"},
+        splits=splits,
+        collapse={
+            "collapsed": collapse.collapsed,
+            "active": collapse.active,
+            "latent_dim": collapse.latent_dim,
+        },
+        log_ml_monte_carlo_error=float(log_ml.standard_error.square().sum().sqrt()) / len(test),
+        median_effective_samples=float(log_ml.effective_samples.median()),
+        seconds=run.seconds,
+        steps_per_second=run.step / run.seconds if run.seconds else math.nan,
+    )
+
+
+def conventions(config: TrainConfig, importance_samples: int) -> dict[str, Any]:
+    """What a number's meaning depends on, as JSON-able values."""
+    return {
+        "constant": "-(n/2) log(2 pi c) included; listed apart where it is left out",
+        "constant_value": constant(config),
+        "pixel_scale": "[0, 1]",
+        "data": config.data,
+        "log_ml": f"K={importance_samples} importance weights, proposal q(z|x)",
+        "sampled_elbo": "1 draw of q(z|x) per image",
+        "standard_errors": "spread over images / sqrt(N)",
+        "collapse": "epsilon=0.05 nats, delta=0.01, test images",
+        "method": config.method,
+        "likelihood": config.likelihood if config.method == "sampling-free" else None,
+        "gamma": config.gamma if config.method == "sampling-free" else None,
+        "gamma_schedule": config.gamma_schedule if config.method == "sampling-free" else None,
+        "noise_var": config.noise_var,
+        "kl_weight": config.kl_weight,
+        "kl_weight_schedule": config.kl_weight_schedule,
+        "samples": config.samples,
+        "output_activation": config.output_activation,
+        "init": config.init,
+        "seed": config.seed,
+        "steps": config.steps,
+        "torch": torch.__version__,
+        "fastsfvae": __version__,
+        "commit": commit(),
+    }
+
+
+def constant(config: TrainConfig) -> float:
+    """-(n/2) log(2 pi c), in nats: the part of every log-density that no model changes."""
+    n = math.prod(config.model_config.image_shape)
+    return -0.5 * n * math.log(2 * math.pi * config.noise_var)
+
+
+def table(report: Report, config: TrainConfig) -> str:
+    """Lay out a report as plain text."""
+    offset = constant(config)
+    names = {
+        "objective": "objective (not a bound)" if config.method == "sampling-free" else "objective",
+        "sampled ELBO": "sampled ELBO",
+        "log ML": "log ML",
+    }
+    log_density = [(label, name, 0.0) for name, label in names.items()]
+    without = [(f"{label}, without constant", name, offset) for name, label in names.items()]
+    rest = [
+        (name, name, 0.0) for name in ("KL", "squared error at the mean", "squared error, sampled")
+    ]
+
+    def cell(split: str, name: str, shift: float) -> str:
+        value = report.splits[split].get(name)
+        return f"{value.mean - shift:10.2f} ± {value.standard_error:<6.2f}" if value else "-"
+
+    lines = [f"{'':42}{'train':>19}{'test':>19}"]
+    for label, name, shift in (*log_density, *without, *rest):
+        lines.append(
+            f"{label:42}{cell('train', name, shift):>19}{cell('test', name, shift):>19}".rstrip()
+        )
+    c = report.conventions
+    sampling_free = config.method == "sampling-free"
+    reading = f", likelihood {config.likelihood}" if sampling_free else ""
+    if sampling_free and config.likelihood != "expected":
+        reading += f", gamma {config.gamma:g}"
+    collapse = report.collapse
+    lines += [
+        "",
+        f"{report.steps_per_second:.1f} steps/s ({report.seconds:.1f} s); "
+        f"{collapse['active']} of {collapse['latent_dim']} latent dimensions active, "
+        f"{collapse['collapsed']} collapsed",
+        f"method {config.method}{reading}, c {config.noise_var:g}, seed {config.seed}; pixels in "
+        f"[0, 1]; nats; constant -(n/2) log(2 pi c) = {offset:.2f}",
+        f"± is the standard error over images; log ML: {c['log_ml']}, Monte Carlo error "
+        f"{report.log_ml_monte_carlo_error:.3f}, median effective samples "
+        f"{report.median_effective_samples:.0f}",
+    ]
+    return "\n".join(lines)

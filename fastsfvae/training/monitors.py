@@ -1,0 +1,146 @@
+"""What watches a training run: progress, pictures, TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from fastsfvae.ground.atomic import replacing
+from fastsfvae.ground.progress import LINE_SECONDS
+from fastsfvae.training import distributed
+from fastsfvae.training.loop import Monitor
+from fastsfvae.training.metrics_csv import Row
+from fastsfvae.training.run import Run
+from fastsfvae.training.seeds import to_unit
+
+_IMAGES = 16
+
+
+@contextmanager
+def monitors(run: Run, image_every: int = 0, tensorboard: bool = False) -> Iterator[list[Monitor]]:
+    """Give the monitors for `train`; none on a process that does not write.
+
+    Args:
+        run: what is trained.
+        image_every: steps between two pictures; 0 draws none.
+        tensorboard: whether to write for TensorBoard; needs its package.
+    """
+    if distributed.rank() > 0:
+        yield []
+        return
+    with ExitStack() as stack:
+        watching = [stack.enter_context(progress(run))]
+        writer = stack.enter_context(_summary_writer(run)) if tensorboard else None
+        if writer is not None:
+            watching.append(Scalars(writer))
+        if image_every:
+            watching.append(Pictures(run, image_every, writer))
+        yield watching
+
+
+class PlainProgress:
+    """Writes a line to stderr every few seconds, for logs and pipes."""
+
+    def __init__(self, run: Run) -> None:
+        self._first_step = run.step
+        self._started = self._written = time.monotonic()
+
+    def __call__(self, run: Run, row: Row) -> None:
+        """Report a step; `row` is the last of metrics.csv, empty before the first."""
+        now = time.monotonic()
+        if now - self._written < LINE_SECONDS and not run.finished:
+            return
+        self._written = now
+        rate = (run.step - self._first_step) / max(now - self._started, 1e-9)
+        remaining = (run.config.steps - run.step) / rate
+        print(
+            f"step {run.step}/{run.config.steps}  {rate:.1f} steps/s  "
+            f"{remaining:.0f} s left{_describe(row)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextmanager
+def progress(run: Run) -> Iterator:
+    """Give the callback for `train`: rich's bar on a terminal, `PlainProgress` elsewhere."""
+    if not sys.stderr.isatty():
+        yield PlainProgress(run)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        Remaining(),
+        TextColumn("{task.fields[terms]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=run.config.steps, completed=run.step, rate="", terms="")
+
+        def update(run: Run, row: Row) -> None:
+            speed = bar.tasks[0].speed
+            rate = "" if speed is None else f"{speed:.1f} steps/s"
+            bar.update(task, completed=run.step, rate=rate, terms=_describe(row))
+
+        yield update
+
+
+def _describe(row: Row) -> str:
+    if not row:
+        return ""
+    return (
+        f"  objective {row['objective']:.1f}  kl {row['kl']:.1f}  "
+        f"squared error {row['squared_error']:.1f}"
+    )
+
+
+class Scalars:
+    """Hands every new row of metrics.csv to TensorBoard."""
+
+    def __init__(self, writer) -> None:
+        self._writer = writer
+
+    def __call__(self, run: Run, row: Row) -> None:
+        """Write the row's terms where the row is this step's."""
+        if row.get("step") != run.step:
+            return
+        for name, value in row.items():
+            if name not in ("step", "seconds"):
+                self._writer.add_scalar(name, value, run.step)
+
+
+class Pictures:
+    """Draws the same test images every so many steps, into images/ and for TensorBoard."""
+
+    def __init__(self, run: Run, every: int, writer=None) -> None:
+        self._every = every
+        self._writer = writer
+        self._folder = run.folder / "images"
+        self._folder.mkdir(exist_ok=True)
+        self._images = to_unit(run.config.load_images("test")[:_IMAGES].to(run.device))
+
+    def __call__(self, run: Run, row: Row) -> None:
+        """Draw where the step is one of those asked for."""
+        if run.step % self._every:
+            return
+        from fastsfvae.results.plots import snapshot
+
+        figure = snapshot(run, self._images)
+        with replacing(self._folder / f"step-{run.step:07}.png") as file:
+            figure.savefig(file, format="png", dpi=100)
+        if self._writer is not None:
+            self._writer.add_figure("images", figure, run.step)
+
+
+def _summary_writer(run: Run):
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What was written after the checkpoint is written again.
+    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)

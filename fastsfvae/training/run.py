@@ -1,0 +1,306 @@
+"""A training run: what it consists of, how it is started, saved and taken up again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastsfvae._ranges import span
+from fastsfvae.data.batches import ImageSet
+from fastsfvae.graphed import GraphedStep, make_graphed_step
+from fastsfvae.ground.atomic import write_text
+from fastsfvae.models import build
+from fastsfvae.objectives import Objective, SamplingFree, Terms
+from fastsfvae.training import distributed
+from fastsfvae.training.checkpoint import (
+    CHECKPOINT,
+    CONFIG,
+    FolderLock,
+    load_checkpoint,
+    load_config,
+    load_modules,
+    save_checkpoint,
+)
+from fastsfvae.training.config import CHANGEABLE, TrainConfig
+from fastsfvae.training.metrics_csv import METRICS, rewind_metrics
+from fastsfvae.training.objective import make_objective
+from fastsfvae.training.schedules import Schedule
+from fastsfvae.training.seeds import EVALUATION, WEIGHTS, mix_seed, to_unit
+
+COLUMNS = ("step", "seconds", *Terms._fields)
+
+
+class Model(nn.Module):
+    """Encoder, decoder and objective as one module, from images to loss.
+
+    Attributes:
+        encoder: x -> (mean, log_var).
+        decoder: z -> x.
+        objective: of the decoder.
+        autocast: whether encoder and decoder run under bfloat16 autocast.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, objective: Objective, autocast: bool
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.objective = objective
+        self.autocast = autocast
+
+    def forward(self, x: Tensor, generator: torch.Generator) -> Terms:
+        """Evaluate the objective on images ``[B, C, H, W]``."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            with span("encode"):
+                mean, log_var = self.encoder(x)
+            # The posterior's density is no place for eight bits.
+            return self.objective(x, mean.float(), log_var.float(), generator=generator)
+
+
+@dataclass
+class Run:
+    """Everything that a training step reads or changes.
+
+    Attributes:
+        folder: where its files lie.
+        config: what is trained.
+        device: where the modules and the images lie.
+        model: encoder, decoder and objective.
+        optimizer: of the encoder and the decoder.
+        images: training images.
+        scheduled: the settings that change while training, each its schedule and the 0-d tensor
+            on the device that the objective reads.
+        step: optimiser steps done.
+        seconds: time spent training.
+        window: terms of the steps since the last row of metrics.csv, ``[len(Terms), B]`` each, on
+            the device: reading them every step would make the host wait for it.
+        graphed: the step as a CUDA graph, if it is to be one.
+        lock: held while this process trains in the folder.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    model: Model
+    optimizer: torch.optim.Optimizer
+    images: ImageSet
+    scheduled: dict[str, tuple[Schedule, Tensor]]
+    folder: Path = Path()
+    step: int = 0
+    seconds: float = 0.0
+    window: list[Tensor] = field(default_factory=list)
+    graphed: GraphedStep | None = None
+    lock: FolderLock | None = None
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module x -> (mean, log_var)."""
+        return self.model.encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module z -> x."""
+        return self.model.decoder
+
+    @property
+    def objective(self) -> Objective:
+        """Called with every batch."""
+        return self.model.objective
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.config.steps
+
+
+def start(config: TrainConfig, out: str | os.PathLike[str] | None = None) -> Run:
+    """Prepare a new run; the folder is made only when everything else has succeeded.
+
+    Args:
+        config: what to train.
+        out: the run's folder, which must not exist; None takes the first free
+            ``runs/<method>-<model>-<number>``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for a configuration, model or device that does not
+            work, in one line.
+        FileExistsError: where `out` exists.
+    """
+    writes = distributed.rank() == 0
+    if writes and out is not None and Path(out).exists():
+        raise _exists(out)
+    # A resumed run of more steps must not stretch its schedules.
+    config = replace(config, schedule_steps=config.schedule_steps or config.steps)
+    run = _prepare(config)
+    _capture(run)
+    if writes:
+        run.folder = _make_folder(config, out)
+        run.lock = FolderLock(run.folder)
+        try:
+            rewind_metrics(run.folder / METRICS, 0, (*COLUMNS, *run.scheduled))
+            save(run)
+            # The last of the three: a folder that has it can be resumed.
+            write_text(run.folder / CONFIG, config.to_json())
+        except OSError:
+            # A disk that was full must not use up the name.
+            for name in (METRICS, CHECKPOINT):
+                (run.folder / name).unlink(missing_ok=True)
+            run.folder.rmdir()
+            raise
+    return run
+
+
+def resume(folder: str | os.PathLike[str], config: TrainConfig | None = None) -> Run:
+    """Take up a run at its last checkpoint, exactly as if it had not been interrupted.
+
+    Args:
+        folder: the run's folder.
+        config: the run's own with other `steps`, `device`, `backend`, ...; None keeps all.
+
+    Raises:
+        ValueError: for a folder without a run or with one that is being trained, a damaged or
+            foreign file, or a changed setting.
+    """
+    folder = Path(folder)
+    saved = load_config(folder)
+    writes = distributed.rank() == 0
+    lock = FolderLock(folder) if writes else None
+    config = saved if config is None else config
+    for name, value in vars(saved).items():
+        if name not in CHANGEABLE and getattr(config, name) != value:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} but {folder} was trained with {value!r}: "
+                f"only {', '.join(CHANGEABLE)} can change on --resume"
+            )
+    state = load_checkpoint(folder / CHECKPOINT)
+    run = _prepare(config)
+    run.folder, run.lock = folder, lock
+    _restore(run, state)
+    if run.step > config.steps:
+        raise ValueError(
+            f"steps={config.steps} but {folder} is already at step {run.step}: give more steps"
+        )
+    _capture(run)
+    if writes:
+        rewind_metrics(folder / METRICS, run.step, (*COLUMNS, *run.scheduled))
+        write_text(folder / CONFIG, config.to_json())
+    return run
+
+
+def save(run: Run, name: str = CHECKPOINT) -> None:
+    """Write the run's state into its folder, atomically; every process takes part."""
+    window = distributed.join(torch.stack(run.window)) if run.window else torch.empty(0)
+    if distributed.rank() > 0:
+        return
+    save_checkpoint(
+        run.folder / name,
+        {
+            "encoder": run.encoder.state_dict(),
+            "decoder": run.decoder.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "step": run.step,
+            "seconds": run.seconds,
+            "window": window,
+        },
+    )
+
+
+def _restore(run: Run, state: dict) -> None:
+    path = run.folder / CHECKPOINT
+    load_modules(path, state, encoder=run.encoder, decoder=run.decoder)
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        for group in run.optimizer.param_groups:
+            # How it runs is this configuration's, not the checkpoint's.
+            group["capturable"] = run.config.cuda_graph
+        run.step, run.seconds = int(state["step"]), float(state["seconds"])
+        for schedule, value in run.scheduled.values():
+            # As the last step left it: what is evaluated may never be trained again.
+            value.fill_(schedule.at(max(run.step - 1, 0)))
+        if len(state["window"]):
+            rows = distributed.rows(run.config.batch_size)
+            run.window = list(state["window"][:, :, rows].to(run.device))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold the state of a training run: {error!r}") from error
+
+
+def _prepare(config: TrainConfig) -> Run:
+    device = config.resolve_device()
+    if config.batch_size % distributed.size():
+        raise ValueError(
+            f"batch_size={config.batch_size} is shared by {distributed.size()} processes: give a "
+            "multiple of their number"
+        )
+    with distributed.first_process_first():
+        images = config.load_images("train")
+        # A set that cannot be tested on should say so before anything is trained.
+        config.load_images("test")
+    if config.batch_size > len(images):
+        raise ValueError(
+            f"batch_size={config.batch_size} but there are {len(images)} training images"
+        )
+    torch.manual_seed(mix_seed(config.seed, WEIGHTS, 0))
+    encoder, decoder = (module.to(device) for module in build(config.model_config))
+    scheduled = {
+        name: (schedule, torch.tensor(getattr(config, name), device=device))
+        for name, schedule in config.schedules.items()
+        if not schedule.constant
+    }
+    values = {name: value for name, (_, value) in scheduled.items()}
+    objective = make_objective(config, decoder, **values)
+    model = Model(encoder, decoder, objective, autocast=config.precision == "bf16")
+    if config.compile:
+        model.compile()
+    if config.method == "sampling-free":
+        # A decoder or backend that cannot run should say so before anything is written.
+        z = torch.zeros(2, config.latent_dim, device=device)
+        objective(to_unit(images[:2].to(device)), z, z)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.lr, fused=True, capturable=config.cuda_graph
+    )
+    budget = round(config.data_budget * 2**30) or None
+    return Run(config, device, model, optimizer, ImageSet(images, device, budget), scheduled)
+
+
+def _capture(run: Run) -> None:
+    """Record the step's graph; only now, since it reads weights and moments where they lie."""
+    objective = run.objective
+    if not (run.config.cuda_graph and isinstance(objective, SamplingFree)):
+        return
+    if distributed.size() > 1:
+        raise ValueError("cuda_graph captures one process: leave it out under torchrun")
+    x = to_unit(run.images[: run.config.batch_size])
+    run.graphed = make_graphed_step(
+        run.encoder,
+        objective.loss,
+        run.optimizer,
+        x,
+        autocast=torch.bfloat16 if run.model.autocast else None,
+    )
+
+
+def evaluation_generator(config: TrainConfig, device: torch.device) -> torch.Generator:
+    """The noise of a run's final evaluation, apart from all that it was trained with."""
+    return torch.Generator(device).manual_seed(mix_seed(config.seed, EVALUATION, 0))
+
+
+def _make_folder(config: TrainConfig, out: str | os.PathLike[str] | None) -> Path:
+    model = config.model.replace(":", "-")
+    numbered = (Path("runs") / f"{config.method}-{model}-{number}" for number in count(1))
+    for folder in numbered if out is None else [Path(out)]:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            # Another run may have been started meanwhile: making it is what decides.
+            continue
+        return folder
+    raise _exists(out)
+
+
+def _exists(out: str | os.PathLike[str] | None) -> FileExistsError:
+    return FileExistsError(f"--out {out} exists: give another folder, or continue it with --resume")

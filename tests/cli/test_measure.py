@@ -1,0 +1,131 @@
+import base64
+import json
+import re
+
+import pytest
+import torch
+
+import fastsfvae as sf
+from fastsfvae.cli import main as cli
+from fastsfvae.data import digits
+
+TRAIN = ["train", "--model", "tanh", "--latent-dim", "2", "--batch-size", "64", "--out"]
+QUICK = ["--images", "30", "--samples", "40", "--elbo-samples", "4", "--taylor-images", "2"]
+QUICK += ["--taylor-reference", "300", "--gradient-repeats", "2"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name, method, seed in (("a", "sampling-free", "0"), ("b", "sampling", "1")):
+        options = [*TRAIN, str(folder / name), "--method", method, "--seed", seed]
+        assert cli.main([*options, "--steps", "5"]) == 0
+    return folder
+
+
+def _posterior(folder, images=30):
+    encoder, decoder, _ = sf.load(folder)
+    x = digits("test").images[:images].float() / 255
+    with torch.no_grad():
+        return decoder, x, *encoder(x)
+
+
+def test_evaluate_writes_numbers_conventions_and_one_page(runs, capsys):
+    options = ["evaluate", str(runs / "a"), *QUICK, "--proposal", "posterior"]
+    options += ["--extractor", "torch.nn:Flatten"]
+    with pytest.warns(UserWarning, match="30 images for 784 features"):
+        assert cli.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "log ML, without constant" in printed and "objective (not a bound)" in printed
+    folder = runs / "a" / "evaluation-1"
+    results = json.loads((folder / "evaluation.json").read_text())
+    sections, conventions = results["sections"], results["conventions"]
+
+    decoder, x, mean, log_var = _posterior(runs / "a")
+    at_mean = sf.evaluate.squared_error_at_mean(decoder, x, mean)
+    reconstruction = sections["Reconstruction and latent dimensions"]
+    expected = sf.evaluate.mean_over_images(at_mean)
+    assert reconstruction["squared error at the mean"]["value"] == pytest.approx(expected.mean)
+    densities = sections["Log-densities (nats)"]
+    objective = sf.sampling_free_elbo(decoder, x, mean, log_var).elbo.detach().double().mean()
+    assert densities["objective (not a bound)"]["value"] == pytest.approx(float(objective))
+    # The ELBO, its parts and the constant fit together.
+    assert densities["sampled ELBO, without constant"]["value"] == pytest.approx(
+        -reconstruction["squared error, sampled"]["value"] / (2 * conventions["noise_var"])
+        - reconstruction["KL"]["value"]
+    )
+    assert densities["log ML"]["value"] - densities["log ML, without constant"][
+        "value"
+    ] == pytest.approx(conventions["constant_value"])
+    assert conventions["log_ml"] == "K=40 importance weights, proposal posterior"
+    assert conventions["split"] == "30 test images" and conventions["trained_steps"] == 5
+    assert any("not comparable" in title for title in sections)
+    assert re.fullmatch("[0-9a-f]{64}", conventions["distance_weights_sha256"])
+    assert len(results["kl_per_dimension"]) == 2
+
+    # The page holds every picture of the folder, and refers to no other file.
+    page = (folder / "evaluation.html").read_text()
+    embedded = re.findall(r'src="([^"]*)"', page)
+    prefix = "data:image/png;base64,"
+    assert all(source.startswith(prefix) for source in embedded)
+    pictures = {path.read_bytes() for path in folder.glob("*.png")}
+    assert {base64.b64decode(source.removeprefix(prefix)) for source in embedded} == pictures
+    assert len(pictures) == 5
+    for key, value in conventions.items():
+        assert key in page and (not isinstance(value, int) or str(value) in page)
+
+    # The same seed gives the same numbers, in a folder of its own.
+    assert cli.main(["evaluate", str(runs / "a"), *QUICK, "--proposal", "posterior"]) == 0
+    again = json.loads((runs / "a" / "evaluation-2" / "evaluation.json").read_text())
+    assert again["sections"]["Log-densities (nats)"] == densities
+
+
+def test_compare_gives_paired_differences(runs, capsys, tmp_path):
+    out = tmp_path / "c"
+    options = ["compare", str(runs / "a"), str(runs / "b"), "--images", "30", "--samples", "20"]
+    assert cli.main([*options, "--out", str(out)]) == 0
+    assert "squared error at the mean" in capsys.readouterr().out
+    results = json.loads((out / "comparison.json").read_text())
+    first, second = (
+        sf.evaluate.squared_error_at_mean(decoder, x, mean)
+        for decoder, x, mean, _ in (_posterior(runs / name) for name in "ab")
+    )
+    expected = sf.evaluate.mean_over_images(second - first)
+    (found,) = results["differences"]["squared error at the mean"]
+    assert found["mean"] == pytest.approx(expected.mean)
+    assert found["standard_error"] == pytest.approx(expected.standard_error)
+    assert "sampling-free" in results["conventions"][str(runs / "a")]
+    assert [path.name for path in out.glob("*.png")] == ["side-by-side.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate", "Folder of the run"),
+        ("evaluate nowhere", "nowhere/config.json does not exist"),
+        ("evaluate {a} --samples 0", "samples=0 must be at least 1"),
+        ("evaluate {a} --proposal prior", "proposal='prior' is not one of"),
+        ("evaluate {a} --gradient-repeats 1", "gradient_repeats=1"),
+        ("evaluate {a} --out {a}", "exists: give another folder"),
+        ("evaluate {a} --extractor nomodule:f", "extractor='nomodule:f' cannot be built"),
+        ("evaluate {a} --extractor a:b --download", "give one"),
+        ("compare {a}", "name at least two folders"),
+    ],
+)
+def test_bad_command_lines(runs, capsys, arguments, message):
+    before = sorted(runs.rglob("*"))
+    assert cli.main(arguments.format(a=runs / "a").split()) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert error.count("\n") == 1 and message in error
+    assert sorted(runs.rglob("*")) == before
+
+
+def test_runs_that_do_not_compare(runs, capsys, tmp_path):
+    other = tmp_path / "d"
+    assert cli.main([*TRAIN, str(other), "--steps", "1", "--noise-var", "0.25"]) == 0
+    capsys.readouterr()
+    options = ["compare", str(runs / "a"), str(other), "--out", str(tmp_path / "e")]
+    assert cli.main(options) == 2
+    assert "noise_var=0.25" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()

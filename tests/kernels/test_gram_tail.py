@@ -1,0 +1,178 @@
+"""gram_tail: a last layer fused with the Gram of its Jacobian, against float64, J written there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastsfvae.ops._geometry import Geometry
+from fastsfvae.ops.gram_tail import Tail, largest_batch, tail_backward, tail_partials, tail_values
+from fastsfvae.ops.tangent_layer import Layer
+from tests._triton import DEVICE, assert_as_good, poisoned_empty, requires_triton
+from tests.kernels.stack_layers import moved
+from tests.kernels.test_tangent_activation import KINDS
+
+# pytest finds the fixture by its name in this module.
+_ = poisoned_empty
+
+GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1, True, (0, 0))
+# B, m, Ci, Co, H, W
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 3, 5, 3, 5, 3),
+    (3, 16, 17, 2, 4, 4),
+    (1, 17, 20, 4, 2, 6),
+    (1, 33, 3, 3, 3, 5),
+    (1, 2, 70, 3, 5, 9),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("G", "p", "rr", "stack", "weight", "bias", "x")
+
+
+def problem(B, m, Ci, Co, H, W, kind="relu", behind="none", dtype=torch.float32):
+    """A tail, data, and cotangents of G, p and rr."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g).to(DEVICE)
+
+    stack, weight, bias = draw(1 + m, B, Ci, H, W), draw(Ci, Co, 4, 4), draw(Co)
+    # In half precision the layer's tensors are rounded as the stack is.
+    stack, weight, bias = stack.to(dtype), weight.to(dtype).float(), bias.to(dtype).float()
+    layer = Layer(GEOMETRY, *named(kind))
+    tail = Tail(layer, stack, weight, bias, *named(behind))
+    return tail, draw(B, Co, 2 * H, 2 * W), (draw(B, m, m), draw(B, m), draw(B))
+
+
+def named(kind):
+    return kind, () if kind == "none" else KINDS[kind][1]
+
+
+def function(kind):
+    return (lambda x: 1 * x) if kind == "none" else KINDS[kind][0]
+
+
+def oracle(tail, x, cotangents, dtype):
+    """Values and gradients by autograd on plain operations."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (*tail[1:4], x)]
+    stack, weight, bias, x = leaves
+    moved_in = moved(function(tail.layer.kind), stack)
+    y = F.conv_transpose2d(moved_in.flatten(0, 1), weight, None, 2, 1).unflatten(0, stack.shape[:2])
+    y = torch.cat([y[:1] + bias.view(-1, 1, 1), y[1:]])
+    y = moved(function(tail.behind), y)
+    J, r = y[1:].transpose(0, 1).flatten(2), (x - y[0]).flatten(1)
+    values = J @ J.mT, (J @ r.unsqueeze(-1)).squeeze(-1), r.square().sum(-1)
+    grads = torch.autograd.grad(values, leaves, [c.to(dtype) for c in cotangents])
+    return [*(v.detach() for v in values), *grads]
+
+
+def run(tail, x, cotangents):
+    values = tail_values(tail)
+    r = x - values.output
+    sums = [part.sum(0) for part in tail_partials(tail, values, r)]
+    g_G, g_p, g_rr = cotangents
+    return [*sums, *tail_backward(tail, values, r, g_G + g_G.mT, g_p, g_rr)]
+
+
+def check(tail, x, cotangents, eps=None):
+    """Compare with float64; operands are rounded to `eps`, float32 ones not at all by default."""
+    got = run(tail, x, cotangents)
+    want = oracle(tail, x, cotangents, torch.float64)
+    plain = oracle(tail, x, cotangents, torch.float32)
+    if eps is None and tail.stack.dtype != torch.float32:
+        eps = torch.finfo(tail.stack.dtype).eps
+    for name, g, w, p in zip(NAMES, got, want, plain, strict=True):
+        scale = w.abs().max().clamp(min=1e-3)
+        if eps is None:
+            assert_as_good(g, w, p, 8 * scale)
+        else:
+            # Rounded by half an eps each: phi' T, the values (which reach all but G through r,
+            # and there behind a cancelling difference), and dZ.
+            assert (g.double() - w).abs().max() <= 8 * eps * scale, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+class TestShapes:
+    pytestmark = requires_triton
+
+    def test_values_and_gradients(self, shape, dtype, poisoned_empty):
+        check(*problem(*shape, dtype=dtype))
+
+
+class TestKernel:
+    pytestmark = requires_triton
+
+    @pytest.mark.parametrize("kind", ["none", "leaky_relu", "silu", "tanh"])
+    @pytest.mark.parametrize("behind", ["none", "sigmoid", "hardtanh"])
+    def test_activations_in_front_and_behind(self, kind, behind, poisoned_empty):
+        check(*problem(2, 3, 5, 3, 3, 5, kind, behind))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("m", [16, 33])
+    def test_tf32(self, m, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+        # Ten bits behind the point, and the rest may be cut off.
+        check(*problem(2, m, 32, 3, 8, 6, "silu", "sigmoid"), eps=2.0**-9)
+
+    def test_any_strides(self):
+        tail, x, cotangents = problem(2, 3, 8, 3, 4, 4, "tanh", "sigmoid")
+        last = torch.channels_last
+        stack = tail.stack.repeat_interleave(2, 0)[::2]
+        dense = tail.stack.flatten(0, 1).contiguous(memory_format=last).unflatten(0, (4, 2))
+        for changed in (stack, dense):
+            weight = tail.weight.contiguous(memory_format=last)
+            other = tail._replace(stack=changed, weight=weight)
+            pairs = zip(run(tail, x, cotangents), run(other, x, cotangents), strict=True)
+            assert all(torch.equal(first, again) for first, again in pairs)
+
+    def test_two_runs_give_the_same_bits(self):
+        given = problem(1, 5, 20, 3, 8, 8, "silu", "sigmoid")
+        assert all(torch.equal(a, b) for a, b in zip(run(*given), run(*given), strict=True))
+
+    def test_a_nan_stays_in_its_sample(self):
+        tail, x, _ = problem(3, 2, 4, 3, 3, 3)
+        x[1, 0, 2, 2] = float("nan")
+        values = tail_values(tail)
+        G, p, rr = (part.sum(0) for part in tail_partials(tail, values, x - values.output))
+        assert G.isfinite().all() and p[[0, 2]].isfinite().all() and rr[[0, 2]].isfinite().all()
+        assert p[1].isnan().all() and rr[1].isnan()
+
+    def test_refuses_what_does_not_fit(self):
+        from fastsfvae.kernels.gram_tail import gram_tail_partials
+
+        tail, r, _ = problem(1, 2, 3, 3, 2, 2, "none")
+        T, weight, wide = tail.stack[1:], tail.weight, torch.zeros(3, 5, 4, 4, device=DEVICE)
+        for arguments in (
+            (T, wide, r),
+            (T, weight[..., :3], r),
+            (T, weight, r[..., 1:]),
+            (T.expand(2, 1, 3, 2, 2).repeat(33, 1, 1, 1, 1), weight, r),
+        ):
+            with pytest.raises(ValueError, match=r"do not fit: give T \[m <= 64, B, Ci, H, W\]"):
+                gram_tail_partials(*arguments)
+        with pytest.raises(ValueError, match="do not fit"):
+            gram_tail_partials(T, weight, r, a=tail.stack[0])
+
+
+def test_largest_batch_names_what_the_kernels_take():
+    def asked(slots=17, x=(32, 32, 32), weight=(32, 3, 4, 4), dtype=torch.float32, **changes):
+        kind = changes.pop("kind", "relu")
+        return largest_batch(Layer(GEOMETRY._replace(**changes), kind), slots, x, weight, dtype)
+
+    # Positions of a stack are counted in int32: (2 * 32 + 1)^2 a slot.
+    assert asked() == (2**31 - 2**16 - 1) // (17 * 65**2)
+    assert asked(kind="none") and asked(slots=65) and asked(dtype=torch.bfloat16)
+    refused = [
+        {"slots": 66},
+        {"weight": (32, 5, 4, 4)},
+        {"weight": (32, 3, 3, 3)},
+        {"dtype": torch.float64},
+        {"stride": (1, 1)},
+        {"padding": (0, 0)},
+        {"output_padding": (1, 1)},
+        {"groups": 2},
+        {"transposed": False},
+        {"kind": "mish"},
+    ]
+    assert not any(asked(**changes) for changes in refused)
+    assert largest_batch(Layer(), 17, (32,), (32, 3), torch.float32) == 0

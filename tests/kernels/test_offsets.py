@@ -1,0 +1,151 @@
+"""Offsets beyond 2^31 elements, in memory of which only what is read and written exists.
+
+Where a tensor's tangents lie far apart the launcher itself runs. A layer's stack is dense, so of a
+stack that is too large to compute only the last program runs, and must do what the last program of
+a small one does.
+"""
+
+import mmap
+
+import pytest
+import torch
+
+from fastsfvae.kernels import _stack_product
+from fastsfvae.kernels._stack_product import Weight, doubling, product, weight_gradient, window
+from fastsfvae.kernels.tangent_activation import tangent_activation_bwd, tangent_activation_fwd
+from tests._triton import INTERPRETER
+from tests.kernels.test_gram_tail import problem, run
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETER, reason="runs one program, which only the interpreter can"),
+]
+# Not reserved, where the system's heuristic would refuse more than there is memory.
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_copied_back(monkeypatch):
+    """Tensors are on the CPU: the interpreter would copy all of their memory onto itself."""
+    from triton.runtime.interpreter import GridExecutor
+
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+
+
+def hollow(shape, dtype, strides=None):
+    """Zeros in memory that begins to exist where it is written."""
+    count = torch.Size(shape).numel()
+    if strides is not None:
+        count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    room = mmap.mmap(-1, count * dtype.itemsize, flags=_FLAGS)
+    flat = torch.frombuffer(room, dtype=dtype, count=count)
+    return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
+
+
+def far_apart(t):
+    """Its leading slices, as dense as they are, 2^30 elements apart."""
+    return hollow(t.shape, t.dtype, (2**30, *t.stride()[1:])).copy_(t)
+
+
+def test_a_tail_whose_tangents_lie_far_apart():
+    tail, x, cotangents = problem(2, 3, 4, 3, 2, 3, "silu", "sigmoid")
+    stack = tail.stack.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    stack = stack.unflatten(0, tail.stack.shape[:2])
+    far = far_apart(stack)
+    assert far[3].storage_offset() > 2**31
+    near, away = (run(tail._replace(stack=t), x, cotangents) for t in (stack, far))
+    assert all(torch.equal(a, b) for a, b in zip(near, away, strict=True))
+
+
+def test_an_activation_whose_tangents_lie_far_apart():
+    a, T, g_out, g_T = (torch.randn(shape) for shape in ((2, 9), (4, 2, 9), (2, 9), (4, 2, 9)))
+    far_T, far_g = far_apart(T), far_apart(g_T)
+    out_T, g_T_in = far_apart(torch.zeros_like(T)), far_apart(torch.zeros_like(T))
+    near = tangent_activation_fwd(a, T, "silu")
+    away = tangent_activation_fwd(a, far_T, "silu", out_T=out_T)
+    near += tangent_activation_bwd(a, T, g_out, g_T, "silu")
+    away += tangent_activation_bwd(a, far_T, g_out, far_g, "silu", g_T_in=g_T_in)
+    assert all(torch.equal(first, second) for first, second in zip(near, away, strict=True))
+
+
+@pytest.fixture
+def last_program(monkeypatch):
+    """Run the last program of every launch alone, in hollow memory; others are left out."""
+
+    def wrapped(kernel):
+        class LastOnly:
+            def __getitem__(self, grid):
+                def launch(*args, **kwargs):
+                    from triton.runtime.interpreter import interpreter_builder
+
+                    original = type(interpreter_builder).create_get_program_id
+
+                    def last(builder, axis):
+                        builder.grid_idx = (grid[0] - 1, 0, 0)
+                        return original(builder, axis)
+
+                    with monkeypatch.context() as patch:
+                        patch.setattr(type(interpreter_builder), "create_get_program_id", last)
+                        kernel[(1,)](*args, **kwargs)
+
+                return launch
+
+        return LastOnly()
+
+    empty = torch.empty
+
+    def hollow_empty(shape, *, dtype, device):
+        if torch.Size(shape).numel() > 2**28:
+            return hollow(shape, dtype)
+        return empty(shape, dtype=dtype, device=device).zero_()
+
+    monkeypatch.setattr(torch, "empty", hollow_empty)
+    for name in ("tangent_product_kernel", "tangent_weight_kernel"):
+        monkeypatch.setattr(_stack_product, name, wrapped(getattr(_stack_product, name)))
+
+
+# One sample of 8 x 8 positions fills a block of rows: 2^31 elements are 2^21 samples, two slots.
+SIZE, CHANNELS, MANY = 8, 16, 2**20 + 3
+
+
+def stacks(dtype=torch.float32):
+    """A small stack of two slots and one sample, and one of many whose last samples are that."""
+    g = torch.Generator().manual_seed(0)
+    small = torch.randn((2, 1, SIZE, SIZE, CHANNELS), generator=g).to(dtype)
+    large = hollow((2, MANY, SIZE, SIZE, CHANNELS), dtype)
+    large[:, -1:] = small
+    assert large.numel() > 2**31
+    return small, large
+
+
+@pytest.mark.parametrize("kind", ["relu", "tanh"])
+@pytest.mark.parametrize("pulled", [False, True])
+def test_the_last_rows_of_a_layer(kind, pulled, last_program):
+    taps = torch.randn(CHANNELS, 3, 3, CHANNELS, generator=torch.Generator().manual_seed(1))
+    weight = Weight(taps, CHANNELS, CHANNELS, inner_is_input=True)
+    results = []
+    for stack in stacks():
+        options = {"kind": kind, "pull": stack if pulled else None}
+        results.append(product(stack, weight, window(3, 1, 1), (SIZE, SIZE), **options)[-1, -1])
+    assert results[0].abs().max() > 0 and torch.equal(*results)
+
+
+def test_the_last_rows_of_a_layer_that_doubles(last_program):
+    taps = torch.randn(CHANNELS, 4, 4, CHANNELS, generator=torch.Generator().manual_seed(1))
+    weight = Weight(taps, CHANNELS, CHANNELS, inner_is_input=False)
+    near, away = (
+        product(stack, weight, doubling(4), (2 * SIZE, 2 * SIZE), kind="relu")[-1, -1]
+        for stack in stacks()
+    )
+    assert near.abs().max() > 0 and torch.equal(near, away)
+
+
+@pytest.mark.parametrize("activate", ["plain", "windowed"])
+def test_the_last_rows_of_a_weights_gradient(activate, last_program, monkeypatch):
+    # The second of two parts is one block.
+    monkeypatch.setattr(_stack_product, "_splits", lambda rows, tiles, k, _: (2, rows - k))
+    near, away = (
+        weight_gradient(stack, stack, window(3, 1, 1), activate=activate, kind="tanh")
+        for stack in stacks()
+    )
+    assert near.abs().max() > 0 and torch.equal(near, away)
