@@ -10,9 +10,12 @@ from torch import Tensor
 
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
-from fastsfvae.jacobian.run.chunks import flatten_in_memory_order, map_chunks
+from fastsfvae.jacobian.run.chunks import (
+    decode_by_reference,
+    flatten_in_memory_order,
+    map_chunks,
+)
 from fastsfvae.jacobian.validate import check_chunk_size, check_target
-from fastsfvae.reference.jacobian import reference_jacobian
 
 
 class Pullback(NamedTuple):
@@ -69,7 +72,7 @@ def decode_with_jacobian(
     """
     check_chunk_size(chunk_size)
     if backend == "reference":
-        return reference_jacobian(decoder, z, *args, **kwargs)
+        return decode_by_reference(decoder, z, args, kwargs)
     linearizer = Linearizer(decoder, z, args, kwargs, resolve_backend(backend, z))
     parts = [linearizer.run(*bounds) for bounds in linearizer.chunks(chunk_size)]
     if len(parts) == 1:

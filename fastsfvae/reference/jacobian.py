@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastsfvae.jacobian.validate import check_inputs, check_output, unwrap
 
-
-def reference_jacobian(
-    decoder: Callable[..., Tensor], z: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """f(z) [B, *out] and J [B, m, *out] by reverse mode over the decoder as it is.
+def jacobian(decoder: Callable[..., Tensor], z: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """J [B, m, *out] by reverse mode over the decoder as it is.
 
     Every output element costs a backward pass, batched with vmap where the decoder's operations
     allow it and in a Python loop where not. Differentiable.
+
+    Args:
+        decoder: maps z [B, m] to [B, *out].
+        z: [B, m].
+        args: further decoder inputs; tensors with leading extent B go with their samples.
+        kwargs: likewise.
     """
-    decoder, kwargs = unwrap(decoder, kwargs)
-    check_inputs(z, [], [])
     batch = z.shape[0]
     leaves, spec = pytree.tree_flatten((args, kwargs))
     axes = [
@@ -34,13 +34,11 @@ def reference_jacobian(
         one_args, one_kwargs = pytree.tree_unflatten(values, spec)
         return decoder(sample[None], *one_args, **one_kwargs)[0]
 
-    output = decoder(z, *args, **kwargs)
-    check_output(output, z)
     try:
         with torch.enable_grad():
-            jacobian = torch.func.vmap(torch.func.jacrev(one), (0, *axes))(z, *leaves)
+            J = torch.func.vmap(torch.func.jacrev(one), (0, *axes))(z, *leaves)
     except RuntimeError:
-        jacobian = torch.stack(
+        J = torch.stack(
             [
                 torch.autograd.functional.jacobian(
                     lambda sample, i=i: one(
@@ -54,5 +52,5 @@ def reference_jacobian(
             ]
         )
     if not torch.is_grad_enabled():
-        jacobian = jacobian.detach()
-    return output, jacobian.movedim(-1, 1)
+        J = J.detach()
+    return J.movedim(-1, 1)

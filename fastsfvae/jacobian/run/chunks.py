@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, full_tangent
 from fastsfvae.jacobian.run.cache import Linearizer
-from fastsfvae.jacobian.validate import check_chunk_size
-from fastsfvae.reference.jacobian import reference_jacobian
+from fastsfvae.jacobian.validate import check_chunk_size, check_inputs, check_output, unwrap
+from fastsfvae.reference.jacobian import jacobian as reference_jacobian
 
 Finish = Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
 
@@ -45,7 +45,7 @@ def map_chunks(
     """
     check_chunk_size(chunk_size)
     if backend == "reference":
-        output, jacobian = reference_jacobian(decoder, z, *args, **kwargs)
+        output, jacobian = decode_by_reference(decoder, z, args, kwargs)
         return finish(output, jacobian.transpose(0, 1), 0, z.shape[0])
     linearizer = Linearizer(decoder, z, args, kwargs, backend)
     bounds = list(linearizer.chunks(chunk_size))
@@ -56,6 +56,17 @@ def map_chunks(
     else:
         parts = [finish(*linearizer.run(*bound), *bound) for bound in bounds]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def decode_by_reference(
+    decoder: Callable[..., Tensor], z: Tensor, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """f(z) [B, *out] and J [B, m, *out] by the oracle; see `decode_with_jacobian`."""
+    decoder, kwargs = unwrap(decoder, kwargs)
+    check_inputs(z, [], [])
+    output = decoder(z, *args, **kwargs)
+    check_output(output, z)
+    return output, reference_jacobian(decoder, z, args, kwargs)
 
 
 def flatten_in_memory_order(tangents: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
