@@ -26,7 +26,7 @@ from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.run.sweep import Sweep, default_chunk, find_program, program_of
 from fastsfvae.jacobian.validate import check_chunk_size
 from fastsfvae.likelihoods import likelihood_terms
-from fastsfvae.ops.vmap import refuse_vmap
+from fastsfvae.ops._library import refuse_vmap
 from fastsfvae.settings import Settings
 
 

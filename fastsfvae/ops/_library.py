@@ -1,4 +1,4 @@
-"""The Triton launchers as torch.library operators, and the check that they can run.
+"""The Triton launchers as torch.library operators, and what refuses them.
 
 Operators allocate their results, mutate nothing and carry no derivative of their own: the
 autograd.Functions in this package's other modules call them. Each fake allocates exactly as its
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -49,6 +50,18 @@ def refuse_second_order() -> None:
         raise RuntimeError(
             'backend="triton" has first derivatives only: use backend="torch" for the second'
         )
+
+
+def refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+    """The `vmap` of an operation that has none.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "torch.vmap cannot map over the fused loss: call it for one model at a time, "
+        'or give backend="reference"'
+    )
 
 
 @torch.library.custom_op("fastsfvae::gram_project", mutates_args=())

@@ -27,12 +27,12 @@ from torch import Tensor
 from fastsfvae import reference
 from fastsfvae._ranges import ranged
 from fastsfvae.kernels._contract import WOODBURY_MAX_M
+from fastsfvae.ops._library import refuse_vmap
 from fastsfvae.ops.gram_project import (
     full_products,
     gram_project_backward,
     gram_project_forward,
 )
-from fastsfvae.ops.vmap import refuse_vmap
 from fastsfvae.ops.woodbury import (
     Woodbury,
     gram_woodbury_triton,
