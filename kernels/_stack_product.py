@@ -1,4 +1,4 @@
-"""Launchers of `_implicit_gemm`'s kernels: geometries of layers, configurations, allocation."""
+"""Launchers of `_implicit_gemm`'s kernels: configurations and allocation."""
 
 from __future__ import annotations
 
@@ -13,70 +13,8 @@ from torch import Tensor
 from ._contract import PARAMETERS, PIECEWISE_LINEAR
 from ._implicit_gemm import tangent_product_kernel, tangent_weight_kernel
 from ._launch import Configuration, DeviceLimits, cdiv, device_limits, pointer
+from ._stack_geometry import Front, Gather, Geometry
 from .activations import EXAMPLES, front_constexprs
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Which inputs an output reads, with which of the weight's taps; see `_implicit_gemm`.
-
-    Attributes:
-        kernel: rows and columns of the weight.
-        taps: of them, rows and columns that one output uses at most.
-        stride: input rows from one output of a phase to the next.
-        phases: outputs of one phase are this many rows apart.
-        offset: input row of tap 0, at output 0 of phase 0.
-        step: input rows from one tap to the next.
-        first_w: the weight's row of tap 0 in phase 0.
-        step_w: the weight's rows from one tap to the next.
-    """
-
-    kernel: int = 1
-    taps: int = 1
-    stride: int = 1
-    phases: int = 1
-    offset: int = 0
-    step: int = 1
-    first_w: int = 0
-    step_w: int = 1
-
-
-POINTWISE = Gather()
-
-
-def window(kernel: int, stride: int, padding: int) -> Gather:
-    """A convolution; the data gradient of a transposed one."""
-    return Gather(kernel, kernel, stride, offset=-padding)
-
-
-def mirrored(kernel: int, padding: int) -> Gather:
-    """The data gradient of a convolution with stride 1."""
-    return Gather(kernel, kernel, offset=padding, step=-1)
-
-
-def doubling(kernel: int) -> Gather:
-    """A transposed convolution with kernel 3 or 4, stride 2, padding 1; a convolution's gradient.
-
-    Kernel 3 is kernel 4 without its last row and column.
-    """
-    return Gather(kernel, taps=2, phases=2, step=-1, first_w=1, step_w=2)
-
-
-class Weight:
-    """A dense weight ``[outer, taps, inner]`` as a product reads it.
-
-    Args:
-        dense: the tensor; inner is its last axis.
-        channels: of the product's input.
-        columns: of its output; one of the two is inner.
-        inner_is_input: which one.
-    """
-
-    def __init__(self, dense: Tensor, channels: int, columns: int, inner_is_input: bool):
-        self.dense, self.columns = dense, columns
-        outer_stride = dense[0].numel()
-        # Of the input's channel, the output's and the tap.
-        self.strides = (1, outer_stride, channels) if inner_is_input else (outer_stride, 1, columns)
 
 
 @dataclass(frozen=True)
@@ -176,42 +114,39 @@ def _product_constexprs(
     }
 
 
-def channels_last(t: Tensor) -> Tensor:
-    """``[..., C, H, W]`` as dense ``[..., H, W, C]``; no copy of channels-last storage."""
-    return t.movedim(-3, -1).contiguous()
-
-
 def product(
     stack: Tensor,
-    weight: Weight,
+    weight: Tensor,
     gather: Gather,
     out_size: tuple[int, int],
+    front: Front,
     *,
-    kind: str = "none",
-    params: Sequence[float] = (),
+    inner_is_input: bool,
     bias: Tensor | None = None,
     pull: Tensor | None = None,
-    precision: str = "ieee",
 ) -> Tensor:
     """Apply a layer, or its transpose, to a stack.
 
     Args:
         stack: dense ``[S, B, H, W, C]``, slot 0 the values; a supported dtype, also the weight's.
-        weight: reads C and gives N columns.
-        gather: the layer's geometry.
+        weight: dense ``[outer, taps, inner]``; one of outer and inner is C, the other N.
+        gather: the product's geometry.
         out_size: ``(OH, OW)``.
-        kind: the activation in front, "none" or a key of `PARAMETERS`.
-        params: its parameters; compiled in.
+        front: of the layer.
+        inner_is_input: whether inner is C.
         bias: added to slot 0's columns, repeated where it is shorter than N.
         pull: dense ``[S, B, OH, OW, N]``: the stack that the activation was applied to. Then
             `stack` is a gradient, and its product is pulled back through the activation.
-        precision: how float32 products are formed: "ieee", "tf32x3" or "tf32".
 
     Returns:
         ``[S, B, OH, OW, N]`` in the stack's dtype.
     """
-    (S, B, H, W, C), (OH, OW), N = stack.shape, out_size, weight.columns
+    (S, B, H, W, C), (OH, OW), (outer, taps, inner) = stack.shape, out_size, weight.shape
+    N = outer if inner_is_input else inner
+    # Of the input's channel and the output's.
+    strides = (1, taps * inner) if inner_is_input else (taps * inner, 1)
     out = torch.empty((S, B, OH, OW, N), dtype=stack.dtype, device=stack.device)
+    kind, params, precision = front
     constexprs = _product_constexprs(
         *(gather, C, N, stack.dtype, precision, front_constexprs(kind, params)),
         pull=pull is not None and kind != "none",
@@ -224,9 +159,9 @@ def product(
     programs = cdiv(rows, tile.block_m) * gather.phases**2 * cdiv(N, tile.block_n)
     with torch.cuda.device_of(stack):
         tangent_product_kernel[(programs,)](
-            *(stack, weight.dense, stack if bias is None else bias),
+            *(stack, weight, stack if bias is None else bias),
             *(stack if pull is None else pull, out, rows, slots, B, grid_h, grid_w, H, W, C),
-            *(OH, OW, N, N if bias is None else bias.numel(), *weight.strides),
+            *(OH, OW, N, N if bias is None else bias.numel(), *strides, inner),
             **constexprs,
             **tile.launch,
         )
@@ -245,14 +180,7 @@ def _splits(rows: int, tiles: int, block_k: int, limits: DeviceLimits) -> tuple[
 
 
 def weight_gradient(
-    plain: Tensor,
-    windowed: Tensor,
-    gather: Gather,
-    *,
-    activate: str,
-    kind: str = "none",
-    params: Sequence[float] = (),
-    precision: str = "ieee",
+    plain: Tensor, windowed: Tensor, gather: Gather, front: Front, *, on_window: bool
 ) -> Tensor:
     """Sum over slots, samples and positions of plain (x) its window in the other stack.
 
@@ -260,10 +188,9 @@ def weight_gradient(
         plain: dense ``[S, B, h, w, M]``.
         windowed: dense ``[S, B, H, W, C]``.
         gather: what position (y, x) of `plain` meets there, as `window` gives it.
-        activate: "plain" or "windowed", the one that is the layer's input, behind an activation.
-        kind: as in `product`.
-        params: as in `product`.
-        precision: as in `product`.
+        front: of the layer.
+        on_window: whether `windowed` is the layer's input, which the activation is in front of;
+            else `plain` is.
 
     Returns:
         Float32 ``[M, taps, C]``; its sums are split and added up in a fixed order.
@@ -271,13 +198,13 @@ def weight_gradient(
     (S, B, grid_h, grid_w, M), (_, _, H, W, C) = plain.shape, windowed.shape
     taps = gather.kernel**2
     N = taps * C
+    kind, params, precision = front
     tile = _weight_tile_of(M, N, plain.dtype, precision, kind)
     tiles, rows = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), S * B * grid_h * grid_w
     splits, per_split = _splits(rows, tiles, tile.block_k, device_limits(plain))
     parts = torch.empty((splits, M, taps, C), dtype=torch.float32, device=plain.device)
     constexprs = _weight_constexprs(
-        *(gather, M, N, plain.dtype, precision, front_constexprs(kind, params)),
-        on_window=activate == "windowed",
+        *(gather, M, N, plain.dtype, precision, front_constexprs(kind, params), on_window)
     )
     with torch.cuda.device_of(plain):
         tangent_weight_kernel[(splits * tiles,)](
@@ -340,20 +267,17 @@ EVERY = (
 
 def audited(
     name: str,
-    forward: Gather,
-    backward: Gather,
-    forward_inner_is_input: bool = True,
+    geometry: Geometry,
     variants: Sequence[tuple[torch.dtype, str, str, int, int]] = TYPICAL,
 ) -> Iterator[Configuration]:
     """What one operation's launchers compile, for the audit.
 
     Args:
         name: for the table.
-        forward: geometry of the product.
-        backward: of its transpose; the weight's gradient has that of the two that is a `window`.
-        forward_inner_is_input: as `Weight` has it.
+        geometry: of the layer.
         variants: `TYPICAL` or `EVERY`; they differ in what does not depend on the geometry.
     """
+    forward, backward, inner_is_input = geometry
     for dtype, precision, kind, channels, columns in variants:
         label = f"{name} {kind} C={channels} N={columns} {pointer(dtype)[1:]}"
         label += f" {precision}" if dtype == torch.float32 else ""
@@ -363,10 +287,7 @@ def audited(
         types["part_ptr"] = "*fp32"
         sizes = ("C", "stride_w_tap", "stride_w_n", "stride_w_c") if channels % 16 else ()
         constexprs = front_constexprs(kind, EXAMPLES.get(kind, ()))
-        for gather, inner_is_input, pull in (
-            (forward, forward_inner_is_input, False),
-            (backward, not forward_inner_is_input, True),
-        ):
+        for gather, pull in ((forward, False), (backward, True)):
             options = _product_constexprs(
                 *(gather, channels, columns, dtype, precision, constexprs),
                 pull=pull and kind != "none",
@@ -374,7 +295,7 @@ def audited(
             )
             tile = _product_tile_of(channels, columns, dtype, precision, kind, options["PULL"])
             # The JIT makes a constant of an argument that is 1.
-            one = "stride_w_c" if inner_is_input else "stride_w_n"
+            one = "stride_w_c" if inner_is_input != pull else "stride_w_n"
             yield Configuration(
                 tangent_product_kernel,
                 f"{label} {'back' if pull else 'forward'}",
@@ -383,7 +304,7 @@ def audited(
                 odd=tuple(size for size in sizes if size != one),
                 **tile.launch,
             )
-        reads = backward if forward.phases > 1 else forward
+        reads = forward if inner_is_input else backward
         width = reads.kernel**2 * channels
         tile = _weight_tile_of(columns, width, dtype, precision, kind)
         yield Configuration(
@@ -391,7 +312,7 @@ def audited(
             label,
             types,
             _weight_constexprs(
-                *(reads, columns, width, dtype, precision, constexprs), on_window=reads is forward
+                *(reads, columns, width, dtype, precision, constexprs, inner_is_input)
             ),
             odd=sizes[:1],
             **tile.launch,

@@ -44,7 +44,7 @@ from . import (
     woodbury_float64,
 )
 from ._launch import Configuration
-from ._stack_product import POINTWISE, audited, doubling, window
+from ._stack_product import audited
 
 # Shared memory that one block can have, in KiB, by compute capability.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
@@ -106,19 +106,14 @@ def celeba16() -> list[Configuration]:
     others = [c for module in rest for c in module.configurations() if c.label in labels]
     # The last one gives the values alone.
     channels = (64, 64), (64, 32), (32, 32), (32, 3)
-    doubled = audited(
-        "celeba16",
-        doubling(4),
-        window(4, stride=2, padding=1),
-        forward_inner_is_input=False,
-        variants=[(torch.float32, "tf32", "relu", *pair) for pair in channels],
-    )
+    variants = [(torch.float32, "tf32", "relu", *pair) for pair in channels]
+    doubled = audited("celeba16", tangent_conv_transpose.geometry(4, padding=1), variants)
     return [*doubled, *others]
 
 
 def _celeba16_first_layer() -> list[Configuration]:
     variants = [(torch.float32, "tf32", "none", 256, 16 * 64)]
-    return list(audited("celeba16 4x4", POINTWISE, POINTWISE, False, variants))
+    return list(audited("celeba16 4x4", tangent_conv_transpose.geometry(4, padding=0), variants))
 
 
 def first_step_seconds(arch: int) -> tuple[int, float]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsfvae.kernels._stack_geometry import Front
 from fastsfvae.ops import _library, _precision
 from fastsfvae.ops._geometry import Geometry
 
@@ -36,6 +37,11 @@ class Layer(NamedTuple):
     kind: str = "none"
     params: tuple[float, ...] = ()
     product: str = "ieee"
+
+    @property
+    def front(self) -> Front:
+        """All but the geometry, as the launchers take it."""
+        return Front(self.kind, self.params, self.product)
 
 
 def largest_batch(
@@ -102,11 +108,10 @@ def stack_layer(layer: Layer, stack: Tensor, weight: Tensor, bias: Tensor | None
     """
     _library.require_triton(stack)
     forward, _ = _launchers(layer.geometry)
-    options = _options(layer)
+    options = _options(layer.geometry)
     if layer.geometry is not None and layer.geometry.transposed:
         options["output_padding"] = layer.geometry.output_padding
-    stack = _precision.autocast(stack)
-    return forward(stack, weight, bias, layer.kind, layer.params, **options)
+    return forward(_precision.autocast(stack), weight, bias, layer.front, **options)
 
 
 def stack_layer_backward(
@@ -131,10 +136,9 @@ def stack_layer_backward(
     """
     _library.require_triton(grad)
     _, backward = _launchers(layer.geometry)
+    options = _options(layer.geometry)
     grad_stack, grad_weight = backward(
-        *(grad, stack, weight, layer.kind, layer.params),
-        needs=needs[:2],
-        **_options(layer),
+        *(grad, stack, weight, layer.front), needs=needs[:2], **options
     )
     axis = -1 if layer.geometry is None else 1
     return grad_stack, grad_weight, _precision.bias_gradient(grad, axis) if needs[2] else None
@@ -155,9 +159,8 @@ def _launchers(g: Geometry | None) -> tuple[Callable[..., Any], Callable[..., An
     return tangent_conv.tangent_conv_fwd, tangent_conv.tangent_conv_bwd
 
 
-def _options(layer: Layer) -> dict[str, Any]:
-    g, options = layer.geometry, {"input_precision": layer.product}
+def _options(g: Geometry | None) -> dict[str, Any]:
+    """What either half of a launcher is told of the geometry besides the weight's shape."""
     if g is None:
-        return options
-    placed = {**options, "padding": g.padding[0]}
-    return placed if g.transposed else {**placed, "stride": g.stride[0]}
+        return {}
+    return {"padding": g.padding[0]} | ({} if g.transposed else {"stride": g.stride[0]})

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastsfvae.kernels import _stack_product
-from fastsfvae.kernels._stack_product import Weight, doubling, product, weight_gradient, window
+from fastsfvae.kernels._stack_geometry import Front, doubling, window
+from fastsfvae.kernels._stack_product import product, weight_gradient
 from fastsfvae.kernels.tangent_activation import tangent_activation_bwd, tangent_activation_fwd
 from tests._triton import INTERPRETER
 from tests.kernels.test_gram_tail import problem, run
@@ -121,31 +122,29 @@ def stacks(dtype=torch.float32):
 @pytest.mark.parametrize("kind", ["relu", "tanh"])
 @pytest.mark.parametrize("pulled", [False, True])
 def test_the_last_rows_of_a_layer(kind, pulled, last_program):
-    taps = torch.randn(CHANNELS, 3, 3, CHANNELS, generator=torch.Generator().manual_seed(1))
-    weight = Weight(taps, CHANNELS, CHANNELS, inner_is_input=True)
-    results = []
+    weight = torch.randn(CHANNELS, 9, CHANNELS, generator=torch.Generator().manual_seed(1))
+    layer, results = (window(3, 1, 1), (SIZE, SIZE), Front(kind)), []
     for stack in stacks():
-        options = {"kind": kind, "pull": stack if pulled else None}
-        results.append(product(stack, weight, window(3, 1, 1), (SIZE, SIZE), **options)[-1, -1])
+        options = {"inner_is_input": True, "pull": stack if pulled else None}
+        results.append(product(stack, weight, *layer, **options)[-1, -1])
     assert results[0].abs().max() > 0 and torch.equal(*results)
 
 
 def test_the_last_rows_of_a_layer_that_doubles(last_program):
-    taps = torch.randn(CHANNELS, 4, 4, CHANNELS, generator=torch.Generator().manual_seed(1))
-    weight = Weight(taps, CHANNELS, CHANNELS, inner_is_input=False)
+    weight = torch.randn(CHANNELS, 16, CHANNELS, generator=torch.Generator().manual_seed(1))
+    layer = doubling(4), (2 * SIZE, 2 * SIZE), Front("relu")
     near, away = (
-        product(stack, weight, doubling(4), (2 * SIZE, 2 * SIZE), kind="relu")[-1, -1]
-        for stack in stacks()
+        product(stack, weight, *layer, inner_is_input=False)[-1, -1] for stack in stacks()
     )
     assert near.abs().max() > 0 and torch.equal(near, away)
 
 
-@pytest.mark.parametrize("activate", ["plain", "windowed"])
-def test_the_last_rows_of_a_weights_gradient(activate, last_program, monkeypatch):
+@pytest.mark.parametrize("on_window", [False, True])
+def test_the_last_rows_of_a_weights_gradient(on_window, last_program, monkeypatch):
     # The second of two parts is one block.
     monkeypatch.setattr(_stack_product, "_splits", lambda rows, tiles, k, _: (2, rows - k))
     near, away = (
-        weight_gradient(stack, stack, window(3, 1, 1), activate=activate, kind="tanh")
+        weight_gradient(stack, stack, window(3, 1, 1), Front("tanh"), on_window=on_window)
         for stack in stacks()
     )
     assert near.abs().max() > 0 and torch.equal(near, away)

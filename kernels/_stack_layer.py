@@ -1,0 +1,100 @@
+"""Whole layers of images, forward and backward, on `_stack_product`'s launchers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._launch import check_dtypes
+from ._stack_geometry import POINTWISE, Front, Geometry
+from ._stack_product import product, weight_gradient
+
+
+def layer_fwd(
+    geometry: Geometry,
+    stack: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_size: tuple[int, ...],
+    front: Front,
+) -> Tensor:
+    """Values and tangents of a layer: ``[S, B, C_out, OH, OW]`` in channels-last order.
+
+    Args:
+        geometry: of the layer.
+        stack: ``[S, B, C_in, H, W]``, slot 0 the values, float32, bfloat16 or float16; copied only
+            where its slots are not dense in channels-last order.
+        weight: ``[outer, inner, kh, kw]``; likewise, and converted to the stack's dtype.
+        bias: ``[C_out]`` or None, added to the values.
+        out_size: ``(OH, OW)``.
+        front: of the layer.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: an unknown kind or a wrong number of parameters.
+    """
+    check_dtypes(stack=stack)
+    x, taps = _channels_last(stack), _channels_last(weight.to(stack.dtype))
+    y = product(
+        *(x, _dense(geometry, taps), geometry.forward, _grid(geometry, x, out_size), front),
+        inner_is_input=geometry.inner_is_input,
+        bias=bias,
+    )
+    C_out = weight.shape[0 if geometry.inner_is_input else 1]
+    return y.view(*x.shape[:2], *out_size, C_out).permute(0, 1, 4, 2, 3)
+
+
+def layer_bwd(
+    geometry: Geometry,
+    grad: Tensor,
+    stack: Tensor,
+    weight: Tensor,
+    front: Front,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the stack in front of the activation, and of the weight.
+
+    Args:
+        geometry: as in the forward.
+        grad: ``[S, B, C_out, OH, OW]``, of what the forward returned.
+        stack: as in the forward.
+        weight: as in the forward.
+        front: as in the forward.
+        needs: which of the two are wanted; the other is None.
+
+    Returns:
+        The stack's in the gradient's dtype and the weight's in float32, both in channels-last
+        order.
+
+    Raises:
+        TypeError, ValueError: as the forward.
+    """
+    check_dtypes(grad=grad)
+    x, taps, g = (_channels_last(t.to(grad.dtype)) for t in (stack, weight, grad))
+    (forward, backward, inner_is_input), dense = geometry, _dense(geometry, taps)
+    columns = dense.shape[0 if inner_is_input else 2]
+    g = g.view(*x.shape[:2], *_grid(geometry, x, g.shape[2:4]), columns)
+    grad_x = grad_w = None
+    if needs[0]:
+        grad_x = product(
+            *(g, dense, backward, x.shape[2:4], front), inner_is_input=not inner_is_input, pull=x
+        ).permute(0, 1, 4, 2, 3)
+    if needs[1]:
+        pair = (g, x, forward) if inner_is_input else (x, g, backward)
+        summed = weight_gradient(*pair, front, on_window=inner_is_input)
+        grad_w = summed.view(taps.shape).permute(0, 3, 1, 2)
+    return grad_x, grad_w
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """``[..., C, H, W]`` as dense ``[..., H, W, C]``; no copy of channels-last storage."""
+    return t.movedim(-3, -1).contiguous()
+
+
+def _dense(geometry: Geometry, taps: Tensor) -> Tensor:
+    """[outer, kh, kw, inner] as a product takes it; for a pointwise one [outer, 1, kh kw inner]."""
+    return taps.view(len(taps), geometry.forward.kernel**2, -1)
+
+
+def _grid(geometry: Geometry, x: Tensor, out_size: tuple[int, ...]) -> tuple[int, ...]:
+    """Positions of the output; a pointwise product has its input's, and all else as columns."""
+    return x.shape[2:4] if geometry.forward == POINTWISE else out_size
