@@ -1,7 +1,6 @@
-"""Lets a plain checkout run without an installation: `import bench.checkout` before fastsfvae.
+"""Another commit's code for bench.compare: `import bench.checkout` before fastsfvae.
 
-The folder kernels/ is installed as `fastsfvae.kernels`; where nothing is installed, it is loaded
-under that name from here. Also a pytest plugin: `pytest -p bench.checkout`.
+The environment variable FASTSFVAE_CHECKOUT names the folder that the commit is checked out into.
 """
 
 import importlib.util
@@ -9,13 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-# Another one where two commits are compared.
 CHECKOUT = "FASTSFVAE_CHECKOUT"
-ROOT = Path(os.environ.get(CHECKOUT, Path(__file__).resolve().parent.parent))
 
 
-def _load_kernels() -> None:
-    folder = ROOT / "kernels"
+def _load_kernels(folder: Path) -> None:
+    """For commits without fastsfvae/kernels, which points to this folder."""
     spec = importlib.util.spec_from_file_location(
         "fastsfvae.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -24,7 +21,7 @@ def _load_kernels() -> None:
     spec.loader.exec_module(module)
 
 
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-if "fastsfvae.kernels" not in sys.modules:
-    _load_kernels()
+if root := os.environ.get(CHECKOUT):
+    sys.path.insert(0, root)
+    if not Path(root, "fastsfvae/kernels").is_dir():
+        _load_kernels(Path(root, "kernels"))

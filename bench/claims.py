@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-import bench.checkout  # noqa: F401 - before anything that imports fastsfvae
 from bench import memory
 from bench.ledger import LEDGER, Recorder
 from bench.measure import Wrong, why

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-import bench.checkout  # noqa: F401 - before anything that imports fastsfvae
 from bench import choices, ledger
 from bench.ledger import Recorder, read_rows
 from bench.measure import Context, OutOfTime
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = "rows.csv"
 # Apart from the measurements: --merge must not find them.
 QUICK_ROWS = "quick.csv"
@@ -123,7 +123,7 @@ def _spawn(options: argparse.Namespace, name: str, seconds: float, environment: 
     with (options.out / LOG).open("a") as log:
         log.write(f"== {name}\n")
         log.flush()
-        place = {"cwd": bench.checkout.ROOT, "env": environment, "stdout": log, "stderr": log}
+        place = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
         process = subprocess.Popen(command, **place, start_new_session=True)
         try:
             status = process.wait(seconds + GRACE / 2)

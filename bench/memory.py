@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench.checkout  # noqa: F401 - before anything that imports fastsfvae
 from bench.peers import DECODER_LOSSES, loss_and_gradients
 from bench.problems import build_problem
 

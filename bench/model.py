@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-import bench.checkout  # noqa: F401 - before anything that imports fastsfvae
 import fastsfvae as sf
 from bench.ledger import LEDGER, read_rows
 from bench.problems import WORKLOADS, build_problem

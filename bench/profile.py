@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import bench.checkout  # noqa: F401 - before anything that imports fastsfvae
 from bench.peers import OURS, SAMPLING, STEPS, TRITON
 from bench.problems import WORKLOADS, build_problem
 from fastsfvae._ranges import recording, span
