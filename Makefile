@@ -60,3 +60,4 @@ bench-full: $(INSTALLED) ## The same for every workload, with the peak memory of
 
 clean: ## Remove caches and builds (never runs/ or .venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
