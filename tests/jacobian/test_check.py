@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fastsfvae.jacobian import check_decoder
-from fastsfvae.jacobian.rules.registry import RULES, Rule
+from fastsfvae.jacobian.rules.registry import RULES
+from fastsfvae.jacobian.rules.rule import Rule
 
 
 def conv_decoder():

@@ -35,7 +35,7 @@ from fastsfvae.jacobian.plan.trace import Trace
 from fastsfvae.jacobian.rules.fallback import generic_rule, where
 from fastsfvae.jacobian.rules.fused_layer import fused_layer
 from fastsfvae.jacobian.rules.jet import Jet
-from fastsfvae.jacobian.rules.registry import RULES
+from fastsfvae.jacobian.rules.registry import RULES, bind
 from fastsfvae.jacobian.rules.scatter import copied
 from fastsfvae.ops.dispatch import Choice
 from fastsfvae.ops.tangent_layer import Layer
@@ -190,7 +190,7 @@ class _Emitter:
             if layer is not None:
                 chosen = fused_layer(packet, layer)
             label = f"{packet} {self.trace.paths.get(node, '')}".rstrip()
-            function, handled = chosen.bind(self._private(node.args[0]), label), "rule"
+            function, handled = bind(chosen, self._private(node.args[0]), label), "rule"
             if not found.pulls(*described):
                 self._obstruct(f"{packet} has no adjoint", node)
             if chosen is found.fused:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsfvae.jacobian.rules.arithmetic import mul
 from fastsfvae.jacobian.rules.jet import Jet, broadcast_jet, from_stack
 from fastsfvae.jacobian.rules.pieces import chunk
-from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
+from fastsfvae.jacobian.rules.registry import RULES, adjoint, bind, rule
 from fastsfvae.jacobian.rules.triton_activation import Read, fused_rule
 
 _SELU_ALPHA = 1.6732632423543772848170429916717
@@ -37,7 +37,7 @@ def pointwise(
         *names: ATen operations.
         curvature: phi'' as ``(a, y, phi', *arguments)``, for the adjoint.
         straight: phi'' is 0.
-        kernel: which Triton kernel takes a call; see `fused_activation`.
+        kernel: which Triton kernel takes a call; see `fused_rule`.
     """
 
     def register(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -297,7 +297,7 @@ def _prelu_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor):
     return grad_x, by_weight.sum().view(weight.shape) if weight.numel() == 1 else by_weight
 
 
-_open = RULES["sigmoid"].bind()
+_open = bind(RULES["sigmoid"])
 
 
 @rule("glu", composed=True)

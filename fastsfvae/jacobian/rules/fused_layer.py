@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, stack_of
-from fastsfvae.jacobian.rules.registry import RULES, Rule
+from fastsfvae.jacobian.rules.registry import RULES
+from fastsfvae.jacobian.rules.rule import Rule
 from fastsfvae.jacobian.rules.tape import once
 from fastsfvae.ops._precision import autocast
 from fastsfvae.ops.tangent_activation import tangent_activation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +102,20 @@ def join(by_value: Tensor, by_tangents: Tensor) -> Tensor:
 def primal_of(x: Any) -> Any:
     """The value of a Jet; anything else unchanged."""
     return x.primal if isinstance(x, Jet) else x
+
+
+def is_list(value: Any) -> bool:
+    """Whether an argument is several, a list or a tuple; a Jet is a tuple as well, and is one."""
+    return isinstance(value, (list, tuple)) and not isinstance(value, Jet)
+
+
+def flat(args: Iterable[Any]) -> Iterable[Any]:
+    """The arguments, with those in lists one by one."""
+    for arg in args:
+        if is_list(arg):
+            yield from arg
+        else:
+            yield arg
 
 
 def along_last_axes(x: Jet, operation: Callable[[Tensor], Tensor], axes: int) -> Jet:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsfvae._ranges import span
-from fastsfvae.jacobian.rules.jet import Jet
-
-if TYPE_CHECKING:
-    from fastsfvae.jacobian.rules.registry import Rule
+from fastsfvae.jacobian.rules.jet import Jet, flat, is_list
+from fastsfvae.jacobian.rules.rule import Rule
 
 _running = threading.local()
 
@@ -126,7 +124,7 @@ class Tape:
             self.busy = False
         args = args[skip:]
         if rule.adjoint is not None and any(self._needs(arg) for arg in flat(args)):
-            results = out if _is_list(out) else (out,)
+            results = out if is_list(out) else (out,)
             fresh = [r for r in results if isinstance(r, Jet) and id(r) not in self._active]
             if fresh:
                 self._active.update(map(id, fresh))
@@ -150,7 +148,7 @@ class Tape:
             if entry.rule.overwrites and not gradient.owned:
                 gradient = _Gradient(_copy(gradient.value), owned=True)
             needs = tuple(
-                [self._needs(item) for item in arg] if _is_list(arg) else self._needs(arg)
+                [self._needs(item) for item in arg] if is_list(arg) else self._needs(arg)
                 for arg in entry.args
             )
             assert entry.rule.adjoint is not None
@@ -213,20 +211,6 @@ class Tape:
         if before is not None:
             gradient, fresh = _sum(before.value, gradient), True
         self._gradients[id(source)] = _Gradient(gradient, fresh)
-
-
-def _is_list(value: Any) -> bool:
-    # A Jet is a tuple as well.
-    return isinstance(value, (list, tuple)) and not isinstance(value, Jet)
-
-
-def flat(args: Iterable[Any]) -> Iterable[Any]:
-    """The arguments, with those in lists one by one."""
-    for arg in args:
-        if _is_list(arg):
-            yield from arg
-        else:
-            yield arg
 
 
 def _copy(grad: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsfvae.jacobian.rules.jet import Jet, from_stack
-from fastsfvae.jacobian.rules.registry import Rule
+from fastsfvae.jacobian.rules.rule import Rule
 from fastsfvae.ops.tangent_activation import (
     reads_result,
     stack_activation,
