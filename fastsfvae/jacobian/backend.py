@@ -27,8 +27,8 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     """
     _checks.choice("backend", backend, _checks.BACKENDS)
     if backend == "auto":
-        fusable = tensor.is_cuda and tensor.dtype != torch.float64
-        return "triton" if fusable and _triton_installed() else "torch"
+        able = tensor.is_cuda and tensor.dtype != torch.float64
+        return "triton" if able and _triton_installed() else "torch"
     if backend == "triton":
         from fastsfvae.ops._library import require_triton
 

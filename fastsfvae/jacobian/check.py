@@ -250,13 +250,13 @@ def _layers(steps: Sequence[Step], m: int, backend: str) -> list[LayerReport]:
 def _has_kernel(step: Step) -> bool:
     if step.choice is not None:
         return step.choice.how == "fused"
-    return step.op in RULES and RULES[step.op].fused is not None
+    return step.op in RULES and RULES[step.op].triton is not None
 
 
 def _errors(decoder, z: Tensor, args, kwargs) -> tuple[Tensor, tuple[float, float, float | None]]:
     parameters = list(decoder.parameters()) if isinstance(decoder, nn.Module) else []
     leaves = [z.clone().requires_grad_(), *(p for p in parameters if p.requires_grad)]
-    # Fused attention kernels have no second derivative.
+    # Attention's kernels of one pass have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         output, jacobian = decode_with_jacobian(
             decoder, leaves[0], *args, backend="torch", **kwargs

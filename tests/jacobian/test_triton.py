@@ -1,4 +1,4 @@
-"""Decoders on the fused activation kernel against float64, next to the torch backend."""
+"""Decoders on the activations' kernel against float64, next to the torch backend."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class _Emitter:
             function, handled = bind(chosen, self._private(node.args[0]), label), "rule"
             if not found.pulls(*described):
                 self._obstruct(f"{packet} has no adjoint", node)
-            if chosen is found.fused:
+            if chosen is found.triton:
                 arguments[1:1] = self._bias_left_by(node.args[0])
         else:
             path = self.trace.paths.get(node, "")

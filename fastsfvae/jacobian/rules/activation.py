@@ -19,7 +19,7 @@ from fastsfvae.jacobian.rules.arithmetic import mul
 from fastsfvae.jacobian.rules.jet import Jet, broadcast_jet, from_stack
 from fastsfvae.jacobian.rules.pieces import chunk
 from fastsfvae.jacobian.rules.registry import RULES, adjoint, bind, rule
-from fastsfvae.jacobian.rules.triton_activation import Read, fused_rule
+from fastsfvae.jacobian.rules.triton_activation import Read, triton_rule
 
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946
@@ -37,14 +37,14 @@ def pointwise(
         *names: ATen operations.
         curvature: phi'' as ``(a, y, phi', *arguments)``, for the adjoint.
         straight: phi'' is 0.
-        kernel: which Triton kernel takes a call; see `fused_rule`.
+        kernel: which Triton kernel takes a call; see `triton_rule`.
     """
 
     def register(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for name in names:
             operation = getattr(torch.ops.aten, name)
-            fused = None if kernel is None else fused_rule(name, kernel)
-            rule(name, fused=fused)(_pointwise_rule(operation, derivative))
+            triton = None if kernel is None else triton_rule(name, kernel)
+            rule(name, triton=triton)(_pointwise_rule(operation, derivative))
             if straight or curvature is not None:
                 pull = _pointwise_adjoint(derivative, curvature)
                 lean = _pointwise_lean(operation, derivative)

@@ -40,7 +40,7 @@ def bind(rule: Rule, private: bool = False, label: str = "") -> Callable[..., An
 
 def rule(
     *names: str,
-    fused: Rule | None = None,
+    triton: Rule | None = None,
     several: bool = False,
     composed: bool = False,
     covers: Callable[..., bool] | None = None,
@@ -55,7 +55,7 @@ def rule(
         for name in names:
             if name in RULES:
                 raise ValueError(f"there are two tangent rules for {name!r}")
-            RULES[name] = Rule(name, function, fused, several, composed, covers=covers)
+            RULES[name] = Rule(name, function, triton, several, composed, covers=covers)
         return bind(RULES[names[0]])
 
     return register

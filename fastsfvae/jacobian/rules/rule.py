@@ -20,12 +20,12 @@ class Rule:
         forward: takes the operation's arguments with a Jet in place of every tensor that depends
             on z, and returns a Jet (or a tuple with Jets where the operation has several results).
             It is written with differentiable operations, so autograd gives every gradient.
-        fused: the same on the Triton kernels, or None. It covers the calls that they take, and has
+        triton: the same on the Triton kernels, or None. It covers the calls that they take, and has
             two more arguments behind the first: a bias to be added to the value, or None, and its
             axis there. So the layer in front can leave its bias to the kernel's one pass.
-        several: whether arguments fused than the first may be Jets as well; where they may not
+        several: whether arguments other than the first may be Jets as well; where they may not
             and one is, the operation is differentiated generically.
-        composed: whether `forward` does all its work on Jets and parameters by calling fused
+        composed: whether `forward` does all its work on Jets and parameters by calling other
             rules, whose adjoints are then its own.
         adjoint: ``(grad, out, needs, *args, **kwargs) -> gradients of args``; see `adjoint`.
         covers: ``(args, kwargs) -> bool``, whether the adjoint (or, for a composed rule, those of
@@ -39,7 +39,7 @@ class Rule:
 
     name: str
     forward: Callable[..., Any]
-    fused: Rule | None = None
+    triton: Rule | None = None
     several: bool = False
     composed: bool = False
     adjoint: Callable[..., Any] | None = None
@@ -59,6 +59,6 @@ class Rule:
         return not any(isinstance(arg, Jet) for arg in flat(args[1:]))
 
     def on(self, backend: str, args: tuple, kwargs: dict[str, Any]) -> Rule:
-        """The rule that runs a call on the resolved backend: this one, or `fused`."""
-        fused = self.fused if backend == "triton" else None
-        return fused if fused is not None and fused.pulls(args, kwargs) else self
+        """The rule that runs a call on the resolved backend: this one, or `triton`."""
+        other = self.triton if backend == "triton" else None
+        return other if other is not None and other.pulls(args, kwargs) else self

@@ -35,7 +35,7 @@ def kernel_of(
     return None if found is None else (found[0], tuple(float(p) for p in found[1]))
 
 
-def fused_rule(name: str, read: Read) -> Rule:
+def triton_rule(name: str, read: Read) -> Rule:
     """The rule ``(x, bias, axis, *arguments)`` of phi(a + bias, *arguments)."""
     _KERNELS[name] = read
 
