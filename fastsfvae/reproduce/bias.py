@@ -8,9 +8,9 @@ from typing import Any
 
 from fastsfvae import evaluate
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
-from fastsfvae.reproduce.figures import row_of_panels, tidy
+from fastsfvae.reproduce.figures import log_counts, row_of_panels, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods, images_of
-from fastsfvae.reproduce.tables import summarise
+from fastsfvae.reproduce.tables import grid, last_summaries
 from fastsfvae.reproduce.wallclock import STEPS
 from fastsfvae.results.report import encode
 from fastsfvae.training.config import TrainConfig
@@ -110,30 +110,26 @@ def _cells(options: Options) -> list[Cell]:
 
 def _means(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     """Cell -> quantity -> mean over seeds, after the last step."""
-    last = {result.cell.name: result.steps[-1] for result in results}
     means: dict[str, dict[str, float]] = {}
-    for row in summarise(results):
-        if row.step == last[row.cell]:
-            means.setdefault(row.cell, {})[row.quantity] = row.mean
+    for row in last_summaries(results):
+        means.setdefault(row.cell, {})[row.quantity] = row.mean
     return means
 
 
 def _reading(results: Sequence[Result]) -> str:
     """Every objective on every model: its gap, and the K of equal error."""
-    names = list(_OBJECTIVES)
+    rows = []
+    for cell, values in _means(results).items():
+        rows.append([cell])
+        for name in _OBJECTIVES:
+            counts = (f"{values[f'equal K, {kind}, {name}']:.2g}" for kind in _ERRORS)
+            rows[-1].append(f"{values[f'gap, {name}']:.2f} ({', '.join(counts)})")
     lines = [
         "gap in nats; in brackets the K at which the sampling objective's loss, then its gradient, "
         "has an error as large as the bias:",
         "",
-        f"| trained by | {' | '.join(f'gap of {name}' for name in names)} |",
-        "|---" * (1 + len(names)) + "|",
+        *grid(["trained by", *(f"gap of {name}" for name in _OBJECTIVES)], rows),
     ]
-    for cell, values in _means(results).items():
-        shown = []
-        for name in names:
-            counts = (f"{values[f'equal K, {kind}, {name}']:.2g}" for kind in _ERRORS)
-            shown.append(f"{values[f'gap, {name}']:.2f} ({', '.join(counts)})")
-        lines.append(f"| {cell} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -159,9 +155,7 @@ def _draw(results: Sequence[Result]):
         for i, name in enumerate(_OBJECTIVES):
             bias = values[f"{kind} bias, {name}"]
             axes.axhline(bias, color=f"C{i}", label=f"{name}: bias")
-        axes.set_xscale("log")
-        axes.set_xticks(_SAMPLES, [str(k) for k in _SAMPLES])
-        axes.minorticks_off()
+        log_counts(axes, _SAMPLES)
         axes.set_yscale("log")
         tidy(axes, f"error of the {kind}, trained by {judged}", "draws K per image, B = 64")
     panels[-1].legend(fontsize=7, frameon=False)

@@ -24,6 +24,13 @@ def tidy(axes, title: str, x_label: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def log_counts(axes, counts: Sequence[int]) -> None:
+    """A logarithmic axis whose numbers are these alone."""
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+
+
 def log_seconds(axes) -> None:
     """A logarithmic axis of seconds whose numbers are plain: 1, 3, 10, 30, ..."""
     from matplotlib.ticker import LogLocator

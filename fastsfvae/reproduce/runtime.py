@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from fastsfvae.training.seeds import to_unit
 _PAPER_HOURS = {"sampling": 9.7, "sampling-free": 14.5}
 PAPER_RATIO = _PAPER_HOURS["sampling-free"] / _PAPER_HOURS["sampling"]
 _PLAIN = "vmap(jacfwd)"
+STEP_TIME = "ms per step"
 _NAMES = (*_PAPER_HOURS, _PLAIN)
 # What the time of a step depends on.
 _TIMED = ("data", "model", "method", "latent_dim", "batch_size", "samples", "precision")
@@ -46,7 +47,7 @@ class StepTime:
     def conventions(self) -> dict[str, str]:
         """See `Measure`."""
         return {
-            "ms per step": f"encoder, objective, gradients and Adam; median of {self.steps} steps "
+            STEP_TIME: f"encoder, objective, gradients and Adam; median of {self.steps} steps "
             "after two that are not counted, in the training run's precision",
             _PLAIN: "the same objective from vmap(jacfwd), the closed form and autograd",
         }
@@ -64,7 +65,7 @@ class StepTime:
             if run.device.type == "cuda":
                 torch.cuda.synchronize(run.device)
             times.append(1e3 * (time.perf_counter() - started))
-        return {"ms per step": statistics.median(times[2:])}
+        return {STEP_TIME: statistics.median(times[2:])}
 
 
 def _loss(run: Run) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -113,10 +114,7 @@ def measured_ratios(options: Options, out: Path) -> dict[str, float]:
         options: of the runs that are looked for.
         out: the folder of results; without runs of `RUNTIME` in it there are none.
     """
-    times = {
-        result.cell.name: result.measured(result.steps[-1])["ms per step"]
-        for result in stored_results(_cells(replace(options, data="")), out)
-    }
+    times = {cell.name: milliseconds for cell, milliseconds in _timed_cells(options, out)}
     ratios = {}
     for name, milliseconds in times.items():
         data, method, m = name.split(", ")
@@ -135,15 +133,21 @@ def projected_hours(cells: Sequence[Cell], options: Options, out: Path) -> dict[
         out: the folder of results; without runs of `RUNTIME` in it there are none.
     """
     times = {
-        _timed(result.cell.config): result.measured(result.steps[-1])["ms per step"]
-        for result in stored_results(_cells(replace(options, data="")), out)
-        if _PLAIN not in result.cell.name
+        _timed(cell.config): milliseconds
+        for cell, milliseconds in _timed_cells(options, out)
+        if _PLAIN not in cell.name
     }
     return {
         cell.name: times[timed] * cell.at[-1] * cell.seeds / 3.6e6
         for cell in cells
         if (timed := _timed(cell.config)) in times
     }
+
+
+def _timed_cells(options: Options, out: Path) -> Iterator[tuple[Cell, float]]:
+    """The cells of every data set that were timed, and the milliseconds of their step."""
+    for result in stored_results(_cells(replace(options, data="")), out):
+        yield result.cell, result.measured(result.steps[-1])[STEP_TIME]
 
 
 def _timed(config: TrainConfig) -> tuple:
@@ -161,7 +165,7 @@ def _cells(options: Options) -> list[Cell]:
                 config = TrainConfig(**settings, method=method, latent_dim=m)
                 hours = _PAPER_HOURS.get(name) if (data, m) == ("celeba", 16) else None
                 # 10^6 steps an hour are 3.6 ms a step.
-                paper = {} if hours is None else {"ms per step": {1: Published(3.6 * hours)}}
+                paper = {} if hours is None else {STEP_TIME: {1: Published(3.6 * hours)}}
                 measure = StepTime(steps, plain=name == _PLAIN)
                 cells.append(Cell(f"{data}, {name}, m={m}", config, measure, (1,), 1, paper))
     return cells
@@ -176,7 +180,7 @@ def _draw(results: Sequence[Result]):
             points = {
                 cells[s.cell].latent_dim: s.mean
                 for s in summarise(results)
-                if s.quantity == "ms per step" and s.cell.startswith(f"{data}, {name}, ")
+                if s.quantity == STEP_TIME and s.cell.startswith(f"{data}, {name}, ")
             }
             axes.plot(list(points), list(points.values()), marker=".", label=name)
         axes.set_xticks(sorted({c.latent_dim for c in cells.values() if c.data == data}))

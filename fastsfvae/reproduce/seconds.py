@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fastsfvae.reproduce.cells import Cell, Result
-from fastsfvae.reproduce.runtime import StepTime
+from fastsfvae.reproduce.runtime import STEP_TIME, StepTime
 from fastsfvae.reproduce.tables import summarise
 
 # Steps of training -> what was measured after them.
 Curve = Mapping[int, float]
 
 _SUFFIX = ", step time"
-_QUANTITY = "ms per step"
 
 
 def doublings(last: int, points: int) -> tuple[int, ...]:
@@ -47,7 +46,7 @@ def step_seconds(results: Iterable[Result]) -> dict[str, float]:
     return {
         row.cell.removesuffix(_SUFFIX): row.mean / 1e3
         for row in summarise(results)
-        if row.cell.endswith(_SUFFIX) and row.quantity == _QUANTITY
+        if row.cell.endswith(_SUFFIX) and row.quantity == STEP_TIME
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastsfvae.evaluate.taylor import PAPER_SAMPLES
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
-from fastsfvae.reproduce.figures import row_of_panels, tidy
+from fastsfvae.reproduce.figures import log_counts, row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.measures import Covariances
 from fastsfvae.training.config import TrainConfig
@@ -56,9 +56,7 @@ def _draw(results: Sequence[Result]):
         if paper:
             axes.plot(PAPER_SAMPLES, paper[1:], "k_", markersize=10, label="paper, K samples")
             axes.axhline(paper[0], color="black", linestyle=":", label="paper, Taylor")
-        axes.set_xscale("log")
-        axes.set_xticks(PAPER_SAMPLES, [str(count) for count in PAPER_SAMPLES])
-        axes.minorticks_off()
+        log_counts(axes, PAPER_SAMPLES)
         tidy(axes, f"{result.cell.name}: correlation of pixel variances", "samples K")
         axes.legend(fontsize=8, frameon=False)
     return figure

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
-from fastsfvae.reproduce.figures import log_seconds, row_of_panels, tidy
+from fastsfvae.reproduce.figures import log_counts, log_seconds, row_of_panels, tidy
 from fastsfvae.reproduce.measures import (
     LIKELIHOOD_COLUMNS,
     OWN_OBJECTIVE,
     LikelihoodsAndObjective,
 )
+from fastsfvae.reproduce.runtime import STEP_TIME
 from fastsfvae.reproduce.seconds import (
     Curve,
     curves,
@@ -22,7 +23,7 @@ from fastsfvae.reproduce.seconds import (
     trained,
     value_after,
 )
-from fastsfvae.reproduce.tables import Summary, summarise
+from fastsfvae.reproduce.tables import Summary, grid, summarise
 from fastsfvae.training.config import Method, TrainConfig
 
 _SAMPLES = (1, 5, 20, 50, 100, 200)
@@ -111,20 +112,19 @@ def _reading(results: Sequence[Result]) -> str:
             behind = value_after(free, time / seconds[_FREE[0]]) - curve[step]
             row += [f"{time:.0f}", "-" if math.isnan(behind) else f"{behind:+.2f}"]
         if set(row[1:]) != {"-"}:
-            rows.append("| " + " | ".join([*row, "-", "-"][:7]) + " |")
+            rows.append([*row, "-", "-"][:7])
     if not rows:
         return ""
-    head = [
+    words = [
         "NLL over that of sampling-free training: negative where the method is better. At equal",
         "steps by log ML and by each method's own objective; at equal seconds by log ML over",
         "`precision`, whose run is read where it has taken the method's time, by the times of a "
         "step.",
         "",
-        "| method | log ML, over precision | over expected | own objective, over precision "
-        "| over expected | seconds | at equal seconds |",
-        "|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *rows])
+    head = ["method", "log ML, over precision", "over expected", "own objective, over precision"]
+    head += ["over expected", "seconds", "at equal seconds"]
+    return "\n".join([*words, *grid(head, rows)])
 
 
 def _over(step: int, high: Curve, low: Curve) -> str:
@@ -176,9 +176,7 @@ def _plot_samples(axes, results: Sequence[Result], quantity: str) -> None:
             continue
         spread = [0.0 if math.isnan(s.spread) else s.spread for s in shown]
         axes.errorbar(counts, [s.mean for s in shown], yerr=spread, marker=".", **style)
-    axes.set_xscale("log")
-    axes.set_xticks(_SAMPLES, [str(count) for count in _SAMPLES])
-    axes.minorticks_off()
+    log_counts(axes, _SAMPLES)
 
 
 def _plot_seconds(axes, results: Sequence[Result], seconds: Mapping[str, float]) -> None:
@@ -203,7 +201,7 @@ TABLE3 = Experiment(
     cells=_cells,
     draw=_draw,
     reading=_reading,
-    columns=("NLL", OWN_OBJECTIVE, *LIKELIHOOD_COLUMNS, "ms per step"),
+    columns=("NLL", OWN_OBJECTIVE, *LIKELIHOOD_COLUMNS, STEP_TIME),
     assumptions=(
         "m, the epochs, the learning rate and the estimator are not stated: m = 50, 30 epochs, "
         "Adam at 1e-3, 5,000 importance weights from one defensive proposal for all",

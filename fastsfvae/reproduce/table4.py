@@ -10,7 +10,7 @@ from fastsfvae.models import Init, OutputActivation
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import Panel, dots
 from fastsfvae.reproduce.measures import Collapse
-from fastsfvae.reproduce.tables import summarise
+from fastsfvae.reproduce.tables import grid, summarise
 from fastsfvae.training.config import TrainConfig
 
 _COLLAPSE, _ERROR, _KL = "collapse %", "error", "KL"
@@ -99,15 +99,10 @@ def _reading(results: Sequence[Result]) -> str:
         found = fits.setdefault((row.step, row.cell), set())
         if row.fits:
             found.add(row.quantity)
-    lines = [
-        "Printed values that a cell fits (x), within the paper's spread and ours together:",
-        "",
-        f"| cell | steps | {' | '.join(columns)} |",
-        "|---" * (2 + len(columns)) + "|",
-    ]
-    for (step, cell), found in fits.items():
-        marks = ("x" if column in found else "" for column in columns)
-        lines.append(f"| {cell} | {step:,} | {' | '.join(marks)} |")
+    rows = (
+        [cell, f"{step:,}", *("x" if column in found else "" for column in columns)]
+        for (step, cell), found in fits.items()
+    )
     # A reading's output, initial weights and error -> the paper's rows that it fits whole.
     whole: dict[str, set[str]] = {}
     for (step, cell), found in fits.items():
@@ -117,7 +112,10 @@ def _reading(results: Sequence[Result]) -> str:
                 method = "sampling" if objective == "sampling" else "sampling-free"
                 whole.setdefault(f"{reading}, {error} after {step:,} steps", set()).add(method)
     both = "; ".join(reading for reading, methods in whole.items() if len(methods) == 2)
-    lines += [
+    lines = [
+        "Printed values that a cell fits (x), within the paper's spread and ours together:",
+        "",
+        *grid(["cell", "steps", *columns], rows),
         "",
         f"Readings that fit the paper's sampling row and its sampling-free one: {both or 'none'}.",
     ]

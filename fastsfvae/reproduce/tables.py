@@ -62,6 +62,18 @@ def summarise(results: Iterable[Result]) -> list[Summary]:
     return summaries
 
 
+def last_summaries(results: Sequence[Result]) -> list[Summary]:
+    """`summarise`, of each cell after its last step alone."""
+    last = {result.cell.name: result.steps[-1] for result in results}
+    return [s for s in summarise(results) if s.step == last[s.cell]]
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    above, *below = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return [above, "|---" * len(head) + "|", *below]
+
+
 def summary_csv(results: Sequence[Result]) -> str:
     """A row for each cell, step and quantity, ours beside the paper's."""
     rows = [
@@ -105,28 +117,25 @@ def markdown(name: str, experiment: Experiment, results: Sequence[Result], total
         total: number of runs that the protocol has.
     """
     finished = sum(result.steps == list(result.cell.at) for result in results)
-    summaries = summarise(results)
-    if experiment.last_only:
-        last = {result.cell.name: result.steps[-1] for result in results}
-        summaries = [s for s in summaries if s.step == last[s.cell]]
+    summaries = last_summaries(results) if experiment.last_only else summarise(results)
     quantities = list(dict.fromkeys(s.quantity for s in summaries))
     if experiment.columns:
         quantities = [quantity for quantity in experiment.columns if quantity in quantities]
         summaries = [s for s in summaries if s.quantity in quantities]
+    rows: dict[tuple[str, int, int], dict[str, str]] = {}
+    for s in summaries:
+        rows.setdefault((s.cell, s.step, s.seeds), {})[s.quantity] = _beside(s)
+    shown = (
+        [cell, f"{step:,}", str(seeds), *(values.get(quantity, "-") for quantity in quantities)]
+        for (cell, step, seeds), values in rows.items()
+    )
     lines = [
         f"# {name}: {experiment.title}",
         "",
         f"{len(results)} runs; {finished} of the protocol's {total} are finished.",
         "",
-        f"| cell | steps | seeds | {' | '.join(quantities)} |",
-        "|---" * (3 + len(quantities)) + "|",
+        *grid(["cell", "steps", "seeds", *quantities], shown),
     ]
-    rows: dict[tuple[str, int, int], dict[str, str]] = {}
-    for s in summaries:
-        rows.setdefault((s.cell, s.step, s.seeds), {})[s.quantity] = _beside(s)
-    for (cell, step, seeds), values in rows.items():
-        shown = (values.get(quantity, "-") for quantity in quantities)
-        lines.append(f"| {cell} | {step:,} | {seeds} | {' | '.join(shown)} |")
     if reading := experiment.reading(results):
         lines += ["", reading]
     conventions: dict[str, str] = {}

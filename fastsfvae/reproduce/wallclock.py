@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from fastsfvae._checks import Likelihood
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
-from fastsfvae.reproduce.figures import log_seconds, row_of_panels, tidy
+from fastsfvae.reproduce.figures import log_counts, log_seconds, row_of_panels, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods
-from fastsfvae.reproduce.runtime import PAPER_RATIO
+from fastsfvae.reproduce.runtime import PAPER_RATIO, STEP_TIME
 from fastsfvae.reproduce.seconds import (
     Curve,
     curves,
@@ -20,6 +20,7 @@ from fastsfvae.reproduce.seconds import (
     steps_to_reach,
     trained,
 )
+from fastsfvae.reproduce.tables import grid
 from fastsfvae.training.config import TrainConfig
 
 _SAMPLING, _PLAIN = "sampling", "vmap(jacfwd)"
@@ -79,14 +80,7 @@ def _break_even_by_seed(
 
 
 def _reading(results: Sequence[Result]) -> str:
-    lines = [
-        "Break-even ratio: sampling's steps to the same value, over the objective's own steps; "
-        "its range over seeds. At equal seconds a sampling-free objective is ahead where one of "
-        "its steps takes fewer sampling steps than that.",
-        "",
-        f"| objective | steps | {' | '.join(f'break-even ratio, {q}' for q in _QUANTITIES)} |",
-        "|---" * (2 + len(_QUANTITIES)) + "|",
-    ]
+    rows = []
     sampled = [step for r in results if r.cell.name == _SAMPLING for step in r.steps]
     for name in _FREE:
         columns = [_break_even_by_seed(results, name, quantity) for quantity in _QUANTITIES]
@@ -94,9 +88,14 @@ def _reading(results: Sequence[Result]) -> str:
             shown = (
                 _range(ratios[step], min(sampled) / step, max(sampled) / step) for ratios in columns
             )
-            lines.append(f"| {name} | {step:,} | {' | '.join(shown)} |")
+            rows.append([name, f"{step:,}", *shown])
     measured = (f"{name} {ratio:.1f}" for name, ratio in _ratios(results).items())
-    lines += [
+    lines = [
+        "Break-even ratio: sampling's steps to the same value, over the objective's own steps; "
+        "its range over seeds. At equal seconds a sampling-free objective is ahead where one of "
+        "its steps takes fewer sampling steps than that.",
+        "",
+        *grid(["objective", "steps", *(f"break-even ratio, {q}" for q in _QUANTITIES)], rows),
         "",
         f"Ratios of step times: {', '.join(measured) or 'not measured'}; the paper's "
         f"{PAPER_RATIO:.2f} is of another network and device.",
@@ -149,10 +148,7 @@ def _plot_break_even(axes, results: Sequence[Result]) -> None:
         place = {"xy": (side, marks[label]), "xycoords": ("axes fraction", "data")}
         align = {"ha": "right" if side else "left", "va": "bottom"}
         axes.annotate(f"{label} {marks[label]:.2f}", **place, **align, fontsize=7)
-    axes.set_xscale("log")
-    steps = sorted({step for r in results if r.cell.name in _FREE for step in r.steps})
-    axes.set_xticks(steps, [f"{step:,}" for step in steps])
-    axes.minorticks_off()
+    log_counts(axes, sorted({s for r in results if r.cell.name in _FREE for s in r.steps}))
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, frameon=False)
 
@@ -175,7 +171,7 @@ WALLCLOCK = Experiment(
     cells=_cells,
     draw=_draw,
     reading=_reading,
-    columns=("log ML", *LIKELIHOOD_COLUMNS, "ms per step"),
+    columns=("log ML", *LIKELIHOOD_COLUMNS, STEP_TIME),
     assumptions=(
         "seconds: steps times the time of a step, which has cells of its own, to be run with "
         "nothing else on the machine",
