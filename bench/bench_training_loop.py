@@ -21,7 +21,10 @@ from bench.ledger import LEDGER, Recorder
 from bench.timing import quantiles, wall_ms
 from fastsfvae import training
 from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.loop import CHECKPOINT_EVERY, LOG_EVERY
+from fastsfvae.training.metrics_csv import Row
 from fastsfvae.training.monitors import PlainProgress
+from fastsfvae.training.run import save
 from fastsfvae.training.seeds import to_unit
 
 WARM_UP = 5
@@ -60,7 +63,7 @@ class Twin:
         self.bare: list[float] = []
         self._left = time.perf_counter()
 
-    def __call__(self, run: training.Run, row: training.Row) -> None:
+    def __call__(self, run: training.Run, row: Row) -> None:
         """Note when the loop's step ended, and take a bare one."""
         self.loop.append((time.perf_counter() - self._left) * 1e3)
         self.bare.append(wall_ms(self._step))
@@ -81,9 +84,9 @@ def measure(name: str, steps: int, recorder: Recorder | None) -> float:
         run, other = (training.start(config, Path(folder) / part) for part in ("run", "twin"))
         progress, twin = PlainProgress(run), Twin(other)
         training.train(run, progress, twin)
-        checkpoint = min(wall_ms(lambda: training.save(run)) for _ in range(3))
+        checkpoint = min(wall_ms(lambda: save(run)) for _ in range(3))
     loop, bare = twin.loop[WARM_UP:], twin.bare[WARM_UP:]
-    ratio = 1 + (_extra(loop, bare) + checkpoint / training.CHECKPOINT_EVERY) / median(bare)
+    ratio = 1 + (_extra(loop, bare) + checkpoint / CHECKPOINT_EVERY) / median(bare)
     timings = {"training loop": quantiles(loop), "bare step": quantiles(bare)}
     for label, timing in timings.items():
         print(f"{name:10s} {label:14s} {timing.p50:9.2f} ms ({timing.p20:.2f} to {timing.p80:.2f})")
@@ -112,9 +115,9 @@ def _extra(loop: list[float], bare: list[float]) -> float:
     pairs = enumerate(zip(loop, bare, strict=True), start=WARM_UP + 1)
     usual, writing = [], []
     for step, (ours, theirs) in pairs:
-        (writing if step % training.LOG_EVERY == 0 else usual).append(ours - theirs)
+        (writing if step % LOG_EVERY == 0 else usual).append(ours - theirs)
     row = median(writing) - median(usual)
-    return median(usual) + row / training.LOG_EVERY
+    return median(usual) + row / LOG_EVERY
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from fastsfvae.reproduce.measures import (
 )
 from fastsfvae.reproduce.runner import run_cells, stored_results
 from fastsfvae.reproduce.sizes import step_ratios
+from fastsfvae.training import loop
 from fastsfvae.training.config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -103,17 +104,17 @@ def test_a_run_that_another_table_took_past_a_step_is_made_anew(tmp_path):
 
 
 def test_a_killed_cell_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    save = training.save
+    save = loop.save
 
     def die(run, *arguments):
         save(run, *arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save", die)
+    monkeypatch.setattr(loop, "save", die)
     with pytest.raises(KeyboardInterrupt):
         run_cells([_cell()], tmp_path, print)
     assert stored_results([_cell()], tmp_path) == []
-    monkeypatch.setattr(training, "save", save)
+    monkeypatch.setattr(loop, "save", save)
     run_cells([_cell()], tmp_path, print)
     run_cells([_cell()], tmp_path / "whole", print)
     killed, whole = (stored_results([_cell()], out) for out in (tmp_path, tmp_path / "whole"))
