@@ -11,6 +11,7 @@ ledger.py           results/ledger.csv, which only grows
 choices.py          the library's table of faster layers, from the ledger
 report.py           `python -m bench.report`: its tables and plots
 compare.py          `python -m bench.compare A B`: two commits in one run
+command.py          what the commands share
 model.py            `python -m bench.model`: what to expect of a card, from counts alone
 profile.py          `python -m bench.profile`: each named range's share of a step
 """

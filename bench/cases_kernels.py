@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -33,11 +34,8 @@ def _size(name: str) -> str:
 
 def gram_project(device: str, names: Sequence[str], dtypes=DTYPES) -> Iterator[Case]:
     """J, r -> G, p, rr and its adjoint, on each backend."""
-    for name in names:
-        for dtype in dtypes:
-            for backend in BACKENDS:
-                for backward in (False, True):
-                    yield _gram_project(device, name, dtype, backend, backward)
+    for case in product(names, dtypes, BACKENDS, (False, True)):
+        yield _gram_project(device, *case)
 
 
 def _gram_project(device: str, name: str, dtype, backend: str, backward: bool) -> Case:
@@ -84,9 +82,8 @@ def _gram_project(device: str, name: str, dtype, backend: str, backward: bool) -
 
 def woodbury(device: str, names: Sequence[str]) -> Iterator[Case]:
     """G, p, h, c -> log_det, explained and what the adjoint needs, on each backend."""
-    for name in names:
-        for backend in BACKENDS:
-            yield _woodbury(device, name, backend)
+    for case in product(names, BACKENDS):
+        yield _woodbury(device, *case)
 
 
 def _woodbury(device: str, name: str, backend: str) -> Case:
@@ -117,14 +114,9 @@ def _woodbury(device: str, name: str, backend: str) -> Case:
 
 def tangent_activation(device: str, names: Sequence[str], dtypes=DTYPES) -> Iterator[Case]:
     """phi(a) and phi'(a) T in one pass, and its adjoint: the Triton kernel and torch.func."""
-    for name in names:
-        for dtype in dtypes:
-            for kind in ("relu", "gelu"):
-                for backward in (False, True):
-                    for implementation in (TRITON, "vmap(jvp)"):
-                        yield _tangent_activation(
-                            device, name, dtype, kind, backward, implementation
-                        )
+    choices = (False, True), (TRITON, "vmap(jvp)")
+    for case in product(names, dtypes, ("relu", "gelu"), *choices):
+        yield _tangent_activation(device, *case)
 
 
 def _tangent_activation(device, name, dtype, kind, backward, implementation) -> Case:
@@ -188,13 +180,11 @@ def _tangent_activation(device, name, dtype, kind, backward, implementation) -> 
 
 def low_rank(device: str, names: Sequence[str]) -> Iterator[Case]:
     """low_rank_log_prob against its peers: values alone, and with all gradients."""
-    for name in names:
-        for mode in ("forward", "both"):
-            for implementation in LOG_PROBS:
-                yield _low_rank(device, name, implementation, mode)
+    for case in product(names, ("forward", "both"), LOG_PROBS):
+        yield _low_rank(device, *case)
 
 
-def _low_rank(device: str, name: str, implementation: str, mode: str) -> Case:
+def _low_rank(device: str, name: str, mode: str, implementation: str) -> Case:
     B, n, m = GIVEN[name]
     once = 4 * B * n * (m + 1)
     backward = mode == "both"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -118,13 +119,11 @@ def decoder_loss(
     implementations: Sequence[str] = tuple(DECODER_LOSSES),
 ) -> Iterator[Case]:
     """The objective and all its gradients."""
-    for name in names:
-        for dtype in dtypes:
-            for implementation in implementations:
-                yield _decoder_loss(device, name, batch, dtype, implementation)
+    for case in product(names, dtypes, implementations):
+        yield _decoder_loss(device, batch, *case)
 
 
-def _decoder_loss(device, name, batch, dtype, implementation) -> Case:
+def _decoder_loss(device, batch, name, dtype, implementation) -> Case:
     def prepare() -> Prepared:
         problem = build_problem(name, batch, device=device)
         loss = DECODER_LOSSES[implementation](problem.decoder)
@@ -152,13 +151,11 @@ def training_step(
     dtypes: Sequence[str] = ("float32",),
 ) -> Iterator[Case]:
     """Encoder, objective, backward and Adam; the sampling VAE's comes first."""
-    for name in names:
-        for dtype in dtypes:
-            for implementation in STEPS:
-                yield _training_step(device, name, batch, dtype, implementation)
+    for case in product(names, dtypes, STEPS):
+        yield _training_step(device, batch, *case)
 
 
-def _training_step(device, name, batch, dtype, implementation) -> Case:
+def _training_step(device, batch, name, dtype, implementation) -> Case:
     def prepare() -> Prepared:
         problem = build_problem(name, batch, device=device)
         modules = problem.encoder, problem.decoder

@@ -15,7 +15,6 @@ printed as it is.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from bench import memory
+from bench.command import make_parser
 from bench.ledger import LEDGER, Recorder
 from bench.measure import Wrong, why
 from bench.peers import DECODER_LOSSES, OURS, exact_gradients, loss_and_gradients
@@ -162,11 +162,7 @@ CLAIMS = {
 
 def main() -> None:
     """Check the claims named on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.claims",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("claims", __doc__)
     parser.add_argument("names", nargs="+", choices=[*CLAIMS, "all"])
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
     parser.add_argument("--ledger", type=Path, default=LEDGER, help="where the rows go")

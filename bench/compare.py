@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bench.checkout
+from bench.command import ROOT, make_parser
 from bench.timing import wall_ms
 
-HERE = Path(__file__).resolve().parent.parent
 PROBLEMS = ("m16", "celeba16:16", "mnist2")
 FEWEST_ROUNDS = 6
 
@@ -88,7 +88,7 @@ def worktree(commit: str) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkout"
-        git = ["git", "-C", str(HERE), "worktree"]
+        git = ["git", "-C", str(ROOT), "worktree"]
         add = [*git, "add", "--detach", str(path), commit]
         done = subprocess.run(add, capture_output=True, text=True)
         if done.returncode:
@@ -105,7 +105,7 @@ def worker(root: Path, problem: str) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "bench.compare", "--worker", problem]
     environment = {**os.environ, bench.checkout.CHECKOUT: str(root)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=HERE, env=environment, **pipes)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     try:
         yield process
     finally:
@@ -143,11 +143,7 @@ def ratios(a: Path, b: Path, problem: str, rounds: int) -> tuple[list[float], li
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare and print; return 1 for a regression."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("compare", __doc__)
     parser.add_argument("a", nargs="?", default="HEAD~1", help="the commit that is compared with")
     parser.add_argument("b", nargs="?", default="HEAD", help="the commit that may be slower")
     parser.add_argument("--problem", action="append", help="m16, m64, m200, or WORKLOAD[:BATCH]")

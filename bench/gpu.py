@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 from bench import choices, ledger
+from bench.command import ROOT, make_parser
 from bench.ledger import Recorder, read_rows
 from bench.measure import Context, OutOfTime
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = "rows.csv"
 # Apart from the measurements: --merge must not find them.
 QUICK_ROWS = "quick.csv"
@@ -71,11 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("gpu", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of rows.csv and the logs")
     parser.add_argument("--minutes", type=float, default=8, help="for everything together")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

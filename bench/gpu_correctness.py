@@ -9,9 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.command import ROOT
 from bench.measure import Context
 
-ROOT = Path(__file__).resolve().parents[1]
 # What marks a test for a device.
 MARKED = re.compile(r"\brequires_triton\b|\bmark\.gpu\b")
 LOG = "correctness.log"

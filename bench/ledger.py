@@ -69,6 +69,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, restval=""))
 
 
+def ceiling(row: Mapping[str, str]) -> tuple[str, float] | None:
+    """What a row measured of the device: "copy" and bytes/s, or a dtype and FLOP/s; else None."""
+    if row["op"] != "ceiling" or not row["p50_ms"]:
+        return None
+    if row["bytes_per_s"]:
+        return "copy", float(row["bytes_per_s"])
+    return row["dtype"], float(row["flop_per_s"])
+
+
 def merge(rows: Iterable[Mapping[str, str]]) -> int:
     """Append the rows that carry a time and do not stand in the ledger yet; return how many."""
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.ledger import Recorder, read_rows, times
+from bench.ledger import Recorder, ceiling, read_rows, times
 from bench.problems import TOLERANCE
 from bench.timing import Timing, time_events, time_graph, time_wall
 
@@ -122,19 +122,10 @@ class Context:
     limit: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.limit = {}
-        rows = [row for row in read_rows(self.recorder.path) if row["op"] == "ceiling"]
         # Of this device and software only: a ledger holds those of others too.
-        for row in rows:
-            same = all(row[k] == v for k, v in self.recorder.provenance.items())
-            if same and row["p50_ms"]:
-                self.take_limit(row)
-
-    def take_limit(self, row: dict[str, str]) -> None:
-        """Take a ceiling's row."""
-        is_copy = bool(row.get("bytes_per_s"))
-        name = "copy" if is_copy else row["dtype"]
-        self.limit[name] = float(row["bytes_per_s" if is_copy else "flop_per_s"])
+        own = self.recorder.provenance.items()
+        rows = (row for row in read_rows(self.recorder.path) if row.items() >= own)
+        self.limit = dict(filter(None, map(ceiling, rows)))
 
     def run(self, case: Case, baseline: dict[str, Timing] | None = None) -> dict[str, Timing]:
         """Check, time and record a case; a failure becomes a row that says why.

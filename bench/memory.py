@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.command import ROOT
 from bench.peers import DECODER_LOSSES, loss_and_gradients
 from bench.problems import build_problem
 
@@ -27,8 +28,7 @@ def peak_extra(workload: str, implementation: str, batch: str | None = None) -> 
     """
     command = [sys.executable, "-m", "bench.memory", workload, implementation]
     command += [str(batch)] if batch else []
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"{' '.join(command[2:])} ended with {done.returncode}: {last}")

@@ -8,19 +8,22 @@ the paper's full CelebA run, projected from measured training steps.
 
 from __future__ import annotations
 
-import argparse
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 
 import fastsfvae as sf
-from bench.ledger import LEDGER, read_rows
+from bench.command import make_parser
+from bench.ledger import LEDGER, ceiling, read_rows
 from bench.problems import WORKLOADS, build_problem
 from fastsfvae.jacobian.cost import CARDS, Card, step_floor
 
 DTYPES = ("float32", "tf32", "bfloat16")
 # The paper's CelebA run: 10^6 steps of B = 64 with m = 16, 14.5 hours on its Quadro RTX 6000.
 PAPER_STEPS, PAPER_HOURS, PAPER_WORKLOAD, PAPER_BATCH = 10**6, 14.5, "celeba16", 64
+
+_run = itemgetter("device", "threads", "torch", "triton", "commit", "date")
 
 
 def report_of(workload: str) -> sf.DecoderReport:
@@ -47,14 +50,12 @@ def measured_cards(rows: list[dict[str, str]]) -> dict[tuple[str, ...], Card]:
     """Measured ceilings as cards, by device, threads, versions and commit."""
     found: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
-        if row["op"] == "ceiling" and row["p50_ms"]:
-            name = "bandwidth" if row["bytes_per_s"] else row["dtype"]
-            rate = float(row["bytes_per_s"] or row["flop_per_s"])
-            found.setdefault(_run(row), {})[name] = rate
+        if (limit := ceiling(row)) is not None:
+            found.setdefault(_run(row), {}).update([limit])
     return {
-        key: Card(name=key[0], **rates)
+        key: Card(name=key[0], bandwidth=rates.pop("copy"), **rates)
         for key, rates in found.items()
-        if rates.keys() >= {"bandwidth", "float32"}
+        if rates.keys() >= {"copy", "float32"}
     }
 
 
@@ -93,17 +94,9 @@ def projected(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
-def _run(row: dict[str, str]) -> tuple[str, ...]:
-    return tuple(row[name] for name in ("device", "threads", "torch", "triton", "commit", "date"))
-
-
 def main() -> None:
     """Print all three."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("model", __doc__)
     parser.add_argument("--card", choices=CARDS, action="append", help="default: all")
     parser.add_argument("--workload", choices=WORKLOADS, default=PAPER_WORKLOAD)
     parser.add_argument("--batch", type=int, help="default: the workload's own")

@@ -16,14 +16,15 @@ import csv
 import io
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import fastsfvae as sf
+from bench.problems import products
 from fastsfvae import models
 from fastsfvae.data import digits
 from fastsfvae.ground.atomic import write_text
@@ -71,19 +72,9 @@ class Trained(NamedTuple):
 @contextmanager
 def held(precision: Precision, device: str) -> Iterator[None]:
     """Compute in a precision within the block."""
-    backends: Any = torch.backends
-    settings = [backends.cudnn.conv, backends.cuda.matmul]
-    before = [s.fp32_precision for s in settings]
-    with ExitStack() as stack:
-        if precision.autocast is not None:
-            stack.enter_context(torch.autocast(device, precision.autocast))
-        for setting in settings:
-            setting.fp32_precision = precision.products
-        try:
-            yield
-        finally:
-            for setting, old in zip(settings, before, strict=True):
-                setting.fp32_precision = old
+    enabled = precision.autocast is not None
+    with products(precision.products), torch.autocast(device, precision.autocast, enabled):
+        yield
 
 
 def fresh_model(seed: int, precision: Precision, device: str) -> tuple[nn.Module, nn.Module]:

@@ -8,12 +8,12 @@ The library's ranges are listed in fastsfvae/_ranges.py. For Nsight Systems, on 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bench.command import make_parser
 from bench.peers import OURS, SAMPLING, STEPS, TRITON
 from bench.problems import WORKLOADS, build_problem
 from fastsfvae._ranges import recording, span
@@ -74,11 +74,7 @@ def table(found: dict[str, float]) -> str:
 
 def main() -> None:
     """Profile the step that the command line names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("profile", __doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--workload", choices=WORKLOADS, default="celeba16")
     parser.add_argument("--batch", type=int, help="default: the workload's own")

@@ -10,9 +10,9 @@ Rows of one device, thread count and software version are never mixed with other
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib
@@ -20,16 +20,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.ledger import LEDGER, RESULTS, read_rows
+from bench.command import make_parser
+from bench.ledger import LEDGER, RESULTS, ceiling, read_rows
 
 Row = dict[str, str]
 OURS_COLOUR, PEER_COLOUR, LINE_COLOUR = "#1b6ca8", "#b8bec4", "#c44536"
 OPERATIONS = ("low_rank_log_prob", "decoder+loss", "training step")
-MACHINE = ("device", "threads", "torch", "triton")
-
-
-def machine(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in MACHINE)
+machine = itemgetter("device", "threads", "torch", "triton")
 
 
 def on_machine(rows: list[Row], chosen: str | None) -> list[Row]:
@@ -49,7 +46,7 @@ def latest(rows: list[Row]) -> list[Row]:
     """The last row of each case, with a peak memory that an earlier one has."""
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        key = tuple(row[n] for n in ("op", "implementation", "mode", "shape", "dtype"))
+        key = itemgetter("op", "implementation", "mode", "shape", "dtype")(row)
         before = found.pop(key, row)
         if row["peak_mib"] and not row["p50_ms"]:
             # Memory alone, by a run of its own.
@@ -63,8 +60,7 @@ def groups(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
     """Rows that compute the same thing, fastest first, what has no time last."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("op", "mode", "shape", "dtype"))
-        found.setdefault(key, []).append(row)
+        found.setdefault(itemgetter("op", "mode", "shape", "dtype")(row), []).append(row)
     slowest = float("inf")
     for group in found.values():
         group.sort(key=lambda row: float(row["p50_ms"] or slowest))
@@ -134,18 +130,14 @@ def plot_peers(rows: list[Row], path: Path) -> None:
 
 def plot_roofline(rows: list[Row], path: Path) -> None:
     """What each operation reaches, against the copy's and the products' rates."""
-    ceilings = {
-        "copy" if row["bytes_per_s"] else row["dtype"]: row
-        for row in latest(rows)
-        if row["op"] == "ceiling" and row["p50_ms"]
-    }
+    ceilings = dict(filter(None, map(ceiling, latest(rows))))
     if not {"copy", "float32"} <= ceilings.keys():
         raise ValueError("no ceilings of this machine: run `make bench`")
-    bandwidth = float(ceilings["copy"]["bytes_per_s"])
+    bandwidth = ceilings["copy"]
     figure, axis = plt.subplots(figsize=(8, 5))
     key: list[str] = []
     for name in sorted(ceilings.keys() - {"copy"}):
-        peak = float(ceilings[name]["flop_per_s"])
+        peak = ceilings[name]
         corners = [1 / 8, peak / bandwidth, 4096]
         axis.plot(corners, [min(peak, i * bandwidth) / 1e9 for i in corners], label=name)
     for row in latest(rows):
@@ -239,11 +231,7 @@ PLOTS: dict[str, Callable[[list[Row], Path], None]] = {
 
 def main() -> None:
     """Write the report; a plot whose rows are missing says what to run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("report", __doc__)
     parser.add_argument("--ledger", type=Path, default=LEDGER)
     parser.add_argument("--device", help="part of a device's name; default: the last row's")
     parser.add_argument("--out", type=Path, default=RESULTS)

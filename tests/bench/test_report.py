@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import checkout, claims, compare, ledger, memory, model, report, suite
+from bench.command import ROOT
 from bench.ledger import Recorder, read_rows
 from bench.timing import Timing, quantiles, take_turns
 
@@ -125,7 +126,7 @@ def test_each_commit_runs_its_own_code(tmp_path, kernels):
     code += "print(f.origin, k.origin)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=compare.HERE,
+        cwd=ROOT,
         env={**compare.os.environ, checkout.CHECKOUT: str(tmp_path)},
         capture_output=True,
         text=True,
@@ -198,10 +199,10 @@ def test_op(timed, case):
 def test_suites_time_what_is_right_in_turn_with_this_library(tmp_path):
     (tmp_path / "bench_op.py").write_text(SUITE)
     rows = tmp_path / "rows.csv"
-    command = [sys.executable, "-m", "pytest", "-c", str(compare.HERE / "pyproject.toml")]
-    command += ["--rootdir", str(compare.HERE), "-p", "bench.conftest", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
+    command += ["--rootdir", str(ROOT), "-p", "bench.conftest", "-p", "no:cacheprovider"]
     command += ["--quick", "--ledger", str(rows), str(tmp_path / "bench_op.py")]
-    done = subprocess.run(command, cwd=compare.HERE, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "2 passed, 2 skipped, 1 deselected" in done.stdout
     found = {row["implementation"]: row for row in read_rows(rows) if row["op"] == "op"}
     assert found.keys() == {"fastsfvae[torch]", "wrong", "peer", "missing"}
