@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsfvae import reference
 from fastsfvae._ranges import ranged
-from fastsfvae.jacobian.plan.ending import LastLayer, Linear
+from fastsfvae.jacobian.plan.last_layer import LastLayer, Linear
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, full_tangent
 from fastsfvae.jacobian.run.chunks import empty_gradient, flatten_in_memory_order
 from fastsfvae.ops.gram_project import full_products, gram_project_backward

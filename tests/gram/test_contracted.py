@@ -10,7 +10,8 @@ import fastsfvae as sf
 from fastsfvae import likelihood_adjoint
 from fastsfvae.gram import operator as fused
 from fastsfvae.gram.sources import Contracted, ThroughLayer, gram_of
-from fastsfvae.jacobian.plan import ending as tail
+from fastsfvae.jacobian.plan import ending
+from fastsfvae.jacobian.plan.last_layer import LastLayer, Linear
 from fastsfvae.jacobian.rules.jet import Jet, from_stack
 from fastsfvae.jacobian.run.sweep import find_program
 from tests.gram.test_operator import LIKELIHOODS, close, fused_settings, gradients
@@ -76,7 +77,7 @@ def stops_at_linear(decoder, tensors):
     along, whole = rest[: problem.along], rest[problem.along :]
     latents = Jet(z, torch.eye(M)[:, None])
     output = find_program(problem.program).body(latents, along, whole, to_tail=len(z))
-    return isinstance(output, tail.LastLayer) and isinstance(output.tail, tail.Linear)
+    return isinstance(output, LastLayer) and isinstance(output.tail, Linear)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -97,7 +98,7 @@ def test_float32_is_as_good_as_through_the_jacobian(likelihood, monkeypatch):
     want = gradients(decoder, tensors, likelihood=likelihood)
     decoder, tensors = problem("unflattened", dtype=torch.float32)
     ours = gradients(decoder, tensors, likelihood=likelihood)
-    monkeypatch.setattr(tail, "least_batch", lambda *_: 0)
+    monkeypatch.setattr(ending, "least_batch", lambda *_: 0)
     again = copy.deepcopy(decoder)
     assert not stops_at_linear(again, tensors)
     theirs = gradients(again, tensors, likelihood=likelihood)
@@ -135,7 +136,7 @@ def test_a_compiled_loss():
 
 
 def last_layer(a, T, W):
-    return tail.LastLayer(from_stack(torch.cat([a[None], T])), tail.Linear(W, None, W.mT @ W))
+    return LastLayer(from_stack(torch.cat([a[None], T])), Linear(W, None, W.mT @ W))
 
 
 def whole_numbers(B=3):
@@ -240,10 +241,10 @@ def test_a_decoder_whose_last_layer_cancels(chunk_size, monkeypatch):
 
 def test_where_the_metric_is_taken():
     # From so many samples on, the share of W^T W itself is small enough.
-    assert tail.least_batch(784, 200, 50) == 5 and tail.least_batch(3072, 256, 16) == 15
-    assert 1024 > tail.least_batch(784, 512, 16) > 64
+    assert ending.least_batch(784, 200, 50) == 5 and ending.least_batch(3072, 256, 16) == 15
+    assert 1024 > ending.least_batch(784, 512, 16) > 64
     # As wide as the images; and so wide that every tangent would be told to cancel.
-    assert not tail.least_batch(784, 1000, 50) and not tail.least_batch(12288, 2048, 16)
+    assert not ending.least_batch(784, 1000, 50) and not ending.least_batch(12288, 2048, 16)
     decoder, tensors = problem("unflattened", dtype=torch.float32)
     assert stops_at_linear(decoder, tensors)
     assert not stops_at_linear(decoder, [t[:1] for t in tensors])

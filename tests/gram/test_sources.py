@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastsfvae import likelihood_adjoint, reference
 from fastsfvae.gram.sources import Unwritten, Written
-from fastsfvae.jacobian.plan.ending import stop_at
+from fastsfvae.jacobian.plan.last_layer import stop_at
 from fastsfvae.jacobian.rules.jet import from_stack
 from fastsfvae.likelihoods import likelihood_terms
 from fastsfvae.ops.gram_tail import Tail, tail_partials, tail_values

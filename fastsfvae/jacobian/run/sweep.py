@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.plan.ending import LastLayer
+from fastsfvae.jacobian.plan.last_layer import LastLayer
 from fastsfvae.jacobian.rules.jet import Jet, latent_jet
 from fastsfvae.jacobian.rules.tape import Tape
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
