@@ -107,16 +107,16 @@ def test_library_layers_are_channels_last_both_ways(monkeypatch):
 
 
 def test_relu_overwrites_what_the_layer_wrote(monkeypatch):
-    from fastsfvae.jacobian.rules import fused_activation
+    from fastsfvae.jacobian.rules import triton_activation
 
     given = []
-    original = fused_activation.stack_activation
+    original = triton_activation.stack_activation
 
     def spy(a, T, kind, params, bias, axis, out):
         given.append((kind, out is not None and out.data_ptr() == a.data_ptr()))
         return original(a, T, kind, params, bias, axis, out)
 
-    monkeypatch.setattr(fused_activation, "stack_activation", spy)
+    monkeypatch.setattr(triton_activation, "stack_activation", spy)
     gradients(decoder(nn.ReLU()).to(DEVICE), tensors(), "triton")
     # The first layer's tangents are its weight, which is not the sweep's to overwrite.
     assert given == [("relu", False), *[("relu", True)] * 4, ("sigmoid", False)]
