@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.plan.functionalize import is_mutation
-from fastsfvae.jacobian.rules import NOT_DIFFERENTIABLE
+from fastsfvae.jacobian.rules.catalogue import NOT_DIFFERENTIABLE
 
 # What gives its argument another shape and moves no element past another.
 VIEWS = frozenset("view reshape flatten unflatten unsqueeze squeeze".split())
