@@ -22,7 +22,7 @@ from torch.distributions import LowRankMultivariateNormal
 import fastsfvae as sf
 from bench.problems import GAMMA, NOISE_VAR, Problem, autocast
 from fastsfvae._ranges import span
-from fastsfvae.elbo import gaussian_kl
+from fastsfvae.loss import gaussian_kl
 from fastsfvae.objectives import Sampling, SamplingFree
 from fastsfvae.reproduce.runtime import vmap_jacfwd as vmap_jacfwd
 

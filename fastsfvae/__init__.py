@@ -11,17 +11,17 @@ log-likelihood then has a closed form. The README has a whole example and the me
 
 from fastsfvae import evaluate as evaluate
 from fastsfvae.distributions import LinearizedGaussian as LinearizedGaussian
-from fastsfvae.elbo import Elbo as Elbo
-from fastsfvae.elbo import low_rank_log_prob as low_rank_log_prob
-from fastsfvae.elbo import sampling_free_elbo as sampling_free_elbo
+from fastsfvae.gram.pullback import Pullback as Pullback
+from fastsfvae.gram.pullback import pullback as pullback
 from fastsfvae.graphed import GraphedStep as GraphedStep
 from fastsfvae.graphed import make_graphed_step as make_graphed_step
 from fastsfvae.jacobian import DecoderReport as DecoderReport
-from fastsfvae.jacobian import Pullback as Pullback
 from fastsfvae.jacobian import check_decoder as check_decoder
 from fastsfvae.jacobian import decode_with_jacobian as decode_with_jacobian
-from fastsfvae.jacobian import pullback as pullback
+from fastsfvae.loss import Elbo as Elbo
 from fastsfvae.loss import SamplingFreeLoss as SamplingFreeLoss
+from fastsfvae.loss import low_rank_log_prob as low_rank_log_prob
+from fastsfvae.loss import sampling_free_elbo as sampling_free_elbo
 from fastsfvae.ops.dispatch import fused_layers as fused_layers
 from fastsfvae.training.checkpoint import load as load
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 Likelihood: TypeAlias = Literal["precision", "mixture", "normalized", "expected"]
-LIKELIHOODS: tuple[Likelihood, ...] = ("precision", "mixture", "normalized", "expected")
-REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "torch", "triton", "reference")
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Backend: TypeAlias = Literal["auto", "torch", "triton", "reference"]
+LIKELIHOODS: tuple[Likelihood, ...] = get_args(Likelihood)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:
@@ -51,6 +53,19 @@ def kl_weight(value: float | Tensor) -> None:
     """Raise unless kl_weight is a 0-d tensor or a finite number >= 0."""
     if _number("kl_weight", value) and not (math.isfinite(value) and value >= 0):
         raise ValueError(f"kl_weight={value!r} must be finite and not negative")
+
+
+def settings(
+    noise_var_: float | Tensor,
+    gamma_: float | Tensor,
+    kl_weight_: float | Tensor,
+    likelihood: str,
+) -> None:
+    """Raise for a setting of the objective that is out of range."""
+    noise_var(noise_var_)
+    gamma(gamma_)
+    kl_weight(kl_weight_)
+    choice("likelihood", likelihood, LIKELIHOODS)
 
 
 def floating(name: str, tensor: Tensor) -> None:

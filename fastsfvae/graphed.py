@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from fastsfvae import _checks
 from fastsfvae._ranges import span
 from fastsfvae.jacobian import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.loss import SamplingFreeLoss
-from fastsfvae.settings import check_settings
 
 # Before a capture every kernel has been compiled and every library has chosen its algorithms.
 _WARM_UP_STEPS = 3
@@ -229,7 +229,7 @@ class GraphedStep:
                 # The same tensor may hold something else.
                 self._scalars[name].copy_(value, non_blocking=True)
             elif not isinstance(value, Tensor) and value is not before:
-                check_settings(loss.noise_var, loss.gamma, loss.kl_weight, loss.likelihood)
+                _checks.settings(loss.noise_var, loss.gamma, loss.kl_weight, loss.likelihood)
                 self._scalars[name].fill_(value)
             self._given[name] = value
 

@@ -1,4 +1,4 @@
-"""The four likelihoods as scalar arithmetic on the primitive's results.
+"""The four likelihoods as scalar arithmetic on a decoder's Gram, and their gradients by hand.
 
 With n outputs, c = noise_var and rr = |x - f(mu)|^2 (all per sample):
 
@@ -12,19 +12,36 @@ With n outputs, c = noise_var and rr = |x - f(mu)|^2 (all per sample):
     expected     lambda = 1, gamma = 0, and     E_q of log N(x; f_lin(z), cI): the exact ELBO's
                  log_det is trace(A)/c          likelihood term for a linear decoder
 
-`likelihood_terms` is differentiable; `fastsfvae.likelihood_adjoint` has the same gradients by hand.
+With cotangents a of log_likelihood and b_rr, b_ld, b_ex of the terms:
+
+    g_ld = b_ld - lambda a / 2        g_ex = b_ex + gamma a / (2c)        g_rr = b_rr - a / (2c)
+    dc = sum a ((rr - gamma explained) / (2 c^2) - n / (2c)) + what the primitive gives
+    dgamma = sum a explained / (2c)   (- sum a log_det / 2 for "mixture")
+
+"normalized" subtracts a second log-determinant at (1 - gamma) h, through which gamma enters again.
+"expected" reads the row norms of J alone: log_det = sum h_i |J_i|^2 / c.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
-from fastsfvae.ops.low_rank import low_rank_terms, squared_norms
+from fastsfvae.gram.heads import HEADS, Found, Gradients, Shape
+from fastsfvae.gram.sources import ChunkGram
+from fastsfvae.ops.low_rank import (
+    Solved,
+    gram_cotangents,
+    low_rank_terms,
+    squared_norms,
+    variance_gradients,
+)
 
 
 class LikelihoodTerms(NamedTuple):
@@ -40,44 +57,6 @@ class LikelihoodTerms(NamedTuple):
     lost: Tensor
 
 
-def log_det_weight(likelihood: str, gamma: float | Tensor) -> float | Tensor:
-    """The formula's lambda."""
-    return gamma if likelihood == "mixture" else 1.0
-
-
-def second_variance(latent_var: Tensor, gamma: float | Tensor, likelihood: str) -> Tensor | None:
-    """The h of the log-determinant that "normalized" subtracts, None elsewhere."""
-    return (1 - gamma) * latent_var if likelihood == "normalized" else None
-
-
-def log_likelihood(
-    squared_error: Tensor,
-    log_det: Tensor,
-    explained: Tensor,
-    n: int,
-    c: Tensor,
-    gamma: float | Tensor,
-    likelihood: str,
-) -> Tensor:
-    """The module's formula, ``[B]``, from its terms."""
-    return (
-        -0.5 * n * (math.log(2 * math.pi) + c.log())
-        - 0.5 * log_det_weight(likelihood, gamma) * log_det
-        - (squared_error - gamma * explained) / (2 * c)
-    )
-
-
-def expected_log_det(row_norms: Tensor, h: Tensor, c: Tensor) -> Tensor:
-    """What stands for log_det in "expected": trace(A)/c, ``[B]``.
-
-    Args:
-        row_norms: squared norms of J's rows, ``[B, m]``, in c's dtype.
-        h: ``[B, m]``.
-        c: 0-d, in float32 at least, like every sum here.
-    """
-    return (h.to(c.dtype) * row_norms).sum(-1) / c
-
-
 def likelihood_terms(
     jacobian: Tensor,
     residual: Tensor,
@@ -88,7 +67,7 @@ def likelihood_terms(
     likelihood: Likelihood,
     backend: str,
 ) -> LikelihoodTerms:
-    """Evaluate a likelihood on validated inputs.
+    """Evaluate a likelihood on validated inputs, differentiable in all of them.
 
     Args:
         jacobian: J, ``[B, m, n]``.
@@ -108,14 +87,133 @@ def likelihood_terms(
         c = torch.full((), noise_var, dtype=dtype, device=residual.device)
     if likelihood == "expected":
         rr, row_norms = squared_norms(jacobian, residual, c.dtype)
-        log_det = expected_log_det(row_norms, latent_var, c)
+        log_det = _expected_log_det(row_norms, latent_var, c)
         explained, lost = torch.zeros_like(rr), torch.zeros_like(rr, dtype=torch.bool)
     else:
-        second_var = second_variance(latent_var, gamma, likelihood)
+        second_var = _second_variance(latent_var, gamma, likelihood)
         log_det, explained, rr, second, lost = low_rank_terms(
             jacobian, residual, latent_var, c.expand(batch), second_var, backend=backend
         )
         if second is not None:
             log_det = log_det - second
-    value = log_likelihood(rr, log_det, explained, n, c, gamma, likelihood)
+    value = _log_likelihood(rr, log_det, explained, n, c, gamma, likelihood)
     return LikelihoodTerms(value, rr, log_det, explained, lost)
+
+
+class LikelihoodHead:
+    """A likelihood as what a decoder's Gram is used for (see `fastsfvae.gram.heads`).
+
+    Its inputs are h ``[B, m]``, c and gamma, both 0-d; its outputs the fields of `LikelihoodTerms`
+    but for `lost`.
+    """
+
+    along: tuple[bool, ...] = (True, False, False)
+
+    def __init__(self, likelihood: Likelihood):
+        self._likelihood = likelihood
+
+    def shapes(
+        self, batch: int, m: int, out: tuple[int, ...], dtype: torch.dtype, sums: torch.dtype
+    ) -> list[Shape]:
+        """Four of ``[B]``."""
+        return [((batch,), sums)] * 4
+
+    def find(self, gram: ChunkGram, inputs: Sequence[Tensor]) -> Found:
+        """The terms of a chunk."""
+        (h, c, gamma), likelihood = inputs, self._likelihood
+        kept: Solved | Tensor
+        if likelihood == "expected":
+            rr, kept = gram.norms(c.dtype)
+            log_det, explained = _expected_log_det(kept, h, c), torch.zeros_like(rr)
+        else:
+            kept = gram.solve(h, c.expand(len(h)), _second_variance(h, gamma, likelihood))
+            rr, log_det, explained = kept.squared_error, kept.first.log_det, kept.first.explained
+            if kept.second is not None:
+                log_det = log_det - kept.second.log_det
+        value = _log_likelihood(rr, log_det, explained, gram.n, c, gamma, likelihood)
+        return Found((value, rr, log_det, explained), kept)
+
+    def pull(
+        self, gram: ChunkGram, found: Found, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> Gradients:
+        """The gradients of a chunk."""
+        (h, c, gamma), likelihood, kept = inputs, self._likelihood, found.kept
+        a, b_rr, b_ld, b_ex = cotangents
+        _, rr, log_det, explained = found.outputs
+        g_ld = b_ld - 0.5 * _log_det_weight(likelihood, gamma) * a
+        g_ex = b_ex + gamma / (2 * c) * a
+        g_rr = b_rr - a / (2 * c)
+        dc = (a * (rr - gamma * explained)).sum() / (2 * c * c) - a.sum() * gram.n / (2 * c)
+        dgamma = (a * explained).sum() / (2 * c)
+        if likelihood == "mixture":
+            dgamma = dgamma - 0.5 * (a * log_det).sum()
+        if likelihood == "expected":
+            rate = g_ld.unsqueeze(-1) / c
+            dc = dc - (g_ld * log_det).sum() / c
+            pulled = gram.pull_norms(rate * h, g_rr)
+            return Gradients(pulled, (rate * kept, dc, torch.zeros_like(c)))
+        second_var = _second_variance(h, gamma, likelihood)
+        g_second = None if second_var is None else -g_ld
+        dh, dc_each, d_second = variance_gradients(
+            kept, (h, c.expand(len(h)), second_var), (g_ld, g_ex, g_second)
+        )
+        assert dh is not None and dc_each is not None
+        if d_second is not None:
+            dh = dh + (1 - gamma) * d_second
+            dgamma = dgamma - (d_second * h).sum()
+        pulled = gram.pull(*gram_cotangents(kept, g_ld, g_ex, g_second), g_rr)
+        return Gradients(pulled, (dh, dc + dc_each.sum(), dgamma))
+
+    def plain(
+        self, output: Tensor, J: Tensor, r: Tensor, inputs: Sequence[Tensor], backend: str
+    ) -> tuple[Tensor, ...]:
+        """The terms by autograd."""
+        h, c, gamma = inputs
+        return likelihood_terms(
+            *(J, r, h),
+            noise_var=c,
+            gamma=gamma,
+            likelihood=self._likelihood,
+            backend=backend,
+        )[:4]
+
+
+HEADS.update({name: LikelihoodHead(name) for name in _checks.LIKELIHOODS})
+
+
+def _log_det_weight(likelihood: str, gamma: float | Tensor) -> float | Tensor:
+    """The formula's lambda."""
+    return gamma if likelihood == "mixture" else 1.0
+
+
+def _second_variance(latent_var: Tensor, gamma: float | Tensor, likelihood: str) -> Tensor | None:
+    """The h of the log-determinant that "normalized" subtracts, None elsewhere."""
+    return (1 - gamma) * latent_var if likelihood == "normalized" else None
+
+
+def _log_likelihood(
+    squared_error: Tensor,
+    log_det: Tensor,
+    explained: Tensor,
+    n: int,
+    c: Tensor,
+    gamma: float | Tensor,
+    likelihood: str,
+) -> Tensor:
+    """The module's formula, ``[B]``, from its terms."""
+    return (
+        -0.5 * n * (math.log(2 * math.pi) + c.log())
+        - 0.5 * _log_det_weight(likelihood, gamma) * log_det
+        - (squared_error - gamma * explained) / (2 * c)
+    )
+
+
+def _expected_log_det(row_norms: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    """What stands for log_det in "expected": trace(A)/c, ``[B]``.
+
+    Args:
+        row_norms: squared norms of J's rows, ``[B, m]``, in c's dtype.
+        h: ``[B, m]``.
+        c: 0-d, in float32 at least, like every sum here.
+    """
+    return (h.to(c.dtype) * row_norms).sum(-1) / c

@@ -1,16 +1,60 @@
-"""The sampling-free objective as a loss module for a user's own training loop."""
+"""The sampling-free objective: as a loss module, per sample, and the log-density it rests on."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastsfvae import _checks
-from fastsfvae._checks import Likelihood
-from fastsfvae.elbo import Elbo, evaluate
+from fastsfvae._checks import Backend, Likelihood, Reduction
+from fastsfvae.gram.autograd import head_outputs, weighted_total
+from fastsfvae.gram.query import Query
+from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.validate import check_chunk_size, unwrap
-from fastsfvae.settings import Settings, check_settings, warn_of_weak
+from fastsfvae.likelihoods import likelihood_terms
+
+
+class Elbo(NamedTuple):
+    """The sampling-free objective and its parts, each ``[B]``, in nats unless said otherwise.
+
+    Attributes:
+        elbo: the objective, log_likelihood - kl_weight * kl. A surrogate: by Jensen's inequality it
+            lies above the evidence lower bound and may exceed log p(x) (only
+            `likelihood="expected"` with a linear decoder gives the exact bound).
+        log_likelihood: see `fastsfvae.likelihoods`; holds the constant -(n/2) log(2 pi c).
+        kl: KL(N(mean, h) || N(0, I)) = 1/2 sum(h + mean^2 - 1 - log h).
+        squared_error: |x - f(mean)|^2, in squared units of x.
+        log_det: the log-determinant term that the likelihood uses.
+        explained: the part of `squared_error` that the latent variance explains, in its units.
+    """
+
+    elbo: Tensor
+    log_likelihood: Tensor
+    kl: Tensor
+    squared_error: Tensor
+    log_det: Tensor
+    explained: Tensor
+
+
+def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_var)) || N(0, I)) per sample, ``[B]``, in nats."""
+    return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
+
+
+class _Settings(NamedTuple):
+    """The keyword arguments of `sampling_free_elbo`."""
+
+    noise_var: float | Tensor
+    gamma: float | Tensor
+    kl_weight: float | Tensor
+    likelihood: Likelihood
+    backend: Backend
+    chunk_size: int | None
 
 
 class SamplingFreeLoss(nn.Module):
@@ -47,19 +91,19 @@ class SamplingFreeLoss(nn.Module):
 
     def __init__(
         self,
-        decoder,
+        decoder: Callable[..., Tensor],
         *,
         noise_var: float | Tensor = 0.5,
         gamma: float | Tensor = 0.5,
         kl_weight: float | Tensor = 1.0,
         likelihood: Likelihood = "precision",
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
         chunk_size: int | None = None,
     ):
         super().__init__()
-        check_settings(noise_var, gamma, kl_weight, likelihood)
-        warn_of_weak(likelihood, gamma)
+        _checks.settings(noise_var, gamma, kl_weight, likelihood)
+        _warn_of_weak(likelihood, gamma)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("backend", backend, _checks.BACKENDS)
         check_chunk_size(chunk_size)
@@ -71,19 +115,43 @@ class SamplingFreeLoss(nn.Module):
         self.gamma = gamma
         self.kl_weight = kl_weight
         self.likelihood: Likelihood = likelihood
-        self.reduction = reduction
-        self.backend = backend
+        self.reduction: Reduction = reduction
+        self.backend: Backend = backend
         self.chunk_size = chunk_size
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        log_var: Tensor,
+        *args: Any,
+        sample_weight: Tensor | None = None,
+        return_terms: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        log_var: Tensor,
+        *args: Any,
+        sample_weight: Tensor | None = None,
+        return_terms: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Tensor, Elbo]: ...
 
     def forward(
         self,
         x: Tensor,
         mean: Tensor,
         log_var: Tensor,
-        *args,
+        *args: Any,
         sample_weight: Tensor | None = None,
         return_terms: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Elbo]:
         """Return the loss, and with `return_terms` also the detached `Elbo` of each sample.
 
@@ -114,7 +182,7 @@ class SamplingFreeLoss(nn.Module):
                 f"sample_weight has shape {tuple(sample_weight.shape)}: "
                 f"give [B] = {tuple(mean.shape[:1])}"
             )
-        settings = Settings(
+        settings = _Settings(
             self.noise_var,
             self.gamma,
             self.kl_weight,
@@ -123,11 +191,16 @@ class SamplingFreeLoss(nn.Module):
             self.chunk_size,
         )
         weight = None if self.reduction == "none" else self._share(mean, sample_weight)
-        elbo, total = evaluate(self.decoder, x, mean, log_var, args, kwargs, settings, weight)
-        loss = -total
-        if self.reduction == "none":
-            loss = -elbo.elbo if sample_weight is None else -elbo.elbo * sample_weight
+        decoder: Any = self.decoder
+        elbo, total = _objective(decoder, x, mean, log_var, args, kwargs, settings, weight)
+        loss = -elbo.elbo if total is None else -total
+        if self.reduction == "none" and sample_weight is not None:
+            loss = loss * sample_weight
         return (loss, Elbo(*(t.detach() for t in elbo))) if return_terms else loss
+
+    if TYPE_CHECKING:
+        # nn.Module's own takes and returns anything.
+        __call__ = forward
 
     def _share(self, mean: Tensor, sample_weight: Tensor | None) -> Tensor:
         """What each sample's loss is multiplied by before all are added up."""
@@ -147,3 +220,158 @@ class SamplingFreeLoss(nn.Module):
         """The settings, as they would be written in a call."""
         names = ("noise_var", "gamma", "kl_weight", "likelihood", "reduction", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def sampling_free_elbo(
+    decoder: Callable[..., Tensor],
+    x: Tensor,
+    mean: Tensor,
+    log_var: Tensor,
+    *args: Any,
+    noise_var: float | Tensor = 0.5,
+    gamma: float | Tensor = 0.5,
+    kl_weight: float | Tensor = 1.0,
+    likelihood: Likelihood = "precision",
+    backend: Backend = "auto",
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> Elbo:
+    """Evaluate the sampling-free objective, the decoder linearised at `mean` (paper, eq. 20, 21).
+
+    Args:
+        decoder: f, an ``nn.Module`` (or callable) ``z [B, m] -> [B, *out]``.
+        x: data ``[B, *out]``, floating point, in the units of the decoder's output.
+        mean: mu ``[B, m]``.
+        log_var: log h ``[B, m]``.
+        *args: passed to the decoder after z; tensors whose first axis is B are chunked with it.
+        noise_var: c, variance of the observation noise in squared units of x.
+        gamma: weight of the low-rank precision, in [0, 1]; "expected" has none.
+        kl_weight: factor of the KL divergence.
+        likelihood: "precision", "mixture", "normalized" or "expected" (`fastsfvae.likelihoods`).
+        backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
+            the plain formulas, slow.
+        chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
+        **kwargs: passed to the decoder, chunked like `args`.
+
+    Returns:
+        `Elbo`, each field ``[B]``, differentiable in every tensor and in the decoder's parameters.
+
+    Some samples have a Gram matrix J^T J that float32 cannot resolve against c;
+    `fastsfvae.evaluate.conditioning` counts them. On the CPU, and in the Triton kernels up to
+    m = 64, they are computed again in float64. On CUDA with `backend="torch"` or m > 64, and with
+    half-precision tangents, a lower bound of the pivots bounds their terms instead.
+
+    Raises:
+        TypeError: for tensors that are not floating point.
+        ValueError: for shapes, devices or settings that do not fit, in one line that quotes them.
+        RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
+    """
+    settings = _Settings(noise_var, gamma, kl_weight, likelihood, backend, chunk_size)
+    terms, _ = _objective(decoder, x, mean, log_var, args, kwargs, settings)
+    _warn_of_weak(likelihood, gamma)
+    return terms
+
+
+def low_rank_log_prob(
+    residual: Tensor,
+    jacobian: Tensor,
+    latent_var: Tensor,
+    *,
+    noise_var: float | Tensor,
+    gamma: float | Tensor = 1.0,
+    likelihood: Likelihood = "precision",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Log-density of a residual under N(0, J diag(h) J^T + cI), gamma-regularised (eq. 19, 21).
+
+    Args:
+        residual: r = x - f(mu), ``[B, n]``.
+        jacobian: J, tangent-major ``[B, m, n]``, any strides.
+        latent_var: h >= 0, ``[B, m]``.
+        noise_var: c > 0.
+        gamma: in [0, 1]; 1 is the Gaussian itself.
+        likelihood: as in `sampling_free_elbo`.
+        backend: as in `sampling_free_elbo`.
+
+    Returns:
+        ``[B]``, in nats; differentiable in every tensor.
+
+    Raises:
+        TypeError: for tensors that are not floating point.
+        ValueError: for shapes, devices or settings that do not fit.
+        RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
+    """
+    _checks.settings(noise_var, gamma, 1.0, likelihood)
+    _warn_of_weak(likelihood, gamma)
+    _checks.low_rank(residual, jacobian, latent_var)
+    return likelihood_terms(
+        jacobian,
+        residual,
+        latent_var,
+        noise_var=noise_var,
+        gamma=gamma,
+        likelihood=likelihood,
+        backend=resolve_backend(backend, jacobian),
+    ).log_likelihood
+
+
+def _objective(
+    decoder: Callable[..., Tensor],
+    x: Tensor,
+    mean: Tensor,
+    log_var: Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
+    settings: _Settings,
+    weight: Tensor | None = None,
+) -> tuple[Elbo, Tensor | None]:
+    """The objective of each sample; for a weight ``[B]`` of each also their weighted sum (0-d).
+
+    With weights the sum alone is sure to be differentiable (see `weighted_total`).
+    """
+    if not torch.compiler.is_compiling():
+        # A compiler may hold the numbers as symbols.
+        _checks.settings(*settings[:4])
+    _checks.latent(mean, log_var)
+    _checks.batch(x, mean)
+    dtype = torch.promote_types(torch.promote_types(mean.dtype, x.dtype), torch.float32)
+    scalars = [
+        t.to(mean.device)
+        if isinstance(t, Tensor)
+        # Filled on the device: a copy from the host would wait for it, and not be captured.
+        else torch.full((), t, dtype=dtype, device=mean.device)
+        for t in (settings.noise_var, settings.gamma)
+    ]
+    query = Query(
+        head=settings.likelihood,
+        decoder=decoder,
+        z=mean,
+        x=x,
+        inputs=(log_var.exp(), *scalars),
+        args=args,
+        kwargs=kwargs,
+        backend=resolve_backend(settings.backend, mean),
+        chunk_size=settings.chunk_size,
+    )
+    if weight is None:
+        terms = head_outputs(query)
+    else:
+        weighted, terms = weighted_total(query, weight)
+    log_likelihood, squared_error, log_det, explained = terms
+    kl = gaussian_kl(mean, log_var)
+    objective = log_likelihood - settings.kl_weight * kl
+    total = None if weight is None else weighted - settings.kl_weight * (weight * kl).sum()
+    return Elbo(objective, log_likelihood, kl, squared_error, log_det, explained), total
+
+
+def _warn_of_weak(likelihood: str, gamma: float | Tensor) -> None:
+    """Warn the caller's caller of a gamma with which the objective is pointless."""
+    # A compiler may hold the number as a symbol.
+    if isinstance(gamma, Tensor) or torch.compiler.is_compiling():
+        return
+    if likelihood in ("mixture", "normalized") and gamma < 0.5:
+        warnings.warn(
+            f'likelihood="{likelihood}" with gamma={gamma!r} hardly penalises the decoder\'s noise '
+            'and trains an auto-encoder: use gamma >= 0.5, or likelihood="precision"',
+            stacklevel=3,
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae.evaluate._decode import Decoder
-from fastsfvae.jacobian import pullback
+from fastsfvae.gram.pullback import pullback
 from fastsfvae.ops.woodbury import woodbury_native
 
 _IMAGES_AT_ONCE = 250

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
-from fastsfvae.elbo import gaussian_kl, sampling_free_elbo
 from fastsfvae.evaluate._decode import (
     Decoder,
     Progress,
@@ -20,6 +19,7 @@ from fastsfvae.evaluate._decode import (
 )
 from fastsfvae.evaluate._decode import squared_error as _squared_error
 from fastsfvae.evaluate.proposals import PROPOSALS, Posterior, make_proposal
+from fastsfvae.loss import gaussian_kl, sampling_free_elbo
 
 # Images whose objective is evaluated together: their tangents are chunked further below.
 _OBJECTIVE_IMAGES = 250

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae._checks import Likelihood
-from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.evaluate._decode import Progress
+from fastsfvae.loss import sampling_free_elbo
 from fastsfvae.objectives.sampling import Sampling
 
 

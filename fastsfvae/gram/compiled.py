@@ -16,25 +16,15 @@ from torch import Tensor
 
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.known import known_decoders
-from fastsfvae.jacobian.run.sweep import default_chunk, program_of
+from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
 
 # The preludes of the programs that compiled functions use, by the programs' numbers; kept, as a
 # compiled function may trace them at any time.
 _preludes: dict[int, tuple[Callable[..., tuple], Callable[..., tuple]]] = {}
 
 
-class Gathered(NamedTuple):
-    """A program by its number, its default chunk, and what `fused.Prepared` wants of it."""
-
-    number: int
-    chunk_size: int
-    output_shape: tuple[int, ...]
-    along: list[Tensor]
-    whole: list[Tensor]
-
-
 class _Program(NamedTuple):
-    """Constants: a program's number, chunk size, output shape, and the names of what it reads.
+    """Constants: a program's number, chunk size and output, and the names of what it reads.
 
     `names` are those of all parameters and buffers, `used` the indices of what the body reads.
     """
@@ -42,6 +32,7 @@ class _Program(NamedTuple):
     number: int
     chunk_size: int
     output_shape: tuple[int, ...]
+    output_dtype: torch.dtype
     names: tuple[str, ...]
     used: tuple[int, ...]
 
@@ -58,7 +49,7 @@ def gather(decoder: Any, z: Tensor, args: tuple, kwargs: dict[str, Any], backend
     inputs = tuple(_described(leaf, z) for leaf in leaves)
     extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     found = _program(id(decoder), m, z.dtype, z.device, backend, inputs, tuple(kwargs))
-    number, chunk_size, output_shape, names, used = found
+    number, chunk_size, output_shape, output_dtype, names, used = found
     tensors = [_attribute(decoder, name) for name in names]
     prelude, side = _preludes[number]
     statics = prelude(tensors, extras)
@@ -66,7 +57,7 @@ def gather(decoder: Any, z: Tensor, args: tuple, kwargs: dict[str, Any], backend
     along = [t for t in extras if _along(t, z)]
     fixed = [t for t in extras if not _along(t, z)]
     whole = [*[tensors[index] for index in used], *fixed, *statics]
-    return Gathered(number, chunk_size, output_shape, [*along, *sides], whole)
+    return Gathered(number, chunk_size, output_shape, output_dtype, [*along, *sides], whole)
 
 
 def _fixed(size: int) -> int:
@@ -140,6 +131,7 @@ def _program(
             program.number,
             default_chunk(linearizer),
             plan.output_shape,
+            plan.output_dtype,
             tuple(linearizer.names),
             tuple(plan.body_inputs),
         )

@@ -1,363 +1,238 @@
-"""The likelihood of a decoder whose gradients are finished chunk by chunk, as one operator.
+"""The operator `fastsfvae::gram`: from latents to what is made of a decoder's Gram.
 
-The operator `fastsfvae::decoder_likelihood` holds the whole chunk loop: value, tangents, likelihood
-and, for given cotangents of the likelihood's terms, the gradients of everything. Two autograd
-Functions stand over it.
-
-    total_log_likelihood    knows the cotangents in its forward (they are the samples' weights),
-                            finishes the gradients there and scales them in its backward
-    log_likelihood_terms    learns them in its backward and sweeps the batch again there
+It holds the whole chunk loop: a chunk's value and tangents, its (G, p, rr), what a head makes of
+them (`fastsfvae.gram.heads`) and, for given cotangents of the head's outputs, the gradients of
+everything, finished while the chunk's tangents exist. It has no derivative of its own:
+`fastsfvae.gram.autograd` stands over it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastsfvae import likelihood_adjoint
-from fastsfvae.gram.sources import gram_of
-from fastsfvae.jacobian.rules.jet import full_tangent, latent_jet
-from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
-from fastsfvae.jacobian.run.chunks import flatten_in_memory_order
-from fastsfvae.jacobian.run.known import remember
-from fastsfvae.jacobian.run.sweep import Sweep, default_chunk, find_program, program_of
-from fastsfvae.jacobian.validate import check_chunk_size
-from fastsfvae.likelihoods import likelihood_terms
+from fastsfvae.gram.heads import HEADS, Found, Shape
+from fastsfvae.gram.sources import ChunkGram, gram_of
+from fastsfvae.jacobian.run.sweep import Chunk, Sweep, find_program
 from fastsfvae.ops._library import refuse_vmap
-from fastsfvae.settings import Settings
+
+Item = TypeVar("Item")
 
 
 class Problem(NamedTuple):
-    """What is evaluated, besides the tensors; the decoder by its program's number."""
+    """The operator's arguments that are no tensors; the decoder by its program's number.
 
-    program: int
+    `data` says whether there is an x, `along` counts the further decoder inputs with a batch axis;
+    `shape` and `dtype` are those of one sample's output.
+    """
+
+    data: bool
     along: int
+    program: int
     chunk_size: int
-    likelihood: str
+    head: str
     backend: str
     autocast: torch.dtype | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def split(self, items: Sequence[Item]) -> tuple[Sequence[Item], ...]:
+        """What belongs to z, x, the head's inputs, `along` and `whole`; nothing to x without it."""
+        counts = 1, int(self.data), len(HEADS[self.head].along), self.along
+        ends = (0, *itertools.accumulate(counts), len(items))
+        return tuple(items[start:stop] for start, stop in itertools.pairwise(ends))
 
 
 class Prepared(NamedTuple):
-    """A problem and its tensors (z, x, latent_var, noise_var, gamma, *along, *whole)."""
+    """A problem and its tensors.
+
+    Attributes:
+        problem: constants.
+        tensors: z ``[B, m]``; the data x ``[B, *out]`` if there is any; the head's inputs; `along`,
+            the decoder's further inputs with a batch axis; `whole`, its parameters and inputs
+            without one.
+    """
 
     problem: Problem
     tensors: tuple[Tensor, ...]
 
 
-def prepare(
-    decoder: Callable[..., Tensor],
-    x: Tensor,
-    z: Tensor,
-    latent_var: Tensor,
-    args: tuple,
-    kwargs: dict[str, Any],
-    settings: Settings,
-) -> Prepared | None:
-    """Trace the decoder and gather what the operator reads; None where it cannot be swept.
+class Part(NamedTuple):
+    """A chunk between the two halves of a loop."""
 
-    Raises:
-        ValueError: x does not match the decoder's output, or chunk_size is no int >= 1.
-    """
-    check_chunk_size(settings.chunk_size)
-    if settings.backend == "reference":
-        return None
-    if torch.compiler.is_compiling():
-        from fastsfvae.gram import compiled
-
-        found = compiled.gather(decoder, z, args, kwargs, settings.backend)
-        number, shape, along, whole = found.number, found.output_shape, found.along, found.whole
-        size = settings.chunk_size or found.chunk_size
-    else:
-        remember(decoder)
-        linearizer = Linearizer(decoder, z, args, kwargs, settings.backend)
-        size = settings.chunk_size or default_chunk(linearizer)
-        bounds = chunk_bounds(z.shape[0], size)
-        program = program_of(linearizer, sorted({stop - start for start, stop in bounds}))
-        if program is None:
-            return None
-        number, shape = program.number, program.plans[0].output_shape
-        along, whole = program.gather(linearizer.tensors, linearizer.extras)
-    if list(x.shape[1:]) != list(shape):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} but the decoder returns {(x.shape[0], *shape)}: "
-            "they must match"
-        )
-    dtype = torch.promote_types(torch.promote_types(z.dtype, x.dtype), torch.float32)
-    scalars = [
-        t.to(z.device) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=z.device)
-        for t in (settings.noise_var, settings.gamma)
-    ]
-    kind = z.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    problem = Problem(number, len(along), size, settings.likelihood, settings.backend, autocast)
-    return Prepared(problem, (z, x, latent_var, *scalars, *along, *whole))
+    chunk: Chunk
+    gram: ChunkGram
+    inputs: list[Tensor]
+    found: Found
 
 
-@torch.library.custom_op("fastsfvae::decoder_likelihood", mutates_args=())
-def decoder_likelihood(
-    z: Tensor,
-    x: Tensor,
-    latent_var: Tensor,
-    noise_var: Tensor,
-    gamma: Tensor,
-    along: Sequence[Tensor],
-    whole: Sequence[Tensor],
-    cotangents: Tensor | None,
-    needs: Sequence[bool],
-    program: int,
-    chunk_size: int,
-    likelihood: str,
-    backend: str,
-    autocast: torch.dtype | None,
-) -> list[Tensor]:
-    """Terms ``[4, B]`` (see `likelihood_adjoint`), then the gradients that `needs` asks for.
+class Loop:
+    """One pass over a batch: iterate for the parts, `pull` each for gradients.
 
     Args:
-        z: latents ``[B, m]``.
-        x: data ``[B, *out]``.
-        latent_var: h ``[B, m]``.
-        noise_var: c, 0-d.
-        gamma: 0-d.
-        along: the decoder's further inputs with a batch axis.
-        whole: its parameters and inputs without one.
-        cotangents: of the terms, ``[4, B]``; None gives the terms alone.
-        needs: a bool for each of z, x, latent_var, noise_var, gamma, along, whole.
-        program: the number of the decoder's program.
-        chunk_size: samples whose tangents exist at one time.
-        likelihood: see `fastsfvae.likelihoods`.
-        backend: "torch" or "triton".
-        autocast: the dtype of an autocast region around the call, or None.
+        problem: what is evaluated.
+        tensors: its tensors.
+        needs: for each of them, whether its gradient is wanted.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    dtype = torch.promote_types(z.dtype, dtype)
-    h, c, weight = (t.to(dtype) for t in (latent_var, noise_var, gamma))
-    if cotangents is None:
-        needs = [False] * len(needs)
-    split = 5 + len(along)
-    sweep = Sweep(
-        find_program(program),
-        z,
-        along,
-        whole,
-        (needs[0], needs[5:split], needs[split:]),
-        chunk_size,
-    )
-    terms, grads_x, grads_h = [], [], []
-    grad_c, grad_gamma = torch.zeros_like(c), torch.zeros_like(c)
-    enabled = autocast is not None
-    with torch.no_grad():
-        chunks = iter(sweep)
+
+    def __init__(self, problem: Problem, tensors: Sequence[Tensor], needs: Sequence[bool]):
+        self._problem, self._head = problem, HEADS[problem.head]
+        self._tensors, self._needs = tensors, needs
+        z, x, inputs, along, whole = problem.split(tensors)
+        of_z, _, _, of_along, of_whole = problem.split(needs)
+        dtype = torch.promote_types((x or z)[0].dtype, torch.float32)
+        self._x, self._inputs, self._device = x, [t.to(dtype) for t in inputs], z[0].device.type
+        program = find_program(problem.program)
+        needed = of_z[0], of_along, of_whole
+        self._sweep = Sweep(program, z[0], along, whole, needed, problem.chunk_size)
+        # Of x and the head's inputs, one a chunk.
+        self._grads: list[list[Tensor]] = [[] for _ in (*x, *inputs)]
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return -(-len(self._tensors[0]) // self._problem.chunk_size)
+
+    def __iter__(self) -> Iterator[Part]:
+        """Run the forward half of each chunk in turn."""
+        chunks, autocast = iter(self._sweep), self._problem.autocast
         while True:
             # Autocast shapes the decoder's values and tangents; adjoints follow their dtypes. Its
             # cache would keep casts made without a graph, and the caller's own use of the decoder
             # in the same region would take them and leave its weights without gradients.
-            with torch.autocast(z.device.type, autocast, enabled=enabled, cache_enabled=False):
+            enabled = autocast is not None
+            with torch.autocast(self._device, autocast, enabled=enabled, cache_enabled=False):
                 chunk = next(chunks, None)
             if chunk is None:
-                break
+                return
             rows = slice(chunk.start, chunk.stop)
-            with torch.autocast(z.device.type, enabled=False):
-                gram = gram_of(chunk.output, x[rows], backend)
-                found = likelihood_adjoint.evaluate(gram, h[rows], c, weight, likelihood)
-                terms.append(found.terms)
-                if not any(needs) or cotangents is None:
-                    continue
-                pulled = likelihood_adjoint.pull(
-                    found, gram, (h[rows], c, weight), cotangents[:, rows], likelihood
-                )
-                if needs[1]:
-                    grads_x.append(pulled.chunk.x)
-                grads_h.append(pulled.latent_var)
-                grad_c += pulled.noise_var
-                grad_gamma += pulled.gamma
-                chunk.pull(pulled.chunk.jet, pulled.chunk.others)
-    values = torch.cat(terms, dim=1)
-    if not any(needs):
-        return [values]
-    grad_z, *others = sweep.gradients() if needs[0] else (None, *sweep.gradients())
-    first = [
-        grad_z,
-        torch.cat(grads_x).to(x.dtype) if needs[1] else None,
-        torch.cat(grads_h).to(latent_var.dtype),
-        grad_c.to(noise_var.dtype),
-        grad_gamma.to(gamma.dtype),
-    ]
-    return [values, *(g for g, need in zip(first, needs, strict=False) if need), *others]
+            with torch.autocast(self._device, enabled=False):
+                x = self._x[0][rows] if self._x else None
+                gram_of_chunk = gram_of(chunk.output, x, self._problem.backend)
+                pairs = zip(self._inputs, self._head.along, strict=True)
+                inputs = [t[rows] if along else t for t, along in pairs]
+                found = self._head.find(gram_of_chunk, inputs)
+            yield Part(chunk, gram_of_chunk, inputs, found)
+
+    def outputs(self, found: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+        """The head's outputs for the whole batch, in memory of their own."""
+        columns, shapes = zip(*found, strict=True), output_shapes(self._problem, self._tensors)
+        return [
+            torch.cat(column).to(dtype).reshape(shape).contiguous()
+            for column, (shape, dtype) in zip(columns, shapes, strict=True)
+        ]
+
+    def pull(self, part: Part, cotangents: Sequence[Tensor]) -> None:
+        """Run the backward half of a chunk, for cotangents of the whole batch's outputs."""
+        rows = slice(part.chunk.start, part.chunk.stop)
+        with torch.autocast(self._device, enabled=False):
+            own = [t[rows] for t in cotangents]
+            pulled = self._head.pull(part.gram, part.found, part.inputs, own)
+            given = (pulled.gram.x, *pulled.inputs) if self._x else pulled.inputs
+            needs = self._needs[1 : 1 + len(given)]
+            for need, grads, gradient in zip(needs, self._grads, given, strict=True):
+                if need:
+                    grads.append(gradient)
+            part.chunk.pull(pulled.gram.jet, pulled.gram.others)
+
+    def gradients(self) -> list[Tensor]:
+        """Those that are wanted, in order, when every part has been pulled.
+
+        Each in the dtype and with the strides that `torch.empty_like` gives its tensor.
+        """
+        along = (True,) * len(self._x) + self._head.along
+        own = [
+            torch.cat(grads) if whole else sum(grads[1:], grads[0])
+            for whole, grads in zip(along, self._grads, strict=True)
+            if grads
+        ]
+        swept, of_z = self._sweep.gradients(), int(self._needs[0])
+        wanted = [t for t, need in zip(self._tensors, self._needs, strict=True) if need]
+        found = [*swept[:of_z], *own, *swept[of_z:]]
+        return [_laid_out(g, t) for g, t in zip(found, wanted, strict=True)]
 
 
-@decoder_likelihood.register_fake
-def _(z, x, latent_var, noise_var, gamma, along, whole, cotangents, needs, *_):
-    dtype = torch.promote_types(torch.promote_types(x.dtype, torch.float32), z.dtype)
-    values = x.new_empty((4, z.shape[0]), dtype=dtype)
-    tensors = (z, x, latent_var, noise_var, gamma, *along, *whole)
-    if cotangents is None:
-        return [values]
-    return [values, *(torch.empty_like(t) for t, need in zip(tensors, needs, strict=True) if need)]
+def _laid_out(gradient: Tensor, tensor: Tensor) -> Tensor:
+    same = gradient.dtype == tensor.dtype and gradient.stride() == tensor.stride()
+    if same and tensor.is_contiguous():
+        return gradient
+    like = torch.empty_like(tensor)
+    same = gradient.dtype == like.dtype and gradient.stride() == like.stride()
+    return gradient if same else like.copy_(gradient)
 
 
-decoder_likelihood.register_vmap(refuse_vmap)
+def output_shapes(problem: Problem, tensors: Sequence[Tensor]) -> list[Shape]:
+    """Extents and dtype of each output of a problem's head."""
+    z, x, *_ = problem.split(tensors)
+    dtype = torch.promote_types(problem.dtype, (x or z)[0].dtype)
+    sums = torch.promote_types(torch.promote_types(dtype, z[0].dtype), torch.float32)
+    batch, m = z[0].shape
+    return HEADS[problem.head].shapes(batch, m, problem.shape, problem.dtype, sums)
 
 
-def _evaluate(problem: Problem, needs: Sequence[bool], cotangents: Tensor | None, tensors: tuple):
-    along, whole = tensors[5 : 5 + problem.along], tensors[5 + problem.along :]
-    values, *grads = decoder_likelihood(
-        *tensors[:5], list(along), list(whole), cotangents, list(needs), problem.program,
-        problem.chunk_size, problem.likelihood, problem.backend, problem.autocast,
-    )  # fmt: skip
-    return values, grads
-
-
-def _needs(tensors: tuple) -> tuple[bool, ...]:
-    enabled = torch.is_grad_enabled()
-    return tuple(enabled and t.requires_grad for t in tensors)
-
-
-def _spread(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    given = iter(grads)
-    return [next(given) if need else None for need in needs]
-
-
-def total_log_likelihood(prepared: Prepared, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of weights * log-likelihood (0-d) and the terms ``[4, B]``, which carry no gradient.
+@torch.library.custom_op("fastsfvae::gram", mutates_args=())
+def gram(
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    needs: Sequence[bool],
+    data: bool,
+    along: int,
+    program: int,
+    chunk_size: int,
+    head: str,
+    backend: str,
+    autocast: torch.dtype | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """A head's outputs, then the gradients that `needs` asks for.
 
     Args:
-        prepared: what is evaluated.
-        weights: ``[B]``, without a gradient of their own.
+        tensors: as in `Prepared`.
+        cotangents: of the outputs; none gives the outputs alone.
+        needs: for each tensor, whether its gradient is wanted.
+        data: as in `Problem`, like all that follow.
+        along: how many further inputs have a batch axis.
+        program: the number of the decoder's program.
+        chunk_size: samples whose tangents exist at one time.
+        head: a key of `HEADS`.
+        backend: "torch" or "triton".
+        autocast: the dtype of an autocast region around the call, or None.
+        shape: of one sample's output.
+        dtype: of the decoder's output.
     """
-    problem, tensors = prepared
-    needs = _needs(tensors)
-    if not any(needs):
-        values, _ = _evaluate(problem, needs, None, tensors)
-        return _total(values, weights), values
-    total, values, *_ = _Total.apply(problem, needs, weights, *tensors)
-    return total, values
+    parts = data, along, program, chunk_size, head, backend, autocast, tuple(shape), dtype
+    if not cotangents:
+        needs = [False] * len(needs)
+    loop, outputs = Loop(Problem(*parts), tensors, needs), []
+    with torch.no_grad():
+        for part in loop:
+            outputs.append(part.found.outputs)
+            if cotangents:
+                loop.pull(part, cotangents)
+        return [*loop.outputs(outputs), *(loop.gradients() if cotangents else [])]
 
 
-def _total(values: Tensor, weights: Tensor) -> Tensor:
-    # Not a dot product, which autocast would round to half precision.
-    return (values[likelihood_adjoint.LOG_LIKELIHOOD] * weights).sum()
+@gram.register_fake
+def _(tensors, cotangents, needs, *parts):
+    outputs = [
+        tensors[0].new_empty(shape, dtype=dtype)
+        for shape, dtype in output_shapes(Problem(*parts), tensors)
+    ]
+    pairs = zip(tensors, needs, strict=True)
+    return [*outputs, *(torch.empty_like(t) for t, need in pairs if cotangents and need)]
 
 
-class _Total(torch.autograd.Function):
-    vmap = staticmethod(refuse_vmap)
-
-    @staticmethod
-    def forward(problem, needs, weights, *tensors):
-        cotangents = torch.zeros((4, len(weights)), dtype=weights.dtype, device=weights.device)
-        cotangents[likelihood_adjoint.LOG_LIKELIHOOD] = weights
-        values, grads = _evaluate(problem, needs, cotangents, tensors)
-        return _total(values, weights), values, *grads
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.needs, _, *tensors = inputs
-        _, values, *grads = output
-        ctx.mark_non_differentiable(values, *grads)
-        ctx.set_materialize_grads(False)
-        wanted = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
-        ctx.save_for_backward(*grads, *wanted)
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        if upstream is None:
-            return (None,) * (3 + len(ctx.needs))
-        count = sum(ctx.needs)
-        grads, wanted = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        grads = [g * upstream for g in grads]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _Last.apply(count, *grads, *wanted)
-        return None, None, None, *_spread(grads, ctx.needs)
+gram.register_vmap(refuse_vmap)
 
 
-class _Last(torch.autograd.Function):
-    """Gradients that know what they depend on, and refuse to be differentiated by it.
-
-    torch.func.grad always runs a backward as with create_graph, so that it cannot refuse at once.
-    """
-
-    @staticmethod
-    def forward(count, *tensors):
-        return tuple(t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "the loss's gradients are finished in its forward and have no derivative: for second "
-            'order give reduction="none" and backend="torch"'
-        )
-
-
-def log_likelihood_terms(prepared: Prepared) -> Tensor:
-    """The terms ``[4, B]``, each differentiable."""
-    problem, tensors = prepared
-    needs = _needs(tensors)
-    if not any(needs):
-        return _evaluate(problem, needs, None, tensors)[0]
-    return _Terms.apply(problem, needs, *tensors)
-
-
-class _Terms(torch.autograd.Function):
-    vmap = staticmethod(refuse_vmap)
-
-    @staticmethod
-    def forward(problem, needs, *tensors):
-        return _evaluate(problem, needs, None, tensors)[0]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.problem, ctx.needs, *tensors = inputs
-        if not torch.compiler.is_compiling():
-            # The backward runs it again, perhaps after the decoder's plans were renewed.
-            ctx.program = find_program(ctx.problem.program)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, cotangents):
-        tensors = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_gradients(ctx.problem, ctx.needs, cotangents, tensors)
-        else:
-            _, grads = _evaluate(ctx.problem, ctx.needs, cotangents.contiguous(), tensors)
-        return None, None, *_spread(grads, ctx.needs)
-
-
-def _differentiable_gradients(problem, needs, cotangents, tensors) -> list[Tensor]:
-    """The same gradients by autograd, for create_graph: all chunks' tangents at once."""
-    if problem.backend != "torch":
-        raise RuntimeError(
-            f'backend="{problem.backend}" has first derivatives only; second order needs '
-            'backend="torch" (or "reference")'
-        )
-    z, x, latent_var, noise_var, gamma = tensors[:5]
-    along, whole = tensors[5 : 5 + problem.along], tensors[5 + problem.along :]
-    with torch.enable_grad():
-        enabled = problem.autocast is not None
-        with torch.autocast(z.device.type, problem.autocast, enabled=enabled):
-            y = find_program(problem.program).body(latent_jet(z), along, whole)
-            terms = likelihood_terms(
-                *flatten_in_memory_order(full_tangent(y), x - y.primal),
-                latent_var,
-                noise_var=noise_var,
-                gamma=gamma,
-                likelihood=problem.likelihood,
-                backend=problem.backend,
-            )
-        wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-        return list(
-            torch.autograd.grad(
-                torch.stack(terms[:4]),
-                wanted,
-                cotangents,
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
+def call(
+    problem: Problem, needs: Sequence[bool], cotangents: Sequence[Tensor], tensors: tuple
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The operator's outputs and gradients."""
+    results = gram(list(tensors), list(cotangents), list(needs), *problem)
+    count = len(results) - (sum(needs) if cotangents else 0)
+    return results[:count], results[count:]

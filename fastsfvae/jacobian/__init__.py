@@ -1,8 +1,6 @@
 """A decoder's Jacobian by carrying m tangents through it."""
 
-from fastsfvae.jacobian.api import Pullback as Pullback
 from fastsfvae.jacobian.api import decode_with_jacobian as decode_with_jacobian
-from fastsfvae.jacobian.api import pullback as pullback
 from fastsfvae.jacobian.backend import resolve_backend as resolve_backend
 from fastsfvae.jacobian.check import DecoderReport as DecoderReport
 from fastsfvae.jacobian.check import LayerReport as LayerReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsfvae.elbo import gaussian_kl
+from fastsfvae.loss import gaussian_kl
 from fastsfvae.objectives.draws import Decoder, check_settings, decode
 from fastsfvae.objectives.terms import Terms, make_terms
 

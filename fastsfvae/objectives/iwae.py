@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastsfvae.elbo import gaussian_kl
+from fastsfvae.loss import gaussian_kl
 from fastsfvae.objectives.draws import Decoded, Decoder, check_settings, decode, draw
 from fastsfvae.objectives.terms import Terms, make_terms
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsfvae.elbo import Elbo
-from fastsfvae.loss import SamplingFreeLoss
+from fastsfvae.loss import Elbo, SamplingFreeLoss
 from fastsfvae.objectives.terms import Terms
 
 

@@ -59,7 +59,7 @@ def refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
         RuntimeError: always.
     """
     raise RuntimeError(
-        "torch.vmap cannot map over the fused loss: call it for one model at a time, "
+        "torch.vmap cannot map over the loss: call it for one model at a time, "
         'or give backend="reference"'
     )
 

@@ -137,7 +137,13 @@ def tail_partials(
 
 @ranged("gram backward")
 def tail_backward(
-    tail: Tail, values: Values, r: Tensor, M: Tensor, u: Tensor, g_rr: Tensor
+    tail: Tail,
+    values: Values,
+    r: Tensor,
+    M: Tensor,
+    u: Tensor,
+    g_rr: Tensor,
+    df: Tensor | None = None,
 ) -> TailGradients:
     """Pull cotangents of G, p and rr back to the data and to all that the tail was made of.
 
@@ -148,6 +154,7 @@ def tail_backward(
         M: dG + dG^T, ``[B, m, m]``.
         u: dp, ``[B, m]``.
         g_rr: d rr, ``[B]``.
+        df: of the output, ``[B, Co, 2H, 2W]``, besides; None for nothing.
 
     Returns:
         The stack's gradient in its dtype, in channels-last order, and the others in float32.
@@ -160,7 +167,7 @@ def tail_backward(
     _, d_weight, d_x, d_argument, d_slope = gram_tail_bwd(
         *(stack[1:], tail.weight, r, M, u, g_rr), **_options(tail, values), out=grad[1:]
     )
-    d_values = -d_x
+    d_values = -d_x if df is None else df - d_x
     if d_slope is not None:
         # The slope is the derivative of the output along one tangent of ones.
         d_values = stack_activation_backward(

@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 import fastsfvae as sf
-from fastsfvae import likelihood_adjoint
-from fastsfvae.gram import operator as fused
-from fastsfvae.gram.sources import Contracted, ThroughLayer, gram_of
+from fastsfvae.gram import operator
+from fastsfvae.gram.contracted import Contracted, ThroughLayer
+from fastsfvae.gram.heads import HEADS
+from fastsfvae.gram.query import prepare
+from fastsfvae.gram.sources import gram_of
 from fastsfvae.jacobian.plan import ending
 from fastsfvae.jacobian.plan.last_layer import LastLayer, Linear
 from fastsfvae.jacobian.rules.jet import Jet, from_stack
 from fastsfvae.jacobian.run.sweep import find_program
-from tests.gram.test_operator import LIKELIHOODS, close, fused_settings, gradients
+from tests.gram.test_operator import LIKELIHOODS, close, gradients, query
 
 M, K, OUT = 3, 5, (1, 5, 8)
 N = 40
@@ -72,7 +74,7 @@ def problem(name, batch=7, dtype=torch.float64):
 
 
 def stops_at_linear(decoder, tensors):
-    prepared = fused.prepare(decoder, *tensors, (), {}, fused_settings())
+    prepared = prepare(query(decoder, tensors))
     problem, (z, _, _, _, _, *rest) = prepared
     along, whole = rest[: problem.along], rest[problem.along :]
     latents = Jet(z, torch.eye(M)[:, None])
@@ -178,12 +180,13 @@ def everything(gram, likelihood, W, dtype):
     given = torch.full((3, M), 0.5), torch.tensor(0.3), torch.tensor(0.5)
     h, c, gamma = (t.to(dtype) for t in given)
     cotangents = torch.linspace(-1, 1, 12, dtype=dtype).view(4, 3)
-    found = likelihood_adjoint.evaluate(gram, h, c, gamma, likelihood)
-    pulled = likelihood_adjoint.pull(found, gram, (h, c, gamma), cotangents, likelihood)
-    (_, of_weight), *rest = pulled.chunk.others
+    head, inputs = HEADS[likelihood], (h, c, gamma)
+    found = head.find(gram, inputs)
+    pulled, (of_h, *_) = head.pull(gram, found, inputs, cotangents)
+    (_, of_weight), *rest = pulled.others
     for _, gradient in rest:
         of_weight = of_weight + W.to(gradient.dtype) @ (gradient + gradient.mT)
-    return found.terms, pulled.chunk.jet.stack, of_weight, pulled.chunk.x, pulled.latent_var
+    return torch.stack(found.outputs), pulled.jet.stack, of_weight, pulled.x, of_h
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -229,7 +232,7 @@ def test_a_decoder_whose_last_layer_cancels(chunk_size, monkeypatch):
         last.weight[:, 1:] = last.weight[:, :1] * (2**-10 * torch.rand(N, 1) - 1) / (K - 1)
     decoder, tensors = decoder.float(), [t.detach().float().requires_grad_() for t in tensors]
     grams = []
-    monkeypatch.setattr(fused, "gram_of", lambda *a: grams.append(gram_of(*a)) or grams[-1])
+    monkeypatch.setattr(operator, "gram_of", lambda *a: grams.append(gram_of(*a)) or grams[-1])
     ours = gradients(decoder, tensors, chunk_size=chunk_size)
     assert all(isinstance(gram, ThroughLayer) for gram in grams) and grams
     tensors = [t.detach().double().requires_grad_() for t in tensors]

@@ -1,10 +1,11 @@
-"""The fused loss: gradients finished chunk by chunk in the forward, by hand-written adjoints."""
+"""The loss whose gradients are finished chunk by chunk in its forward, by hand-written adjoints."""
 
 import pytest
 import torch
 
 import fastsfvae as sf
-from fastsfvae.gram import operator as fused
+from fastsfvae.gram import autograd
+from fastsfvae.gram.query import Query, prepare
 from fastsfvae.jacobian.rules.registry import RULES
 from tests.decoders import DECODERS, batch, build
 from tests.jacobian.rule_cases import CASES
@@ -31,7 +32,7 @@ def gradients(decoder, tensors, *, chunk_size=None, backend="torch", reduction="
 def recomputed(monkeypatch, *args, **kwargs):
     """The same by autograd over each chunk."""
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "prepare", lambda *_: None)
+        patch.setattr(autograd, "prepare", lambda _: None)
         return gradients(*args, **kwargs)
 
 
@@ -40,15 +41,16 @@ def close(ours, theirs, tolerance=1e-10):
         assert (mine - want).abs().max() <= tolerance * (1 + want.abs().max())
 
 
-def is_fused(decoder, tensors):
-    settings = fused_settings()
-    return fused.prepare(decoder, *tensors, (), {}, settings) is not None
+def query(decoder, tensors, **changes):
+    """What the loss asks of a decoder."""
+    x, mean, log_var = tensors
+    inputs = log_var.exp(), torch.tensor(0.3), torch.tensor(0.6)
+    asked = Query("precision", decoder, mean, x, inputs, (), {}, "torch", None)
+    return asked._replace(**changes)
 
 
-def fused_settings(**changes):
-    from fastsfvae.settings import Settings
-
-    return Settings(0.3, 0.6, 1.0, "precision", "torch", None)._replace(**changes)
+def is_swept(decoder, tensors):
+    return prepare(query(decoder, tensors)) is not None
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5])
@@ -65,7 +67,7 @@ def test_an_output_whose_tangents_lie_in_any_order(monkeypatch, chunk_size):
 def test_gradients_equal_reverse_mode_for_every_chunk_size(name, monkeypatch):
     decoder = build(name)
     tensors = batch(decoder)
-    assert is_fused(decoder, tensors)
+    assert is_swept(decoder, tensors)
     want = recomputed(monkeypatch, decoder, tensors)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         close(gradients(decoder, tensors, backend="reference"), want)
@@ -96,7 +98,7 @@ def test_each_term_has_its_own_gradient(monkeypatch):
         return torch.autograd.grad(total, [x, mean, log_var, *decoder.parameters()])
 
     ours = grads(2)
-    monkeypatch.setattr(fused, "prepare", lambda *_: None)
+    monkeypatch.setattr(autograd, "prepare", lambda _: None)
     close(ours, grads(None))
 
 
@@ -128,7 +130,7 @@ def test_second_order_needs_reduction_none(monkeypatch):
         return torch.autograd.grad(grad.square().sum(), [mean, log_var, *decoder.parameters()])
 
     ours = second()
-    monkeypatch.setattr(fused, "prepare", lambda *_: None)
+    monkeypatch.setattr(autograd, "prepare", lambda _: None)
     close(ours, second())
 
 
@@ -160,7 +162,7 @@ def test_a_decoder_without_adjoints_takes_the_other_path(name):
     torch.manual_seed(0)
     decoder = CASES[name]()
     tensors = batch(decoder, 3)
-    assert not is_fused(decoder, tensors)
+    assert not is_swept(decoder, tensors)
     report = sf.check_decoder(decoder, tensors[1])
     assert report.obstacles == (RECOMPUTED[name],) and f"loss: {RECOMPUTED[name]}" in str(report)
     ours = gradients(decoder, tensors, chunk_size=2)
@@ -200,6 +202,6 @@ def test_every_adjoint_equals_autograd_on_the_rule(name, monkeypatch):
     torch.manual_seed(0)
     decoder = CASES[name]()
     tensors = batch(decoder, 3)
-    assert is_fused(decoder, tensors)
+    assert is_swept(decoder, tensors)
     ours = gradients(decoder, tensors, reduction="none")
     close(ours, recomputed(monkeypatch, decoder, tensors, reduction="none"))

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastsfvae import likelihood_adjoint, reference
-from fastsfvae.gram.sources import Unwritten, Written
+from fastsfvae import reference
+from fastsfvae.gram.heads import HEADS
+from fastsfvae.gram.tail import Unwritten
+from fastsfvae.gram.written import Written
 from fastsfvae.jacobian.plan.last_layer import stop_at
 from fastsfvae.jacobian.rules.jet import from_stack
 from fastsfvae.likelihoods import likelihood_terms
@@ -54,11 +56,13 @@ def unwritten(tail, x, likelihood):
     *variances, cotangents = settings(len(tail.stack) - 1, len(x), torch.float32)
     last = stop_at(Layer(GEOMETRY, *tail.layer[1:]), *tail[4:])
     chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias).tail, x)
-    found = likelihood_adjoint.evaluate(chunk, *variances, likelihood)
-    pulled = likelihood_adjoint.pull(found, chunk, tuple(variances), cotangents, likelihood)
-    (weight, d_weight), (bias, d_bias) = pulled.chunk.others
+    head = HEADS[likelihood]
+    found = head.find(chunk, variances)
+    pulled, of_inputs = head.pull(chunk, found, variances, cotangents)
+    (weight, d_weight), (bias, d_bias) = pulled.others
     assert weight is tail.weight and bias is tail.bias
-    return [found.terms, pulled.chunk.jet.stack, d_weight, d_bias, pulled.chunk.x, *pulled[1:]]
+    terms = torch.stack(found.outputs)
+    return [terms, pulled.jet.stack, d_weight, d_bias, pulled.x, *of_inputs]
 
 
 @pytest.mark.parametrize("kind, behind", [("relu", "none"), ("silu", "sigmoid")])

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastsfvae.jacobian.run.cache as engine
-from fastsfvae.jacobian import decode_with_jacobian, pullback
+from fastsfvae.gram.pullback import pullback
+from fastsfvae.jacobian.api import decode_with_jacobian
 from tests.jacobian.test_rules import compare
 
 M = 3

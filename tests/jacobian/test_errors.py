@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastsfvae.jacobian.rules.fallback as fallback
-from fastsfvae.jacobian import decode_with_jacobian, pullback
+from fastsfvae.gram.pullback import pullback
+from fastsfvae.jacobian.api import decode_with_jacobian
 from tests.jacobian.rule_cases import apply
 from tests.jacobian.test_rules import compare
 

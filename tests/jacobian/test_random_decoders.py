@@ -75,7 +75,7 @@ def test_jacobians_and_gradients_of_random_decoders(first, largest_error, tally)
         wanted = [z, log_var, *(p for p in decoder.parameters() if p.requires_grad)]
         output, jacobian = sf.decode_with_jacobian(decoder, z, chunk_size=2)
         x = torch.randn(output.shape, dtype=torch.float64, generator=generator)
-        # The fused loss ends its gradients by the rules' adjoints, not by autograd.
+        # The loss ends its gradients by the rules' adjoints, not by autograd.
         loss = sf.SamplingFreeLoss(decoder, chunk_size=2, backend="torch", **SETTINGS)
         gradients = torch.autograd.grad(loss(x, z, log_var), wanted)
 

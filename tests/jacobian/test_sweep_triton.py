@@ -1,4 +1,4 @@
-"""The fused loss on the Triton backend: which kernels a sweep calls, and what comes out."""
+"""The loss on the Triton backend: which kernels a sweep calls, and what comes out."""
 
 import pytest
 import torch

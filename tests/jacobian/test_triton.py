@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastsfvae.jacobian import decode_with_jacobian, pullback
+from fastsfvae.gram.pullback import pullback
+from fastsfvae.jacobian.api import decode_with_jacobian
 from tests._triton import DEVICE, requires_triton
 
 pytestmark = requires_triton

@@ -1,4 +1,4 @@
-"""The fused loss inside what users wrap around a training step."""
+"""The loss inside what users wrap around a training step."""
 
 import os
 
@@ -8,8 +8,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastsfvae as sf
-from fastsfvae.gram import operator as fused
+from fastsfvae.gram import autograd
 from tests.decoders import M, batch, build
+from tests.gram.test_operator import is_swept
 
 
 def step(loss, decoder, tensors):
@@ -141,7 +142,7 @@ def test_autocast_rounds_no_more_than_autograd_under_autocast(monkeypatch):
         return value.detach(), *grads
 
     ours = lowered()
-    monkeypatch.setattr(fused, "prepare", lambda *_: None)
+    monkeypatch.setattr(autograd, "prepare", lambda _: None)
     theirs = lowered()
     for mine, other, truth in zip(ours, theirs, want, strict=True):
         assert mine.dtype == torch.float32
@@ -171,18 +172,12 @@ def test_spectral_norm_and_tied_weights(monkeypatch):
     tensors = batch(decoder)
     loss = sf.SamplingFreeLoss(decoder, chunk_size=2)
     held = list(decoder.parameters())
-    assert fused.prepare(decoder, *tensors, (), {}, _settings()) is not None
+    assert is_swept(decoder, tensors)
     ours = step(loss, decoder, tensors)
-    monkeypatch.setattr(fused, "prepare", lambda *_: None)
+    monkeypatch.setattr(autograd, "prepare", lambda _: None)
     equal(ours, step(loss, decoder, tensors), 1e-10)
     # Tracing leaves an optimizer's parameters where they are.
     assert all(a is b for a, b in zip(held, decoder.parameters(), strict=True))
-
-
-def _settings():
-    from fastsfvae.settings import Settings
-
-    return Settings(0.5, 0.5, 1.0, "precision", "torch", None)
 
 
 class Autoencoder(nn.Module):

@@ -7,7 +7,7 @@ import torch
 
 from fastsfvae import training
 from fastsfvae.cli import main as cli
-from fastsfvae.elbo import gaussian_kl, sampling_free_elbo
+from fastsfvae.loss import gaussian_kl, sampling_free_elbo
 from fastsfvae.reproduce import EXPERIMENTS, Options, choose, runtime, tables
 from fastsfvae.reproduce.bias import _OBJECTIVES, ObjectiveBias
 from fastsfvae.reproduce.cells import Published, Result

@@ -324,6 +324,7 @@ class _Emitter:
             self.total,
             (tuple(body_inputs), *(tuple(n.name for n in nodes) for nodes in (carried, sides))),
             tuple(int(size) for size in result.meta["val"].shape[1:]),
+            result.meta["val"].dtype,
             to_tail[0] if to_tail else None,
             1 if ending is None else ending.least_batch,
         )

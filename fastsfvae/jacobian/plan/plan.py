@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.cost import Cost
@@ -60,6 +61,7 @@ class Plan:
         total: all tangents together, likewise.
         signature: what the body reads; two plans with equal ones can take each other's inputs.
         output_shape: of one sample.
+        output_dtype: likewise, under the autocast of the trace.
         to_tail: `body` up to the last layer, giving a `LastLayer`; None where nothing can take it.
         tail_from: samples of a call from which on it is taken.
         programs: kept for `fastsfvae.jacobian.run.sweep`.
@@ -77,6 +79,7 @@ class Plan:
     total: int
     signature: tuple
     output_shape: tuple[int, ...]
+    output_dtype: torch.dtype
     to_tail: Callable[..., Any] | None = None
     tail_from: int = 1
     programs: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)

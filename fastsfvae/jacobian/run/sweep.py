@@ -96,6 +96,26 @@ class Program:
         return run(z, tensors, extras, tuple(whole[used + fixed :]), tuple(of_batch))
 
 
+class Gathered(NamedTuple):
+    """A program by its number, its default chunk, and what an operator reads of its decoder.
+
+    Attributes:
+        number: of the program, which the caller keeps alive.
+        chunk_size: by default.
+        shape: of one sample's output.
+        dtype: of the output.
+        along: tensors with a batch axis.
+        whole: tensors without.
+    """
+
+    number: int
+    chunk_size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    along: list[Tensor]
+    whole: list[Tensor]
+
+
 def find_program(number: int) -> Program:
     """The program of that number, which its caller keeps alive."""
     return _programs[number]

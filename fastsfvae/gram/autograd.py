@@ -1,0 +1,225 @@
+"""The operator under autograd, in two ways.
+
+weighted_total    knows the cotangents in its forward (they are the samples' weights), finishes
+the gradients there and scales them in its backward
+head_outputs      learns them in its backward, and sweeps the batch again there; the tangents of
+a batch of one chunk are kept instead
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fastsfvae.gram.operator import Loop, Prepared, call, output_shapes
+from fastsfvae.gram.query import Query, plain_gradients, prepare, recomputed, transforms
+from fastsfvae.jacobian.run.sweep import find_program
+from fastsfvae.ops._library import refuse_vmap
+
+
+def _is_eager() -> bool:
+    """Whether nobody listens who knows the operator, and not what is in it."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return not transforms()
+
+
+def _is_mapped(cotangents: Sequence[Tensor]) -> bool:
+    """Whether a vmap runs a backward for several cotangents at once."""
+    legacy = map(torch._C._functorch.is_legacy_batchedtensor, cotangents)
+    return any(legacy) or TransformType.Vmap in transforms()
+
+
+def _needs(tensors: tuple) -> tuple[bool, ...]:
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and t.requires_grad for t in tensors)
+
+
+def _spread(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    given = iter(grads)
+    return [next(given) if need else None for need in needs]
+
+
+def weighted_total(query: Query, weights: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """The sum of weights * a head's first output, 0-d, and all its outputs.
+
+    The sum alone is sure to be differentiable: its gradients are finished while it is evaluated,
+    where the decoder's operations allow it and the weights need none themselves.
+
+    Args:
+        query: what is evaluated.
+        weights: ``[B]``.
+    """
+    prepared = prepare(query)
+    if prepared is None or weights.requires_grad:
+        outputs = recomputed(query) if prepared is None else _outputs(prepared)
+        return _total(outputs, weights), outputs
+    problem, tensors = prepared
+    needs = _needs(tensors)
+    if not any(needs):
+        outputs, _ = call(problem, needs, (), tensors)
+        return _total(outputs, weights), outputs
+    count = len(output_shapes(problem, tensors))
+    total, *outputs = _Total.apply(problem, needs, weights, *tensors)
+    return total, outputs[:count]
+
+
+def _total(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    # Not a dot product, which autocast would round to half precision.
+    return (outputs[0] * weights).sum()
+
+
+class _Total(torch.autograd.Function):
+    vmap = staticmethod(refuse_vmap)
+
+    @staticmethod
+    def forward(problem, needs, weights, *tensors):
+        cotangents = [
+            torch.zeros(shape, dtype=dtype, device=weights.device)
+            for shape, dtype in output_shapes(problem, tensors)
+        ]
+        cotangents[0] += weights
+        outputs, grads = call(problem, needs, cotangents, tensors)
+        return _total(outputs, weights), *outputs, *grads
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.needs, _, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        wanted = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
+        ctx.save_for_backward(*output[-len(wanted) :], *wanted)
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        if upstream is None:
+            return (None,) * (3 + len(ctx.needs))
+        count = sum(ctx.needs)
+        grads, wanted = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        grads = [g * upstream for g in grads]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _Last.apply(count, *grads, *wanted)
+        return None, None, None, *_spread(grads, ctx.needs)
+
+
+class _Last(torch.autograd.Function):
+    """Gradients that know what they depend on, and refuse to be differentiated by it.
+
+    torch.func.grad always runs a backward as with create_graph, so that it cannot refuse at once.
+    """
+
+    @staticmethod
+    def forward(count, *tensors):
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "the loss's gradients are finished in its forward and have no derivative: for second "
+            'order give reduction="none" and backend="torch"'
+        )
+
+
+def head_outputs(query: Query) -> Sequence[Tensor]:
+    """A head's outputs, each differentiable."""
+    prepared = prepare(query)
+    return recomputed(query) if prepared is None else _outputs(prepared)
+
+
+def _outputs(prepared: Prepared) -> Sequence[Tensor]:
+    problem, tensors = prepared
+    needs = _needs(tensors)
+    if not any(needs):
+        return call(problem, needs, (), tensors)[0]
+    return _Outputs.apply(problem, needs, [] if _is_eager() else None, *tensors)
+
+
+class _Outputs(torch.autograd.Function):
+    vmap = staticmethod(refuse_vmap)
+
+    @staticmethod
+    def forward(problem, needs, kept, *tensors):
+        if kept is not None:
+            loop = Loop(problem, tensors, needs)
+            if len(loop) == 1:
+                # As long as autograd keeps the graph, and one chunk at most, as `chunk_size` says.
+                (part,) = loop
+                kept.append((loop, part))
+                return tuple(loop.outputs([part.found.outputs]))
+        return tuple(call(problem, needs, (), tensors)[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.problem, ctx.needs, ctx.kept, *tensors = inputs
+        if not torch.compiler.is_compiling():
+            # The backward runs it again, perhaps after the decoder's plans were renewed.
+            ctx.program = find_program(ctx.problem.program)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        # Read even where they were kept: autograd refuses what was changed in the meantime.
+        problem, needs, tensors = ctx.problem, ctx.needs, ctx.saved_tensors
+        grads: Sequence[Tensor]
+        if torch.compiler.is_compiling():
+            _, grads = call(problem, needs, [t.contiguous() for t in cotangents], tensors)
+        elif _is_mapped(cotangents):
+            # There are rules for every operation of autograd's graph, and none for the operator.
+            with torch.enable_grad():
+                grads = plain_gradients(problem, needs, cotangents, tensors)
+        elif torch.is_grad_enabled():
+            grads = _Gradients.apply(problem, needs, len(cotangents), *cotangents, *tensors)
+        elif ctx.kept:
+            loop, part = ctx.kept.pop()
+            loop.pull(part, cotangents)
+            grads = loop.gradients()
+        else:
+            _, grads = call(problem, needs, [t.contiguous() for t in cotangents], tensors)
+        return None, None, None, *_spread(grads, needs)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of `_Outputs`, differentiable by autograd: all chunks' tangents at once."""
+
+    @staticmethod
+    def forward(problem, needs, count, *tensors):
+        cotangents = [t.contiguous() for t in tensors[:count]]
+        return tuple(call(problem, needs, cotangents, tensors[count:])[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.problem, ctx.needs, ctx.count, *tensors = inputs
+        ctx.program = find_program(ctx.problem.program)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        again, tensors = torch.is_grad_enabled(), ctx.saved_tensors
+        if ctx.problem.backend != "torch":
+            raise RuntimeError(
+                f'backend="{ctx.problem.backend}" has first derivatives only; second order needs '
+                'backend="torch" (or "reference")'
+            )
+        needs = ctx.needs_input_grad[3:]
+        with torch.enable_grad():
+            # Aliases: a cotangent may depend on z as well, and that path is not this one's.
+            tensors = [t.view_as(t) for t in tensors]
+            cotangents, given = tensors[: ctx.count], tensors[ctx.count :]
+            grads = plain_gradients(ctx.problem, ctx.needs, cotangents, given)
+            seconds = torch.autograd.grad(
+                grads,
+                [t for t, need in zip(tensors, needs, strict=True) if need],
+                upstream,
+                create_graph=again,
+                materialize_grads=True,
+                allow_unused=True,
+            )
+        return None, None, None, *_spread(seconds, needs)

@@ -1,0 +1,166 @@
+"""What is asked of a decoder's Gram, and how it is made ready for the operator, or goes without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
+
+from fastsfvae.gram.heads import HEADS
+from fastsfvae.gram.operator import Prepared, Problem
+from fastsfvae.jacobian.rules.jet import full_tangent, latent_jet
+from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
+from fastsfvae.jacobian.run.chunks import flatten_in_memory_order, map_chunks
+from fastsfvae.jacobian.run.known import remember
+from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, find_program, program_of
+from fastsfvae.jacobian.validate import check_chunk_size
+
+
+class Query(NamedTuple):
+    """What is asked of a decoder.
+
+    Attributes:
+        head: a key of `HEADS`.
+        decoder: called as decoder(z, *args, **kwargs).
+        z: latents ``[B, m]``.
+        x: data ``[B, *out]``; None for the output itself, so that r = 0.
+        inputs: the head's.
+        args: further decoder inputs.
+        kwargs: likewise, by name.
+        backend: "torch", "triton" or "reference" (resolved: not "auto").
+        chunk_size: samples whose tangents exist at one time; None chooses.
+    """
+
+    head: str
+    decoder: Callable[..., Tensor]
+    z: Tensor
+    x: Tensor | None
+    inputs: tuple[Tensor, ...]
+    args: tuple
+    kwargs: dict[str, Any]
+    backend: str
+    chunk_size: int | None
+
+
+def prepare(query: Query) -> Prepared | None:
+    """Trace the decoder and gather what the operator reads; None where autograd has to do it.
+
+    Raises:
+        ValueError: x does not match the decoder's output, or chunk_size is no int >= 1.
+    """
+    check_chunk_size(query.chunk_size)
+    if query.backend == "reference":
+        return None
+    z, x = query.z, query.x
+    if torch.compiler.is_compiling():
+        from fastsfvae.gram import compiled
+
+        found = compiled.gather(query.decoder, z, query.args, query.kwargs, query.backend)
+    else:
+        gathered = None if _is_transformed() else _gather(query)
+        if gathered is None:
+            return None
+        found = gathered
+    _check_shape(x, (z.shape[0], *found.shape))
+    kind = z.device.type
+    problem = Problem(
+        data=x is not None,
+        along=len(found.along),
+        program=found.number,
+        chunk_size=query.chunk_size or found.chunk_size,
+        head=query.head,
+        backend=query.backend,
+        autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        shape=found.shape,
+        dtype=found.dtype,
+    )
+    data = () if x is None else (x,)
+    return Prepared(problem, (z, *data, *query.inputs, *found.along, *found.whole))
+
+
+def _gather(query: Query) -> Gathered | None:
+    remember(query.decoder)
+    linearizer = Linearizer(query.decoder, query.z, query.args, query.kwargs, query.backend)
+    size = query.chunk_size or default_chunk(linearizer)
+    bounds = chunk_bounds(query.z.shape[0], size)
+    program = program_of(linearizer, sorted({stop - start for start, stop in bounds}))
+    if program is None:
+        return None
+    plan = program.plans[0]
+    tensors = program.gather(linearizer.tensors, linearizer.extras)
+    return Gathered(program.number, size, plan.output_shape, plan.output_dtype, *tensors)
+
+
+def transforms() -> list[TransformType]:
+    """Those of torch.func that run, the outermost first."""
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func does with what is computed more than to differentiate it once."""
+    return transforms() not in ([], [TransformType.Grad]) or forward_ad._current_level >= 0
+
+
+def _check_shape(x: Tensor | None, shape: tuple[int, ...]) -> None:
+    if x is not None and list(x.shape[1:]) != list(shape[1:]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} but the decoder returns {tuple(shape)}: they must match"
+        )
+
+
+def plain_gradients(
+    problem: Problem, needs: Sequence[bool], cotangents: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """The gradients of a problem's outputs by autograd, with a graph of their own."""
+    program, enabled = find_program(problem.program), problem.autocast is not None
+
+    def outputs(*wanted: Tensor) -> tuple[Tensor, ...]:
+        given = iter(wanted)
+        filled = [next(given) if need else t for need, t in zip(needs, tensors, strict=True)]
+        z, x, inputs, along, whole = problem.split(filled)
+        with torch.autocast(z[0].device.type, problem.autocast, enabled=enabled):
+            y = program.body(latent_jet(z[0]), along, whole)
+            return _plain_outputs(problem, y.primal, full_tangent(y), x, inputs)
+
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+    if transforms():
+        # What autograd has saved may belong to a transform that has ended.
+        return torch.func.vjp(outputs, *wanted)[1](tuple(cotangents))
+    return torch.autograd.grad(
+        outputs(*wanted),
+        wanted,
+        cotangents,
+        create_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def _plain_outputs(asked, output, tangents, x, inputs) -> tuple[Tensor, ...]:
+    """A chunk's outputs by operations that autograd differentiates; `x` empty for r = 0."""
+    residual = x[0] - output if x else torch.zeros_like(output)
+    flat = flatten_in_memory_order(tangents, residual)
+    return HEADS[asked.head].plain(output, *flat, inputs, asked.backend)
+
+
+def recomputed(query: Query) -> tuple[Tensor, ...]:
+    """The outputs by autograd, for what has no adjoints; several chunks are computed twice."""
+    along = HEADS[query.head].along
+
+    def finish(output: Tensor, tangents: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        _check_shape(query.x, (query.z.shape[0], *output.shape[1:]))
+        x = () if query.x is None else (query.x[start:stop],)
+        pairs = zip(query.inputs, along, strict=True)
+        inputs = [t[start:stop] if of_batch else t for t, of_batch in pairs]
+        return _plain_outputs(query, output, tangents, x, inputs)
+
+    return map_chunks(
+        *(finish, query.decoder, query.z, query.args, query.kwargs),
+        backend=query.backend,
+        chunk_size=query.chunk_size,
+        also=(query.x, *query.inputs),
+    )
