@@ -1,13 +1,14 @@
-"""What the tests of fused layers share: an oracle by autograd, and the comparison with it."""
+"""What the tests of fused layers share: problems, an oracle by autograd, the comparison with it."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.ops.tangent_layer import Layer, largest_batch
+from bench.problems import products
+from fastsfvae.ops._geometry import Geometry
+from fastsfvae.ops.tangent_layer import Layer, largest_batch, stack_layer, stack_layer_backward
 from tests._triton import CUDA, DEVICE, assert_as_good
 
 ACTIVATIONS = {
@@ -20,8 +21,6 @@ ACTIVATIONS = {
     # Its slope vanishes where its curvature does not.
     "silu": (F.silu, ()),
 }
-
-
 # Sums over the batch, which the kernels return in float32.
 WHOLE = ("weight", "bias")
 
@@ -35,16 +34,45 @@ class Results(NamedTuple):
     bias: Tensor
 
 
-def supports(geometry, stack, weight):
-    """Whether one call takes the stack; of its values nothing is read."""
-    x_shape = stack.shape[2:]
-    most = largest_batch(Layer(geometry), len(stack), x_shape, weight.shape, stack.dtype)
-    return stack.shape[1] <= most
+def square(stride, padding=1, output_padding=0, groups=1, dilation=1, transposed=False):
+    """The geometry that is the same along both axes."""
+    stride, padding, dilation, more = ((n, n) for n in (stride, padding, dilation, output_padding))
+    return Geometry(stride, padding, dilation, groups, transposed, more)
+
+
+def supports(geometry, shape, weight, dtype=torch.float32):
+    """Whether one call takes a stack and a weight of these shapes."""
+    slots, batch, *x_shape = shape
+    return batch <= largest_batch(Layer(geometry), slots, x_shape, weight, dtype)
 
 
 def draw(seed, dtype, *shapes):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes]
+
+
+def image_problem(g, m, B, C_in, C_out, H, W, kernel, dtype=torch.float32):
+    """A convolution or its transpose, and what it and its gradients are taken at."""
+
+    def layer(x, weight):
+        if g.transposed:
+            return F.conv_transpose2d(x, weight, None, g.stride, g.padding, g.output_padding)
+        return F.conv2d(x, weight, None, g.stride, g.padding)
+
+    channels = (C_in, C_out) if g.transposed else (C_out, C_in)
+    stack, weight, bias = draw(
+        0, dtype, (1 + m, B, C_in, H, W), (*channels, kernel, kernel), (C_out,)
+    )
+    (grad,) = draw(1, dtype, (1 + m, B, *layer(stack[0], weight).shape[1:]))
+    return layer, (stack, weight, bias, grad)
+
+
+def run(g, kind, stack, weight, bias, grad, product="ieee"):
+    """The results of the fused layer."""
+    layer = Layer(g, kind, ACTIVATIONS[kind][1], product)
+    out = stack_layer(layer, stack, weight, bias)
+    assert g is None or out[0].is_contiguous(memory_format=torch.channels_last)
+    return Results(out, *stack_layer_backward(layer, grad, stack, weight))
 
 
 def moved(phi, stack):
@@ -64,31 +92,28 @@ def oracle(phi, layer, stack, weight, bias, grad):
     return Results(out.detach(), *torch.autograd.grad(out, leaves, grad))
 
 
-@contextlib.contextmanager
-def library_products(product):
-    """Have the library multiply float32 numbers as `product` does, and give their eps.
+def assert_layer(g, kind, layer, inputs, product="ieee"):
+    """Compare results with float64, and with plain PyTorch in the stack's dtype.
 
-    The CPU knows no TF32.
+    Args:
+        g: the geometry; None of a linear layer.
+        kind: of the activation in front.
+        layer: the same without bias and activation, in plain PyTorch.
+        inputs: stack, weight, bias, and the gradient of the result.
+        product: of float32 numbers; the library multiplies them so too.
     """
-    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [s.fp32_precision for s in settings]
-    for s in settings:
-        s.fp32_precision = "tf32" if product == "tf32" else "ieee"
-    try:
-        yield 2**-10 if product == "tf32" and CUDA else None
-    finally:
-        for s, value in zip(settings, before, strict=True):
-            s.fp32_precision = value
-
-
-def assert_layer(got, phi, layer, stack, weight, bias, grad, eps=None):
-    """Compare results with float64, and with plain PyTorch in the stack's dtype."""
-    inputs = stack, weight, bias, grad
+    stack, weight, *_ = inputs
+    assert supports(g, stack.shape, weight.shape, stack.dtype)
+    phi = ACTIVATIONS[kind][0]
+    with products(product):
+        got = run(g, kind, *inputs, product)
+        plain = oracle(phi, layer, *inputs)
     want = oracle(phi, layer, *(t.double() for t in inputs))
-    plain = oracle(phi, layer, *inputs)
     # The largest sum of absolute terms behind an entry: the same products of absolute values.
     h = moved(phi, stack.double().requires_grad_()).detach().abs()
     scales = oracle(lambda x: 1 * x, layer, h, *(t.double().abs() for t in inputs[1:]))
+    # The CPU knows no TF32.
+    eps = 2**-10 if product == "tf32" and CUDA else None
     for name, g, w, p, s in zip(Results._fields, got, want, plain, scales, strict=True):
         assert g.shape == w.shape and g.dtype == (torch.float32 if name in WHOLE else stack.dtype)
         # A curved activation multiplies and sums over the tangents once more.

@@ -6,10 +6,7 @@ import torch
 from fastsfvae import reference
 from fastsfvae.ops import _library
 from fastsfvae.ops.gram_project import gram_project, gram_project_backward, gram_project_forward
-from tests._triton import DEVICE, INTERPRETER, assert_as_good, poisoned_empty, requires_triton
-
-# pytest finds the fixture by its name in this module.
-_ = poisoned_empty
+from tests._triton import DEVICE, INTERPRETER, assert_as_good, requires_triton
 
 SHAPES = [(1, 1, 1), (5, 2, 7), (3, 5, 784), (2, 16, 784), (1, 33, 7), (1, 64, 784), (2, 100, 70)]
 DTYPES = [torch.float32, torch.bfloat16]

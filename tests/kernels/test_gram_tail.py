@@ -7,12 +7,9 @@ import torch.nn.functional as F
 from fastsfvae.ops._geometry import Geometry
 from fastsfvae.ops.gram_tail import Tail, largest_batch, tail_backward, tail_partials, tail_values
 from fastsfvae.ops.tangent_layer import Layer
-from tests._triton import DEVICE, assert_as_good, poisoned_empty, requires_triton
+from tests._triton import DEVICE, assert_as_good, requires_triton
 from tests.kernels.stack_layers import moved
 from tests.kernels.test_tangent_activation import KINDS
-
-# pytest finds the fixture by its name in this module.
-_ = poisoned_empty
 
 GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1, True, (0, 0))
 # B, m, Ci, Co, H, W

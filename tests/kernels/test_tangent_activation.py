@@ -12,10 +12,8 @@ from fastsfvae.ops.tangent_activation import (
     stack_activation_backward,
     tangent_activation,
 )
-from tests._triton import DEVICE, assert_as_good, poisoned_empty, requires_triton
+from tests._triton import DEVICE, assert_as_good, requires_triton
 
-# pytest finds the fixture by its name in this module.
-_ = poisoned_empty
 pytestmark = requires_triton
 
 # Parameters are dyadic: the kernel's float32 and the oracle's float64 put a kink at the same place.

@@ -1,24 +1,22 @@
 """tangent_conv_transpose: both geometries, behind each sort of activation, against float64."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
 
-from fastsfvae.ops.convolution import Geometry
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
-from tests._triton import poisoned_empty, requires_triton
+from tests._triton import requires_triton
 from tests.kernels.stack_layers import (
     ACTIVATIONS,
-    Results,
     assert_layer,
-    draw,
-    library_products,
+    image_problem,
+    run,
+    square,
     supports,
 )
 
-# pytest finds the fixture by its name in this module.
-_ = poisoned_empty
-
+geometry = partial(square, stride=2, transposed=True)
 # (m, B, C_in, C_out, H, W): 1, odd sizes, more than one block of channels, of columns and of rows.
 SHAPES = [
     (1, 1, 1, 1, 1, 1),
@@ -30,30 +28,8 @@ SHAPES = [
 PIXELS = [(2, 5, 9, 3, 1, 1), (33, 2, 1, 5, 1, 1), (1, 3, 64, 2, 1, 1)]
 
 
-def geometry(stride=2, padding=1, output_padding=0, groups=1, dilation=1):
-    pair = lambda n: (n, n)  # noqa: E731
-    sizes = pair(stride), pair(padding), pair(dilation)
-    return Geometry(*sizes, groups, True, pair(output_padding))
-
-
-def problem(m, B, C_in, C_out, H, W, g, kernel=4, dtype=torch.float32):
-    """A layer, and what it and its gradients are taken at."""
-
-    def layer(x, weight):
-        return F.conv_transpose2d(x, weight, None, g.stride, g.padding, g.output_padding)
-
-    stack, weight, bias = draw(
-        0, dtype, (1 + m, B, C_in, H, W), (C_in, C_out, kernel, kernel), (C_out,)
-    )
-    (grad,) = draw(1, dtype, (1 + m, B, *layer(stack[0], weight).shape[1:]))
-    return layer, (stack, weight, bias, grad)
-
-
-def run(g, kind, stack, weight, bias, grad, product="ieee"):
-    layer = Layer(g, kind, ACTIVATIONS[kind][1], product)
-    out = stack_layer(layer, stack, weight, bias)
-    assert out[0].is_contiguous(memory_format=torch.channels_last)
-    return Results(out, *stack_layer_backward(layer, grad, stack, weight))
+def problem(g, *shape, kernel=4, dtype=torch.float32):
+    return image_problem(g, *shape, kernel, dtype)
 
 
 class TestKernel:
@@ -62,42 +38,31 @@ class TestKernel:
     @pytest.mark.parametrize("kind", ["relu", "tanh"])
     @pytest.mark.parametrize("shape", SHAPES)
     def test_doubling(self, shape, kind, poisoned_empty):
-        layer, inputs = problem(*shape, geometry())
-        assert supports(geometry(), *inputs[:2])
-        assert_layer(run(geometry(), kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
+        assert_layer(geometry(), kind, *problem(geometry(), *shape))
 
     @pytest.mark.parametrize("kind", ["relu", "tanh"])
     @pytest.mark.parametrize("shape", PIXELS)
     def test_one_pixel(self, shape, kind, poisoned_empty):
         g = geometry(stride=1, padding=0)
-        layer, inputs = problem(*shape, g)
-        assert supports(g, *inputs[:2])
-        assert_layer(run(g, kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
+        assert_layer(g, kind, *problem(g, *shape))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("kind", ACTIVATIONS)
     def test_activations(self, kind, dtype, poisoned_empty):
-        layer, inputs = problem(3, 2, 5, 3, 2, 3, geometry(), dtype=dtype)
-        assert_layer(run(geometry(), kind, *inputs), ACTIVATIONS[kind][0], layer, *inputs)
+        assert_layer(geometry(), kind, *problem(geometry(), 3, 2, 5, 3, 2, 3, dtype=dtype))
 
     @pytest.mark.parametrize("kernel, output_padding", [(3, 0), (3, 1), (4, 1)])
     def test_other_sizes(self, kernel, output_padding, poisoned_empty):
         g = geometry(output_padding=output_padding)
-        layer, inputs = problem(2, 2, 3, 2, 2, 3, g, kernel)
-        assert supports(g, *inputs[:2])
-        assert_layer(run(g, "sigmoid", *inputs), torch.sigmoid, layer, *inputs)
+        assert_layer(g, "sigmoid", *problem(g, 2, 2, 3, 2, 2, 3, kernel=kernel))
 
     @pytest.mark.parametrize("product", ["ieee", "tf32x3", "tf32"])
     def test_float32_products(self, product):
-        g = geometry()
-        layer, inputs = problem(3, 2, 20, 12, 4, 5, g)
-        with library_products(product) as eps:
-            got = run(g, "tanh", *inputs, product)
-            assert_layer(got, torch.tanh, layer, *inputs, eps)
+        assert_layer(geometry(), "tanh", *problem(geometry(), 3, 2, 20, 12, 4, 5), product)
 
     def test_any_layout_gives_the_same_bits_twice(self):
         g = geometry()
-        _, (stack, weight, bias, grad) = problem(33, 1, 3, 2, 3, 2, g)
+        _, (stack, weight, bias, grad) = problem(g, 33, 1, 3, 2, 3, 2)
         last = torch.channels_last
         folded = stack.flatten(0, 1).contiguous(memory_format=last).unflatten(0, stack.shape[:2])
         runs = [
@@ -107,7 +72,7 @@ class TestKernel:
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
     def test_a_nan_stays_in_its_sample_and_tangent(self):
-        _, (stack, weight, bias, grad) = problem(2, 3, 3, 2, 2, 2, geometry())
+        _, (stack, weight, bias, grad) = problem(geometry(), 2, 3, 3, 2, 2, 2)
         stack[1, 2, 0, 0, 0] = float("nan")
         out, grad_stack, *_ = run(geometry(), "relu", stack, weight, bias, grad)
         spoiled = out.isnan().flatten(2).any(2)
@@ -117,7 +82,7 @@ class TestKernel:
 
     def test_only_what_is_needed(self):
         layer = Layer(geometry(), "relu")
-        _, (stack, weight, _, grad) = problem(1, 1, 2, 2, 2, 2, geometry())
+        _, (stack, weight, _, grad) = problem(geometry(), 1, 1, 2, 2, 2, 2)
         whole = stack_layer_backward(layer, grad, stack, weight)
         for i in range(3):
             needs = tuple(i == j for j in range(3))
@@ -127,14 +92,14 @@ class TestKernel:
 
     def test_autocast_takes_its_dtype(self):
         layer = Layer(geometry(), "relu")
-        _, (stack, weight, bias, _) = problem(1, 2, 3, 2, 2, 2, geometry())
+        _, (stack, weight, bias, _) = problem(geometry(), 1, 2, 3, 2, 2, 2)
         with torch.autocast(stack.device.type, torch.bfloat16):
             out = stack_layer(layer, stack, weight, bias)
         assert torch.equal(out, stack_layer(layer, stack.bfloat16(), weight, bias))
 
     def test_refuses_what_it_cannot_compute(self):
         g = geometry()
-        _, (stack, weight, bias, _) = problem(1, 1, 2, 2, 2, 2, g)
+        _, (stack, weight, bias, _) = problem(g, 1, 1, 2, 2, 2, 2)
         with pytest.raises(ValueError, match="no float64 kernels"):
             stack_layer(Layer(g), stack.double(), weight, bias)
         with pytest.raises(ValueError, match="kind='mish' is not one of"):
@@ -152,8 +117,7 @@ class TestKernel:
 
 def test_supports_names_what_the_kernels_take():
     def asked(shape=(3, 2, 4, 5, 5), weight=(4, 6, 4, 4), dtype=torch.float32, **options):
-        stack = torch.empty(shape, dtype=dtype, device="meta")
-        return supports(geometry(**options), stack, torch.empty(weight, device="meta"))
+        return supports(geometry(**options), shape, weight, dtype)
 
     assert asked() and asked(dtype=torch.bfloat16) and asked(weight=(4, 6, 3, 3), output_padding=1)
     pixel = {"shape": (3, 2, 4, 1, 1), "stride": 1, "padding": 0}

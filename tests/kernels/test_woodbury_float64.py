@@ -11,10 +11,8 @@ from fastsfvae.ops.woodbury import (
     woodbury_native,
     woodbury_triton,
 )
-from tests._triton import DEVICE, poisoned_empty, requires_triton
+from tests._triton import DEVICE, requires_triton
 
-# pytest finds the fixture by its name in this module.
-_ = poisoned_empty
 pytestmark = requires_triton
 C = 0.25
 

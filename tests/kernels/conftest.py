@@ -1,0 +1,3 @@
+"""Fixtures of the kernels' tests."""
+
+from tests._triton import poisoned_empty as poisoned_empty
