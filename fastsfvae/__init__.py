@@ -9,20 +9,62 @@ A decoder f is linearised at each latent mean and the posterior's Gaussian is pu
 log-likelihood then has a closed form. The README has a whole example and the method in a page.
 """
 
-from fastsfvae import evaluate as evaluate
-from fastsfvae.distributions import LinearizedGaussian as LinearizedGaussian
-from fastsfvae.gram.pullback import Pullback as Pullback
-from fastsfvae.gram.pullback import pullback as pullback
-from fastsfvae.graphed import GraphedStep as GraphedStep
-from fastsfvae.graphed import make_graphed_step as make_graphed_step
-from fastsfvae.jacobian import DecoderReport as DecoderReport
-from fastsfvae.jacobian import check_decoder as check_decoder
-from fastsfvae.jacobian import decode_with_jacobian as decode_with_jacobian
-from fastsfvae.loss import Elbo as Elbo
-from fastsfvae.loss import SamplingFreeLoss as SamplingFreeLoss
-from fastsfvae.loss import low_rank_log_prob as low_rank_log_prob
-from fastsfvae.loss import sampling_free_elbo as sampling_free_elbo
-from fastsfvae.ops.dispatch import fused_layers as fused_layers
-from fastsfvae.training.checkpoint import load as load
+from __future__ import annotations
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastsfvae.gram.pullback import Pullback, pullback
+from fastsfvae.ground.provenance import VERSION as __version__
+from fastsfvae.jacobian.api import decode_with_jacobian
+from fastsfvae.loss import Elbo, SamplingFreeLoss, low_rank_log_prob, sampling_free_elbo
+from fastsfvae.ops.dispatch import fused_layers
+
+if TYPE_CHECKING:
+    from fastsfvae import evaluate
+    from fastsfvae.distributions import LinearizedGaussian
+    from fastsfvae.graphed import GraphedStep, make_graphed_step
+    from fastsfvae.jacobian.check import DecoderReport, check_decoder
+    from fastsfvae.training.checkpoint import load
+
+__all__ = [
+    "DecoderReport",
+    "Elbo",
+    "GraphedStep",
+    "LinearizedGaussian",
+    "Pullback",
+    "SamplingFreeLoss",
+    "check_decoder",
+    "decode_with_jacobian",
+    "evaluate",
+    "fused_layers",
+    "load",
+    "low_rank_log_prob",
+    "make_graphed_step",
+    "pullback",
+    "sampling_free_elbo",
+]
+
+# Imported on first use: the loss needs none of them.
+_LATE = {
+    "DecoderReport": "fastsfvae.jacobian.check",
+    "GraphedStep": "fastsfvae.graphed",
+    "LinearizedGaussian": "fastsfvae.distributions",
+    "check_decoder": "fastsfvae.jacobian.check",
+    "evaluate": "fastsfvae.evaluate",
+    "load": "fastsfvae.training.checkpoint",
+    "make_graphed_step": "fastsfvae.graphed",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_LATE[name])
+    found = module if name == "evaluate" else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastsfvae import __version__
+from fastsfvae.ground.provenance import VERSION
 from fastsfvae.ground.options import UsageError, fail, parse, require_extras
 from fastsfvae.training.config import TrainConfig
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_USAGE)
             return 0
         case ["--version"]:
-            print(__version__)
+            print(VERSION)
             return 0
         case ["train", *options]:
             return _train(options)

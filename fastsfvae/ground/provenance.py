@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+# The one place for it: the build reads it here.
+VERSION = "0.1.0"
+
 
 def commit() -> str | None:
     """The checkout's commit, with a + where files differ from it; None for an installed package."""

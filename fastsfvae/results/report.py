@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastsfvae import __version__, evaluate
+from fastsfvae import evaluate
 from fastsfvae.evaluate import ImageMean, mean_over_images
 from fastsfvae.ground.atomic import write_text
-from fastsfvae.ground.provenance import commit
+from fastsfvae.ground.provenance import VERSION, commit
 from fastsfvae.objectives import Objective
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.loop import Run, evaluation_generator, to_unit
@@ -171,7 +171,7 @@ def conventions(config: TrainConfig, importance_samples: int) -> dict[str, Any]:
         "seed": config.seed,
         "steps": config.steps,
         "torch": torch.__version__,
-        "fastsfvae": __version__,
+        "fastsfvae": VERSION,
         "commit": commit(),
     }
 
