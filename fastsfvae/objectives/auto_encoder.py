@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsfvae import _checks
 from fastsfvae.loss import gaussian_kl
-from fastsfvae.objectives.draws import Decoder, check_settings, decode
+from fastsfvae.objectives.draws import Decoder, decode
 from fastsfvae.objectives.terms import Terms, make_terms
 
 
@@ -22,7 +23,7 @@ class AutoEncoder:
     """
 
     def __init__(self, decoder: Decoder, *, noise_var: float = 0.5) -> None:
-        check_settings(noise_var, samples=1)
+        _checks.noise_var(noise_var)
         self.decoder = decoder
         self.noise_var = noise_var
 

@@ -1,4 +1,4 @@
-"""What the Monte Carlo objectives share: draws of the posterior, and what they decode to."""
+"""The Monte Carlo objectives' base: draws of the posterior, and what they decode to."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
+from fastsfvae.loss import gaussian_kl
+from fastsfvae.objectives.terms import Terms, make_terms
 
 Decoder = Callable[[Tensor], Tensor]
 
 
 class Draws(NamedTuple):
-    """Reparameterised z ~ q(z|x), ``[K, B, m]``, and log p(z) - log q(z|x), ``[K, B]``."""
+    """Reparameterised z ~ q(z|x).
+
+    Attributes:
+        z: ``[K, B, m]``.
+        log_ratio: log p(z) - log q(z|x), ``[K, B]``.
+        path: ``[K, B, m]``, what z's gradient passes on its way to the posterior.
+    """
 
     z: Tensor
     log_ratio: Tensor
+    path: Tensor
 
 
 class Decoded(NamedTuple):
@@ -28,33 +37,20 @@ class Decoded(NamedTuple):
     squared_error: Tensor
 
 
-def check_settings(noise_var: float, samples: int) -> None:
-    """Raise unless c is a variance and there is at least one draw."""
-    _checks.noise_var(noise_var)
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1")
-
-
 def draw(mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator | None) -> Draws:
     """Draw z = mean + std * noise; gradients are total derivatives."""
     noise = _noise(mean, samples, generator)
     z = mean + torch.exp(0.5 * log_var) * noise
     # The (2 pi)^(m/2) of the two densities cancel.
-    return Draws(z, 0.5 * (noise.square() - z.square() + log_var).sum(-1))
+    return Draws(z, 0.5 * (noise.square() - z.square() + log_var).sum(-1), z)
 
 
 def draw_path(
-    mean: Tensor,
-    log_var: Tensor,
-    samples: int,
-    generator: torch.Generator | None,
-) -> tuple[Draws, Tensor]:
-    """Draw the same z as `draw`, with gradients that reach the posterior through z alone.
+    mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator | None
+) -> Draws:
+    """Draw the same z as `draw`, with gradients that reach the posterior through `path` alone.
 
     The score of log q, whose expectation is zero, is left out (Roeder, Wu & Duvenaud 2017).
-
-    Returns:
-        The draws, and the tensor ``[K, B, m]`` that the whole gradient passes.
     """
     std = torch.exp(0.5 * log_var)
     # Exactly std * noise. As z - mean, a narrow posterior would lose its digits.
@@ -62,7 +58,13 @@ def draw_path(
     z = mean.detach() + deviation
     whitened = deviation / std.detach()
     ratio = 0.5 * (whitened.square() - z.square() + log_var.detach()).sum(-1)
-    return Draws(z, ratio), deviation
+    return Draws(z, ratio, deviation)
+
+
+def _noise(mean: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(
+        (samples, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype
+    )
 
 
 def decode(decoder: Decoder, x: Tensor, z: Tensor, noise_var: float) -> Decoded:
@@ -82,7 +84,42 @@ def decode(decoder: Decoder, x: Tensor, z: Tensor, noise_var: float) -> Decoded:
     return Decoded(-constant - squared_error / (2 * noise_var), squared_error)
 
 
-def _noise(mean: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(
-        (samples, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype
-    )
+class MonteCarlo:
+    """An objective on K draws of the posterior per image.
+
+    Args:
+        decoder: f, ``z [B, m] -> [B, *out]``.
+        noise_var: c, variance of the observation noise in squared units of x.
+        samples: K.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    _draw = staticmethod(draw)
+
+    def __init__(self, decoder: Decoder, *, noise_var: float = 0.5, samples: int = 1) -> None:
+        _checks.noise_var(noise_var)
+        if samples < 1:
+            raise ValueError(f"samples={samples} must be at least 1")
+        self.decoder = decoder
+        self.noise_var = noise_var
+        self.samples = samples
+
+    def __call__(
+        self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
+    ) -> Terms:
+        """Evaluate; see `Objective`.
+
+        All but the objective are those of the ELBO, for logging: the likelihood and the error as
+        means over the draws, the KL divergence in closed form.
+        """
+        drawn = self._draw(mean, log_var, self.samples, generator)
+        log_likelihood, squared_error = decode(self.decoder, x, drawn.z, self.noise_var)
+        kl = gaussian_kl(mean, log_var)
+        objective = self._objective(log_likelihood, drawn, kl)
+        return make_terms(objective, log_likelihood.mean(0), kl, squared_error.mean(0))
+
+    def _objective(self, log_likelihood: Tensor, drawn: Draws, kl: Tensor) -> Tensor:
+        """``[B]``, of the draws' log-likelihoods ``[K, B]`` and the closed form ``[B]``."""
+        raise NotImplementedError
