@@ -10,6 +10,7 @@ from fastsfvae import training
 from fastsfvae.cli import main as cli
 from fastsfvae.training import loop
 from fastsfvae.training.config import METHODS, TrainConfig
+from fastsfvae.training.objective import make_objective
 
 OPTIONS = {
     "sampling": (["--samples", "3"], o.Sampling, {"samples": 3, "kl_weight": 1.0}),
@@ -38,7 +39,7 @@ def test_every_method_trains(method, tmp_path, monkeypatch):
     assert len(objective) == 20 and objective[-1] > objective[0]
 
     config = TrainConfig.from_json((folder / "config.json").read_text())
-    built = training.make_objective(config, torch.nn.Identity())
+    built = make_objective(config, torch.nn.Identity())
     assert type(built) is class_
     assert vars(built).items() >= (attributes | {"noise_var": 0.2}).items()
 

@@ -163,7 +163,7 @@ def test_interrupted_command_is_resumed(tmp_path):
     # A real signal to a real process, as Ctrl-C sends it.
     script = (
         "import os, signal, sys\n"
-        "from fastsfvae import cli\n"
+        "from fastsfvae.cli.main import main\n"
         "from fastsfvae.objectives import Sampling\n"
         "plain = Sampling.__call__\n"
         "def call(self, *args, **kwargs):\n"
@@ -172,7 +172,7 @@ def test_interrupted_command_is_resumed(tmp_path):
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return plain(self, *args, **kwargs)\n"
         "Sampling.__call__ = call\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, *FAST, "--steps", "20", "--out", "a"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastsfvae import training
-from fastsfvae.training import distributed
+from fastsfvae.training import distributed, loop
 from fastsfvae.training.config import TrainConfig
 
 CONFIG = TrainConfig(model="tanh", latent_dim=3, batch_size=8, steps=50, seed=5)
@@ -39,7 +39,7 @@ def _interrupt(run, row):
 
 def _worker(rank, folder):
     torch.set_num_threads(1)
-    training.LOG_EVERY = 1
+    loop.LOG_EVERY = 1
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     run = training.start(CONFIG, folder / "two")
@@ -72,13 +72,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(folder):
-    every, training.LOG_EVERY = training.LOG_EVERY, 1
+    every, loop.LOG_EVERY = loop.LOG_EVERY, 1
     try:
         training.train(
             training.start(CONFIG, folder / "one"), _gradients_at_first_step(folder / "one.pt")
         )
     finally:
-        training.LOG_EVERY = every
+        loop.LOG_EVERY = every
     return folder
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastsfvae import training
 from fastsfvae.data.load import load_images
+from fastsfvae.training import loop
 from fastsfvae.training.checkpoint import load_checkpoint, save_checkpoint
 from fastsfvae.training.config import TrainConfig
 
@@ -92,7 +93,7 @@ def _time(function, *arguments):
 
 def _train(folder):
     torch.set_num_threads(1)
-    training.LOG_EVERY, training.CHECKPOINT_EVERY = 5, 20
+    loop.LOG_EVERY, loop.CHECKPOINT_EVERY = 5, 20
     known = (folder / "config.json").exists()
     training.train(training.resume(folder) if known else training.start(CONFIG, folder))
 

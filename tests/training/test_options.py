@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastsfvae import graphed, training
 from fastsfvae.cli import main as cli
-from fastsfvae.objectives import SamplingFree
+from fastsfvae.objectives import SamplingFree, Terms
 from fastsfvae.training import loop
 from fastsfvae.training import run as run_module
 from fastsfvae.training.checkpoint import CHECKPOINT, CONFIG, FolderLock, load_config
@@ -181,7 +181,7 @@ def test_pictures_and_tensorboard_leave_the_training_as_it_is(tmp_path):
     events = event_accumulator.EventAccumulator(str(watched.folder / "tensorboard"))
     events.Reload()
     assert [image.step for image in events.Images("images")] == [20, 40]
-    for name in (*training.Terms._fields, "gamma"):
+    for name in (*Terms._fields, "gamma"):
         scalars = {scalar.step: scalar.value for scalar in events.Scalars(name)}
         # TensorBoard keeps float32.
         assert scalars == {row["step"]: pytest.approx(row[name], rel=1e-6) for row in rows}
@@ -285,7 +285,7 @@ def test_a_non_finite_loss_names_its_images(tmp_path):
             bad[[2, 5]] = math.nan
             numbers.append(x[[2, 5]])
             per_image = (term + bad for term in terms[1:])
-            return training.Terms(terms.loss + bad.sum(), *per_image)
+            return Terms(terms.loss + bad.sum(), *per_image)
         return terms
 
     run.model.objective = broken
