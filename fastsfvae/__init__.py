@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastsfvae.gram.pullback import Pullback, pullback
-from fastsfvae.ground.provenance import VERSION as __version__
+from fastsfvae.ground.provenance import VERSION
 from fastsfvae.jacobian.api import decode_with_jacobian
 from fastsfvae.loss import Elbo, SamplingFreeLoss, low_rank_log_prob, sampling_free_elbo
 from fastsfvae.ops.dispatch import fused_layers
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fastsfvae.graphed import GraphedStep, make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport, check_decoder
     from fastsfvae.training.checkpoint import load
+
+__version__ = VERSION
 
 __all__ = [
     "DecoderReport",

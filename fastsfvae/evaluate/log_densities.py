@@ -18,7 +18,7 @@ from fastsfvae.evaluate._decode import (
     resolve_chunk_size,
 )
 from fastsfvae.evaluate._decode import squared_error as _squared_error
-from fastsfvae.evaluate.proposals import PROPOSALS, Posterior, make_proposal
+from fastsfvae.evaluate.proposals import PROPOSALS, Posterior, ProposalName, make_proposal
 from fastsfvae.loss import gaussian_kl, sampling_free_elbo
 
 # Images whose objective is evaluated together: their tangents are chunked further below.
@@ -92,7 +92,7 @@ def log_marginal_likelihood(
     *,
     noise_var: float | Tensor,
     samples: int = 50_000,
-    proposal: str = "posterior",
+    proposal: ProposalName = "posterior",
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     progress: Progress | None = None,

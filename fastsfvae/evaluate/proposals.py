@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from fastsfvae.evaluate._decode import Decoder, Proposal
 from fastsfvae.jacobian import decode_with_jacobian
 
-PROPOSALS = ("posterior", "linearized", "defensive")
+ProposalName: TypeAlias = Literal["posterior", "linearized", "defensive"]
+PROPOSALS: tuple[ProposalName, ...] = get_args(ProposalName)
 
 _DEFENSIVE_SHARE = 0.1
 # A standard normal number lies below it with that probability.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae._checks import Backend
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.chunks import (
@@ -20,7 +21,7 @@ def decode_with_jacobian(
     decoder: Callable[..., Tensor],
     z: Tensor,
     *args: Any,
-    backend: str = "auto",
+    backend: Backend = "auto",
     chunk_size: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:

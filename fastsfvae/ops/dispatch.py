@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
@@ -27,7 +27,8 @@ from fastsfvae.ops._gpu import MEASURED, Gpu, gpu_of
 from fastsfvae.ops._precision import allows_tf32, product_of
 
 ENVIRONMENT = "FASTSFVAE_FUSED"
-SETTINGS = ("auto", "always", "never")
+FusedLayers: TypeAlias = Literal["auto", "always", "never"]
+SETTINGS: tuple[FusedLayers, ...] = get_args(FusedLayers)
 _forced: ContextVar[str | None] = ContextVar("fused_layers", default=None)
 
 
@@ -46,7 +47,7 @@ class Choice(NamedTuple):
 
 
 @contextlib.contextmanager
-def fused_layers(setting: str) -> Iterator[None]:
+def fused_layers(setting: FusedLayers) -> Iterator[None]:
     """Choose inside a block whether layers run on the fused Triton kernels; a context manager.
 
         with sf.fused_layers("never"):

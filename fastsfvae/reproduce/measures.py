@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import evaluate
+from fastsfvae.evaluate.proposals import ProposalName
 from fastsfvae.results.report import encode, objective_values
 from fastsfvae.training.run import Run, evaluation_generator
 from fastsfvae.training.seeds import to_unit
@@ -90,7 +91,7 @@ class Likelihoods:
     """
 
     samples: int
-    proposal: str = "defensive"
+    proposal: ProposalName = "defensive"
     images: int = 0
 
     @property

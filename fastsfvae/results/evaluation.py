@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate import mean_over_images, monte_carlo_error
+from fastsfvae.evaluate.proposals import ProposalName
 from fastsfvae.ground.progress import counter
 from fastsfvae.results import report
 from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
@@ -207,7 +208,7 @@ def _log_densities(trained: Trained, settings: Settings) -> dict[str, Number]:
             *posterior,
             noise_var=config.noise_var,
             samples=settings.samples,
-            proposal=settings.proposal,
+            proposal=cast(ProposalName, settings.proposal),
             generator=trained.generator(),
             progress=progress,
         )
@@ -243,7 +244,7 @@ def _log_densities(trained: Trained, settings: Settings) -> dict[str, Number]:
 
 
 def _effective_samples(trained: Trained) -> dict[str, Number]:
-    def median(proposal: str) -> Number:
+    def median(proposal: ProposalName) -> Number:
         found = evaluate.log_marginal_likelihood(
             *(trained.decoder, trained.x, trained.mean, trained.log_var),
             noise_var=trained.config.noise_var,
