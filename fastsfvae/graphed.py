@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fastsfvae import _checks
 from fastsfvae._ranges import span
-from fastsfvae.jacobian import resolve_backend
+from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.loss import SamplingFreeLoss
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.evaluate._decode import Decoder, Proposal
-from fastsfvae.jacobian import decode_with_jacobian
+from fastsfvae.jacobian.api import decode_with_jacobian
 
 ProposalName: TypeAlias = Literal["posterior", "linearized", "defensive"]
 PROPOSALS: tuple[ProposalName, ...] = get_args(ProposalName)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae.evaluate._decode import Decoder, NoiseStream, Progress
-from fastsfvae.jacobian import decode_with_jacobian
+from fastsfvae.jacobian.api import decode_with_jacobian
 
 PAPER_SAMPLES = (5, 10, 25, 50, 70, 100, 235)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastsfvae.jacobian import decode_with_jacobian
+from fastsfvae.jacobian.api import decode_with_jacobian
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.measures import Likelihoods

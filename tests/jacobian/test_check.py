@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsfvae.jacobian import check_decoder
+from fastsfvae.jacobian.check import check_decoder
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.rules.rule import Rule
 

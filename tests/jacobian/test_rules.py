@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastsfvae.jacobian import decode_with_jacobian
+from fastsfvae.jacobian.api import decode_with_jacobian
 from tests.jacobian.rule_cases import CASES, ROW, B, M, through
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsfvae.jacobian import decode_with_jacobian
+from fastsfvae.jacobian.api import decode_with_jacobian
 from tests.jacobian.test_rules import compare
 
 M = 3
