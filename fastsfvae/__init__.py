@@ -20,14 +20,35 @@ from fastsfvae.jacobian.api import decode_with_jacobian
 from fastsfvae.loss import Elbo, SamplingFreeLoss, low_rank_log_prob, sampling_free_elbo
 from fastsfvae.ops.dispatch import fused_layers
 
+__version__ = VERSION
+
+# Imported on first use: the loss needs none of them.
+_LATE = {
+    "DecoderReport": "fastsfvae.jacobian.check",
+    "GraphedStep": "fastsfvae.graphed",
+    "LinearizedGaussian": "fastsfvae.distributions",
+    "check_decoder": "fastsfvae.jacobian.check",
+    "evaluate": "fastsfvae.evaluate",
+    "load": "fastsfvae.training.checkpoint",
+    "make_graphed_step": "fastsfvae.graphed",
+}
+
 if TYPE_CHECKING:
     from fastsfvae import evaluate
     from fastsfvae.distributions import LinearizedGaussian
     from fastsfvae.graphed import GraphedStep, make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport, check_decoder
     from fastsfvae.training.checkpoint import load
+else:
+    # Not for a type checker, which would then believe in every name.
+    def __getattr__(name: str) -> Any:
+        if name not in _LATE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(_LATE[name])
+        found = module if name == "evaluate" else getattr(module, name)
+        globals()[name] = found
+        return found
 
-__version__ = VERSION
 
 __all__ = [
     "DecoderReport",
@@ -46,26 +67,6 @@ __all__ = [
     "pullback",
     "sampling_free_elbo",
 ]
-
-# Imported on first use: the loss needs none of them.
-_LATE = {
-    "DecoderReport": "fastsfvae.jacobian.check",
-    "GraphedStep": "fastsfvae.graphed",
-    "LinearizedGaussian": "fastsfvae.distributions",
-    "check_decoder": "fastsfvae.jacobian.check",
-    "evaluate": "fastsfvae.evaluate",
-    "load": "fastsfvae.training.checkpoint",
-    "make_graphed_step": "fastsfvae.graphed",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_LATE[name])
-    found = module if name == "evaluate" else getattr(module, name)
-    globals()[name] = found
-    return found
 
 
 def __dir__() -> list[str]:
