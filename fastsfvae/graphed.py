@@ -22,7 +22,7 @@ from fastsfvae import _checks
 from fastsfvae._ranges import span
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
-from fastsfvae.loss import SamplingFreeLoss
+from fastsfvae.loss import Elbo, SamplingFreeLoss
 
 # Before a capture every kernel has been compiled and every library has chosen its algorithms.
 _WARM_UP_STEPS = 3
@@ -101,7 +101,7 @@ class GraphedStep:
         self._groups = self._captured_groups()
         self._state = optimizer.state
 
-    def __call__(self, x: Tensor, *args: Tensor) -> Any:
+    def __call__(self, x: Tensor, *args: Tensor) -> tuple[Tensor, Elbo]:
         """Train on a batch; returns ``(loss, Elbo)``, detached.
 
         Raises:

@@ -119,30 +119,6 @@ class SamplingFreeLoss(nn.Module):
         self.backend: Backend = backend
         self.chunk_size = chunk_size
 
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        log_var: Tensor,
-        *args: Any,
-        sample_weight: Tensor | None = None,
-        return_terms: Literal[False] = False,
-        **kwargs: Any,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        log_var: Tensor,
-        *args: Any,
-        sample_weight: Tensor | None = None,
-        return_terms: Literal[True],
-        **kwargs: Any,
-    ) -> tuple[Tensor, Elbo]: ...
-
     def forward(
         self,
         x: Tensor,
@@ -200,7 +176,45 @@ class SamplingFreeLoss(nn.Module):
 
     if TYPE_CHECKING:
         # nn.Module's own takes and returns anything.
-        __call__ = forward
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            mean: Tensor,
+            log_var: Tensor,
+            *args: Any,
+            sample_weight: Tensor | None = None,
+            return_terms: Literal[False] = False,
+            **kwargs: Any,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            mean: Tensor,
+            log_var: Tensor,
+            *args: Any,
+            sample_weight: Tensor | None = None,
+            return_terms: Literal[True],
+            **kwargs: Any,
+        ) -> tuple[Tensor, Elbo]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            mean: Tensor,
+            log_var: Tensor,
+            *args: Any,
+            sample_weight: Tensor | None = None,
+            return_terms: bool,
+            **kwargs: Any,
+        ) -> Tensor | tuple[Tensor, Elbo]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """As `forward`."""
 
     def _share(self, mean: Tensor, sample_weight: Tensor | None) -> Tensor:
         """What each sample's loss is multiplied by before all are added up."""

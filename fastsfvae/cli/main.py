@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastsfvae.ground.provenance import VERSION
 from fastsfvae.ground.options import UsageError, fail, parse, require_extras
+from fastsfvae.ground.provenance import VERSION
 from fastsfvae.training.config import TrainConfig
 
 _USAGE = """\

@@ -27,6 +27,8 @@ def train(encoder: nn.Module, decoder: nn.Module, x: Tensor) -> Tensor:
     torch.autograd.grad(loss, [*decoder.parameters()])
     loss, terms = loss_fn(x, mean, log_var, return_terms=True)
     reached: Tensor = terms.squared_error + loss
+    either = loss_fn(x, mean, log_var, return_terms=bool(len(x)))
+    reached = reached + (either[0] if isinstance(either, tuple) else either)
     step: sf.GraphedStep = sf.make_graphed_step(encoder, loss_fn, optimizer, x, capture=False)
     step(x)
     return reached
