@@ -14,8 +14,8 @@ import torch
 
 from fastsfvae import evaluate
 from fastsfvae.data import digits
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.models import ModelConfig, build
-from fastsfvae.training.seeds import to_unit
 
 _BARE_ROWS = 1000
 _BARE_PASSES = 100

@@ -20,12 +20,12 @@ import torch
 from bench.ledger import LEDGER, Recorder
 from bench.timing import quantiles, wall_ms
 from fastsfvae import training
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.loop import CHECKPOINT_EVERY, LOG_EVERY
 from fastsfvae.training.metrics_csv import Row
 from fastsfvae.training.monitors import PlainProgress
 from fastsfvae.training.run import save
-from fastsfvae.training.seeds import to_unit
 
 WARM_UP = 5
 # Images of the stand-in for CelebA: the loop does not look at what they show.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastsfvae import evaluate
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.evaluate.proposals import ProposalName
 from fastsfvae.results.report import encode, objective_values
 from fastsfvae.training.run import Run, evaluation_generator
-from fastsfvae.training.seeds import to_unit
 
 _BATCH = 250
 PIXELS = {"pixels": "[0, 1]"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.loss import gaussian_kl, low_rank_log_prob
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
@@ -19,7 +20,6 @@ from fastsfvae.reproduce.runner import stored_results
 from fastsfvae.reproduce.tables import summarise
 from fastsfvae.training.config import Method, TrainConfig
 from fastsfvae.training.run import Run
-from fastsfvae.training.seeds import to_unit
 
 # Hours of 10^6 steps on a Quadro RTX 6000, CelebA, m = 16.
 _PAPER_HOURS = {"sampling": 9.7, "sampling-free": 14.5}

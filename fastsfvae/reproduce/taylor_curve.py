@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.jacobian.api import decode_with_jacobian
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.measures import Likelihoods
 from fastsfvae.training.config import TrainConfig
-from fastsfvae.training.seeds import to_unit
 
 _IMAGES = 3
 _LIMIT = 3.0

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.measures import Likelihoods
 from fastsfvae.results.pictures import draw_images, new_figure
 from fastsfvae.training.config import TrainConfig
-from fastsfvae.training.seeds import to_unit
 
 _METHODS: dict[str, dict[str, Any]] = {
     "sampling-free VAE": {"method": "sampling-free"},

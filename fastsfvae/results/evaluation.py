@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae import evaluate
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.evaluate import mean_over_images, monte_carlo_error
 from fastsfvae.evaluate.proposals import ProposalName
 from fastsfvae.ground.progress import counter
@@ -18,7 +19,6 @@ from fastsfvae.results import report
 from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.run import evaluation_generator
-from fastsfvae.training.seeds import to_unit
 
 _ESS_SAMPLES = 256
 _GRADIENT_SAMPLES = (1, 10, 100)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import replacing
 from fastsfvae.results import pictures
 from fastsfvae.training.metrics_csv import METRICS
 from fastsfvae.training.run import Run, evaluation_generator
-from fastsfvae.training.seeds import to_unit
 
 _DPI = 150
 

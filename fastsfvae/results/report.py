@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae import evaluate
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.evaluate import ImageMean, mean_over_images
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.ground.provenance import VERSION, commit
 from fastsfvae.objectives import Objective
 from fastsfvae.training.config import TrainConfig
-from fastsfvae.training.loop import Run, evaluation_generator, to_unit
+from fastsfvae.training.run import Run, evaluation_generator
 
 RESULTS = "results.json"
 _BATCH = 250

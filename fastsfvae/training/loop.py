@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae._ranges import span
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.objectives import Terms
 from fastsfvae.objectives.sampling_free import terms_of
 from fastsfvae.training import distributed
@@ -24,7 +25,7 @@ from fastsfvae.training.run import Run, save
 from fastsfvae.training.run import evaluation_generator as evaluation_generator
 from fastsfvae.training.run import resume as resume
 from fastsfvae.training.run import start as start
-from fastsfvae.training.seeds import LAYERS, NOISE, iterate_orders, mix_seed, to_unit
+from fastsfvae.training.seeds import LAYERS, NOISE, iterate_orders, mix_seed
 
 FAILED = "failed.pt"
 LOG_EVERY = 25

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import replacing
 from fastsfvae.ground.progress import LINE_SECONDS
 from fastsfvae.training import distributed
 from fastsfvae.training.loop import Monitor
 from fastsfvae.training.metrics_csv import Row
 from fastsfvae.training.run import Run
-from fastsfvae.training.seeds import to_unit
 
 _IMAGES = 16
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastsfvae._ranges import span
 from fastsfvae.data.batches import ImageSet
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.graphed import GraphedStep, make_graphed_step
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.models import build
@@ -30,7 +31,7 @@ from fastsfvae.training.config import CHANGEABLE, TrainConfig
 from fastsfvae.training.metrics_csv import METRICS, rewind_metrics
 from fastsfvae.training.objective import make_objective
 from fastsfvae.training.schedules import Schedule
-from fastsfvae.training.seeds import EVALUATION, WEIGHTS, mix_seed, to_unit
+from fastsfvae.training.seeds import EVALUATION, WEIGHTS, mix_seed
 
 COLUMNS = ("step", "seconds", *Terms._fields)
 

@@ -41,8 +41,3 @@ def iterate_orders(
         order = torch.randperm(images, generator=generator)[: per_epoch * batch_size]
         yield order.unflatten(0, (per_epoch, batch_size))[done:, rows]
         done = 0
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """Turn uint8 pixels into float32 in [0, 1]."""
-    return images.to(torch.float32).div_(255)

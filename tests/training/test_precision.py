@@ -4,9 +4,9 @@ import torch
 
 import fastsfvae as sf
 from fastsfvae.data import digits
+from fastsfvae.data.pixels import to_unit
 from fastsfvae.gram import autograd
 from fastsfvae.models import ModelConfig, build
-from fastsfvae.training.loop import to_unit
 
 STEPS, BATCH = 200, 12
 
