@@ -13,6 +13,7 @@ from bench.problems import products
 from bench.timing import Timing
 from fastsfvae import training
 from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.metrics_csv import METRICS
 
 
 def kernels(context: Context) -> None:
@@ -103,5 +104,5 @@ def _train(config: TrainConfig) -> tuple[list[float], float]:
     with tempfile.TemporaryDirectory() as folder:
         run = training.start(config, Path(folder) / "run")
         training.train(run)
-        with (run.folder / training.METRICS).open(newline="") as file:
+        with (run.folder / METRICS).open(newline="") as file:
             return [float(row["loss"]) for row in csv.DictReader(file)], run.seconds

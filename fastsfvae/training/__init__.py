@@ -1,9 +1,5 @@
 """Training: a run's configuration, its state and files, and the loop."""
 
-from fastsfvae.training.loop import FAILED as FAILED
-from fastsfvae.training.loop import LOG_EVERY as LOG_EVERY
-from fastsfvae.training.loop import METRICS as METRICS
-from fastsfvae.training.loop import Monitor as Monitor
 from fastsfvae.training.loop import NonFiniteLoss as NonFiniteLoss
 from fastsfvae.training.loop import train as train
 from fastsfvae.training.run import Run as Run

@@ -20,11 +20,7 @@ from fastsfvae.objectives.sampling_free import terms_of
 from fastsfvae.training import distributed
 from fastsfvae.training.interrupt import deferred_interrupt
 from fastsfvae.training.metrics_csv import METRICS, MetricsFile, Row
-from fastsfvae.training.objective import make_objective as make_objective
 from fastsfvae.training.run import Run, save
-from fastsfvae.training.run import evaluation_generator as evaluation_generator
-from fastsfvae.training.run import resume as resume
-from fastsfvae.training.run import start as start
 from fastsfvae.training.seeds import LAYERS, NOISE, iterate_orders, mix_seed
 
 FAILED = "failed.pt"

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastsfvae import objectives as o
-from fastsfvae import training
 from fastsfvae.cli import main as cli
 from fastsfvae.training import loop
 from fastsfvae.training.config import METHODS, TrainConfig
+from fastsfvae.training.metrics_csv import METRICS
 from fastsfvae.training.objective import make_objective
 
 OPTIONS = {
@@ -34,7 +34,7 @@ def test_every_method_trains(method, tmp_path, monkeypatch):
     assert cli.main(command) == 0
     conventions = json.loads((folder / "results.json").read_text())["conventions"]
     assert conventions["method"] == method
-    rows = [line.split(",") for line in (folder / training.METRICS).read_text().splitlines()]
+    rows = [line.split(",") for line in (folder / METRICS).read_text().splitlines()]
     objective = [float(row[rows[0].index("objective")]) for row in rows[1:]]
     assert len(objective) == 20 and objective[-1] > objective[0]
 

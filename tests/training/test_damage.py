@@ -22,7 +22,7 @@ from fastsfvae.data import cache
 from fastsfvae.data.load import load_images
 from fastsfvae.training.checkpoint import load_checkpoint, load_config, save_checkpoint
 from fastsfvae.training.config import TrainConfig
-from fastsfvae.training.metrics_csv import MetricsFile, rewind_metrics
+from fastsfvae.training.metrics_csv import METRICS, MetricsFile, rewind_metrics
 
 CONFIG = TrainConfig("sampling", model="tanh", latent_dim=2, batch_size=8, steps=50, seed=5)
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
@@ -95,7 +95,7 @@ def test_a_full_disk_while_training(tmp_path, capsys):
 
 
 def _without_seconds(folder):
-    rows = (folder / training.METRICS).read_text().splitlines()
+    rows = (folder / METRICS).read_text().splitlines()
     return [row.split(",")[:1] + row.split(",")[2:] for row in rows]
 
 

@@ -13,12 +13,13 @@ import torch
 from fastsfvae import training
 from fastsfvae.training import distributed, loop
 from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.metrics_csv import METRICS
 
 CONFIG = TrainConfig(model="tanh", latent_dim=3, batch_size=8, steps=50, seed=5)
 
 
 def _rows(folder):
-    with (folder / training.METRICS).open(newline="") as file:
+    with (folder / METRICS).open(newline="") as file:
         return [
             {k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)
         ]

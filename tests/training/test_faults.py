@@ -19,6 +19,7 @@ from fastsfvae.data.load import load_images
 from fastsfvae.training import loop
 from fastsfvae.training.checkpoint import load_checkpoint, save_checkpoint
 from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.metrics_csv import METRICS
 
 # Children start in a hundredth of a second: the server that forks them has imported everything,
 # also what the first optimiser imports by itself.
@@ -100,7 +101,7 @@ def _train(folder):
 
 def _rows(folder):
     """The metrics but for the seconds, as text: equality is to the bit."""
-    with (folder / training.METRICS).open(newline="") as file:
+    with (folder / METRICS).open(newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 

@@ -22,6 +22,7 @@ from fastsfvae.training import loop
 from fastsfvae.training import run as run_module
 from fastsfvae.training.checkpoint import CHECKPOINT, CONFIG, FolderLock, load_config
 from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.metrics_csv import METRICS
 from fastsfvae.training.monitors import monitors
 from fastsfvae.training.schedules import Schedule
 
@@ -29,7 +30,7 @@ SMALL = TrainConfig(model="tanh", latent_dim=3, batch_size=8, steps=60, seed=5)
 
 
 def _rows(folder, without=("seconds",)):
-    with (folder / training.METRICS).open(newline="") as file:
+    with (folder / METRICS).open(newline="") as file:
         rows = csv.DictReader(file)
         return [{k: float(v) for k, v in row.items() if k not in without} for row in rows]
 
@@ -251,7 +252,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
             training.train(cut, fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(p.name for p in cut.folder.iterdir()) == [CHECKPOINT, CONFIG, training.METRICS]
+    assert sorted(p.name for p in cut.folder.iterdir()) == [CHECKPOINT, CONFIG, METRICS]
     resumed = training.resume(cut.folder)
     assert resumed.step == 20
     training.train(resumed)

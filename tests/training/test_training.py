@@ -16,6 +16,7 @@ from fastsfvae.training import loop
 from fastsfvae.training import run as run_module
 from fastsfvae.training.checkpoint import load_checkpoint, save_checkpoint
 from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.metrics_csv import METRICS
 from fastsfvae.training.seeds import iterate_orders
 
 SMALL = TrainConfig(model="tanh", latent_dim=3, batch_size=8, steps=60, seed=5)
@@ -23,7 +24,7 @@ SMALL = TrainConfig(model="tanh", latent_dim=3, batch_size=8, steps=60, seed=5)
 
 def _rows(folder):
     """The metrics but for the seconds, as text: equality is to the bit."""
-    with (folder / training.METRICS).open(newline="") as file:
+    with (folder / METRICS).open(newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
@@ -201,7 +202,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path, monkeypatch):
     run = training.start(config, tmp_path / "run")
     with pytest.raises(Killed):
         training.train(run, kill)
-    with (run.folder / training.METRICS).open("a") as file:
+    with (run.folder / METRICS).open("a") as file:
         file.write("55,1.0,0,0,0,0,0\n")
     training.train(training.resume(run.folder))
     training.train(training.start(config, tmp_path / "whole"))
