@@ -112,6 +112,7 @@ def _train(options: list[str]) -> int:
 def _run_steps(prog: str, arguments: TrainArguments, run) -> int:
     """Train under the eyes of the monitors that were asked for; on process 0, speak of it."""
     from fastsfvae import training
+    from fastsfvae.results.plots import snapshot
     from fastsfvae.training import distributed
     from fastsfvae.training.monitors import monitors
 
@@ -121,7 +122,8 @@ def _run_steps(prog: str, arguments: TrainArguments, run) -> int:
             f"{run.folder}: {run.config.method} on {run.device}, step {run.step}", file=sys.stderr
         )
     try:
-        with monitors(run, arguments.image_every, arguments.tensorboard) as watching:
+        asked = arguments.tensorboard, arguments.image_every
+        with monitors(run, *asked, draw=snapshot) as watching:
             training.train(run, *watching)
     except training.NonFiniteLoss as error:
         return fail(prog, str(error), code=1) if writes else 1

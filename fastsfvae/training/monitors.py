@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
 
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import replacing
@@ -15,17 +18,22 @@ from fastsfvae.training.loop import Monitor
 from fastsfvae.training.metrics_csv import Row
 from fastsfvae.training.run import Run
 
+Draw = Callable[[Run, Tensor], Any]
+
 _IMAGES = 16
 
 
 @contextmanager
-def monitors(run: Run, image_every: int = 0, tensorboard: bool = False) -> Iterator[list[Monitor]]:
+def monitors(
+    run: Run, tensorboard: bool = False, image_every: int = 0, draw: Draw | None = None
+) -> Iterator[list[Monitor]]:
     """Give the monitors for `train`; none on a process that does not write.
 
     Args:
         run: what is trained.
-        image_every: steps between two pictures; 0 draws none.
         tensorboard: whether to write for TensorBoard; needs its package.
+        image_every: steps between two pictures; 0 draws none.
+        draw: makes a picture, a matplotlib figure, of the run and test images ``[N, C, H, W]``.
     """
     if distributed.rank() > 0:
         yield []
@@ -35,8 +43,8 @@ def monitors(run: Run, image_every: int = 0, tensorboard: bool = False) -> Itera
         writer = stack.enter_context(_summary_writer(run)) if tensorboard else None
         if writer is not None:
             watching.append(Scalars(writer))
-        if image_every:
-            watching.append(Pictures(run, image_every, writer))
+        if image_every and draw is not None:
+            watching.append(Pictures(run, image_every, draw, writer))
         yield watching
 
 
@@ -119,9 +127,8 @@ class Scalars:
 class Pictures:
     """Draws the same test images every so many steps, into images/ and for TensorBoard."""
 
-    def __init__(self, run: Run, every: int, writer=None) -> None:
-        self._every = every
-        self._writer = writer
+    def __init__(self, run: Run, every: int, draw: Draw, writer=None) -> None:
+        self._every, self._draw, self._writer = every, draw, writer
         self._folder = run.folder / "images"
         self._folder.mkdir(exist_ok=True)
         self._images = to_unit(run.config.load_images("test")[:_IMAGES].to(run.device))
@@ -130,9 +137,7 @@ class Pictures:
         """Draw where the step is one of those asked for."""
         if run.step % self._every:
             return
-        from fastsfvae.results.plots import snapshot
-
-        figure = snapshot(run, self._images)
+        figure = self._draw(run, self._images)
         with replacing(self._folder / f"step-{run.step:07}.png") as file:
             figure.savefig(file, format="png", dpi=100)
         if self._writer is not None:

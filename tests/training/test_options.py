@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastsfvae import graphed, training
 from fastsfvae.cli import main as cli
 from fastsfvae.objectives import SamplingFree, Terms
+from fastsfvae.results.plots import snapshot
 from fastsfvae.training import loop
 from fastsfvae.training import run as run_module
 from fastsfvae.training.checkpoint import CHECKPOINT, CONFIG, FolderLock, load_config
@@ -169,10 +170,10 @@ def test_pictures_and_tensorboard_leave_the_training_as_it_is(tmp_path):
     training.train(training.start(config, tmp_path / "plain"))
 
     watched = training.start(config, tmp_path / "watched")
-    with monitors(watched, image_every=20, tensorboard=True) as watching:
+    with monitors(watched, tensorboard=True, image_every=20, draw=snapshot) as watching:
         training.train(watched, *watching, _stop_at(30))
     watched = training.resume(watched.folder)
-    with monitors(watched, image_every=20, tensorboard=True) as watching:
+    with monitors(watched, tensorboard=True, image_every=20, draw=snapshot) as watching:
         training.train(watched, *watching)
     rows = _rows(watched.folder)
     assert rows == _rows(tmp_path / "plain")
