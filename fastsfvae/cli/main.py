@@ -96,12 +96,12 @@ def _train(options: list[str]) -> int:
         code = _run_steps(prog, arguments, run)
         if code or distributed.rank() > 0:
             return code
-    from fastsfvae.results import plots, report
+    from fastsfvae.results import report, run_figures
 
     results = report.evaluate_run(run)
     try:
         results.save(run.folder)
-        plots.save_figures(run)
+        run_figures.save_figures(run)
     except OSError as error:
         return fail(prog, str(error))
     print(report.table(results, run.config))
@@ -112,7 +112,7 @@ def _train(options: list[str]) -> int:
 def _run_steps(prog: str, arguments: TrainArguments, run) -> int:
     """Train under the eyes of the monitors that were asked for; on process 0, speak of it."""
     from fastsfvae import training
-    from fastsfvae.results.plots import snapshot
+    from fastsfvae.results.run_figures import snapshot
     from fastsfvae.training import distributed
     from fastsfvae.training.monitors import monitors
 

@@ -1,1 +1,1 @@
-"""What is made of trained runs: their evaluation, its page, and comparisons between them."""
+"""What is made of trained runs: numbers, pages, figures, and comparisons between them."""

@@ -1,4 +1,4 @@
-"""Runs against each other on the same images."""
+"""The numbers and the picture of `fastsfvae compare`: runs on the same images."""
 
 from __future__ import annotations
 

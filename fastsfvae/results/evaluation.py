@@ -1,4 +1,4 @@
-"""The full evaluation of a trained run on its test images."""
+"""The numbers of `fastsfvae evaluate`: all that is measured of a run on its test images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation as a table on the terminal, and as one page with its pictures."""
+"""How numbers of runs are shown: a table on the terminal, and one HTML page with pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a decoder, as matplotlib figures. Needs matplotlib.
+"""Pictures of images and of any decoder, of no run in particular. Needs matplotlib.
 
 Images are ``[N, C, H, W]`` in [0, 1], C = 1 or 3; what lies outside is clamped.
 """

@@ -1,4 +1,4 @@
-"""The final evaluation of a run: numbers on both splits and the conventions behind them."""
+"""What training ends with: results.json and the printed table, of both splits of a run's data."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ OPTIONS = {
 def test_every_method_trains(method, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     # The figures and the evaluation of 10,000 digits are tested once, elsewhere.
-    monkeypatch.setattr("fastsfvae.results.plots.save_figures", lambda run: [])
+    monkeypatch.setattr("fastsfvae.results.run_figures.save_figures", lambda run: [])
     options, class_, attributes = OPTIONS[method]
     arguments = ["train", "--model", "linear", "--latent-dim", "2", "--steps", "20", "--lr", "0.01"]
     folder = tmp_path / "run"

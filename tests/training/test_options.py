@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastsfvae import graphed, training
 from fastsfvae.cli import main as cli
 from fastsfvae.objectives import SamplingFree, Terms
-from fastsfvae.results.plots import snapshot
+from fastsfvae.results.run_figures import snapshot
 from fastsfvae.training import loop
 from fastsfvae.training import run as run_module
 from fastsfvae.training.checkpoint import CHECKPOINT, CONFIG, FolderLock, load_config

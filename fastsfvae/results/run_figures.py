@@ -1,4 +1,4 @@
-"""Figures of a run. Needs matplotlib."""
+"""The figures that training leaves in a run's folder, and its snapshots. Needs matplotlib."""
 
 from __future__ import annotations
 
