@@ -30,7 +30,7 @@ def map_chunks(
     """Concatenate ``finish(output, tangents, start, stop)`` over chunks of samples.
 
     One chunk's tangents exist at a time: where a gradient is needed and there are several chunks,
-    each is computed again in the backward.
+    each is computed again in the backward; not inside torch.func, which keeps them all.
 
     Args:
         finish: maps output ``[b, *out]`` and tangents ``[m, b, *out]`` of the samples from start to
@@ -51,7 +51,9 @@ def map_chunks(
     bounds = list(linearizer.chunks(chunk_size))
     if len(bounds) == 1:
         return finish(*linearizer.run(), 0, z.shape[0])
-    if linearizer.needs_grad(*(t for t in also if isinstance(t, Tensor))):
+    # torch.func has no hooks, which a checkpoint takes.
+    hooks = torch._C._functorch.peek_interpreter_stack() is None
+    if hooks and linearizer.needs_grad(*(t for t in also if isinstance(t, Tensor))):
         parts = [linearizer.run_checkpointed(finish, *bound) for bound in bounds]
     else:
         parts = [finish(*linearizer.run(*bound), *bound) for bound in bounds]

@@ -1,0 +1,249 @@
+"""The pullback on the operator: its values, its gradients, and what users wrap around it."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+
+import fastsfvae as sf
+from fastsfvae.gram import autograd, operator
+from fastsfvae.gram.contracted import Contracted, ThroughLayer
+from fastsfvae.gram.sources import gram_of
+from tests.decoders import DECODERS, M, batch, build
+from tests.gram.test_operator import close
+
+
+def wide():
+    """A decoder whose last layer pays to be contracted."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(M, 5), nn.Tanh(), nn.Linear(5, 60), nn.Unflatten(1, (3, 20)))
+
+
+BUILD = {name: functools.partial(build, name) for name in DECODERS} | {
+    "wide": lambda: wide().double()
+}
+
+
+def pulled(decoder, z, x=None, backend="torch", **settings):
+    """The fields that there are."""
+    found = sf.pullback(decoder, z, x, backend=backend, **settings)
+    return [t for t in found if t is not None]
+
+
+def weighted(tensors):
+    """A function of all of them whose second derivative in them is not zero."""
+    # Not drawn: transforms refuse random numbers.
+    weights = [torch.arange(t.numel()).mul(2.4).cos().view(t.shape).to(t) for t in tensors]
+    return sum((w * (t + 0.1 * t.square())).sum() for w, t in zip(weights, tensors, strict=True))
+
+
+def refuse(*_):
+    raise AssertionError("this went through autograd")
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", BUILD)
+def test_values_and_gradients(name, given, monkeypatch):
+    decoder = BUILD[name]()
+    x, z, _ = batch(decoder)
+    x = x if given else None
+    leaves = [z, *(p for p in decoder.parameters() if p.requires_grad), *([x] if given else [])]
+
+    def results(**settings):
+        found = pulled(decoder, z, x, **settings)
+        grads = torch.autograd.grad(weighted(found), leaves, allow_unused=True)
+        return [t.detach() for t in found], [g for g in grads if g is not None]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want, want_grads = results(backend="reference")
+    monkeypatch.setattr(autograd, "recomputed", refuse)
+    for chunk_size in (None, 1, 2):
+        found, grads = results(chunk_size=chunk_size)
+        close(found, want)
+        close(grads, want_grads)
+
+
+def test_both_ways_through_a_last_linear_layer(monkeypatch):
+    x, z, _ = batch(decoder := BUILD["wide"]())
+    grams, leaves = [], [x, z, *decoder.parameters()]
+    monkeypatch.setattr(operator, "gram_of", lambda *a: grams.append(gram_of(*a)) or grams[-1])
+    want = torch.autograd.grad(weighted(pulled(decoder, z, x, "reference")), leaves)
+    close(torch.autograd.grad(weighted(pulled(decoder, z, x)), leaves), want)
+    monkeypatch.setattr(Contracted, "_keeps_digits", lambda *_: False)
+    close(torch.autograd.grad(weighted(pulled(decoder, z, x)), leaves), want)
+    assert [type(gram) for gram in grams] == [Contracted, ThroughLayer]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no tangent rule")
+def test_a_decoder_without_adjoints():
+    class Digamma(nn.Linear):
+        def forward(self, z):
+            return super().forward(z).exp().digamma()
+
+    decoder = Digamma(M, 6).double()
+    x, z, _ = batch(decoder)
+    close(pulled(decoder, z, x, chunk_size=2), pulled(decoder, z, x, "reference"))
+
+
+def test_a_graph_is_used_twice_and_notices_what_has_changed():
+    decoder = build("tanh")
+    x, z, _ = batch(decoder)
+    for chunk_size in (None, 2):
+        value = weighted(pulled(decoder, z, x, chunk_size=chunk_size))
+        first = torch.autograd.grad(value, [z, *decoder.parameters()], retain_graph=True)
+        again = torch.autograd.grad(value, [z, *decoder.parameters()], retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        with torch.no_grad():
+            decoder[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(value, z)
+
+
+def test_results_belong_to_the_user():
+    decoder = nn.Sequential(nn.Linear(M, 6), nn.Sigmoid()).double()
+    x, z, _ = batch(decoder)
+    want = torch.autograd.grad(pulled(decoder, z, x)[1].sum(), z)
+    found = pulled(decoder, z, x)
+    gram = found[1].sum()
+    with torch.no_grad():
+        # The derivative of a sigmoid is made of its result.
+        found[0].zero_()
+    close(torch.autograd.grad(gram, z), want, 0)
+    # A decoder that returns its latents does not give away their memory.
+    alike = sf.pullback(nn.Identity(), z.detach()).output
+    assert alike.data_ptr() != z.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["tanh", "wide"])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_second_order(name, chunk_size):
+    decoder = BUILD[name]()
+    x, z, _ = (t.detach()[:3] for t in batch(decoder))
+
+    # The cotangents of G depend on z as well.
+    def value(z, backend="torch"):
+        return weighted(pulled(decoder, z, x, backend, chunk_size=chunk_size)).sin()
+
+    hessian = torch.autograd.functional.hessian(value, z)
+    close([hessian], [torch.autograd.functional.hessian(lambda z: value(z, "reference"), z)])
+
+
+def test_second_order_in_everything():
+    decoder = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    z, x = torch.randn(2, 2).double(), torch.randn(2, 3).double()
+    leaves = [t.requires_grad_() for t in (z, x, *decoder.parameters())]
+
+    def outputs(z, x, *parameters):
+        names = [name for name, _ in decoder.named_parameters()]
+        with torch.nn.utils.stateless._reparametrize_module(
+            decoder, dict(zip(names, parameters, strict=True))
+        ):
+            return tuple(sf.pullback(decoder, z, x))
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+    assert torch.autograd.gradgradcheck(outputs, leaves)
+
+
+TRANSFORMS = {
+    "grad": lambda f, z: torch.func.grad(lambda z: weighted(f(z)))(z),
+    "grad of grad": lambda f, z: torch.func.grad(
+        lambda z: torch.func.grad(lambda z: weighted(f(z)).sin())(z).square().sum()
+    )(z),
+    "jacrev": lambda f, z: torch.func.jacrev(lambda z: f(z)[1])(z),
+    "jacfwd": lambda f, z: torch.func.jacfwd(lambda z: f(z)[1])(z),
+    "hessian": lambda f, z: torch.func.hessian(lambda z: weighted(f(z)))(z),
+    "vmap": lambda f, z: torch.func.vmap(lambda z: f(z)[1])(torch.stack([z, 2 * z])),
+    "vmap of grad": lambda f, z: torch.func.vmap(torch.func.grad(lambda z: weighted(f(z))))(
+        torch.stack([z, 2 * z])
+    ),
+    "jvp": lambda f, z: torch.func.jvp(lambda z: f(z)[1], (z,), (z.cos(),))[1],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_function_transforms(name, monkeypatch):
+    decoder = build("tanh")
+    x, z, _ = (t.detach() for t in batch(decoder))
+    transform = TRANSFORMS[name]
+    want = transform(lambda z: pulled(decoder, z, x, "reference"), z)
+    if name == "grad":
+        monkeypatch.setattr(autograd, "recomputed", refuse)
+    close([transform(lambda z: pulled(decoder, z, x, chunk_size=2), z)], [want])
+
+
+def test_a_gradient_of_a_gradient_through_a_transform_and_past_it():
+    decoder = build("tanh")
+    x, z, _ = batch(decoder)
+
+    def outer(backend):
+        inner = torch.func.grad(lambda z: weighted(pulled(decoder, z, x, backend)).sin())(z)
+        return torch.autograd.grad(inner.square().sum(), [z, *decoder.parameters()])
+
+    close(outer("torch"), outer("reference"))
+
+
+def test_several_cotangents_at_once_and_forward_mode():
+    decoder = build("tanh")
+    x, z, _ = batch(decoder)
+    directions = torch.randn(3, 5, M, M, dtype=torch.float64)
+    results = [
+        torch.autograd.grad(pulled(decoder, z, x, b)[1], z, directions, is_grads_batched=True)
+        for b in ("torch", "reference")
+    ]
+    close(*results)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(z.detach(), z.detach().cos())
+        tangents = [
+            [forward_ad.unpack_dual(t).tangent for t in pulled(decoder, dual, x, b)]
+            for b in ("torch", "reference")
+        ]
+    close(*tangents)
+
+
+@pytest.mark.parametrize("name", ["higgins", "weight_norm", "wide", "residual"])
+def test_compile_in_one_graph_for_all_batch_sizes(name):
+    torch._dynamo.reset()
+    decoder = BUILD[name]()
+
+    class Pulled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, z, x):
+            return tuple(sf.pullback(self.decoder, z, x, chunk_size=2))
+
+    module = Pulled()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for size in (5, 7, 9):
+        x, z, _ = batch(decoder, size)
+        results = []
+        for call in (module, compiled):
+            found = call(z, x)
+            grads = torch.autograd.grad(weighted(found), [x, z, *decoder.parameters()])
+            results.append([*(t.detach() for t in found), *grads])
+        close(*results, tolerance=1e-12)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1]
+
+
+def test_autocast():
+    decoder, exact = build("higgins", torch.float32), build("higgins")
+    x, z, _ = batch(decoder, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sf.pullback(decoder, z, x, chunk_size=2)
+        alone = sf.pullback(decoder, z)
+    assert found.output.dtype == alone.output.dtype == torch.bfloat16
+    assert found.gram.dtype == found.projection.dtype == torch.float32
+    grads = torch.autograd.grad(weighted(found), [x, z, *decoder.parameters()])
+    x, z, _ = batch(exact)
+    want = sf.pullback(exact, z, x)
+    want_grads = torch.autograd.grad(weighted(want), [x, z, *exact.parameters()])
+    for mine, right in zip((*found, *grads), (*want, *want_grads), strict=True):
+        assert (mine - right).abs().max() <= 16 * 2**-8 * right.abs().max()
+        assert mine.dtype in (torch.float32, torch.bfloat16)
