@@ -67,7 +67,7 @@ def test_the_example_of_a_rule_is_right():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_training_commands_are_understood(command):
     pytest.importorskip("tyro")
-    from fastsfvae.cli.main import TrainArguments
+    from fastsfvae.cli.train import TrainArguments
     from fastsfvae.ground.options import parse
     from fastsfvae.training.config import TrainConfig
 

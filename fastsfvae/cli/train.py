@@ -1,0 +1,119 @@
+"""The command ``fastsfvae train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from fastsfvae import training
+from fastsfvae.data.load import download_images
+from fastsfvae.ground.options import UsageError, fail, parse, require_extras
+from fastsfvae.results import report, run_figures
+from fastsfvae.training import distributed
+from fastsfvae.training.checkpoint import load_config
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.monitors import monitors
+
+_EXTRAS = ("tyro", "rich", "matplotlib")
+_PROG = "fastsfvae train"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """Train a Gaussian VAE; write weights, metrics and figures. It needs no data of yours."""
+
+    config: TrainConfig
+    """What is trained."""
+
+    out: str | None = None
+    """Folder of the run, which must not exist; default runs/<method>-<model>-<number>."""
+
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint; --steps may be raised."""
+
+    download: bool = False
+    """Fetch the data into --data-dir first where it is not there; nothing else uses a network."""
+
+    image_every: int = 0
+    """Draw reconstructions and samples into images/ every so many steps; 0: only at the end."""
+
+    tensorboard: bool = False
+    """Also write the metrics, and the images, for TensorBoard into tensorboard/."""
+
+
+def train_command(options: list[str]) -> int:
+    """Run ``fastsfvae train`` and return its exit code."""
+    with distributed.process_group():
+        try:
+            require_extras(_EXTRAS, "train")
+            arguments, run = _start(options)
+        except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
+            return fail(_PROG, str(error))
+        code = _run_steps(arguments, run)
+        if code or distributed.rank() > 0:
+            return code
+    results = report.evaluate_run(run)
+    try:
+        results.save(run.folder)
+        run_figures.save_figures(run)
+    except OSError as error:
+        return fail(_PROG, str(error))
+    print(report.table(results, run.config))
+    print(f"results in {run.folder}")
+    return 0
+
+
+def _run_steps(arguments: TrainArguments, run: training.Run) -> int:
+    """Train under the eyes of the monitors that were asked for; on process 0, speak of it."""
+    writes = distributed.rank() == 0
+    if writes:
+        print(
+            f"{run.folder}: {run.config.method} on {run.device}, step {run.step}", file=sys.stderr
+        )
+    try:
+        asked = arguments.tensorboard, arguments.image_every
+        with monitors(run, *asked, draw=run_figures.snapshot) as watching:
+            training.train(run, *watching)
+    except training.NonFiniteLoss as error:
+        return fail(_PROG, str(error), code=1) if writes else 1
+    except OSError as error:
+        return fail(_PROG, str(error))
+    if run.finished:
+        return 0
+    if writes:
+        print(
+            f"interrupted at step {run.step} of {run.config.steps}, state saved; continue with: "
+            f"fastsfvae train --out {run.folder} --resume",
+            file=sys.stderr,
+        )
+    return 130
+
+
+def _start(options: list[str]) -> tuple[TrainArguments, training.Run]:
+    parsed = parse(_PROG, TrainArguments, options, TrainArguments(TrainConfig()))
+    if parsed.image_every < 0:
+        raise UsageError(f"--image-every {parsed.image_every} must not be negative")
+    if parsed.tensorboard:
+        require_extras(("tensorboard",), "tensorboard")
+    if not parsed.resume:
+        _prepare(parsed)
+        return parsed, training.start(parsed.config, parsed.out)
+    if parsed.out is None:
+        raise UsageError("--resume continues the run in --out: give --out runs/<name>")
+    folder = Path(parsed.out)
+    # Options that are not given keep the values of the run, not this command's defaults.
+    saved = TrainArguments(load_config(folder))
+    parsed = parse(_PROG, TrainArguments, options, saved)
+    _prepare(parsed)
+    return parsed, training.resume(folder, parsed.config)
+
+
+def _prepare(arguments: TrainArguments) -> None:
+    """Refuse a graph without a GPU; fetch the data where that is asked for."""
+    device = arguments.config.resolve_device()
+    if arguments.config.cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph needs a GPU, this run is on the {device}: leave it out")
+    if arguments.download:
+        with distributed.first_process_first():
+            download_images(arguments.config.data, arguments.config.data_dir)
