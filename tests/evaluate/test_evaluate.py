@@ -231,3 +231,10 @@ def test_bad_input(change, error, message):
 def test_bad_collapse_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate.posterior_collapse(torch.zeros(2, 2), torch.zeros(2, 2), *arguments)
+
+
+def test_the_package_shows_its_functions_and_what_they_return():
+    kinds = {name: type(getattr(evaluate, name)) for name in dir(evaluate)}
+    assert not {name for name, kind in kinds.items() if kind is type(evaluate) or name[0] == "_"}
+    results = {"Conditioning", "PosteriorCollapse", "SampledElbo", "TaylorQuality", "ImageMean"}
+    assert {"conditioning", "taylor_quality", *results} < kinds.keys()
