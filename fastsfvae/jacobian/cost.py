@@ -7,7 +7,8 @@ counts as nothing. Of J, the Gram matrix reads J, its adjoint reads J and writes
 backward of a product takes twice its forward's arithmetic. The value goes along as tangent 0.
 
 No layer is faster than its arithmetic at the card's peak, or its bytes at the card's bandwidth; the
-floor is the sum of each one's larger time. Launches and what is not fused come on top.
+floor is the sum of each one's larger time. Launches, and passes that no product takes in, come
+on top.
 """
 
 from __future__ import annotations

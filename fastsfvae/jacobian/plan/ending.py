@@ -101,8 +101,8 @@ def find_linear_ending(
 def least_batch(n: int, k: int, m: int) -> int:
     """Samples from which on G through W^T W takes a quarter less multiplications; 0 for never.
 
-    Forward and backward (see `fastsfvae.gram.sources.Contracted`), where W^T W and its adjoint are
-    shared by all tangents of a call.
+    Forward and backward (see `fastsfvae.gram.contracted.Contracted`), where W^T W and its adjoint
+    are shared by all tangents of a call.
     """
     saved = 3 * (3 * n * k + 2 * m * n) - 4 * (2 * k * k + 3 * m * k)
     if saved <= 0 or k > _MOST_INPUTS:
