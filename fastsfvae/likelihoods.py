@@ -33,8 +33,7 @@ from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
-from fastsfvae.gram.heads import HEADS, Found, Gradients, Shape
-from fastsfvae.gram.sources import ChunkGram
+from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
 from fastsfvae.ops.low_rank import (
     Solved,
     gram_cotangents,

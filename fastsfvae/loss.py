@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from fastsfvae import _checks
 from fastsfvae._checks import Backend, Likelihood, Reduction
-from fastsfvae.gram.autograd import head_outputs, weighted_total
-from fastsfvae.gram.query import Query
+from fastsfvae.gram.query import Query, head_outputs, weighted_total
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.validate import check_chunk_size, unwrap

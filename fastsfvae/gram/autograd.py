@@ -1,24 +1,63 @@
 """The operator under autograd, in two ways.
 
-weighted_total    knows the cotangents in its forward (they are the samples' weights), finishes
-the gradients there and scales them in its backward
-head_outputs      learns them in its backward, and sweeps the batch again there; the tangents of
-a batch of one chunk are kept instead
+`total_of` knows the cotangents in its forward (they are the samples' weights), finishes the
+gradients there and scales them in its backward. `outputs_of` learns them in its backward and sweeps
+the batch again there; the tangents of a batch of one chunk are kept instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastsfvae.gram.operator import Loop, Prepared, call, output_shapes
-from fastsfvae.gram.query import Query, plain_gradients, prepare, recomputed, transforms
+from fastsfvae.gram.heads import HEADS
+from fastsfvae.gram.operator import Loop, Prepared, Problem, call, output_shapes
+from fastsfvae.jacobian.rules.jet import full_tangent, latent_jet
+from fastsfvae.jacobian.run.chunks import flatten_in_memory_order
 from fastsfvae.jacobian.run.sweep import find_program
 from fastsfvae.ops._library import refuse_vmap
+
+
+def total_of(prepared: Prepared, weights: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """The sum of weights * a head's first output, 0-d, and its outputs, which have no gradient.
+
+    Args:
+        prepared: what is evaluated.
+        weights: ``[B]``, without a gradient of their own.
+    """
+    problem, tensors = prepared
+    needs = _needs(tensors)
+    if not any(needs):
+        outputs, _ = call(problem, needs, (), tensors)
+        return weigh(outputs, weights), outputs
+    count = len(output_shapes(problem, tensors))
+    total, *outputs = _Total.apply(problem, needs, weights, *tensors)
+    return total, outputs[:count]
+
+
+def outputs_of(prepared: Prepared) -> Sequence[Tensor]:
+    """A head's outputs, each differentiable."""
+    problem, tensors = prepared
+    needs = _needs(tensors)
+    if not any(needs):
+        return call(problem, needs, (), tensors)[0]
+    return _Outputs.apply(problem, needs, [] if _is_eager() else None, *tensors)
+
+
+def weigh(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The sum of weights * the first output."""
+    # Not a dot product, which autocast would round to half precision.
+    return (outputs[0] * weights).sum()
+
+
+def transforms() -> list[TransformType]:
+    """Those of torch.func that run, the outermost first."""
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 def _is_eager() -> bool:
@@ -44,35 +83,6 @@ def _spread(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tenso
     return [next(given) if need else None for need in needs]
 
 
-def weighted_total(query: Query, weights: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """The sum of weights * a head's first output, 0-d, and all its outputs.
-
-    The sum alone is sure to be differentiable: its gradients are finished while it is evaluated,
-    where the decoder's operations allow it and the weights need none themselves.
-
-    Args:
-        query: what is evaluated.
-        weights: ``[B]``.
-    """
-    prepared = prepare(query)
-    if prepared is None or weights.requires_grad:
-        outputs = recomputed(query) if prepared is None else _outputs(prepared)
-        return _total(outputs, weights), outputs
-    problem, tensors = prepared
-    needs = _needs(tensors)
-    if not any(needs):
-        outputs, _ = call(problem, needs, (), tensors)
-        return _total(outputs, weights), outputs
-    count = len(output_shapes(problem, tensors))
-    total, *outputs = _Total.apply(problem, needs, weights, *tensors)
-    return total, outputs[:count]
-
-
-def _total(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    # Not a dot product, which autocast would round to half precision.
-    return (outputs[0] * weights).sum()
-
-
 class _Total(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap)
 
@@ -84,7 +94,7 @@ class _Total(torch.autograd.Function):
         ]
         cotangents[0] += weights
         outputs, grads = call(problem, needs, cotangents, tensors)
-        return _total(outputs, weights), *outputs, *grads
+        return weigh(outputs, weights), *outputs, *grads
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -128,20 +138,6 @@ class _Last(torch.autograd.Function):
         )
 
 
-def head_outputs(query: Query) -> Sequence[Tensor]:
-    """A head's outputs, each differentiable."""
-    prepared = prepare(query)
-    return recomputed(query) if prepared is None else _outputs(prepared)
-
-
-def _outputs(prepared: Prepared) -> Sequence[Tensor]:
-    problem, tensors = prepared
-    needs = _needs(tensors)
-    if not any(needs):
-        return call(problem, needs, (), tensors)[0]
-    return _Outputs.apply(problem, needs, [] if _is_eager() else None, *tensors)
-
-
 class _Outputs(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap)
 
@@ -174,7 +170,7 @@ class _Outputs(torch.autograd.Function):
         elif _is_mapped(cotangents):
             # There are rules for every operation of autograd's graph, and none for the operator.
             with torch.enable_grad():
-                grads = plain_gradients(problem, needs, cotangents, tensors)
+                grads = _plain_gradients(problem, needs, cotangents, tensors)
         elif torch.is_grad_enabled():
             grads = _Gradients.apply(problem, needs, len(cotangents), *cotangents, *tensors)
         elif ctx.kept:
@@ -213,7 +209,7 @@ class _Gradients(torch.autograd.Function):
             # Aliases: a cotangent may depend on z as well, and that path is not this one's.
             tensors = [t.view_as(t) for t in tensors]
             cotangents, given = tensors[: ctx.count], tensors[ctx.count :]
-            grads = plain_gradients(ctx.problem, ctx.needs, cotangents, given)
+            grads = _plain_gradients(ctx.problem, ctx.needs, cotangents, given)
             seconds = torch.autograd.grad(
                 grads,
                 [t for t, need in zip(tensors, needs, strict=True) if need],
@@ -223,3 +219,48 @@ class _Gradients(torch.autograd.Function):
                 allow_unused=True,
             )
         return None, None, None, *_spread(seconds, needs)
+
+
+def _plain_gradients(
+    problem: Problem, needs: Sequence[bool], cotangents: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """The gradients of a problem's outputs by autograd, with a graph of their own."""
+    program, enabled = find_program(problem.program), problem.autocast is not None
+
+    def outputs(*wanted: Tensor) -> tuple[Tensor, ...]:
+        given = iter(wanted)
+        filled = [next(given) if need else t for need, t in zip(needs, tensors, strict=True)]
+        z, x, inputs, along, whole = problem.split(filled)
+        with torch.autocast(z[0].device.type, problem.autocast, enabled=enabled):
+            y = program.body(latent_jet(z[0]), along, whole)
+            return plain_outputs(problem, y.primal, full_tangent(y), x, inputs)
+
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+    if transforms():
+        # What autograd has saved may belong to a transform that has ended.
+        return torch.func.vjp(outputs, *wanted)[1](tuple(cotangents))
+    return torch.autograd.grad(
+        outputs(*wanted),
+        wanted,
+        cotangents,
+        create_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def plain_outputs(
+    asked: Any, output: Tensor, tangents: Tensor, x: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """A chunk's outputs by operations that autograd differentiates.
+
+    Args:
+        asked: tells head and backend.
+        output: f(z), ``[b, *out]``.
+        tangents: ``[m, b, *out]``.
+        x: the data ``[b, *out]``; nothing for r = 0.
+        inputs: the head's.
+    """
+    residual = x[0] - output if x else torch.zeros_like(output)
+    flat = flatten_in_memory_order(tangents, residual)
+    return HEADS[asked.head].plain(output, *flat, inputs, asked.backend)

@@ -13,9 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastsfvae.gram.sources import ChunkGram
-from fastsfvae.gram.written import Pulled
+from fastsfvae.gram.contracted import Contracted, ThroughLayer
+from fastsfvae.gram.tail import Unwritten
+from fastsfvae.gram.written import Pulled, Written
 
+# Where a chunk's (G, p, rr) comes from: J at hand; what goes into a last layer that kernels take
+# together with the Gram, or that is linear; or J made behind that one.
+ChunkGram = Written | Unwritten | Contracted | ThroughLayer
 # Extents and dtype of a tensor.
 Shape = tuple[tuple[int, ...], torch.dtype]
 

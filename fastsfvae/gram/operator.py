@@ -15,8 +15,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastsfvae.gram.heads import HEADS, Found, Shape
-from fastsfvae.gram.sources import ChunkGram, gram_of
+from fastsfvae.gram.contracted import Contracted, ThroughLayer
+from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Shape
+from fastsfvae.gram.tail import Unwritten
+from fastsfvae.gram.written import Written
+from fastsfvae.jacobian.plan.last_layer import LastLayer, Linear
+from fastsfvae.jacobian.rules.jet import Jet
 from fastsfvae.jacobian.run.sweep import Chunk, Sweep, find_program
 from fastsfvae.ops._library import refuse_vmap
 
@@ -59,6 +63,22 @@ class Prepared(NamedTuple):
 
     problem: Problem
     tensors: tuple[Tensor, ...]
+
+
+def gram_of(result: Jet | LastLayer, x: Tensor | None, backend: str) -> ChunkGram:
+    """The Gram of a chunk.
+
+    Args:
+        result: what its plan returned.
+        x: data ``[b, *out]``; None for the decoder's own output, so that r = 0.
+        backend: "torch" or "triton".
+    """
+    if not isinstance(result, LastLayer):
+        return Written(result, x, backend)
+    if isinstance(result.tail, Linear):
+        contracted = Contracted(result.source, result.tail, x)
+        return contracted if contracted.contracts else ThroughLayer(result.source, result.tail, x)
+    return Unwritten(result.tail, x)
 
 
 class Part(NamedTuple):

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsfvae._checks import Backend
-from fastsfvae.gram.autograd import head_outputs
-from fastsfvae.gram.heads import HEADS, Found, Gradients, Shape
-from fastsfvae.gram.query import Query, recomputed
-from fastsfvae.gram.sources import ChunkGram
+from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
+from fastsfvae.gram.query import Query, head_outputs, recomputed
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.validate import check_target
 from fastsfvae.ops.gram_project import gram_project

@@ -1,4 +1,4 @@
-"""What is asked of a decoder's Gram, and how it is made ready for the operator, or goes without."""
+"""What is asked of a decoder's Gram: answered by the operator, or else by autograd."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
+from fastsfvae.gram.autograd import outputs_of, plain_outputs, total_of, transforms, weigh
 from fastsfvae.gram.heads import HEADS
 from fastsfvae.gram.operator import Prepared, Problem
-from fastsfvae.jacobian.rules.jet import full_tangent, latent_jet
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
-from fastsfvae.jacobian.run.chunks import flatten_in_memory_order, map_chunks
+from fastsfvae.jacobian.run.chunks import map_chunks
 from fastsfvae.jacobian.run.known import remember
-from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, find_program, program_of
+from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
 from fastsfvae.jacobian.validate import check_chunk_size
 
 
@@ -44,6 +44,29 @@ class Query(NamedTuple):
     kwargs: dict[str, Any]
     backend: str
     chunk_size: int | None
+
+
+def weighted_total(query: Query, weights: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """The sum of weights * a head's first output, 0-d, and all its outputs.
+
+    The sum alone is sure to be differentiable: its gradients are finished while it is evaluated,
+    where the decoder's operations allow it and the weights need none themselves.
+
+    Args:
+        query: what is evaluated.
+        weights: ``[B]``.
+    """
+    prepared = prepare(query)
+    if prepared is not None and not weights.requires_grad:
+        return total_of(prepared, weights)
+    outputs = recomputed(query) if prepared is None else outputs_of(prepared)
+    return weigh(outputs, weights), outputs
+
+
+def head_outputs(query: Query) -> Sequence[Tensor]:
+    """A head's outputs, each differentiable."""
+    prepared = prepare(query)
+    return recomputed(query) if prepared is None else outputs_of(prepared)
 
 
 def prepare(query: Query) -> Prepared | None:
@@ -95,11 +118,6 @@ def _gather(query: Query) -> Gathered | None:
     return Gathered(program.number, size, plan.output_shape, plan.output_dtype, *tensors)
 
 
-def transforms() -> list[TransformType]:
-    """Those of torch.func that run, the outermost first."""
-    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-
-
 def _is_transformed() -> bool:
     """Whether torch.func does with what is computed more than to differentiate it once."""
     return transforms() not in ([], [TransformType.Grad]) or forward_ad._current_level >= 0
@@ -112,41 +130,6 @@ def _check_shape(x: Tensor | None, shape: tuple[int, ...]) -> None:
         )
 
 
-def plain_gradients(
-    problem: Problem, needs: Sequence[bool], cotangents: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """The gradients of a problem's outputs by autograd, with a graph of their own."""
-    program, enabled = find_program(problem.program), problem.autocast is not None
-
-    def outputs(*wanted: Tensor) -> tuple[Tensor, ...]:
-        given = iter(wanted)
-        filled = [next(given) if need else t for need, t in zip(needs, tensors, strict=True)]
-        z, x, inputs, along, whole = problem.split(filled)
-        with torch.autocast(z[0].device.type, problem.autocast, enabled=enabled):
-            y = program.body(latent_jet(z[0]), along, whole)
-            return _plain_outputs(problem, y.primal, full_tangent(y), x, inputs)
-
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-    if transforms():
-        # What autograd has saved may belong to a transform that has ended.
-        return torch.func.vjp(outputs, *wanted)[1](tuple(cotangents))
-    return torch.autograd.grad(
-        outputs(*wanted),
-        wanted,
-        cotangents,
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-
-
-def _plain_outputs(asked, output, tangents, x, inputs) -> tuple[Tensor, ...]:
-    """A chunk's outputs by operations that autograd differentiates; `x` empty for r = 0."""
-    residual = x[0] - output if x else torch.zeros_like(output)
-    flat = flatten_in_memory_order(tangents, residual)
-    return HEADS[asked.head].plain(output, *flat, inputs, asked.backend)
-
-
 def recomputed(query: Query) -> tuple[Tensor, ...]:
     """The outputs by autograd, for what has no adjoints; several chunks are computed twice."""
     along = HEADS[query.head].along
@@ -156,7 +139,7 @@ def recomputed(query: Query) -> tuple[Tensor, ...]:
         x = () if query.x is None else (query.x[start:stop],)
         pairs = zip(query.inputs, along, strict=True)
         inputs = [t[start:stop] if of_batch else t for t, of_batch in pairs]
-        return _plain_outputs(query, output, tangents, x, inputs)
+        return plain_outputs(query, output, tangents, x, inputs)
 
     return map_chunks(
         *(finish, query.decoder, query.z, query.args, query.kwargs),

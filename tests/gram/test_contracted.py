@@ -10,8 +10,8 @@ import fastsfvae as sf
 from fastsfvae.gram import operator
 from fastsfvae.gram.contracted import Contracted, ThroughLayer
 from fastsfvae.gram.heads import HEADS
+from fastsfvae.gram.operator import gram_of
 from fastsfvae.gram.query import prepare
-from fastsfvae.gram.sources import gram_of
 from fastsfvae.jacobian.plan import ending
 from fastsfvae.jacobian.plan.last_layer import LastLayer, Linear
 from fastsfvae.jacobian.rules.jet import Jet, from_stack

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastsfvae as sf
-from fastsfvae.gram import autograd
+from fastsfvae.gram import query as queries
 from fastsfvae.gram.query import Query, prepare
 from fastsfvae.jacobian.rules.registry import RULES
 from tests.decoders import DECODERS, batch, build
@@ -32,7 +32,7 @@ def gradients(decoder, tensors, *, chunk_size=None, backend="torch", reduction="
 def recomputed(monkeypatch, *args, **kwargs):
     """The same by autograd over each chunk."""
     with monkeypatch.context() as patch:
-        patch.setattr(autograd, "prepare", lambda _: None)
+        patch.setattr(queries, "prepare", lambda _: None)
         return gradients(*args, **kwargs)
 
 
@@ -98,7 +98,7 @@ def test_each_term_has_its_own_gradient(monkeypatch):
         return torch.autograd.grad(total, [x, mean, log_var, *decoder.parameters()])
 
     ours = grads(2)
-    monkeypatch.setattr(autograd, "prepare", lambda _: None)
+    monkeypatch.setattr(queries, "prepare", lambda _: None)
     close(ours, grads(None))
 
 
@@ -130,7 +130,7 @@ def test_second_order_needs_reduction_none(monkeypatch):
         return torch.autograd.grad(grad.square().sum(), [mean, log_var, *decoder.parameters()])
 
     ours = second()
-    monkeypatch.setattr(autograd, "prepare", lambda _: None)
+    monkeypatch.setattr(queries, "prepare", lambda _: None)
     close(ours, second())
 
 

@@ -9,9 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import fastsfvae as sf
-from fastsfvae.gram import autograd, operator
+from fastsfvae.gram import operator, query
 from fastsfvae.gram.contracted import Contracted, ThroughLayer
-from fastsfvae.gram.sources import gram_of
+from fastsfvae.gram.operator import gram_of
 from tests.decoders import DECODERS, M, batch, build
 from tests.gram.test_operator import close
 
@@ -59,7 +59,7 @@ def test_values_and_gradients(name, given, monkeypatch):
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         want, want_grads = results(backend="reference")
-    monkeypatch.setattr(autograd, "recomputed", refuse)
+    monkeypatch.setattr(query, "recomputed", refuse)
     for chunk_size in (None, 1, 2):
         found, grads = results(chunk_size=chunk_size)
         close(found, want)
@@ -170,7 +170,7 @@ def test_function_transforms(name, monkeypatch):
     transform = TRANSFORMS[name]
     want = transform(lambda z: pulled(decoder, z, x, "reference"), z)
     if name == "grad":
-        monkeypatch.setattr(autograd, "recomputed", refuse)
+        monkeypatch.setattr(query, "recomputed", refuse)
     close([transform(lambda z: pulled(decoder, z, x, chunk_size=2), z)], [want])
 
 

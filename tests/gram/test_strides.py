@@ -40,7 +40,7 @@ def decoder_and_tensors(axes, last, groups, side, dtype=torch.float64):
         nn.Tanh(),
         conv(6, 4, 3, padding=2, dilation=2, groups=groups),
         nn.SiLU(),
-        transposed(4, 4, 2, stride=2, groups=groups, bias=False),
+        transposed(4, 4, 2, groups=groups, bias=False),
         nn.ReLU(),
         conv(4, 2, 1),
     ).to(dtype)

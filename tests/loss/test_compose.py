@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastsfvae as sf
-from fastsfvae.gram import autograd
+from fastsfvae.gram import query as queries
 from tests.decoders import M, batch, build
 from tests.gram.test_operator import is_swept
 
@@ -142,7 +142,7 @@ def test_autocast_rounds_no_more_than_autograd_under_autocast(monkeypatch):
         return value.detach(), *grads
 
     ours = lowered()
-    monkeypatch.setattr(autograd, "prepare", lambda _: None)
+    monkeypatch.setattr(queries, "prepare", lambda _: None)
     theirs = lowered()
     for mine, other, truth in zip(ours, theirs, want, strict=True):
         assert mine.dtype == torch.float32
@@ -174,7 +174,7 @@ def test_spectral_norm_and_tied_weights(monkeypatch):
     held = list(decoder.parameters())
     assert is_swept(decoder, tensors)
     ours = step(loss, decoder, tensors)
-    monkeypatch.setattr(autograd, "prepare", lambda _: None)
+    monkeypatch.setattr(queries, "prepare", lambda _: None)
     equal(ours, step(loss, decoder, tensors), 1e-10)
     # Tracing leaves an optimizer's parameters where they are.
     assert all(a is b for a, b in zip(held, decoder.parameters(), strict=True))

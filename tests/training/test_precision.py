@@ -5,7 +5,7 @@ import torch
 import fastsfvae as sf
 from fastsfvae.data import digits
 from fastsfvae.data.pixels import to_unit
-from fastsfvae.gram import autograd
+from fastsfvae.gram import query as queries
 from fastsfvae.models import ModelConfig, build
 
 STEPS, BATCH = 200, 12
@@ -32,7 +32,7 @@ def test_two_hundred_steps_are_the_same_for_every_chunk_size_and_path(monkeypatc
     whole = curve(None)
     assert whole[-20:].mean() < whole[:20].mean()
     curves = [curve(5)]
-    monkeypatch.setattr(autograd, "prepare", lambda _: None)
+    monkeypatch.setattr(queries, "prepare", lambda _: None)
     curves.append(curve(None))
     for other in curves:
         # 200 steps of float64 rounding, which Adam enlarges where a gradient is nearly zero.
