@@ -2,11 +2,16 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Child processes test this tree as well, wherever they stand and whatever is installed.
+_PATHS = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 
 _HERE = {"127.0.0.1", "::1", "localhost", "", None}
 # By subject and by what was counted or measured of it.

@@ -232,6 +232,27 @@ def test_compile_in_one_graph_for_all_batch_sizes(name):
     assert graphs[0] == graphs[-1]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_an_exported_graph_outlives_the_process(given):
+    decoder = build("tanh")
+    x, z, _ = (t.detach() for t in batch(decoder))
+
+    class Pulled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, z, x):
+            return tuple(pulled(self.decoder, z, x if given else None))
+
+    module = Pulled()
+    module(z, x)
+    exported = torch.export.export(module, (z, x), strict=False)
+    # A program's number means nothing elsewhere.
+    assert not any("fastsfvae" in str(node.target) for node in exported.graph.nodes)
+    close(exported.module()(z + 1, x), module(z + 1, x), 1e-14)
+
+
 def test_autocast():
     decoder, exact = build("higgins", torch.float32), build("higgins")
     x, z, _ = batch(decoder, dtype=torch.float32)

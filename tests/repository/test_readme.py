@@ -95,3 +95,8 @@ def test_the_readme_names_all_modules():
     named = set(re.findall(r"(\w+)\.py`", README))
     modules = {path.stem for path in (ROOT / "fastsfvae").glob("*.py") if path.stem[0] != "_"}
     assert not modules - named
+    rooms = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("fastsfvae/**/__init__.py")}
+    # The room of a clone that only points to kernels/ is named by that.
+    assert rooms - {"fastsfvae", "fastsfvae/kernels"} == {
+        name for name in re.findall(r"`(fastsfvae/[\w/]+)/`", README)
+    }
