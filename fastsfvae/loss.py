@@ -45,17 +45,6 @@ def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
 
 
-class _Settings(NamedTuple):
-    """The keyword arguments of `sampling_free_elbo`."""
-
-    noise_var: float | Tensor
-    gamma: float | Tensor
-    kl_weight: float | Tensor
-    likelihood: Likelihood
-    backend: Backend
-    chunk_size: int | None
-
-
 class SamplingFreeLoss(nn.Module):
     """Negative sampling-free objective of a decoder (paper, eq. 20 with the precision of eq. 21).
 
@@ -157,17 +146,11 @@ class SamplingFreeLoss(nn.Module):
                 f"sample_weight has shape {tuple(sample_weight.shape)}: "
                 f"give [B] = {tuple(mean.shape[:1])}"
             )
-        settings = _Settings(
-            self.noise_var,
-            self.gamma,
-            self.kl_weight,
-            self.likelihood,
-            self.backend,
-            self.chunk_size,
-        )
         weight = None if self.reduction == "none" else self._share(mean, sample_weight)
-        decoder: Any = self.decoder
-        elbo, total = _objective(decoder, x, mean, log_var, args, kwargs, settings, weight)
+        settings = self.likelihood, self.backend, self.chunk_size
+        scalars = self.noise_var, self.gamma, self.kl_weight
+        inputs = x, mean, log_var, args, kwargs
+        elbo, total = _objective(self.decoder, *inputs, *scalars, *settings, weight)
         loss = -elbo.elbo if total is None else -total
         if self.reduction == "none" and sample_weight is not None:
             loss = loss * sample_weight
@@ -279,8 +262,8 @@ def sampling_free_elbo(
         ValueError: for shapes, devices or settings that do not fit, in one line that quotes them.
         RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
     """
-    settings = _Settings(noise_var, gamma, kl_weight, likelihood, backend, chunk_size)
-    terms, _ = _objective(decoder, x, mean, log_var, args, kwargs, settings)
+    settings = noise_var, gamma, kl_weight, likelihood, backend, chunk_size
+    terms, _ = _objective(decoder, x, mean, log_var, args, kwargs, *settings)
     _warn_of_weak(likelihood, gamma)
     return terms
 
@@ -329,13 +312,18 @@ def low_rank_log_prob(
 
 
 def _objective(
-    decoder: Callable[..., Tensor],
+    decoder: Any,
     x: Tensor,
     mean: Tensor,
     log_var: Tensor,
     args: tuple,
     kwargs: dict[str, Any],
-    settings: _Settings,
+    noise_var: float | Tensor,
+    gamma: float | Tensor,
+    kl_weight: float | Tensor,
+    likelihood: Likelihood,
+    backend: Backend,
+    chunk_size: int | None,
     weight: Tensor | None = None,
 ) -> tuple[Elbo, Tensor | None]:
     """The objective of each sample; for a weight ``[B]`` of each also their weighted sum (0-d).
@@ -344,7 +332,7 @@ def _objective(
     """
     if not torch.compiler.is_compiling():
         # A compiler may hold the numbers as symbols.
-        _checks.settings(*settings[:4])
+        _checks.settings(noise_var, gamma, kl_weight, likelihood)
     _checks.latent(mean, log_var)
     _checks.batch(x, mean)
     dtype = torch.promote_types(torch.promote_types(mean.dtype, x.dtype), torch.float32)
@@ -353,27 +341,18 @@ def _objective(
         if isinstance(t, Tensor)
         # Filled on the device: a copy from the host would wait for it, and not be captured.
         else torch.full((), t, dtype=dtype, device=mean.device)
-        for t in (settings.noise_var, settings.gamma)
+        for t in (noise_var, gamma)
     ]
-    query = Query(
-        head=settings.likelihood,
-        decoder=decoder,
-        z=mean,
-        x=x,
-        inputs=(log_var.exp(), *scalars),
-        args=args,
-        kwargs=kwargs,
-        backend=resolve_backend(settings.backend, mean),
-        chunk_size=settings.chunk_size,
-    )
+    inputs, resolved = (log_var.exp(), *scalars), resolve_backend(backend, mean)
+    query = Query(likelihood, decoder, mean, x, inputs, args, kwargs, resolved, chunk_size)
     if weight is None:
         terms = head_outputs(query)
     else:
         weighted, terms = weighted_total(query, weight)
     log_likelihood, squared_error, log_det, explained = terms
     kl = gaussian_kl(mean, log_var)
-    objective = log_likelihood - settings.kl_weight * kl
-    total = None if weight is None else weighted - settings.kl_weight * (weight * kl).sum()
+    objective = log_likelihood - kl_weight * kl
+    total = None if weight is None else weighted - kl_weight * (weight * kl).sum()
     return Elbo(objective, log_likelihood, kl, squared_error, log_det, explained), total
 
 

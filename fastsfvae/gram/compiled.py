@@ -9,7 +9,7 @@ gradients. Imported only under a compiler, which the decorator brings in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +21,6 @@ from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
 # The preludes of the programs that compiled functions use, by the programs' numbers; kept, as a
 # compiled function may trace them at any time.
 _preludes: dict[int, tuple[Callable[..., tuple], Callable[..., tuple]]] = {}
-
-
-class _Program(NamedTuple):
-    """Constants: a program's number, chunk size and output, and the names of what it reads.
-
-    `names` are those of all parameters and buffers, `used` the indices of what the body reads.
-    """
-
-    number: int
-    chunk_size: int
-    output_shape: tuple[int, ...]
-    output_dtype: torch.dtype
-    names: tuple[str, ...]
-    used: tuple[int, ...]
 
 
 def gather(decoder: Any, z: Tensor, args: tuple, kwargs: dict[str, Any], backend: str) -> Gathered:
@@ -101,7 +87,10 @@ def _program(
     inputs: tuple[tuple, ...],
     keywords: tuple[str, ...],
 ) -> tuple:
-    """The fields of a `_Program`.
+    """Constants: a program's number, chunk size and output, and the names of what it reads.
+
+    The names are those of all parameters and buffers, and the last the indices of what the body
+    reads.
 
     A compiler evaluates it once while it traces, on constants alone: sizes of tensors may be
     symbols, and a module is known by its id.
@@ -126,16 +115,9 @@ def _program(
         )
     plan = program.plans[0]
     _preludes[program.number] = plan.prelude, plan.side
-    return tuple(
-        _Program(
-            program.number,
-            default_chunk(linearizer),
-            plan.output_shape,
-            plan.output_dtype,
-            tuple(linearizer.names),
-            tuple(plan.body_inputs),
-        )
-    )
+    chunk_size, names = default_chunk(linearizer), tuple(linearizer.names)
+    output = plan.output_shape, plan.output_dtype
+    return program.number, chunk_size, *output, names, tuple(plan.body_inputs)
 
 
 def _attribute(decoder: Any, name: str) -> Tensor:
