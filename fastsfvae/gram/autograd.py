@@ -62,15 +62,41 @@ def transforms() -> list[TransformType]:
 
 def _is_eager() -> bool:
     """Whether nobody listens who knows the operator, and not what is in it."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return False
-    return not transforms()
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
 
 def _is_mapped(cotangents: Sequence[Tensor]) -> bool:
     """Whether a vmap runs a backward for several cotangents at once."""
     legacy = map(torch._C._functorch.is_legacy_batchedtensor, cotangents)
     return any(legacy) or TransformType.Vmap in transforms()
+
+
+def _asked(ctx: Any, needs: Sequence[bool]) -> tuple[bool, ...]:
+    """Of the gradients that could be needed those that a backward was called for."""
+    wanted = ctx.needs_input_grad[3:]
+    if not transforms():
+        pairs = zip(wanted, ctx.next_functions, strict=True)
+        wanted = [could and _will_run(node) for could, (node, _) in pairs]
+    return tuple(need and could for need, could in zip(needs, wanted, strict=True))
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # A leaf that torch.autograd.grad was asked for.
+        return True
+
+
+def _pull(problem: Problem, needs: Sequence[bool], kept: list, cotangents: Any, tensors: tuple):
+    """The gradients, of what was kept or all over again."""
+    if not kept:
+        return call(problem, needs, [t.contiguous() for t in cotangents], tensors)[1]
+    loop, part = kept.pop()
+    with torch.no_grad():
+        loop.narrow(needs)
+        loop.pull(part, cotangents)
+        return loop.gradients()
 
 
 def _needs(tensors: tuple) -> tuple[bool, ...]:
@@ -147,9 +173,10 @@ class _Outputs(torch.autograd.Function):
             loop = Loop(problem, tensors, needs)
             if len(loop) == 1:
                 # As long as autograd keeps the graph, and one chunk at most, as `chunk_size` says.
-                (part,) = loop
-                kept.append((loop, part))
-                return tuple(loop.outputs([part.found.outputs]))
+                with torch.no_grad():
+                    (part,) = loop
+                    kept.append((loop, part))
+                    return tuple(loop.outputs([part.found.outputs]))
         return tuple(call(problem, needs, (), tensors)[0])
 
     @staticmethod
@@ -164,21 +191,18 @@ class _Outputs(torch.autograd.Function):
     def backward(ctx, *cotangents):
         # Read even where they were kept: autograd refuses what was changed in the meantime.
         problem, needs, tensors = ctx.problem, ctx.needs, ctx.saved_tensors
-        grads: Sequence[Tensor]
         if torch.compiler.is_compiling():
-            _, grads = call(problem, needs, [t.contiguous() for t in cotangents], tensors)
-        elif _is_mapped(cotangents):
+            return None, None, None, *_spread(_pull(problem, needs, [], cotangents, tensors), needs)
+        needs, kept = _asked(ctx, needs), ctx.kept or []
+        grads: Sequence[Tensor]
+        if _is_mapped(cotangents):
             # There are rules for every operation of autograd's graph, and none for the operator.
             with torch.enable_grad():
                 grads = _plain_gradients(problem, needs, cotangents, tensors)
         elif torch.is_grad_enabled():
-            grads = _Gradients.apply(problem, needs, len(cotangents), *cotangents, *tensors)
-        elif ctx.kept:
-            loop, part = ctx.kept.pop()
-            loop.pull(part, cotangents)
-            grads = loop.gradients()
+            grads = _Gradients.apply(problem, needs, kept, len(cotangents), *cotangents, *tensors)
         else:
-            _, grads = call(problem, needs, [t.contiguous() for t in cotangents], tensors)
+            grads = _pull(problem, needs, kept, cotangents, tensors)
         return None, None, None, *_spread(grads, needs)
 
 
@@ -186,13 +210,12 @@ class _Gradients(torch.autograd.Function):
     """The gradients of `_Outputs`, differentiable by autograd: all chunks' tangents at once."""
 
     @staticmethod
-    def forward(problem, needs, count, *tensors):
-        cotangents = [t.contiguous() for t in tensors[:count]]
-        return tuple(call(problem, needs, cotangents, tensors[count:])[1])
+    def forward(problem, needs, kept, count, *tensors):
+        return tuple(_pull(problem, needs, kept, tensors[:count], tensors[count:]))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.problem, ctx.needs, ctx.count, *tensors = inputs
+        ctx.problem, ctx.needs, _, ctx.count, *tensors = inputs
         ctx.program = find_program(ctx.problem.program)
         ctx.save_for_backward(*tensors)
 
@@ -204,7 +227,7 @@ class _Gradients(torch.autograd.Function):
                 f'backend="{ctx.problem.backend}" has first derivatives only; second order needs '
                 'backend="torch" (or "reference")'
             )
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         with torch.enable_grad():
             # Aliases: a cotangent may depend on z as well, and that path is not this one's.
             tensors = [t.view_as(t) for t in tensors]
@@ -218,7 +241,7 @@ class _Gradients(torch.autograd.Function):
                 materialize_grads=True,
                 allow_unused=True,
             )
-        return None, None, None, *_spread(seconds, needs)
+        return None, None, None, None, *_spread(seconds, needs)
 
 
 def _plain_gradients(

@@ -112,6 +112,12 @@ class Loop:
         # Of x and the head's inputs, one a chunk.
         self._grads: list[list[Tensor]] = [[] for _ in (*x, *inputs)]
 
+    def narrow(self, needs: Sequence[bool]) -> None:
+        """Want no more gradients than `needs` says, before anything is pulled."""
+        self._needs = needs
+        of_z, _, _, of_along, of_whole = self._problem.split(needs)
+        self._sweep.narrow((of_z[0], of_along, of_whole))
+
     def __len__(self) -> int:
         """The number of parts."""
         return -(-len(self._tensors[0]) // self._problem.chunk_size)

@@ -12,6 +12,8 @@ import fastsfvae as sf
 from fastsfvae.gram import operator, query
 from fastsfvae.gram.contracted import Contracted, ThroughLayer
 from fastsfvae.gram.operator import gram_of
+from fastsfvae.jacobian.rules import convolution as rules
+from fastsfvae.ops import convolution
 from tests.decoders import DECODERS, M, batch, build
 from tests.gram.test_operator import close
 
@@ -100,6 +102,25 @@ def test_a_graph_is_used_twice_and_notices_what_has_changed():
             decoder[0].weight.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(value, z)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_no_gradient_is_computed_that_nobody_asked_for(chunk_size, monkeypatch):
+    decoder = build("higgins")
+    x, z, _ = batch(decoder)
+    value = weighted(pulled(decoder, z, x, chunk_size=chunk_size))
+    want = torch.autograd.grad(value, [z, *decoder.parameters()], retain_graph=True)
+    asked = []
+
+    def counted(grad, x, weight, geometry, needs):
+        asked.append(needs)
+        return convolution.convolve_backward(grad, x, weight, geometry, needs)
+
+    monkeypatch.setattr(rules, "convolve_backward", counted)
+    value = weighted(pulled(decoder, z, x, chunk_size=chunk_size))
+    close(torch.autograd.grad(value, z), want[:1], 1e-14)
+    close([torch.func.grad(lambda z: weighted(pulled(decoder, z, x)))(z.detach())], want[:1], 1e-12)
+    assert asked and not any(of_weight for _, of_weight in asked)
 
 
 def test_results_belong_to_the_user():

@@ -87,6 +87,12 @@ class Tape:
         """Ask for a gradient once; the caller keeps the source until it has taken it."""
         self._active.add(id(source))
 
+    def leave(self, tensors: Iterable[Tensor]) -> None:
+        """Want no gradient of these any more."""
+        ids = set(map(id, tensors))
+        self._wanted = [t for t in self._wanted if id(t) not in ids]
+        self._active -= ids
+
     def once(
         self,
         tensor: Tensor,

@@ -195,14 +195,21 @@ class Sweep:
         chunk_size: int,
     ):
         self._program, self._whole = program, whole
-        self._batch, self._needs = (z, *along), (needs[0], *needs[1])
-        self._wanted = [t for t, need in zip(whole, needs[2], strict=True) if need]
-        self._pulling = any(self._needs) or bool(self._wanted)
-        self._size = chunk_size
+        self._batch, self._size = (z, *along), chunk_size
+        self._want(needs)
         if z.device.type == "cpu":
             _reuse_memory()
         self._tape = Tape(self._wanted)
         self._parts: list[list[Tensor]] = [[] for _ in self._batch]
+
+    def _want(self, needs: tuple[bool, Sequence[bool], Sequence[bool]]) -> None:
+        self._needs = needs[0], *needs[1]
+        self._wanted = [t for t, need in zip(self._whole, needs[2], strict=True) if need]
+
+    def narrow(self, needs: tuple[bool, Sequence[bool], Sequence[bool]]) -> None:
+        """Want no more gradients than `needs` says, before anything is pulled."""
+        self._want(needs)
+        self._tape.leave(t for t, need in zip(self._whole, needs[2], strict=True) if not need)
 
     def __iter__(self) -> Iterator[Chunk]:
         """Run the forward half of each chunk in turn."""
