@@ -113,12 +113,39 @@ def test_other_endings_in_several_chunks(name, launches):
     check(name, launches, rounds=2, chunk_size=2)
 
 
-def test_gradients_that_are_asked_for_later(launches):
+@pytest.mark.parametrize("chunk_size, rounds", [(None, 1), (2, -(-B // 2))])
+def test_gradients_that_are_asked_for_later(launches, chunk_size, rounds):
     module = decoder().to(DEVICE)
     with sf.fused_layers("always"):
-        ours = gradients(module, tensors(module), "triton", "none")
-    assert launches == [TAIL[0], *TAIL]
+        ours = gradients(module, tensors(module), "triton", "none", chunk_size=chunk_size)
+    # The tangents of one chunk are kept; those of several are made again.
+    assert launches == (rounds * TAIL[:1] + rounds * TAIL if rounds > 1 else TAIL)
     for mine, want in zip(ours, gradients(module, tensors(module), "torch", "none"), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name, chunk_size", [("relu", None), ("relu", 2), ("silu", 2)])
+def test_the_pullback(launches, name, chunk_size, given):
+    module = decoder(name).to(DEVICE)
+    x, z, _ = tensors(module)
+    leaves = [z, *(p for p in module.parameters() if p.requires_grad), *([x] if given else [])]
+
+    def results(backend):
+        found = [
+            *sf.pullback(module, z, x if given else None, backend=backend, chunk_size=chunk_size)
+        ]
+        found = [t for t in found if t is not None]
+        g = torch.Generator().manual_seed(2)
+        drawn = [torch.randn(t.shape, generator=g).to(t) for t in found]
+        total = sum((a * b).sum() for a, b in zip(found, drawn, strict=True))
+        grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        return [*(t.detach() for t in found), *grads]
+
+    with sf.fused_layers("always"):
+        ours = results("triton")
+    assert set(launches) == set(TAIL)
+    for mine, want in zip(ours, results("torch"), strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
