@@ -9,7 +9,7 @@ from torch import Tensor
 
 # The largest m whose factorisation fits the registers of one program.
 WOODBURY_MAX_M = 64
-# The most tangents, and channels out, that a fused last layer's program holds.
+# The most tangents, and channels out, that the program of a last layer taken with its Gram holds.
 GRAM_TAIL_MAX_M = 64
 GRAM_TAIL_MAX_CHANNELS = 4
 

@@ -1,4 +1,4 @@
-"""A decoder's last layer whose Jacobian is never written, by fused kernels.
+"""A decoder's last layer whose Jacobian is never written, by kernels that take it with the Gram.
 
 The layer is a transposed convolution with kernel 4, stride 2, padding 1 and few channels out,
 between two activations of which either may be missing. Its values are a product of their own, as

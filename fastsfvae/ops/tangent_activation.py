@@ -1,4 +1,4 @@
-"""An activation on a value and the tangents it carries, by one fused kernel.
+"""An activation on a value and the tangents it carries, by one kernel.
 
 `tangent_activation` is for autograd. The other two are for a sweep, which keeps value and tangents
 in one stack, saves memory by overwriting and pulls gradients back by hand; no compiler sees them,

@@ -1,4 +1,4 @@
-"""The loss of decoders whose last layer is fused with the Gram: what runs, and every gradient."""
+"""The loss of decoders whose last layer is taken with the Gram: what runs, and every gradient."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""gram_tail: a last layer fused with the Gram of its Jacobian, against float64, J written there."""
+"""gram_tail: a last layer taken with the Gram of its Jacobian, against float64, J written there."""
 
 import pytest
 import torch

@@ -37,7 +37,7 @@ class Ending(NamedTuple):
 def find_ending(
     result: fx.Node, placed: dict[fx.Node, Placed], dynamic: set[fx.Node], m: int
 ) -> Ending | None:
-    """The ending of a graph whose last layer is fused, None where the kernels do not take it.
+    """The ending of a graph with a fused last layer, None where `gram_tail` does not take it.
 
     Args:
         result: the node that the decoder returns.
