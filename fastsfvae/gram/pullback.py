@@ -109,6 +109,7 @@ def pullback(
     check_target(x, z)
     head, resolved = "gram" if x is None else "sums", resolve_backend(backend, z)
     query = Query(head, decoder, z, x, (), args, kwargs, resolved, chunk_size)
-    # An exported graph outlives this process, and a program's number does not.
-    ask = recomputed if torch.compiler.is_exporting() else head_outputs
+    # An exported graph outlives this process, and a program's number does not. (The flag: a compiler
+    # of torch 2.11 believes that is_exporting() is always true.)
+    ask = recomputed if torch.compiler._is_exporting_flag else head_outputs
     return Pullback(*ask(query))
