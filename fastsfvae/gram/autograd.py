@@ -99,6 +99,14 @@ def _pull(problem: Problem, needs: Sequence[bool], kept: list, cotangents: Any, 
         return loop.gradients()
 
 
+def _refuse_second_order(problem: Problem) -> None:
+    if problem.backend != "torch":
+        raise RuntimeError(
+            f'backend="{problem.backend}" has first derivatives only; second order needs '
+            'backend="torch" (or "reference")'
+        )
+
+
 def _needs(tensors: tuple) -> tuple[bool, ...]:
     enabled = torch.is_grad_enabled()
     return tuple(enabled and t.requires_grad for t in tensors)
@@ -200,6 +208,9 @@ class _Outputs(torch.autograd.Function):
             with torch.enable_grad():
                 grads = _plain_gradients(problem, needs, cotangents, tensors)
         elif torch.is_grad_enabled():
+            if not transforms():
+                # torch.func.grad always asks for a graph, and seldom needs it.
+                _refuse_second_order(problem)
             grads = _Gradients.apply(problem, needs, kept, len(cotangents), *cotangents, *tensors)
         else:
             grads = _pull(problem, needs, kept, cotangents, tensors)
@@ -222,11 +233,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         again, tensors = torch.is_grad_enabled(), ctx.saved_tensors
-        if ctx.problem.backend != "torch":
-            raise RuntimeError(
-                f'backend="{ctx.problem.backend}" has first derivatives only; second order needs '
-                'backend="torch" (or "reference")'
-            )
+        _refuse_second_order(ctx.problem)
         needs = ctx.needs_input_grad[4:]
         with torch.enable_grad():
             # Aliases: a cotangent may depend on z as well, and that path is not this one's.
