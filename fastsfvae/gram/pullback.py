@@ -109,7 +109,7 @@ def pullback(
     check_target(x, z)
     head, resolved = "gram" if x is None else "sums", resolve_backend(backend, z)
     query = Query(head, decoder, z, x, (), args, kwargs, resolved, chunk_size)
-    # An exported graph outlives this process, and a program's number does not. (The flag: a compiler
-    # of torch 2.11 believes that is_exporting() is always true.)
+    # An exported graph outlives this process, and a program's number does not. The flag itself is
+    # read: a compiler of torch 2.11 takes is_exporting() for always true.
     ask = recomputed if torch.compiler._is_exporting_flag else head_outputs
     return Pullback(*ask(query))
