@@ -27,6 +27,8 @@ from bench.timing import wall_ms
 
 PROBLEMS = ("m16", "celeba16:16", "mnist2")
 FEWEST_ROUNDS = 6
+# In front of a workload: its pullback and not its loss.
+PULLBACK = "pullback/"
 
 
 class Interval(NamedTuple):
@@ -63,12 +65,16 @@ def work(problem: str) -> None:
             J, r, h = leaves
             return sf.low_rank_log_prob(r, J, h, noise_var=NOISE_VAR).sum()
     else:
-        name, _, batch = problem.partition(":")
+        name, _, batch = problem.removeprefix(PULLBACK).partition(":")
         found = build_problem(name, int(batch) if batch else None)
         loss = sf.SamplingFreeLoss(found.decoder, noise_var=NOISE_VAR, gamma=GAMMA)
         leaves = found.leaves
+        if problem.startswith(PULLBACK):
+            leaves = [found.mean, *found.decoder.parameters()]
 
         def evaluate():
+            if problem.startswith(PULLBACK):
+                return sum(t.sum() for t in sf.pullback(found.decoder, found.mean, found.x))
             return loss(found.x, found.mean, found.log_var)
 
     def run() -> None:
@@ -146,7 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("compare", __doc__)
     parser.add_argument("a", nargs="?", default="HEAD~1", help="the commit that is compared with")
     parser.add_argument("b", nargs="?", default="HEAD", help="the commit that may be slower")
-    parser.add_argument("--problem", action="append", help="m16, m64, m200, or WORKLOAD[:BATCH]")
+    parser.add_argument(
+        "--problem", action="append", help=f"m16, m64, m200, or [{PULLBACK}]WORKLOAD[:BATCH]"
+    )
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--tolerance", type=float, default=0.03)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
