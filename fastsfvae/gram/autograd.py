@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fastsfvae.gram.heads import HEADS
 from fastsfvae.gram.operator import Loop, Prepared, Problem, call, output_shapes
 from fastsfvae.jacobian.rules.jet import full_tangent, latent_jet
+from fastsfvae.jacobian.run.cache import chunk_bounds
 from fastsfvae.jacobian.run.chunks import flatten_in_memory_order
 from fastsfvae.jacobian.run.sweep import find_program
-from fastsfvae.ops._library import refuse_vmap
+from fastsfvae.ops._library import differentiate, refuse_vmap
 
 
 def total_of(prepared: Prepared, weights: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
@@ -46,7 +47,7 @@ def outputs_of(prepared: Prepared) -> Sequence[Tensor]:
     needs = _needs(tensors)
     if not any(needs):
         return call(problem, needs, (), tensors)[0]
-    return _Outputs.apply(problem, needs, [] if _is_eager() else None, *tensors)
+    return _Outputs.apply(problem, needs, [] if _may_keep() else None, *tensors)
 
 
 def weigh(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -60,9 +61,15 @@ def transforms() -> list[TransformType]:
     return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
-def _is_eager() -> bool:
-    """Whether nobody listens who knows the operator, and not what is in it."""
-    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+def _may_keep() -> bool:
+    """Whether a chunk's tangents may wait for the backward, outside of the operator.
+
+    Not where somebody listens who knows the operator and not what is in it, nor where what is saved
+    is handed to somebody else, such as a checkpoint.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def _is_mapped(cotangents: Sequence[Tensor]) -> bool:
@@ -142,8 +149,9 @@ class _Total(torch.autograd.Function):
     def backward(ctx, upstream, *_):
         if upstream is None:
             return (None,) * (3 + len(ctx.needs))
-        count = sum(ctx.needs)
-        grads, wanted = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        # Read once: a checkpoint unpacks them once.
+        count, saved = sum(ctx.needs), ctx.saved_tensors
+        grads, wanted = saved[:count], saved[count:]
         grads = [g * upstream for g in grads]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _Last.apply(count, *grads, *wanted)
@@ -240,14 +248,8 @@ class _Gradients(torch.autograd.Function):
             tensors = [t.view_as(t) for t in tensors]
             cotangents, given = tensors[: ctx.count], tensors[ctx.count :]
             grads = _plain_gradients(ctx.problem, ctx.needs, cotangents, given)
-            seconds = torch.autograd.grad(
-                grads,
-                [t for t, need in zip(tensors, needs, strict=True) if need],
-                upstream,
-                create_graph=again,
-                materialize_grads=True,
-                allow_unused=True,
-            )
+            wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+            seconds = differentiate(grads, upstream, wanted, create_graph=again)
         return None, None, None, None, *_spread(seconds, needs)
 
 
@@ -261,22 +263,22 @@ def _plain_gradients(
         given = iter(wanted)
         filled = [next(given) if need else t for need, t in zip(needs, tensors, strict=True)]
         z, x, inputs, along, whole = problem.split(filled)
-        with torch.autocast(z[0].device.type, problem.autocast, enabled=enabled):
-            y = program.body(latent_jet(z[0]), along, whole)
-            return plain_outputs(problem, y.primal, full_tangent(y), x, inputs)
+        cut = HEADS[problem.head].along
+        parts = []
+        for start, stop in chunk_bounds(len(filled[0]), problem.chunk_size):
+            rows = slice(start, stop)
+            own = [t[rows] if each else t for t, each in zip(inputs, cut, strict=True)]
+            with torch.autocast(z[0].device.type, problem.autocast, enabled=enabled):
+                y = program.body(latent_jet(z[0][rows]), [t[rows] for t in along], whole)
+                part = y.primal, full_tangent(y), [t[rows] for t in x], own
+                parts.append(plain_outputs(problem, *part))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
     if transforms():
         # What autograd has saved may belong to a transform that has ended.
         return torch.func.vjp(outputs, *wanted)[1](tuple(cotangents))
-    return torch.autograd.grad(
-        outputs(*wanted),
-        wanted,
-        cotangents,
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    return differentiate(outputs(*wanted), cotangents, wanted, create_graph=True)
 
 
 def plain_outputs(

@@ -37,6 +37,30 @@ def require_triton(tensor: Tensor) -> None:
         )
 
 
+def differentiate(
+    outputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[Tensor],
+    create_graph: bool,
+) -> Sequence[Tensor]:
+    """`torch.autograd.grad` of outputs that may be missing, or depend on nothing that is wanted."""
+    pairs = [
+        (y, g)
+        for y, g in zip(outputs, cotangents, strict=True)
+        if y is not None and g is not None and y.requires_grad
+    ]
+    if not pairs:
+        return [torch.zeros_like(t) for t in wanted]
+    return torch.autograd.grad(
+        [y for y, _ in pairs],
+        wanted,
+        [g for _, g in pairs],
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
 def refuse_second_order() -> None:
     """Raise, in a backward, where create_graph asks for a derivative of the kernel's gradient.
 

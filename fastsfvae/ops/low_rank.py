@@ -27,7 +27,7 @@ from torch import Tensor
 from fastsfvae import reference
 from fastsfvae._ranges import ranged
 from fastsfvae.kernels._contract import WOODBURY_MAX_M
-from fastsfvae.ops._library import refuse_vmap
+from fastsfvae.ops._library import differentiate, refuse_vmap
 from fastsfvae.ops.gram_project import (
     full_products,
     gram_project_backward,
@@ -353,17 +353,9 @@ def _w_over_s(w: Tensor, h: Tensor, G: Tensor, p: Tensor, y: Tensor, c: Tensor) 
 
 def _plain_backward(needs, inputs, cotangents):
     with torch.enable_grad():
+        # Aliases: one input may depend on another, and that path is not this one's.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
         terms = _plain_terms(*inputs)[:4]
-    pairs = [
-        (t, g) for t, g in zip(terms, cotangents, strict=True) if t is not None and g is not None
-    ]
-    grads = iter(
-        torch.autograd.grad(
-            [term for term, _ in pairs],
-            [t for t, need in zip(inputs, needs, strict=False) if need],
-            [cotangent for _, cotangent in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
+    wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
+    grads = iter(differentiate(terms, cotangents, wanted, create_graph=True))
     return *(next(grads) if need else None for need in needs[:5]), None

@@ -1,15 +1,17 @@
 """The pullback on the operator: its values, its gradients, and what users wrap around it."""
 
 import functools
+import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import fastsfvae as sf
-from fastsfvae.gram import operator, query
+from fastsfvae.gram import autograd, operator, query
 from fastsfvae.gram.contracted import Contracted, ThroughLayer
 from fastsfvae.gram.operator import gram_of
 from fastsfvae.jacobian.rules import convolution as rules
@@ -166,6 +168,76 @@ def test_second_order_in_everything():
 
     assert torch.autograd.gradcheck(outputs, leaves)
     assert torch.autograd.gradgradcheck(outputs, leaves)
+
+
+def of_gradient(value, z, wanted):
+    """The gradient by `wanted` of a sum of squares of the gradient by z."""
+    (first,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), wanted, allow_unused=True)[0]
+
+
+def test_second_order_where_something_is_constant():
+    decoder, (x, z, log_var) = build("tanh"), batch(build("tanh"))
+    frozen = nn.Linear(M, 7).double().requires_grad_(False)
+    results = []
+    for backend in ("torch", "reference"):
+        expected = sf.sampling_free_elbo(
+            decoder, x, z, log_var, likelihood="expected", backend=backend
+        )
+        alone = sf.pullback(frozen, z, x, backend=backend)
+        found = [of_gradient(expected.elbo, z, z), of_gradient(alone.squared_error, z, z)]
+        whole = sf.pullback(decoder, z, backend=backend)
+        # The gradient of a sum by the last bias is a number.
+        bias = decoder[-1].bias
+        (first,) = torch.autograd.grad(whole.output.sum(), bias, create_graph=True)
+        found += torch.autograd.grad(first.square().sum() + whole.gram.sum(), z)
+        results.append(found)
+    close(*results)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_second_order_of_a_decoder_first_met_in_small_chunks(chunk_size):
+    decoder = build("tanh")
+    x, z, _ = batch(decoder)
+    mine = of_gradient(sf.pullback(decoder, z, x, chunk_size=chunk_size).gram.square(), z, z)
+    right = sf.pullback(decoder, z, x, backend="reference").gram.square()
+    close([mine], [of_gradient(right, z, z)])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none", None])
+def test_inside_a_checkpoint(reentrant, reduction):
+    decoder = build("tanh")
+    x, z, log_var = batch(decoder)
+
+    def value(z):
+        if reduction is None:
+            return weighted(pulled(decoder, z, x))
+        return sf.SamplingFreeLoss(decoder, reduction=reduction)(x, z, log_var).sum()
+
+    value(z).backward()
+    want, z.grad = z.grad, None
+    saved = torch.utils.checkpoint.checkpoint(value, z, use_reentrant=reentrant)
+    saved.backward()
+    close([z.grad], [want], 1e-14)
+
+
+def test_a_checkpoint_keeps_no_tangents(monkeypatch):
+    decoder = build("tanh")
+    x, z, _ = batch(decoder)
+    pulled(decoder, z, x)
+    loops = weakref.WeakSet()
+    made = autograd.Loop.__init__
+    monkeypatch.setattr(
+        autograd.Loop, "__init__", lambda loop, *a: (loops.add(loop), made(loop, *a))[1]
+    )
+    plain = pulled(decoder, z, x)
+    assert len(loops) == 1
+    del plain
+    saved = torch.utils.checkpoint.checkpoint(
+        lambda z: weighted(pulled(decoder, z, x)), z, use_reentrant=False
+    )
+    assert not loops and saved.requires_grad
 
 
 TRANSFORMS = {

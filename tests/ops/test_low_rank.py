@@ -312,3 +312,45 @@ def test_compiled_whole_on_a_gpu(backend):
     compiled = torch.compile(low_rank_terms, fullgraph=True, backend="aot_eager")
     for got, want in zip(gradients(compiled), gradients(low_rank_terms), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dependent", ["through h", "through r"])
+def test_a_gradient_with_a_graph_is_the_gradient(dependent):
+    # The second variance of "normalized" depends on the first; here h depends on r as well.
+    g = torch.Generator().manual_seed(0)
+    J, r, log_var = (
+        torch.randn(s, generator=g, dtype=torch.float64).requires_grad_()
+        for s in ((2, 3, 5), (2, 5), (2, 3))
+    )
+    leaves = [J, r, log_var] if dependent == "through h" else [J, r]
+
+    def first(backend, create_graph):
+        h = (log_var if dependent == "through h" else r[:, :3]).exp()
+        value = sf.low_rank_log_prob(
+            r, J, h, noise_var=0.5, gamma=0.7, likelihood="normalized", backend=backend
+        )
+        return torch.autograd.grad(value.sum(), leaves, create_graph=create_graph)
+
+    want = first("reference", True)
+    for found in (first("torch", False), first("torch", True)):
+        for mine, right in zip(found, want, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+    second, right = (
+        torch.autograd.grad(sum(t.square().sum() for t in grads), leaves)
+        for grads in (first("torch", True), want)
+    )
+    torch.testing.assert_close(second, right, rtol=1e-9, atol=1e-10)
+
+
+def test_a_graph_where_one_term_depends_on_nothing():
+    h = torch.rand(2, 3, dtype=torch.float64).requires_grad_()
+    r, J = torch.randn(2, 5).double(), torch.randn(2, 3, 5).double()
+    grads = [
+        torch.autograd.grad(
+            sf.low_rank_log_prob(r, J, h, noise_var=0.5, backend=backend).sum(),
+            h,
+            create_graph=True,
+        )[0]
+        for backend in ("torch", "reference")
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
