@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.plan.functionalize import is_mutation
 from fastsfvae.jacobian.rules.catalogue import NOT_DIFFERENTIABLE
+from fastsfvae.jacobian.rules.jet import is_differentiable
 
 # What gives its argument another shape and moves no element past another.
 VIEWS = frozenset("view reshape flatten unflatten unsqueeze squeeze".split())
@@ -22,8 +23,8 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def is_floating(node: fx.Node) -> bool:
-    """Whether its value is a floating point tensor."""
-    return is_tensor(node) and node.meta["val"].is_floating_point()
+    """Whether its value is a floating point tensor, real or complex."""
+    return is_differentiable(node.meta.get("val"))
 
 
 def leading(node: fx.Node) -> str:
@@ -41,15 +42,14 @@ def contains(arguments: Any, nodes: set[fx.Node]) -> bool:
 def differentiable(node: fx.Node) -> bool:
     """Whether its value has a derivative by its arguments."""
     if node.target is operator.getitem:
-        value = node.meta.get("val")
-        return isinstance(value, Tensor) and value.is_floating_point()
+        return is_differentiable(node.meta.get("val"))
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if packet_name(node.target) in NOT_DIFFERENTIABLE:
         return False
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
-    return any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+    return any(map(is_differentiable, values))
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:

@@ -25,3 +25,7 @@ NOT_DIFFERENTIABLE = frozenset(
     new_empty new_empty_strided one_hot nan_to_num_mask histc bincount
     """.split()
 )
+
+# Operations whose rules and adjoints are right for complex values as well; any other one is refused
+# where a complex value carries tangents.
+COMPLEX: frozenset[str] = frozenset()

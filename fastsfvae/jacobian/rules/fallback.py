@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastsfvae.jacobian.rules.jet import Jet, full_tangent
+from fastsfvae.jacobian.rules.jet import Jet, full_tangent, is_differentiable
 
 # Their formulas treat saved statistics as constants: J would be right, its gradients wrong.
 _WRONG_GRADIENTS = frozenset(
@@ -66,7 +66,7 @@ def _linearize(call: Callable[..., Any], jets: list[Jet], name: str, path: str) 
     outputs = call(*primals)
     several = isinstance(outputs, (tuple, list))
     results = list(outputs) if several else [outputs]
-    smooth = [i for i, r in enumerate(results) if isinstance(r, Tensor) and r.is_floating_point()]
+    smooth = [i for i, r in enumerate(results) if is_differentiable(r)]
 
     def differentiable(*inputs: Tensor) -> tuple[Tensor, ...]:
         values = call(*inputs)

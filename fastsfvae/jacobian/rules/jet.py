@@ -104,6 +104,11 @@ def primal_of(x: Any) -> Any:
     return x.primal if isinstance(x, Jet) else x
 
 
+def is_differentiable(value: Any) -> bool:
+    """Whether it is a tensor that can carry tangents: of real or complex floating point numbers."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def is_list(value: Any) -> bool:
     """Whether an argument is several, a list or a tuple; a Jet is a tuple as well, and is one."""
     return isinstance(value, (list, tuple)) and not isinstance(value, Jet)
