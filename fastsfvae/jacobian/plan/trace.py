@@ -43,6 +43,7 @@ from fastsfvae.jacobian.plan.refuse import (
     refuse_custom_functions,
     refuse_or_warn_about_hooks,
 )
+from fastsfvae.jacobian.plan.restore import restored
 from fastsfvae.jacobian.validate import check_output
 
 _DATA_DEPENDENT = (
@@ -141,7 +142,7 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
     paths: dict[fx.Node, str] = {}
     tracer = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
     try:
-        with _recorded_paths(decoder, paths), _restored(decoder), _no_log_of_failures():
+        with _recorded_paths(decoder, paths), restored(decoder), _no_log_of_failures():
             module = tracer(fakes, fake_z, fake_extras)
     except _DATA_DEPENDENT as error:
         raise RuntimeError(
@@ -261,21 +262,6 @@ def _no_log_of_failures() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(from_elsewhere)
-
-
-@contextlib.contextmanager
-def _restored(decoder: Callable[..., Any]) -> Iterator[None]:
-    """Undo what a forward pass writes to its modules' attributes: fake tensors, counters."""
-    modules = list(decoder.modules()) if isinstance(decoder, nn.Module) else []
-    # functional_call leaves its stand-ins in a module that is registered under two names.
-    places = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers)]
-    before = [dict(place) for place in places]
-    try:
-        yield
-    finally:
-        for place, attributes in zip(places, before, strict=True):
-            place.clear()
-            place.update(attributes)
 
 
 def _raised_by_torch(error: BaseException) -> bool:
