@@ -100,8 +100,10 @@ def _pointwise_adjoint(
         slope = derivative(a, out.primal, *args, **kwargs).to(grad.primal.dtype)
         bend = None
         if curvature is not None:
-            bend = (x.tangent * grad.tangent).sum(0)
-            bend *= curvature(a, out.primal, slope, *args, **kwargs)
+            bend = (x.tangent.conj() * grad.tangent).sum(0)
+            bend *= curvature(a, out.primal, slope, *args, **kwargs).conj()
+        # Gradients of complex values take conjugate factors; on real ones that does nothing.
+        slope = slope.conj()
         if grad.stack is not None:
             pulled = from_stack(grad.stack.mul_(slope))
         else:
@@ -157,8 +159,8 @@ def _hardsigmoid(a, y):
 
 @pointwise("hardswish", curvature=lambda a, y, d: _between(a, -3.0, 3.0).to(a.dtype) / 3)
 def _hardswish(a, y):
-    inner = torch.where(a < -3, 0.0, a / 3 + 0.5)
-    return torch.where(a > 3, 1.0, inner)
+    inner = torch.where(a <= -3, 0.0, a / 3 + 0.5)
+    return torch.where(a >= 3, 1.0, inner)
 
 
 @pointwise("hardshrink", "softshrink", straight=True)

@@ -11,6 +11,7 @@ from fastsfvae.jacobian.rules.jet import (
     Jet,
     align,
     broadcast_jet,
+    conj,
     from_stack,
     join,
     move,
@@ -57,6 +58,7 @@ def _both_stacked(a: Any, b: Any) -> bool:
 
 def _parts(grad: Jet, operand: Any, factor: Any) -> Any:
     """The gradient of an operand whose multiple by a constant is the result."""
+    factor = conj(factor)
     if not isinstance(operand, Jet):
         return grad.primal * factor
     return grad if factor == 1 else move(grad, lambda g, _: g * factor)
@@ -107,9 +109,10 @@ def _pull_product(grad: Jet, operand: Any, partial: Any, bend: Any) -> Any:
         partial: the derivative by it.
         bend: the derivative of the result's tangents by it, or None for zero.
     """
+    partial = conj(partial)
     value = grad.primal * partial
     if bend is not None:
-        value = join(value, (grad.tangent * bend).sum(0))
+        value = join(value, (grad.tangent * conj(bend)).sum(0))
     return Jet(value, grad.tangent * partial) if isinstance(operand, Jet) else value
 
 
@@ -270,48 +273,6 @@ def _share(a: Tensor, b: Tensor) -> Tensor:
     return (a > b).to(a.dtype) + 0.5 * (a == b).to(a.dtype)
 
 
-@rule("clamp", "clip", several=True)
-def clamp(x: Any, min: Any = None, max: Any = None) -> Jet:  # noqa: A002
-    """The tangents where the value lies within the bounds, the bounds' own elsewhere."""
-    value, low, high = primal_of(x), primal_of(min), primal_of(max)
-    inside, below, above = _zones(value, low, high)
-    return combine(torch.clamp(value, low, high), (x, inside), (min, below), (max, above))
-
-
-def _zones(value: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """1 where the value, the lower bound, the upper bound is what clamp returns, 0 elsewhere."""
-    below = torch.zeros_like(value, dtype=torch.bool) if low is None else value < low
-    above = torch.zeros_like(below) if high is None else value > high
-    if low is not None and high is not None:
-        # torch.clamp returns the upper bound where the bounds cross.
-        crossed = torch.as_tensor(low, device=value.device) > torch.as_tensor(high).to(value.device)
-        below, above = below & ~crossed, above | crossed
-    dtype = value.dtype
-    return (~(below | above)).to(dtype), below.to(dtype), above.to(dtype)
-
-
-@adjoint("clamp", "clip", covers=always)
-def _clamp_adjoint(grad: Jet, out: Jet, needs: tuple, x: Any, min: Any = None, max: Any = None):  # noqa: A002
-    bounded = x, min, max
-    zones = _zones(*map(primal_of, bounded))
-    return tuple(
-        _pull_product(grad, operand, zone, None) if need else None
-        for operand, zone, need in zip(bounded, zones, needs, strict=False)
-    )
-
-
-@rule("clamp_min", several=True, composed=True, covers=always)
-def clamp_min(x: Any, min: Any) -> Jet:  # noqa: A002
-    """Clamp from below."""
-    return clamp(x, min, None)
-
-
-@rule("clamp_max", several=True, composed=True, covers=always)
-def clamp_max(x: Any, max: Any) -> Jet:  # noqa: A002
-    """Clamp from above."""
-    return clamp(x, None, max)
-
-
 @rule("lerp", several=True)
 def lerp(a: Any, b: Any, weight: Any) -> Jet:
     """A + weight * (b - a)."""
@@ -338,47 +299,26 @@ def _difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return -b if a is None else a - b
 
 
-def _jet_product(args: tuple, kwargs: dict) -> bool:
-    # A product of two parameters is plain arithmetic, which no adjoint sees.
-    return any(isinstance(factor, Jet) for factor in args[1:3])
+def jet_product(args: tuple, kwargs: dict) -> bool:
+    """Whether a product of the second and third argument leaves no parameter's gradient out.
+
+    One of two parameters is plain arithmetic, which no adjoint sees.
+    """
+    factors = args[1:3]
+    return any(isinstance(factor, Jet) for factor in factors) or not any(
+        isinstance(factor, Tensor) and factor.requires_grad for factor in factors
+    )
 
 
-@rule("addcmul", several=True, composed=True, covers=_jet_product)
+@rule("addcmul", several=True, composed=True, covers=jet_product)
 def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     """X + value * a * b."""
     product = mul(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
     return add(x, product, alpha=value)
 
 
-@rule("addcdiv", several=True, composed=True, covers=_jet_product)
+@rule("addcdiv", several=True, composed=True, covers=jet_product)
 def addcdiv(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     """X + value * a / b."""
     quotient = div(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a / b
     return add(x, quotient, alpha=value)
-
-
-@rule("atan2", "arctan2", several=True)
-def atan2(a: Any, b: Any) -> Jet:
-    """The angle of (b, a)."""
-    y, x = primal_of(a), primal_of(b)
-    square = x * x + y * y
-    return combine(torch.atan2(y, x), (a, lambda: x / square), (b, lambda: -y / square))
-
-
-@adjoint("atan2", "arctan2", covers=always)
-def _atan2_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
-    y, x = primal_of(a), primal_of(b)
-    moved_y, moved_x = _tangent_of(a, out), _tangent_of(b, out)
-    square = x * x + y * y
-    by_y, by_x = x / square, -y / square
-    # The second derivatives: by y twice, by both, and by x twice, which is minus the first.
-    twice, mixed = 2 * by_y * by_x, by_x * by_x - by_y * by_y
-    grads = []
-    for operand, partial, by_moved_y, by_moved_x in (
-        (a, by_y, twice, mixed),
-        (b, by_x, mixed, -twice),
-    ):
-        terms = ((moved_y, by_moved_y), (moved_x, by_moved_x))
-        bend = sum(moved * factor for moved, factor in terms if moved is not None)
-        grads.append(_pull_product(grad, operand, partial, bend))
-    return grads

@@ -109,6 +109,20 @@ def is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def conj(value: Any) -> Any:
+    """The complex conjugate of a tensor or a number; free for real ones."""
+    if isinstance(value, Tensor):
+        return value.conj()
+    return value.conjugate() if isinstance(value, complex) else value
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype; a real one keeps the real part."""
+    if tensor.is_complex() and not dtype.is_complex:
+        tensor = tensor.real
+    return tensor.to(dtype)
+
+
 def is_list(value: Any) -> bool:
     """Whether an argument is several, a list or a tuple; a Jet is a tuple as well, and is one."""
     return isinstance(value, (list, tuple)) and not isinstance(value, Jet)
@@ -146,8 +160,15 @@ def broadcast_jet(primal: Tensor, tangent: Tensor) -> Jet:
     """Pair a value with tangents that broadcast to it, in the value's dtype.
 
     Extents of 1 are expanded, except the batch axis, where 1 means "the same for all samples".
+
+    Raises:
+        TypeError: a real value with complex tangents: an imaginary part would be lost.
     """
     if tangent.ndim != primal.ndim + 1 or tangent.shape[2:] != primal.shape[1:]:
         batch = tangent.shape[1:2] if tangent.ndim == primal.ndim + 1 else primal.shape[:1]
         tangent = tangent.expand(tangent.shape[0], *batch, *primal.shape[1:])
-    return Jet(primal, tangent if tangent.dtype == primal.dtype else tangent.to(primal.dtype))
+    if tangent.dtype == primal.dtype:
+        return Jet(primal, tangent)
+    if tangent.is_complex() and not primal.is_complex():
+        raise TypeError("a rule gives a real value complex tangents: please report it")
+    return Jet(primal, tangent.to(primal.dtype))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.jacobian.rules.arithmetic import add, mul
+from fastsfvae.jacobian.rules.arithmetic import add, jet_product, mul
 from fastsfvae.jacobian.rules.jet import (
     Jet,
     align,
@@ -59,13 +59,13 @@ def linear_of_latents(x: Jet, weight: Tensor, bias: Tensor | None = None) -> Jet
 def _linear_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor, bias: Any = None):
     def product(g: Tensor, t: Tensor) -> Tensor:
         # [*, out] and [*, in], which may be a single vector.
-        return g.reshape(-1, g.shape[-1]).t() @ t.reshape(-1, t.shape[-1]).to(g.dtype)
+        return g.reshape(-1, g.shape[-1]).t() @ t.reshape(-1, t.shape[-1]).to(g.dtype).conj()
 
     of_bias = grad.primal
     if weight.ndim == 1:
         # A matrix of one row, which the result lacks.
         weight, grad = weight[None], _unsqueezed(grad, -1)
-    grad_x = move(grad, lambda g, _: g @ weight.to(g.dtype)) if needs[0] else None
+    grad_x = move(grad, lambda g, _: g @ weight.to(g.dtype).conj()) if needs[0] else None
     grad_weight = sum_over_parts(grad, x, product) if needs[1] else None
     return grad_x, grad_weight, of_bias
 
@@ -116,17 +116,17 @@ def _matmul_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
     grad_a: Any = None
     grad_b: Any = None
     if needs[0]:
-        grad_a = grad.primal @ value_b.mT
+        grad_a = grad.primal @ value_b.mH
         if tangent_b is not None:
-            grad_a = join(grad_a, (grad.tangent @ tangent_b.mT).sum(0))
+            grad_a = join(grad_a, (grad.tangent @ tangent_b.mH).sum(0))
         if isinstance(a, Jet):
-            grad_a = Jet(grad_a, grad.tangent @ value_b.mT)
+            grad_a = Jet(grad_a, grad.tangent @ value_b.mH)
     if needs[1]:
-        grad_b = value_a.mT @ grad.primal
+        grad_b = value_a.mH @ grad.primal
         if tangent_a is not None:
-            grad_b = join(grad_b, (tangent_a.mT @ grad.tangent).sum(0))
+            grad_b = join(grad_b, (tangent_a.mH @ grad.tangent).sum(0))
         if isinstance(b, Jet):
-            grad_b = Jet(grad_b, value_a.mT @ grad.tangent)
+            grad_b = Jet(grad_b, value_a.mH @ grad.tangent)
     if needs[0] and row:
         grad_a = grad_a.squeeze(-2)
     if needs[1] and column:
@@ -150,14 +150,11 @@ def _parts(x: Any, out: Jet) -> tuple[Tensor, Tensor | None]:
     return x.primal.to(out.primal.dtype), align(x, out.primal.ndim).to(out.primal.dtype)
 
 
-def _jet_factor(args: tuple, kwargs: dict) -> bool:
-    # A product of two parameters is plain arithmetic, which no adjoint sees.
-    return isinstance(args[1], Jet) or isinstance(args[2], Jet)
-
-
-@rule("addmm", "baddbmm", several=True, composed=True, covers=_jet_factor)
+@rule("addmm", "baddbmm", several=True, composed=True, covers=jet_product)
 def addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     """Beta * bias + alpha * A B."""
+    if not isinstance(a, Jet) and not isinstance(b, Jet):
+        return add(alpha * torch.matmul(a, b), bias, alpha=beta)
     product = mul(matmul(a, b), alpha)
     return product if beta == 0 else add(product, bias, alpha=beta)
 
@@ -227,7 +224,9 @@ def _einsum_adjoint(
 ) -> tuple[None, list[Any]]:
     inputs, output = _subscripts(equation, operands)
     dtype = grad.primal.dtype
-    factors = [(name, primal_of(x).to(dtype)) for name, x in zip(inputs, operands, strict=True)]
+    # Gradients of complex values take conjugate factors; on real ones that does nothing.
+    values = [primal_of(x).to(dtype).conj() for x in operands]
+    factors = list(zip(inputs, values, strict=True))
     by_value, by_tangents = (output, grad.primal), (_M + output, grad.tangent)
 
     def pulled(k: int) -> Any:
@@ -241,7 +240,7 @@ def _einsum_adjoint(
         result = _contract(name, [by_value, *fixed])
         for position, (j, _) in enumerate(others):
             if isinstance(operands[j], Jet):
-                moved = (_M + inputs[j], full_tangent(operands[j]).to(dtype))
+                moved = (_M + inputs[j], full_tangent(operands[j]).to(dtype).conj())
                 swapped = [*fixed[:position], moved, *fixed[position + 1 :]]
                 result = result + _contract(name, [by_tangents, *swapped])
         if not isinstance(operands[k], Jet):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsfvae.jacobian.rules.jet import Jet, flat
+from fastsfvae.jacobian.rules.jet import Jet, flat, primal_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,4 +61,6 @@ class Rule:
     def on(self, backend: str, args: tuple, kwargs: dict[str, Any]) -> Rule:
         """The rule that runs a call on the resolved backend: this one, or `triton`."""
         other = self.triton if backend == "triton" else None
-        return other if other is not None and other.pulls(args, kwargs) else self
+        if other is None or primal_of(args[0]).is_complex():
+            return self
+        return other if other.pulls(args, kwargs) else self

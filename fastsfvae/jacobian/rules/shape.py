@@ -12,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.rules.jet import Jet, align, fold, full_tangent, move, primal_of, unfold
-from fastsfvae.jacobian.rules.registry import adjoint, rule
+from fastsfvae.jacobian.rules.jet import (
+    Jet,
+    align,
+    cast,
+    fold,
+    from_stack,
+    full_tangent,
+    move,
+    primal_of,
+    unfold,
+)
+from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
 
 aten = torch.ops.aten
 
@@ -28,9 +38,18 @@ def front(dim: int, ndim: int) -> int:
     return dim if dim >= 0 else dim + ndim
 
 
+def _viewed(value: Tensor, size: Any) -> Tensor:
+    if isinstance(size, torch.dtype):
+        raise RuntimeError(
+            f"the decoder views the bits of a value as {size}: use .to(), torch.view_as_complex or "
+            "torch.view_as_real"
+        )
+    return aten.reshape(value, size)
+
+
 def _reshape_rule(name: str) -> Callable[..., Jet]:
     # A rule may return other strides than the operation it stands for, which view() would refuse.
-    operation = aten.reshape if name.endswith("view") else getattr(aten, name)
+    operation = _viewed if name == "view" else getattr(aten, name)
 
     @rule(name)
     def reshaped(x: Jet, *args: Any, **kwargs: Any) -> Jet:
@@ -106,9 +125,9 @@ def _transpose_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim0: int, dim
     return (move(grad, lambda g, k: g.transpose(a + k, b + k)),)
 
 
-@rule("t", "matrix_H", "mT", "adjoint", "mH", composed=True)
+@rule("t", "mT", composed=True)
 def matrix_transpose(x: Jet) -> Jet:
-    """Exchange the last two axes (real values)."""
+    """Exchange the last two axes."""
     return transpose(x, -1, -2) if x.primal.ndim > 1 else x
 
 
@@ -152,14 +171,36 @@ def expand_as(x: Jet, other: Any) -> Jet:
     return expand(x, list(other.shape) if isinstance(other, Tensor) else other)
 
 
-@rule("contiguous", "clone")
-def identity(x: Jet, *, memory_format: Any = None) -> Jet:
-    """The same values; a change to channels-last is carried over to the tangents."""
-    if memory_format in (torch.channels_last, torch.channels_last_3d):
-        folded = fold(x.tangent).contiguous(memory_format=memory_format)
-        primal = x.primal.contiguous(memory_format=memory_format)
-        return Jet(primal, unfold(folded, x.tangent.shape[0]))
-    return x
+@rule("contiguous")
+def contiguous(x: Jet, *, memory_format: Any = torch.contiguous_format) -> Jet:
+    """The same values, in the memory that what reads its strides next expects of them."""
+    if memory_format is not torch.contiguous_format:
+        return _channels_last(x, memory_format)
+    if x.primal.is_contiguous():
+        return x
+    if x.stack is not None:
+        return from_stack(x.stack.contiguous())
+    return Jet(x.primal.contiguous(), x.tangent)
+
+
+@rule("clone")
+def clone(x: Jet, *, memory_format: Any = None) -> Jet:
+    """The same values, in memory without gaps or overlaps; copied only where there are some."""
+    if memory_format is torch.contiguous_format:
+        return RULES["contiguous"].forward(x)
+    if memory_format not in (None, torch.preserve_format):
+        return _channels_last(x, memory_format)
+    if x.primal.is_contiguous() or aten.is_non_overlapping_and_dense(x.primal):
+        return x
+    return Jet(x.primal.clone(), x.tangent)
+
+
+def _channels_last(x: Jet, memory_format: Any) -> Jet:
+    if memory_format not in (torch.channels_last, torch.channels_last_3d):
+        return x
+    folded = fold(x.tangent).contiguous(memory_format=memory_format)
+    primal = x.primal.contiguous(memory_format=memory_format)
+    return Jet(primal, unfold(folded, x.tangent.shape[0]))
 
 
 @adjoint("contiguous", "clone")
@@ -181,15 +222,21 @@ def unchanged(x: Jet, *args: Any) -> Jet:
     return x
 
 
-@rule("to")
+@rule("fastsfvae.to")
 def convert(x: Jet, *args: Any, **kwargs: Any) -> Jet:
-    """To another dtype, device or memory format."""
+    """To another dtype, device or memory format; a real one keeps the real part."""
     primal = aten.to(x.primal, *args, **kwargs)
-    moved = identity(Jet(primal, x.tangent), memory_format=kwargs.get("memory_format"))
-    return Jet(moved.primal, moved.tangent.to(primal.device, primal.dtype))
+    moved = _channels_last(Jet(primal, x.tangent), kwargs.get("memory_format"))
+    return Jet(moved.primal, cast(moved.tangent, primal.dtype).to(primal.device))
 
 
-adjoint("to")(_identity_adjoint)
+adjoint("fastsfvae.to")(_identity_adjoint)
+
+
+@rule("to", several=True, composed=True, covers=_first_jet)
+def to(x: Jet, *args: Any, **kwargs: Any) -> Jet:
+    """`convert`, or to another tensor's dtype and device."""
+    return convert(x, *map(primal_of, args), **kwargs)
 
 
 @rule("type_as", several=True, composed=True, covers=_first_jet)

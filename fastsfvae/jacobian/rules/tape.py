@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae._ranges import span
-from fastsfvae.jacobian.rules.jet import Jet, flat, is_list
+from fastsfvae.jacobian.rules.jet import Jet, cast, flat, is_list
 from fastsfvae.jacobian.rules.rule import Rule
 
 _running = threading.local()
@@ -131,7 +131,9 @@ class Tape:
         args = args[skip:]
         if rule.adjoint is not None and any(self._needs(arg) for arg in flat(args)):
             results = out if is_list(out) else (out,)
-            fresh = [r for r in results if isinstance(r, Jet) and id(r) not in self._active]
+            # A lone tensor is a value that leaves the Jets; beside one it is a position.
+            kinds = (Jet,) if is_list(out) else (Jet, Tensor)
+            fresh = [r for r in results if isinstance(r, kinds) and id(r) not in self._active]
             if fresh:
                 self._active.update(map(id, fresh))
                 self._entries.append(_Entry(rule, args, kwargs, out, label))
@@ -199,7 +201,7 @@ class Tape:
         return isinstance(value, (Tensor, Jet)) and id(value) in self._active
 
     def _of(self, out: Any) -> _Gradient | None:
-        if isinstance(out, Jet):
+        if isinstance(out, (Jet, Tensor)):
             return self._gradients.pop(id(out), None)
         parts = tuple(self.take(part) for part in out)
         return None if all(part is None for part in parts) else _Gradient(parts, owned=False)
@@ -238,9 +240,13 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def _reduced(gradient: Any, source: Any) -> Any:
-    """Sum over what was broadcast, and cast to the source's dtype."""
+    """Sum over what was broadcast, and cast to the source's dtype.
+
+    The gradient of a complex value is that by its real part plus i times that by its imaginary
+    one: that of a real value is the real part of it.
+    """
     if isinstance(source, Tensor):
-        return sum_to(gradient, source.shape).to(source.dtype)
+        return cast(sum_to(gradient, source.shape), source.dtype)
     primal, tangent = gradient.primal, gradient.tangent
     shape = source.tangent.shape
     extra = tangent.ndim - len(shape)
@@ -251,10 +257,11 @@ def _reduced(gradient: Any, source: Any) -> Any:
     if same and extra <= 0 and primal.dtype == source.primal.dtype == tangent.dtype:
         return gradient
     if same and extra <= 0 and gradient.stack is not None:
-        stack = gradient.stack.to(source.primal.dtype)
+        stack = cast(gradient.stack, source.primal.dtype)
         return Jet(stack[0], stack[1:], stack)
     dtype = source.primal.dtype
-    return Jet(sum_to(primal, source.primal.shape).to(dtype), sum_to(tangent, shape).to(dtype))
+    primal, tangent = sum_to(primal, source.primal.shape), sum_to(tangent, shape)
+    return Jet(cast(primal, dtype), cast(tangent, dtype))
 
 
 def sum_to(gradient: Tensor, shape: torch.Size) -> Tensor:
