@@ -39,7 +39,7 @@ def gather(decoder: Any, z: Tensor, args: tuple, kwargs: dict[str, Any], backend
     tensors = [_attribute(decoder, name) for name in names]
     prelude, side = _preludes[number]
     statics = prelude(tensors, extras)
-    sides = side(tensors, extras, statics)
+    sides = side(z, tensors, extras, statics)
     along = [t for t in extras if _along(t, z)]
     fixed = [t for t in extras if not _along(t, z)]
     whole = [*[tensors[index] for index in used], *fixed, *statics]

@@ -114,7 +114,7 @@ def _gather(query: Query) -> Gathered | None:
     if program is None:
         return None
     plan = program.plans[0]
-    tensors = program.gather(linearizer.tensors, linearizer.extras)
+    tensors = program.gather(linearizer.z, linearizer.tensors, linearizer.extras)
     return Gathered(program.number, size, plan.output_shape, plan.output_dtype, *tensors)
 
 

@@ -67,13 +67,13 @@ REFUSED = {
         lambda: returns(lambda h: h if h.sum() > 0 else -h),
         Z,
         RuntimeError,
-        "depend on the",
+        "depends on the values",
     ),
     "nonzero": (
         lambda: returns(lambda h: h[h > 0].reshape(3, -1)),
         Z,
         RuntimeError,
-        "depends on the v",
+        "depends on the values",
     ),
     "data": (lambda: returns(lambda h: h * h.data), Z, RuntimeError, r"use \.detach"),
     "function": (lambda: returns(Double.apply), Z, RuntimeError, "autograd.Function 'Double'"),
@@ -81,14 +81,14 @@ REFUSED = {
         lambda: blocks(nn.ReLU(), nn.BatchNorm2d(4)),
         Z,
         RuntimeError,
-        r"decoder\.2\.1 normalises by batch statistics.*decoder\.2\.1\.eval\(\).*GroupNorm",
+        r"decoder\[2\]\[1\] normalises by batch statistics.*decoder\[2\]\[1\]\.eval\(\).*GroupNorm",
     ),
     # PyTorch itself refuses one sample, without the layer's name.
     "batch_norm_of_one_sample": (
         lambda: nn.Sequential(nn.Linear(M, 4), nn.BatchNorm1d(4)),
         Z[:1],
         RuntimeError,
-        r"decoder\.1 normalises by batch statistics.*decoder\.1\.eval\(\).*GroupNorm",
+        r"decoder\[1\] normalises by batch statistics.*decoder\[1\]\.eval\(\).*GroupNorm",
     ),
     "batch_norm_without_statistics": (
         lambda: blocks(nn.BatchNorm2d(4, track_running_stats=False)).eval(),
@@ -102,9 +102,9 @@ REFUSED = {
         ),
         Z,
         RuntimeError,
-        r"decoder\.2 updates its running statistics",
+        r"decoder\[2\] updates its running statistics",
     ),
-    "dropout": (lambda: blocks(nn.Dropout(0.1)), Z, RuntimeError, r"decoder\.2\.0 draws at random"),
+    "dropout": (lambda: blocks(nn.Dropout(0.1)), Z, RuntimeError, r"decoder\[2\]\[0\] draws at random"),
     "dropout_functional": (
         lambda: returns(lambda h: F.dropout(h, 0.1)),
         Z,
@@ -227,7 +227,7 @@ class Igamma(nn.Module):
 
 def test_operation_that_cannot_be_differentiated():
     module = nn.Sequential(nn.Linear(M, 4), Igamma())
-    message = r"aten.igamma.* in decoder\.1: .*cannot differentiate"
+    message = r"aten.igamma.* in decoder\[1\]: .*cannot differentiate"
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match=message):
         warnings.simplefilter("ignore")
         decode_with_jacobian(module, Z)
@@ -241,13 +241,6 @@ def test_operation_that_cannot_be_traced():
 def test_norm_with_a_weight_that_depends_on_z():
     with pytest.raises(RuntimeError, match=r"layer_norm has no tangent rule .*and multiply"):
         decode_with_jacobian(returns(lambda h: F.layer_norm(h, (3,), h[0])), Z)
-
-
-def test_a_value_read_by_python_is_a_constant():
-    module = returns(lambda h: h * h.detach().abs().max().item())
-    jacobian = decode_with_jacobian(module, Z)[1]
-    expected = module.weight.t() * nn.functional.linear(Z, module.weight, module.bias).abs().max()
-    torch.testing.assert_close(jacobian, expected.expand(3, M, 3))
 
 
 def test_forward_hooks_are_warned_about():

@@ -17,24 +17,21 @@ from fastsfvae.jacobian.plan.functionalize import functionalize
 from fastsfvae.jacobian.plan.nodes import (
     VIEWS,
     contains,
-    differentiable,
     is_autocast,
-    is_control,
     is_floating,
     is_tensor,
-    leading,
-    live_nodes,
     packet_name,
-    with_tangents,
 )
 from fastsfvae.jacobian.plan.place import Placed, place_layers
 from fastsfvae.jacobian.plan.plan import Plan, Step
-from fastsfvae.jacobian.plan.refuse import refuse_training_mode
-from fastsfvae.jacobian.plan.source import Source, identifier, tuple_text
+from fastsfvae.jacobian.plan.refuse import layer_name, refuse_training_mode
+from fastsfvae.jacobian.plan.sort import Sorted, sort_nodes
+from fastsfvae.jacobian.plan.source import Source, Statement, identifier, tuple_text
 from fastsfvae.jacobian.plan.trace import Trace
 from fastsfvae.jacobian.rules.fallback import generic_rule, where
 from fastsfvae.jacobian.rules.fused_layer import fused_layer
 from fastsfvae.jacobian.rules.jet import Jet
+from fastsfvae.jacobian.rules.lift import lift, lower
 from fastsfvae.jacobian.rules.registry import RULES, bind
 from fastsfvae.jacobian.rules.scatter import copied
 from fastsfvae.ops.dispatch import Choice
@@ -64,7 +61,12 @@ def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: 
     functionalize(graph, batch_inputs)
     carriers = {node for node, along in zip(params, trained, strict=True) if along}
     carriers.update(node for node in extras if is_floating(node))
-    emitter = _Emitter(trace, params, z, extras, batch_inputs, carriers, backend)
+
+    def module_of(node: fx.Node) -> str:
+        return layer_name(trace.paths.get(node, ""))
+
+    kinds = sort_nodes(graph, z, batch_inputs, carriers, module_of)
+    emitter = _Emitter(trace, params, z, extras, kinds, backend)
     # The caller may be inside torch.func.grad, where stand-ins cannot ask for gradients.
     with temporarily_clear_interpreter_stack():
         return emitter.plan()
@@ -73,35 +75,31 @@ def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: 
 class _Emitter:
     """Sorts the nodes of a graph into prelude, side and body, and has them written."""
 
-    def __init__(self, trace, params, z, extras, batch_inputs, carriers, backend):
+    def __init__(self, trace, params, z, extras, kinds: Sorted, backend):
         self.trace, self.params, self.z, self.extras = trace, params, z, extras
-        self.backend = backend
-        self.dynamic: set[fx.Node] = set(batch_inputs)
-        self.jets = with_tangents(trace.module.graph, z)
+        self.kinds, self.backend = kinds, backend
+        self.jets, self.dynamic = kinds.jets, kinds.dynamic
         self.placed: dict[fx.Node, Placed] = {}
         if backend == "triton":
             self.placed = place_layers(trace.module.graph, z, self.jets)
         self.source = Source(params, z, extras)
-        self.prelude: list[tuple[str, fx.Node]] = []
-        self.body: list[tuple[str, fx.Node]] = []
+        self.source.bind("lift", lift), self.source.bind("lower", lower)
+        self.prelude: list[Statement] = []
+        self.side: list[Statement] = []
+        self.body: list[Statement] = []
         self.controls = 0
         self.obstacles: list[str] = []
-        self.from_z: set[fx.Node] = {z}
-        # What a gradient may be wanted of, besides Jets.
-        self.carriers: set[fx.Node] = carriers
         self.steps: list[Step] = []
         self.widest = self.total = 0
 
     def plan(self) -> Plan:
-        grad_enabled = True
-        used = live_nodes(self.trace.module.graph)
         result: fx.Node | None = None
         for node in self.trace.module.graph.nodes:
             if node.op == "placeholder":
                 continue
             if node.op == "output":
                 (result,) = node.all_input_nodes
-            elif node not in used:
+            elif node not in self.kinds.used:
                 continue
             elif node.op == "get_attr":
                 value = operator.attrgetter(node.target)(self.trace.module)
@@ -109,12 +107,11 @@ class _Emitter:
                     self._obstruct("a trained tensor that is no parameter of the decoder", node)
                 self.source.names[node] = self.source.bind(identifier(node.target), value)
             elif node.target is torch._C._set_grad_enabled:
-                grad_enabled = bool(node.args[0])
-                self._control(node, f"torch.set_grad_enabled({grad_enabled} and ambient)")
+                self._control(node, f"torch.set_grad_enabled({bool(node.args[0])} and ambient)")
             elif is_autocast(node.target):
                 self._control(node, f"{node.name} = {self._plain_call(node)}")
             else:
-                self._operation(node, grad_enabled)
+                self._operation(node)
         assert result is not None
         self._see(result)
         return self._finish(result)
@@ -124,30 +121,26 @@ class _Emitter:
 
     def _control(self, node: fx.Node, line: str) -> None:
         self.controls += 1
-        self.prelude.append((line, node))
-        self.body.append((line, node))
+        for part in (self.prelude, self.side, self.body):
+            part.append((line, node))
 
-    def _operation(self, node: fx.Node, grad_enabled: bool) -> None:
-        inputs = node.all_input_nodes
-        trained = any(arg in self.carriers for arg in inputs)
-        if trained and grad_enabled and differentiable(node):
-            self.carriers.add(node)
-        if not any(arg in self.dynamic for arg in inputs):
-            self.prelude.append((f"{node.name} = {self._plain_call(node)}", node))
-            return
-        self.dynamic.add(node)
-        if any(arg in self.from_z for arg in inputs):
-            self.from_z.add(node)
+    def _operation(self, node: fx.Node) -> None:
         if isinstance(node.target, torch._ops.OpOverload):
             refuse_training_mode(packet_name(node.target), node, self.trace.paths.get(node, ""))
+        if node not in self.dynamic:
+            self.prelude.append((f"{node.name} = {self._plain_call(node)}", node))
+            return
+        if node in self.kinds.aside:
+            self.side.append((f"{node.name} = {self._plain_call(node, self._side_text)}", node))
+        if node not in self.kinds.per_chunk:
+            return
         handled = "plain"
         if node in self.jets:
-            self.carriers.discard(node)
             call, handled = self._jet_call(node)
+        elif node in self.kinds.lifted:
+            call = self._lifted_call(node)
         else:
             call = self._plain_call(node)
-            if node in self.from_z and node in self.carriers:
-                self._obstruct(f"{node.target} on z without tangents", node)
         self.body.append((f"{node.name} = {call}", node))
         if isinstance(node.target, torch._ops.OpOverload):
             self._see(node, handled)
@@ -184,7 +177,7 @@ class _Emitter:
         others = (*node.args[1:], *node.kwargs.values())
         arguments = [self.source.text(arg) for arg in node.args]
         if found is not None and (found.several or not contains(others, self.jets)):
-            described = self._described(node)
+            described = self._described(node, self.jets)
             layer = self._fused(node)
             chosen = found.on(self.backend, *described)
             if layer is not None:
@@ -203,6 +196,42 @@ class _Emitter:
         name = self.source.bind(f"{packet}_{handled}", function)
         arguments += [f"{key}={self.source.text(value)}" for key, value in node.kwargs.items()]
         return f"{name}({', '.join(arguments)})", handled
+
+    def _lifted_call(self, node: fx.Node) -> str:
+        """A call without tangents through which gradients of parameters go.
+
+        By its rule, where that can pull them back.
+        """
+        lifted, plain = self.kinds.lifted, self._plain_call(node)
+        inputs = {arg for arg in node.all_input_nodes if arg in lifted}
+        if node.target is operator.getitem:
+            if not inputs:
+                lifted.discard(node)
+                return plain
+            self.source.names[node] = f"lower({node.name})"
+            return f"{node.args[0].name}[{node.args[1]!r}]"
+        packet = packet_name(node.target)
+        found = RULES.get(packet)
+        # A rule needs one Jet.
+        jets = inputs or set(filter(is_floating, node.all_input_nodes[:1]))
+        others = (*node.args[1:], *node.kwargs.values())
+        fits = found is not None and (found.several or not contains(others, jets))
+        if found is None or not jets or not (fits and found.pulls(*self._described(node, jets))):
+            self._obstruct(f"{packet} on parameters has no adjoint", node)
+            lifted.discard(node)
+            return plain
+
+        def text(value: Any) -> str:
+            if isinstance(value, fx.Node) and value in jets:
+                return value.name if value in inputs else f"lift({self.source.text(value)})"
+            return self.source.text(value, text)
+
+        if is_tensor(node):
+            # Elsewhere it is read as a value.
+            self.source.names[node] = f"lower({node.name})"
+        label = f"{packet} {self.trace.paths.get(node, '')}".rstrip()
+        name = self.source.bind(f"{packet}_lifted", bind(found, label=label))
+        return f"{name}({self._arguments(node, text)})"
 
     def _fused(self, node: fx.Node) -> Layer | None:
         return self.placed[node].layer if node in self.placed else None
@@ -230,14 +259,15 @@ class _Emitter:
         self.body[place] = f"{function}({', '.join([x, weight, 'None', *rest])})", layer
         return self.source.text(bias), "1" if spatial else "-1"
 
-    def _described(self, node: fx.Node) -> tuple[tuple, dict[str, Any]]:
+    def _described(self, node: fx.Node, jets: set[fx.Node]) -> tuple[tuple, dict[str, Any]]:
         """The arguments as a rule gets them, with fake tensors."""
 
         def describe(arg: fx.Node) -> Any:
             value: Any = arg.meta.get("val")
-            if arg in self.jets:
+            if arg in jets:
                 return Jet(value, value)
-            return value.detach().requires_grad_() if arg in self.carriers else value
+            carries = arg in self.kinds.carriers and isinstance(value, Tensor)
+            return value.detach().requires_grad_() if carries else value
 
         return fx.map_arg((node.args, node.kwargs), describe)
 
@@ -252,56 +282,56 @@ class _Emitter:
             return self._private(arg.args[0])
         return name in RULES and RULES[name].fresh and not RULES[name].overwrites
 
-    def _plain_call(self, node: fx.Node) -> str:
+    def _plain_call(self, node: fx.Node, text: Callable[[Any], str] | None = None) -> str:
         target: Any = node.target
         if isinstance(target, torch._ops.OpOverload):
             name, target = identifier(str(target)), _PLAIN.get(target, target)
         else:
             name = "py_" + identifier(getattr(target, "__name__", "function"))
         name = self.source.bind(name, target)
-        return f"{name}({self._arguments(node, self._primal_text)})"
+        return f"{name}({self._arguments(node, text or self._primal_text)})"
 
     def _arguments(self, node: fx.Node, text: Callable[[Any], str]) -> str:
         parts = [text(arg) for arg in node.args]
         parts += [f"{key}={text(value)}" for key, value in node.kwargs.items()]
         return ", ".join(parts)
 
+    def _side_text(self, value: Any) -> str:
+        # There all are plain tensors.
+        if isinstance(value, fx.Node) and value.op != "get_attr":
+            return value.name
+        return self.source.text(value, self._side_text)
+
     def _primal_text(self, value: Any) -> str:
-        if isinstance(value, fx.Node) and value in self.jets:
+        if isinstance(value, fx.Node) and value in self.jets and is_tensor(value):
             return f"{self.source.text(value)}.primal"
         return self.source.text(value, self._primal_text)
 
     def _finish(self, result: fx.Node) -> Plan:
-        aside = self._aside()
-        side = [(line, n) for line, n in self.body if n in aside or is_control(n)]
-        # Sizes are asked for again: those of a chunk are other ones.
-        body = [(line, n) for line, n in self.body if n not in aside or not is_tensor(n)]
-        in_body = {arg for _, node in body for arg in node.all_input_nodes} | {result}
-        sides = [node for _, node in side if node in aside & in_body and is_tensor(node)]
-        produced = {node for line, node in self.prelude if node not in self.dynamic}
-        wanted = in_body | {arg for _, node in side for arg in node.all_input_nodes}
+        sides = self.kinds.sides
+        in_body = {arg for _, node in self.body for arg in node.all_input_nodes} | {result}
+        produced = {node for _, node in self.prelude if node not in self.dynamic}
+        wanted = in_body | {arg for _, node in self.side for arg in node.all_input_nodes}
         carried = [n for n in dict.fromkeys(n for _, n in self.prelude) if n in produced & wanted]
         body_inputs = [index for index, node in enumerate(self.params) if node in in_body]
         if result not in self.jets:
             self.obstacles.append("a result that does not depend on z")
         if not all(is_tensor(node) for node in carried):
             self.obstacles.append("numbers computed from parameters")
-        if not all(leading(node) == leading(self.z) for node in sides):
-            self.obstacles.append("parts without a batch axis that depend on a batched input")
         statics, side_values = (
             tuple_text(map(self.source.text, nodes)) for nodes in (carried, sides)
         )
         write, of_statics = self.source.function, [(statics, "statics")] * bool(carried)
         of_sides = [(side_values, "sides")] * bool(sides)
         write("prelude", "tensors, extras", self.prelude, carried, statics)
-        write("side", "tensors, extras, statics", side, sides, side_values, of_statics)
+        write("side", "z, tensors, extras, statics", self.side, sides, side_values, of_statics)
         returned = self.source.text(result)
         parameters = "z, tensors, extras, statics, sides"
         unpacked = of_statics + of_sides
-        write("body", parameters, body, [result], returned, unpacked)
+        write("body", parameters, self.body, [result], returned, unpacked)
         ending = self._ending(result)
         if ending is not None:
-            before = [(line, node) for line, node in body if node not in ending.replaced]
+            before = [(line, node) for line, node in self.body if node not in ending.replaced]
             stop, inputs = self.source.bind("stop", ending.stop), ending.inputs
             stopped = f"{stop}({', '.join(map(self.source.text, inputs))})"
             kept = [node for node in inputs if node is not None]
@@ -351,15 +381,6 @@ class _Emitter:
         else:
             choice = choice._replace(why=f"{choice.why}; {how}")
         self.steps[last] = dataclasses.replace(self.steps[last], choice=choice)
-
-    def _aside(self) -> set[fx.Node]:
-        """What carries a gradient beside z, and what it is computed from."""
-        aside: set[fx.Node] = set()
-        for _, node in reversed(self.body):
-            if node in self.dynamic - self.from_z and (node in self.carriers or node in aside):
-                aside.add(node)
-                aside.update(arg for arg in node.all_input_nodes if arg in self.dynamic)
-        return aside
 
 
 def _limited(accepts: Callable[[int], bool], placed: Iterable[Placed]) -> Callable[[int], bool]:

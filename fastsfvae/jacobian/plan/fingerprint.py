@@ -8,17 +8,17 @@ closures and class attributes that a forward method reads are beyond it.
 
 from __future__ import annotations
 
-import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdRef
+from torch.jit import ScriptModule
+
+from fastsfvae.jacobian.plan.freeze import EXACT, Freezer, signature
+from fastsfvae.jacobian.validate import layer_name
 
 # Attributes that nn.Module keeps for itself; `training` and the tensors are read separately.
-_INTERNAL = frozenset(nn.Module().__dict__)
-_PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device})
-_OPAQUE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+_INTERNAL = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})
 
 
 class Fingerprint(NamedTuple):
@@ -36,8 +36,22 @@ class Fingerprint(NamedTuple):
     tensors: list[Tensor]
 
 
+# For each module's path, what its forward writes and does not read (see `Freezer.freeze`).
+Written = Mapping[str, Mapping[str, Any]]
+
+
 def modules_with_paths(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
-    """All submodules depth first, shared ones once per place."""
+    """All submodules depth first, shared ones once per place; compiled ones as they were.
+
+    Raises:
+        RuntimeError: names a scripted module, which cannot be traced.
+    """
+    if isinstance(module, ScriptModule):
+        raise RuntimeError(
+            f"{layer_name(path)} is a torch.jit module, whose operations no trace sees: use the "
+            "nn.Module that it was made from"
+        )
+    module = uncompiled(module)
     found = [(path, module)]
     for name, child in module._modules.items():
         if child is not None:
@@ -45,23 +59,64 @@ def modules_with_paths(module: nn.Module, path: str = "") -> list[tuple[str, nn.
     return found
 
 
-def fingerprint(decoder: nn.Module) -> Fingerprint:
-    """Read everything a trace of the decoder would bake in; no device synchronisation."""
-    return _fingerprint(decoder, set())
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, where it was."""
+    while isinstance(module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    return module
+
+
+def fingerprint(decoder: nn.Module, written: Written | None = None) -> Fingerprint:
+    """Read everything a trace of the decoder would bake in; no device synchronisation.
+
+    Args:
+        decoder: the module.
+        written: attributes that are results and no inputs.
+    """
+    modules = modules_with_paths(decoder)
+    return _fingerprint(modules, Freezer((m for _, m in modules), _outside), written or {})
 
 
 def freeze(value: Any) -> Any:
     """A hashable stand-in for a Python value that the trace bakes in."""
-    return _freeze(value, set())
+    return Freezer((), _outside).freeze(value)
 
 
-def _fingerprint(decoder: nn.Module, seen: set[int]) -> Fingerprint:
+def attributes(decoder: nn.Module, written: Written | None = None) -> dict[str, tuple[Any, str]]:
+    """The plain attributes in a decoder's key, by the name that messages use: (stand-in, text)."""
+    modules = modules_with_paths(decoder)
+    freezer = Freezer((m for _, m in modules), _outside)
+    found: dict[str, tuple[Any, str]] = {}
+    for path, module in modules:
+        results = (written or {}).get(path, {})
+        for name, value in module.__dict__.items():
+            if name not in _INTERNAL:
+                stand_in = freezer.freeze(value, results.get(name))
+                found[f"{layer_name(path)}.{name}"] = stand_in, text_of(value)
+    return found
+
+
+def text_of(value: Any) -> str:
+    """A value in a message."""
+    return repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+
+
+def _outside(module: nn.Module, freezer: Freezer) -> tuple[tuple, list[Tensor]]:
+    modules = modules_with_paths(module)
+    for _, inside in modules:
+        freezer.meet(inside)
+    inner = _fingerprint(modules, freezer, {})
+    return inner.key, inner.tensors
+
+
+def _fingerprint(
+    modules: list[tuple[str, nn.Module]], freezer: Freezer, written: Written
+) -> Fingerprint:
     key: list[Any] = []
     names: list[str] = []
     tensors: list[Tensor] = []
     places: dict[int, int] = {}
-    for path, module in modules_with_paths(decoder):
-        seen.add(id(module))
+    for path, module in modules:
         key += (path, module.__class__, module.training)
         prefix = f"{path}." if path else ""
         for group in (module._parameters, module._buffers):
@@ -72,7 +127,7 @@ def _fingerprint(decoder: nn.Module, seen: set[int]) -> Fingerprint:
                 if place == len(tensors):
                     names.append(prefix + name)
                     tensors.append(tensor)
-                key += (name, place, *_signature(tensor))
+                key += (name, place, *_signature(tensor, prefix + name))
         skipped = _INTERNAL
         given = (
             *(module._forward_pre_hooks, module._forward_hooks),
@@ -80,60 +135,25 @@ def _fingerprint(decoder: nn.Module, seen: set[int]) -> Fingerprint:
         )
         if any(given):
             hooks = [hook for kind in given for hook in kind.values()]
-            key.extend(_freeze(hook, seen) for hook in hooks)
+            key.extend(map(freezer.freeze, hooks))
             # The old weight_norm and spectral_norm leave a new weight under this name each time.
-            skipped = _INTERNAL.union(getattr(hook, "name", "") for hook in hooks)
+            skipped = _INTERNAL.union(str(getattr(hook, "name", "")) for hook in hooks)
+        results = written.get(path, {})
         for name, value in module.__dict__.items():
             if name not in skipped:
                 # Flat, and without a call for what most attributes are: this runs at every step.
                 kind = value.__class__
-                key += (name, kind, value if kind in _PLAIN else _freeze(value, seen))
+                if kind in EXACT or (kind is float and (value < 0 or value > 0)):
+                    key += (name, kind, value)
+                else:
+                    key += (name, freezer.freeze(value, results.get(name)))
     return Fingerprint(tuple(key), names, tensors)
 
 
-def _signature(tensor: Tensor) -> tuple:
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
-
-
-def _freeze(value: Any, seen: set[int]) -> Any:
-    kind = value.__class__
-    if kind in _PLAIN:
-        # The class tells 2 from 2.0 and from True, which compare equal.
-        return (kind, value)
-    if isinstance(value, (tuple, list)):
-        kinds = tuple(map(type, value))
-        if _PLAIN.issuperset(kinds):
-            return (kind, kinds, *value)
-        return (kind, *[_freeze(item, seen) for item in value])
-    if isinstance(value, (set, frozenset)):
-        return (kind, frozenset(value))
-    if isinstance(value, Tensor):
-        # A forward may read the value of a constant; a trained tensor is only computed with.
-        version = -1 if value.requires_grad else value._version
-        return (WeakIdRef(value), version, *_signature(value))
-    if isinstance(value, _OPAQUE):
-        return _identity(value)
-    if id(value) in seen:
-        return id(value)
-    seen.add(id(value))
-    if isinstance(value, dict):
-        return (kind, *[(k, _freeze(v, seen)) for k, v in value.items()])
-    if isinstance(value, types.MethodType):
-        return (_identity(value.__func__), _freeze(value.__self__, seen))
-    if isinstance(value, nn.Module):
-        # Outside the module tree, for example in a plain list: its tensors become constants.
-        inner = _fingerprint(value, seen)
-        return (inner.key, *map(WeakIdRef, inner.tensors))
-    if hasattr(value, "tobytes"):
-        return (kind, value.tobytes())
-    if getattr(value, "__dict__", None):
-        return (kind, _freeze(value.__dict__, seen))
-    return _identity(value)
-
-
-def _identity(value: Any) -> Any:
-    """Equal for the same object only, and never again once that object is gone."""
-    try:
-        return WeakIdRef(value)
-    except TypeError:
-        return (value.__class__, id(value))
+def _signature(tensor: Tensor, name: str) -> tuple:
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise RuntimeError(
+            f"the decoder's {name} has no shape yet (a lazy module): call the decoder once, then "
+            "make its optimizer"
+        )
+    return signature(tensor)

@@ -15,10 +15,17 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 
+# What puts a changed view back into what it was taken from, with the view's own arguments.
 _SCATTER: dict[Any, Any] = {
     aten.select.int: aten.select_scatter.default,
     aten.slice.Tensor: aten.slice_scatter.default,
+    aten.diagonal.default: aten.diagonal_scatter.default,
 }
+# Views that have all entries of their source in the same order.
+_RESHAPED = frozenset(
+    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as ravel".split()
+)
+_TRANSPOSED = frozenset("transpose swapaxes swapdims t mT numpy_T".split())
 
 
 def is_mutation(node: fx.Node) -> bool:
@@ -46,6 +53,7 @@ class _Functionalizer:
         # A view's source, and the storage that all views of one base share.
         self.source: dict[fx.Node, fx.Node] = {}
         self.storage: dict[fx.Node, int] = {}
+        self.apart: set[fx.Node] = set()
         self.position = {node: index for index, node in enumerate(graph.nodes)}
 
     def run(self) -> None:
@@ -59,16 +67,21 @@ class _Functionalizer:
             self._note_alias(node)
 
     def _note_alias(self, node: fx.Node) -> None:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
+        address = _address(node)
+        if address is None:
             return
+        if any(arg in self.apart for arg in node.all_input_nodes):
+            self.storage[node] = -1 - self.position[node]
+            return
+        self.storage[node] = address
         for arg in node.all_input_nodes:
-            other = arg.meta.get("val")
-            if isinstance(other, Tensor) and _address(other) == _address(value):
+            if _address(arg) == address:
                 self.source[node] = arg
                 self.storage[node] = self.storage[arg]
-                return
-        self.storage[node] = _address(value)
+                break
+        if isinstance(node.meta["val"], (tuple, list)) and "unsafe_" in str(node.target):
+            # Nothing reads its source again, nor another piece when one is changed.
+            self.apart.add(node)
 
     def _rewrite(self, node: fx.Node) -> None:
         target = node.args[0] if node.args else None
@@ -104,16 +117,16 @@ class _Functionalizer:
         """Carry a changed view into what it is a view of: (the old base, its new value)."""
         inner, base = target, changed
         while inner in self.source and aliases:
-            scatter = _SCATTER.get(inner.target)
-            if scatter is None:
+            outer = self.source[inner]
+            undone = _undone(inner, outer, base)
+            if undone is None:
                 if all(self._descends(alias, inner) for alias in aliases):
                     break
                 raise RuntimeError(
                     f"the decoder changes a view made by {inner.target} in place with "
                     f"{node.target} and reads its base again; write the out-of-place form"
                 )
-            outer = self.source[inner]
-            base = self.graph.call_function(scatter, (outer, base, *inner.args[1:]), inner.kwargs)
+            base = self.graph.call_function(*undone)
             base.meta = {"val": outer.meta["val"]}
             self.dynamic.add(base)
             inner = outer
@@ -153,8 +166,36 @@ class _Functionalizer:
         return any(self._is_after(user, now) for user in node.users)
 
 
-def _address(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
+def _undone(view: fx.Node, outer: fx.Node, changed: fx.Node) -> tuple[Any, tuple, dict] | None:
+    """The call that puts a changed view back into what it was taken from, None if there is none."""
+    target: Any = view.target
+    if target in _SCATTER:
+        return _SCATTER[target], (outer, changed, *view.args[1:]), view.kwargs
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    name = target._schema.name.partition("::")[2]
+    if name in _RESHAPED:
+        return aten.reshape_as.default, (changed, outer), {}
+    if name in _TRANSPOSED:
+        return target, (changed, *view.args[1:]), view.kwargs
+    if name == "permute":
+        order: Any = view.args[1]
+        axes = [axis % len(order) for axis in order]
+        return target, (changed, [axes.index(axis) for axis in range(len(axes))]), {}
+    if name == "narrow":
+        dim, start, length = view.args[1:]
+        return aten.slice_scatter.default, (outer, changed, dim, start, start + length), {}
+    if name == "alias":
+        return target, (changed,), {}
+    return None
+
+
+def _address(node: fx.Node) -> int | None:
+    """Of the memory that a tensor, or the first of several, lies in."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    found = next((v for v in values if isinstance(v, Tensor)), None)
+    return None if found is None else found.untyped_storage()._cdata
 
 
 def _functional_form(target: Any) -> Any:

@@ -47,6 +47,11 @@ def differentiable(node: fx.Node) -> bool:
         return False
     if packet_name(node.target) in NOT_DIFFERENTIABLE:
         return False
+    return is_differentiable_result(node)
+
+
+def is_differentiable_result(node: fx.Node) -> bool:
+    """Whether it is a floating point tensor, real or complex, or several with one among them."""
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     return any(map(is_differentiable, values))
@@ -63,15 +68,19 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     return live
 
 
-def with_tangents(graph: fx.Graph, z: fx.Node) -> set[fx.Node]:
-    """The nodes whose values depend on z where gradients are enabled: those that become Jets."""
-    jets, enabled = {z}, True
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif enabled and any(arg in jets for arg in node.all_input_nodes) and differentiable(node):
-            jets.add(node)
-    return jets
+# Operations that read only the shape or the dtype of their arguments from a place on.
+_SHAPED_LIKE = {"type_as": 1, "expand_as": 1, "view_as": 1, "reshape_as": 1}
+
+
+def tangent_inputs(node: fx.Node) -> list[fx.Node]:
+    """The arguments of a node that its value depends on, if they have tangents."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = packet_name(target)
+        place = 1 if target is torch.ops.aten.to.other else _SHAPED_LIKE.get(name)
+        if place is not None:
+            return [arg for arg in node.args[:place] if isinstance(arg, fx.Node)]
+    return node.all_input_nodes
 
 
 def is_autocast(target: Any) -> bool:

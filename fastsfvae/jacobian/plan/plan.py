@@ -51,7 +51,7 @@ class Plan:
     Attributes:
         source: the generated Python, readable.
         prelude: (tensors, extras) -> what the body needs that no sample changes.
-        side: (tensors, extras, statics) -> what else the body needs, with a batch axis.
+        side: (z, tensors, extras, statics) -> what else the body needs, with a batch axis.
         body: (z, tensors, extras, statics, sides) -> Jet, or a Tensor where nothing depends on z.
         body_inputs: which of `tensors` the body reads itself.
         obstacles: what keeps the plan from being swept, empty where nothing does.
@@ -86,7 +86,7 @@ class Plan:
 
     def run(self, z: Tensor, tensors: list, extras: list, statics: tuple) -> tuple[Tensor, Tensor]:
         """Decode a chunk: (output [B, *out], tangents [m, B, *out])."""
-        sides = self.side(tensors, extras, statics)
+        sides = self.side(z, tensors, extras, statics)
         result = self.body(latent_jet(z), tensors, extras, statics, sides)
         if isinstance(result, Jet):
             return result.primal, full_tangent(result)

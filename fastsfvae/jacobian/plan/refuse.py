@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import BackwardCFunction
 
 from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
+from fastsfvae.jacobian.validate import layer_name as layer_name
 
 # The position of the "training" argument: there these mix samples or draw at random.
 _TRAINING_ARGUMENT = {
@@ -23,11 +24,6 @@ _TRAINING_ARGUMENT = {
 }
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _warned_hooks: set[type] = set()
-
-
-def layer_name(path: str) -> str:
-    """How messages call the module at a path."""
-    return f"decoder.{path}" if path else "decoder"
 
 
 def refuse_training_mode(operation: str, node: fx.Node, path: str) -> None:

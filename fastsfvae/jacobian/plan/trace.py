@@ -1,8 +1,9 @@
 """Trace a decoder into a graph of ATen operations with a symbolic batch size.
 
-Composite operations stay whole (aten.linear, aten.group_norm, aten.glu, ...): the trace happens
-before dispatch, on fake tensors. Only the batch size is symbolic; parameters and buffers are
-inputs of the graph, closures' tensors are constants kept by reference.
+Composite operations that have a rule stay whole (aten.linear, aten.group_norm, aten.glu, ...): the
+trace happens before dispatch, on fake tensors; those without are taken apart. Only the batch size
+is symbolic; parameters and buffers are inputs of the graph, closures' tensors are constants kept by
+reference.
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
-    free_unbacked_symbols,
 )
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 
+from fastsfvae.jacobian.plan.decompose import composites
 from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
+from fastsfvae.jacobian.plan.known import KnownValues, value_asked_for
 from fastsfvae.jacobian.plan.refuse import (
     refuse_batch_statistics,
     refuse_custom_functions,
     refuse_or_warn_about_hooks,
 )
-from fastsfvae.jacobian.plan.restore import restored
+from fastsfvae.jacobian.plan.restore import Effects, restored
 from fastsfvae.jacobian.validate import check_output
 
 _DATA_DEPENDENT = (
@@ -63,12 +65,17 @@ class Trace:
         inputs: the placeholders in that order.
         paths: the module path that created a node, where one is known.
         accepts: tells whether the graph is right for a batch size.
+        asked: whose values it is made for, among the parameters, the buffers and then the further
+            arguments without a batch axis.
+        effects: what the decoder did beside its result.
     """
 
     module: fx.GraphModule
     inputs: list[fx.Node]
     paths: dict[fx.Node, str]
     accepts: Callable[[int], bool]
+    asked: list[int]
+    effects: Effects
 
 
 def trace(
@@ -103,7 +110,17 @@ def trace(
 def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
     if isinstance(decoder, nn.Module):
         refuse_or_warn_about_hooks(decoder)
-    shapes = ShapeEnv()
+    given = decoder, names, tensors, z, extras, batched, rebuild
+    try:
+        return _traced(*given, with_values=False)
+    except _DATA_DEPENDENT:
+        # Perhaps the value of a buffer or of a constant.
+        return _traced(*given, with_values=True)
+
+
+def _traced(decoder, names, tensors, z, extras, batched, rebuild, with_values: bool) -> Trace:
+    # What needs a value to go on is an error where it happens.
+    shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
 
     def symbolic(tensor: Tensor) -> Tensor:
@@ -112,6 +129,9 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
         return mode.from_tensor(stand_in, symbolic_context=_batch_symbol(tensor))
 
     def static(tensor: Tensor) -> Tensor:
+        if with_values:
+            # A copy: what the decoder writes into must not be the user's.
+            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
         with mode:
             return torch.empty_strided(
                 tensor.shape,
@@ -121,15 +141,17 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
                 requires_grad=tensor.requires_grad,
             )
 
-    fakes = [static(t) for t in tensors]
+    stand_ins = [static(t) for t in tensors]
     # Modules take shortcuts without a usable derivative where nothing requires a gradient.
     fake_z = symbolic(z).requires_grad_()
     pairs = zip(extras, batched, strict=True)
     fake_extras = [symbolic(t) if along else static(t) for t, along in pairs]
+    fixed = [t for t, along in zip(fake_extras, batched, strict=True) if not along]
+    known = KnownValues(mode, [*stand_ins, *fixed])
 
     def call(params: list[Tensor], z: Tensor, extras: list[Tensor]) -> Any:
         args, kwargs = rebuild(extras)
-        with mode:
+        with known if with_values else mode:
             if names and isinstance(decoder, nn.Module):
                 swapped = dict(zip(names, params, strict=True))
                 output = torch.func.functional_call(decoder, swapped, (z, *args), kwargs)
@@ -139,17 +161,20 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
         refuse_custom_functions(output)
         return output
 
-    paths: dict[fx.Node, str] = {}
-    tracer = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+    places = _Places(decoder)
+    options: dict[str, Any] = {
+        "tracing_mode": "real",
+        "pre_dispatch": True,
+        "_allow_non_fake_inputs": True,
+        "_error_on_data_dependent_ops": not with_values,
+    }
     try:
-        with _recorded_paths(decoder, paths), restored(decoder), _no_log_of_failures():
-            module = tracer(fakes, fake_z, fake_extras)
+        with places.recorded(), restored(decoder) as effects, _no_log_of_failures():
+            module = make_fx(call, composites(), **options)(stand_ins, fake_z, fake_extras)
     except _DATA_DEPENDENT as error:
-        raise RuntimeError(
-            "the decoder's control flow or shapes depend on the values of its tensors, which "
-            "cannot be traced; use torch.where, or make the value a plain Python attribute "
-            f"({_first_line(error)})"
-        ) from error
+        if not with_values:
+            raise
+        raise RuntimeError(value_asked_for(error, places.current)) from error
     except UnsupportedOperatorException as error:
         raise RuntimeError(
             f"the decoder uses {_first_line(error)}, which cannot be traced: PyTorch does not know "
@@ -163,20 +188,15 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
             f"the decoder fails on z of shape {tuple(z.shape)}: {reason} "
             f"(check that it takes m = {z.shape[1]} latents and the further inputs)"
         ) from error
-    _refuse_untraceable_values(module)
+    _refuse_escaped_values(module)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     z_size = inputs[len(names)].meta["val"].shape[0]
-    return Trace(module, inputs, paths, _batch_predicate(shapes, z_size, z.shape[0]))
+    accepts = _batch_predicate(shapes, z_size, z.shape[0])
+    return Trace(module, inputs, places.paths, accepts, sorted(known.asked), effects)
 
 
-def _refuse_untraceable_values(module: fx.GraphModule) -> None:
+def _refuse_escaped_values(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and free_unbacked_symbols(value):
-            raise RuntimeError(
-                f"the shape of the decoder's {node.target} depends on the values of its tensors, "
-                "which cannot be traced; use torch.where or a fixed number of entries"
-            )
         if node.op == "get_attr" and isinstance(getattr(module, node.target), FakeTensor):
             # A value that escaped the tracer would come back as a constant without data.
             raise RuntimeError(
@@ -207,46 +227,63 @@ def _batch_predicate(shapes: ShapeEnv, size: Any, traced: int) -> Callable[[int]
     return accepts
 
 
-@contextlib.contextmanager
-def _recorded_paths(decoder: Callable[..., Any], paths: dict[fx.Node, str]) -> Iterator[None]:
-    """Note which submodule creates each node, for error messages and reports.
+class _Places:
+    """Which submodule creates each node of a trace, for error messages and reports.
 
-    Raises:
-        RuntimeError: a submodule that runs on batch statistics.
+    Args:
+        decoder: the traced one.
     """
-    names: dict[nn.Module, str] = {}
-    if isinstance(decoder, nn.Module):
-        names = {module: path for path, module in modules_with_paths(decoder)}
-    starts: list[fx.Node | None] = []
-    # The hooks see every module of the process, those that other threads run as well.
-    own = threading.get_ident()
 
-    def newest_first() -> Iterator[fx.Node]:
-        mode = get_proxy_mode()
-        return iter(()) if mode is None else iter(reversed(mode.tracer.graph.nodes))
+    def __init__(self, decoder: Callable[..., Any]):
+        self.paths: dict[fx.Node, str] = {}
+        self._names: dict[nn.Module, str] = {}
+        if isinstance(decoder, nn.Module):
+            self._names = {module: path for path, module in modules_with_paths(decoder)}
+        # Of the modules that run: their paths and the newest nodes before them.
+        self._running: list[tuple[str, fx.Node | None]] = []
 
-    def enter(module: nn.Module, inputs: Any) -> None:
-        if threading.get_ident() != own:
-            return
-        refuse_batch_statistics(module, names.get(module, ""))
-        starts.append(next(newest_first(), None))
+    @property
+    def current(self) -> str:
+        """The path of the innermost module that runs, or that failed."""
+        return self._running[-1][0] if self._running else ""
 
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        if threading.get_ident() != own:
-            return
-        start = starts.pop()
-        for node in newest_first():
-            if node is start:
-                break
-            # The innermost module leaves first.
-            paths.setdefault(node, names.get(module, ""))
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """While the decoder runs.
 
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        Raises:
+            RuntimeError: a submodule that runs on batch statistics.
+        """
+        # The hooks see every module of the process, those that other threads run as well.
+        own = threading.get_ident()
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            if threading.get_ident() == own:
+                path = self._names.get(module, "")
+                refuse_batch_statistics(module, path)
+                self._running.append((path, next(_newest_first(), None)))
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            if threading.get_ident() != own:
+                return
+            path, start = self._running.pop()
+            for node in _newest_first():
+                if node is start:
+                    break
+                # The innermost module leaves first.
+                self.paths.setdefault(node, path)
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _newest_first() -> Iterator[fx.Node]:
+    mode = get_proxy_mode()
+    return iter(()) if mode is None else iter(reversed(mode.tracer.graph.nodes))
 
 
 @contextlib.contextmanager

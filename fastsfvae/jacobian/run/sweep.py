@@ -64,7 +64,7 @@ class Program:
         )
 
     def gather(
-        self, tensors: Sequence[Tensor], extras: Sequence[Tensor]
+        self, z: Tensor, tensors: Sequence[Tensor], extras: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(along, whole): the body's tensor inputs with and without a batch axis.
 
@@ -72,7 +72,7 @@ class Program:
         """
         plan = self.plans[0]
         statics = plan.prelude(tensors, extras)
-        sides = plan.side(tensors, extras, statics)
+        sides = plan.side(z, tensors, extras, statics)
         pairs = list(zip(extras, self._batched, strict=True))
         along = [t for t, batched in pairs if batched] + list(sides)
         used = [tensors[index] for index in plan.body_inputs]
