@@ -28,14 +28,18 @@ def loss_and_gradients(decoder, z, backend, *args, seed=0, **options):
     return loss.detach(), gradients
 
 
-def assert_right(decoder, z, *args, swept=True, tolerance=TOLERANCE):
-    """Loss and gradients as the oracle's, in chunks and at once; by the adjoints where `swept`."""
+def assert_right(decoder, z, *args, swept=True, tolerance=TOLERANCE, oracle=None):
+    """Loss and gradients as the oracle's, in chunks and at once; by the adjoints where `swept`.
+
+    The oracle is reverse mode of the decoder, or of `oracle`, the same function in operations that
+    PyTorch differentiates right, with the same parameters in the same order.
+    """
     with warnings.catch_warnings():
         if swept:
             warnings.filterwarnings("error", message=".*has no tangent rule.*")
         else:
             warnings.simplefilter("ignore")
-        want, exact = loss_and_gradients(decoder, z, "reference", *args)
+        want, exact = loss_and_gradients(oracle or decoder, z, "reference", *args)
         scale = max(float(g.abs().max()) for g in exact)
         for chunk_size in (None, 2):
             got, gradients = loss_and_gradients(decoder, z, "torch", *args, chunk_size=chunk_size)
