@@ -17,6 +17,17 @@ _WRAPPERS = {
 }
 
 
+def layer_name(path: str) -> str:
+    """How messages call the module at a path, as it would be written: ``decoder.blocks[2]``."""
+    name = "decoder"
+    for part in filter(None, path.split(".")):
+        if part.isdigit():
+            name += f"[{part}]"
+        else:
+            name += f".{part}" if part.isidentifier() else f"[{part!r}]"
+    return name
+
+
 class Method(nn.Module):
     """A method of a module as a module, so that its parameters are known by name."""
 

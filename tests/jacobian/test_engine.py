@@ -220,7 +220,7 @@ def test_train_and_eval_make_two_plans():
     module = nn.Sequential(nn.Linear(M, 4), nn.Dropout(0.5)).double().eval()
     compare(module, latents())
     module.train()
-    with pytest.raises(RuntimeError, match=r"decoder\.1 draws at random.*decoder\.1\.eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"decoder\[1\] draws at random.*decoder\[1\]\.eval\(\)"):
         decode_with_jacobian(module, latents())
     module.eval()
     compare(module, latents())

@@ -12,7 +12,7 @@ from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
 from fastsfvae.jacobian.validate import layer_name as layer_name
 
 # The position of the "training" argument: there these mix samples or draw at random.
-_TRAINING_ARGUMENT = {
+TRAINING_ARGUMENT = {
     "batch_norm": 5,
     "instance_norm": 5,
     "dropout": 2,
@@ -40,7 +40,7 @@ def refuse_training_mode(operation: str, node: fx.Node, path: str) -> None:
         if probability:
             raise RuntimeError(f"{layer} drops out attention weights at random: {fix}")
         return
-    place = _TRAINING_ARGUMENT.get(operation)
+    place = TRAINING_ARGUMENT.get(operation)
     if place is None or len(args) <= place or not args[place]:
         return
     if operation == "batch_norm":

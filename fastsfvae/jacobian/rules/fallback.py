@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent, is_differentiable
+from fastsfvae.jacobian.validate import layer_name
 
 # Their formulas treat saved statistics as constants: J would be right, its gradients wrong.
 _WRONG_GRADIENTS = frozenset(
@@ -103,7 +104,7 @@ def _forward_mode(function, primals, tangents) -> tuple[Tensor, ...]:
 
 def where(path: str) -> str:
     """How messages add the module at a path."""
-    return f" in decoder.{path}" if path else ""
+    return f" in {layer_name(path)}" if path else ""
 
 
 def _warn_once(name: str) -> None:

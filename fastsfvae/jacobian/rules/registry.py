@@ -13,7 +13,24 @@ from fastsfvae._ranges import span
 from fastsfvae.jacobian.rules.rule import Rule
 from fastsfvae.jacobian.rules.tape import current_tape
 
-RULES: dict[str, Rule] = {}
+
+class _Rules(dict[str, Rule]):
+    """The rules by their operations' names; counts its changes, as plans hold what they found."""
+
+    version = 0
+
+    def __setitem__(self, name: str, rule: Rule) -> None:
+        """Add or replace a rule."""
+        super().__setitem__(name, rule)
+        self.version += 1
+
+    def __delitem__(self, name: str) -> None:
+        """Remove a rule."""
+        super().__delitem__(name)
+        self.version += 1
+
+
+RULES = _Rules()
 
 
 def bind(rule: Rule, private: bool = False, label: str = "") -> Callable[..., Any]:
@@ -95,6 +112,7 @@ def adjoint(
             entry = RULES[name]
             entry.adjoint, entry.covers, entry.lean = function, covers, lean
             entry.fresh, entry.overwrites = fresh, overwrites
+            RULES[name] = entry
         return function
 
     return register

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from fastsfvae.jacobian.plan.fingerprint import Fingerprint, fingerprint, freeze
+from fastsfvae.jacobian.plan.asked import Asked
+from fastsfvae.jacobian.plan.fingerprint import (
+    Fingerprint,
+    Written,
+    attributes,
+    fingerprint,
+    freeze,
+    text_of,
+)
+from fastsfvae.jacobian.rules.registry import RULES
+from fastsfvae.jacobian.run.history import History
 from fastsfvae.jacobian.validate import Method, check_inputs, unwrap
 from fastsfvae.ops import dispatch
 
@@ -30,6 +40,7 @@ _NO_INPUTS = pytree.tree_flatten(((), {}))
 # By the decoder's id, until it dies. A dictionary of weak keys would do, but a compiler that looks
 # into one knows a key by its place, which moves when another decoder dies.
 _plans: dict[int, dict[Any, list[Any]]] = {}
+_histories: dict[int, History] = {}
 
 
 def chunk_bounds(batch: int, size: int) -> Iterator[tuple[int, int]]:
@@ -43,12 +54,21 @@ def chunk_bounds(batch: int, size: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _fingerprint_of(decoder: nn.Module) -> Fingerprint:
+def _fingerprint_of(decoder: nn.Module, written: Written | None) -> Fingerprint:
     if torch.compiler.is_compiling():
         # A compiler cannot follow a lock.
-        return fingerprint(decoder)
+        return fingerprint(decoder, written)
     with _tracing:
-        return fingerprint(decoder)
+        return fingerprint(decoder, written)
+
+
+def _forget(number: int) -> None:
+    _plans.pop(number, None)
+    _histories.pop(number, None)
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 class Linearizer:
@@ -88,7 +108,8 @@ class Linearizer:
             )
         self.batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
         if isinstance(self.decoder, nn.Module):
-            self._print = _fingerprint_of(self.decoder)
+            history = _histories.get(id(self._home()))
+            self._print = _fingerprint_of(self.decoder, history and history.written)
         else:
             self._print = Fingerprint((), [], [])
         check_inputs(z, self._print.names, self._print.tensors)
@@ -143,24 +164,43 @@ class Linearizer:
 
     def plan(self, batch: int) -> Any:
         """The plan for chunks of that many samples, traced if there is none yet."""
-        if isinstance(self.decoder, nn.Module):
-            # A method's wrapper lives for one call only.
-            home = self.decoder.owner if isinstance(self.decoder, Method) else self.decoder
-            plans = _plans.get(id(home), {})
-        else:
-            home, plans = None, self._local
+        home = self._home()
+        plans = self._local if home is None else _plans.get(id(home), {})
         for plan in plans.get(self._key, ()):
-            if plan.accepts(batch):
+            if plan.accepts(batch) and plan.asked.hold(self._fixed()):
                 return plan
-        plan = self._trace(batch)
+        plan, effects = self._trace(batch)
+        # The first one brings in the rules, and each tells what belongs into the key.
+        self._key = self._whole_key()
         if home is not None:
             if id(home) not in _plans:
-                weakref.finalize(home, _plans.pop, id(home), None)
+                weakref.finalize(home, _forget, id(home))
             plans = _plans.setdefault(id(home), {})
-        plans.setdefault(self._key, []).append(plan)
+            self._note(_histories.setdefault(id(home), History()), effects)
+        # Those for other values than the decoder's are of no more use.
+        kept = [p for p in plans.get(self._key, ()) if p.asked.hold(self._fixed())]
+        plans[self._key] = [*kept, plan]
         while len(plans) > _MAX_PLANS:
             plans.pop(next(iter(plans)))
         return plan
+
+    def _home(self) -> Any:
+        """The module that the plans belong to, if any: a method's wrapper lives for one call."""
+        if isinstance(self.decoder, Method):
+            return self.decoder.owner
+        return self.decoder if isinstance(self.decoder, nn.Module) else None
+
+    def _note(self, history: History, effects: Any) -> None:
+        """Learn from a trace what belongs into the key, and say what makes traces frequent."""
+        if history.learn(effects.written, effects.read):
+            self._print = _fingerprint_of(self.decoder, history.written)
+            self._key = self._whole_key()
+        inputs = attributes(self.decoder, history.written)
+        args, kwargs = pytree.tree_unflatten(self._leaves, self._spec)
+        given = {f"further input {i + 1}": value for i, value in enumerate(args)}
+        given.update((f"the further input {name}", value) for name, value in kwargs.items())
+        inputs.update((n, (freeze(v), text_of(v))) for n, v in given.items() if not _has_tensor(v))
+        history.note(inputs)
 
     def _trace(self, batch: int) -> Any:
         if torch.compiler.is_exporting():
@@ -170,6 +210,7 @@ class Linearizer:
             )
         # Late: the tracer brings in sympy, which `import fastsfvae` must not.
         from fastsfvae.jacobian.plan.build import build_plan
+        from fastsfvae.jacobian.plan.samples import refuse_mixing
         from fastsfvae.jacobian.plan.trace import trace
 
         def rebuild(tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
@@ -189,7 +230,15 @@ class Linearizer:
                 rebuild,
             )
         trained = [t.requires_grad for t in self._print.tensors]
-        return build_plan(traced, trained, self.batched, self.backend)
+        plan = build_plan(traced, trained, self.batched, self.backend)
+        refuse_mixing(traced, self._print.tensors, z, extras, self.batched)
+        plan.asked = Asked(traced.asked, self._fixed())
+        return plan, traced.effects
+
+    def _fixed(self) -> list[Tensor]:
+        """What no sample changes: parameters, buffers, further inputs without a batch axis."""
+        pairs = zip(self.extras, self.batched, strict=True)
+        return [*self._print.tensors, *[t for t, along in pairs if not along]]
 
     def _slice(self, start: int, stop: int | None) -> tuple[Tensor, list[Tensor]]:
         if start == 0 and (stop is None or stop == self.z.shape[0]):
@@ -212,7 +261,7 @@ class Linearizer:
         layers = dispatch.state() if self.backend == "triton" else None
         return (
             self._print.key,
-            (z.shape[1], z.dtype, z.device, self.backend, layers, autocast),
+            (z.shape[1], z.dtype, z.device, self.backend, layers, autocast, RULES.version),
             (self._spec, leaves, tuple(self.batched), plain),
         )
 

@@ -1,0 +1,67 @@
+"""What the traces of one decoder have told: what its forward writes, and why it is traced again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# A plan for each of this many values, and the user hears of it.
+_MANY = 4
+
+
+class History:
+    """Of one decoder.
+
+    Attributes:
+        written: for `fingerprint`, what the decoder's forward writes and no trace has seen it read.
+    """
+
+    def __init__(self) -> None:
+        self.written: dict[str, dict[str, Any]] = {}
+        self._places: set[tuple] = set()
+        self._read: set[tuple] = set()
+        self._last: Mapping[str, tuple[Any, str]] | None = None
+        self._changes: dict[str, int] = {}
+        self._warned = False
+
+    def learn(self, written: Iterable[tuple], read: Iterable[tuple]) -> bool:
+        """Take in what a trace wrote and read, as places; tells whether `written` has changed."""
+        self._places.update(written)
+        self._read.update(read)
+        found: dict[str, dict[str, Any]] = {}
+        for place in self._places:
+            if any(other[: len(place)] == place for other in self._read):
+                continue
+            inside: Any = found
+            for key in place[:-1]:
+                inside = inside.setdefault(key, {})
+                if inside is True:
+                    break
+            else:
+                inside[place[-1]] = True
+        changed = found != self.written
+        self.written = found
+        return changed
+
+    def note(self, inputs: Mapping[str, tuple[Any, str]]) -> None:
+        """Take in what a trace has baked in, and warn once of what makes it happen again and again.
+
+        Args:
+            inputs: by the names that messages use, (stand-in, text).
+        """
+        last, self._last = self._last, inputs
+        if last is None or self._warned:
+            return
+        for name in [n for n in inputs if n in last and inputs[n][0] != last[n][0]]:
+            count = self._changes[name] = self._changes.get(name, 1) + 1
+            if count >= _MANY:
+                self._warned = True
+                warnings.warn(
+                    f"the decoder has been traced {count} times as {name} changes (from "
+                    f"{last[name][1]} to {inputs[name][1]}), which is slow: make it a 0-d buffer, "
+                    "or pass it as a 0-d tensor",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                return
