@@ -16,17 +16,17 @@ from fastsfvae.jacobian.rules.registry import adjoint, always, rule
 
 
 @rule("fastsfvae.constant", several=True)
-def constant(value: Tensor, like: Jet) -> Jet:
-    """A value with as many tangents as another, all zero and without storage."""
-    return Jet(value, zero_tangent(value, like.tangent))
+def constant(value: Tensor, like: Tensor) -> Jet:
+    """A value with as many tangents as those of another, all zero and without storage."""
+    return Jet(value, zero_tangent(value, like))
 
 
 @adjoint("fastsfvae.constant", covers=always)
-def _constant_adjoint(grad: Jet, out: Jet, needs: tuple, value: Tensor, like: Jet) -> tuple:
-    return grad.primal, None
+def _constant_adjoint(grad: Jet, out: Jet, needs: tuple, value: Tensor, like: Tensor) -> tuple:
+    return (grad.primal,)
 
 
 def as_jets(*values: Any) -> list[Any]:
     """Each tensor as a Jet, by the first one that is; None stays None."""
-    like = next(x for x in values if isinstance(x, Jet))
+    like = next(x.tangent for x in values if isinstance(x, Jet))
     return [constant(x, like) if isinstance(x, Tensor) else x for x in values]
