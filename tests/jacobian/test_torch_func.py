@@ -1,4 +1,4 @@
-"""Where reverse mode over PyTorch's forward mode gives wrong gradients, ours are right."""
+"""Where gradients of Jacobians that PyTorch makes forward are wrong, ours are right."""
 
 from __future__ import annotations
 
@@ -48,3 +48,47 @@ def test_gradients_of_the_jacobian(name):
         warnings.warn(
             f"torch.func.jacfwd's gradient through {name} is off by {error:.2f}", stacklevel=1
         )
+
+
+def double_backward(module, z):
+    """J [B, m, n] by the double-backward trick: the transpose of the transpose."""
+    directions = torch.eye(M, dtype=z.dtype)
+    jvp = torch.autograd.functional.jvp
+    columns = [jvp(module, z, v.expand_as(z), create_graph=True)[1] for v in directions]
+    return torch.stack(columns, 1)
+
+
+@torch.no_grad()
+def differences(module, z, step=1e-5):
+    """What `gradient` is of reverse mode's J, by central differences."""
+    weight = module[0].weight
+    result = torch.empty_like(weight)
+    for index in range(weight.numel()):
+        values = []
+        for shift in (step, -step):
+            before = weight.view(-1)[index].item()
+            weight.view(-1)[index] = before + shift
+            jacobian = decode_with_jacobian(module, z, backend="reference")[1]
+            values.append((jacobian.sin() + jacobian.square()).sum())
+            weight.view(-1)[index] = before
+        result.view(-1)[index] = (values[0] - values[1]) / (2 * step)
+    return result
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_gradients_by_double_backward(name):
+    module, z = build(name), torch.randn(4, M, dtype=torch.float64)
+    oracle = differences(module, z)
+    ours = gradient(module, z, decode_with_jacobian(module, z)[1])
+    torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-6)
+    # Not asserted either.
+    try:
+        theirs = gradient(module, z, double_backward(module, z))
+    except RuntimeError as reason:
+        print(f"{name}: no gradient by double backward: {reason}")
+        return
+    error = (theirs - oracle).norm() / oracle.norm()
+    print(f"{name}: relative error of the gradient by double backward {error:.1e}")
+    if error > 1e-6:
+        message = f"double backward's gradient through {name} is off by {error:.2f}"
+        warnings.warn(message, stacklevel=1)
