@@ -20,11 +20,13 @@ from fastsfvae.jacobian.plan.nodes import (
     is_autocast,
     is_floating,
     is_tensor,
+    live_nodes,
     packet_name,
 )
 from fastsfvae.jacobian.plan.place import Placed, place_layers
 from fastsfvae.jacobian.plan.plan import Plan, Step
 from fastsfvae.jacobian.plan.refuse import layer_name, refuse_training_mode
+from fastsfvae.jacobian.plan.samples import refuse_noise
 from fastsfvae.jacobian.plan.sort import Sorted, sort_nodes
 from fastsfvae.jacobian.plan.source import Source, Statement, identifier, tuple_text
 from fastsfvae.jacobian.plan.trace import Trace
@@ -58,6 +60,8 @@ def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: 
     params, rest = trace.inputs[: len(trained)], trace.inputs[len(trained) :]
     z, extras = rest[0], rest[1:]
     batch_inputs = {z, *(node for node, along in zip(extras, batched, strict=True) if along)}
+    for node in live_nodes(graph):
+        refuse_noise(node, trace.paths.get(node, ""))
     functionalize(graph, batch_inputs)
     carriers = {node for node, along in zip(params, trained, strict=True) if along}
     carriers.update(node for node in extras if is_floating(node))
@@ -126,7 +130,8 @@ class _Emitter:
 
     def _operation(self, node: fx.Node) -> None:
         if isinstance(node.target, torch._ops.OpOverload):
-            refuse_training_mode(packet_name(node.target), node, self.trace.paths.get(node, ""))
+            path = self.trace.paths.get(node, "")
+            refuse_training_mode(packet_name(node.target), node, path)
         if node not in self.dynamic:
             self.prelude.append((f"{node.name} = {self._plain_call(node)}", node))
             return

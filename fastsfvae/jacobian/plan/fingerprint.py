@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
+from torch.nn.parameter import is_lazy
 
 from fastsfvae.jacobian.plan.freeze import EXACT, Freezer, signature
 from fastsfvae.jacobian.validate import layer_name
@@ -151,7 +152,7 @@ def _fingerprint(
 
 
 def _signature(tensor: Tensor, name: str) -> tuple:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise RuntimeError(
             f"the decoder's {name} has no shape yet (a lazy module): call the decoder once, then "
             "make its optimizer"

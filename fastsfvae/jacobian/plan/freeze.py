@@ -51,17 +51,23 @@ def signature(tensor: Tensor) -> tuple:
     return (tensor.shape, layout, tensor.dtype, tensor.device, tensor.requires_grad)
 
 
-@functools.lru_cache(maxsize=1024)
-def slots_of(kind: type) -> tuple[tuple[str, Any], ...]:
-    """The names and descriptors of a class's slots."""
-    places = [place for base in kind.__mro__ for place in vars(base).items()]
-    return tuple(place for place in places if type(place[1]) is types.MemberDescriptorType)
+_slots: weakref.WeakKeyDictionary[type, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def slots_of(kind: type) -> dict[str, Any]:
+    """The descriptors of a class's slots, by their names."""
+    found = _slots.get(kind)
+    if found is None:
+        places = [place for base in kind.__mro__ for place in vars(base).items()]
+        found = {n: slot for n, slot in places if type(slot) is types.MemberDescriptorType}
+        _slots[kind] = found
+    return found
 
 
 def slot_values(value: Any) -> dict[str, Any]:
     """What the slots of an object hold."""
     found: dict[str, Any] = {}
-    for name, slot in slots_of(type(value)):
+    for name, slot in slots_of(type(value)).items():
         try:
             found[name] = slot.__get__(value)
         except AttributeError:

@@ -3,7 +3,7 @@
 Where a decoder asks for the value of a buffer, a constant or a parameter, or of what is computed
 from them (an attention mask, a flag, the places that a boolean mask selects), it is traced once
 more with these as they are. Whatever depends on the batch stays without data. The plan is then
-right for those values only, which `Asked` tells.
+right for those values only, see `fastsfvae.jacobian.plan.asked`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdRef
 
 from fastsfvae.jacobian.plan.refuse import layer_name
 
@@ -94,33 +93,6 @@ def _positions(indices: Sequence[Any]) -> list[Any]:
         mask = index is not None and not isinstance(index, FakeTensor) and _is_mask(index)
         found += index.nonzero().unbind(1) if mask else [index]
     return found
-
-
-class Asked:
-    """Values that a plan was made for.
-
-    Args:
-        tensors: whose values they are.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        self._values = [t.detach().clone() for t in tensors]
-        self._seen = [_state(t) for t in tensors]
-
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these have the same values; compares them where they may have changed."""
-        for index, tensor in enumerate(tensors):
-            state = _state(tensor)
-            if state != self._seen[index]:
-                if not torch.equal(tensor, self._values[index]):
-                    return False
-                self._seen[index] = state
-        return True
-
-
-def _state(tensor: Tensor) -> tuple[WeakIdRef, Any]:
-    # An inference tensor counts no changes: it is compared each time.
-    return WeakIdRef(tensor), object() if tensor.is_inference() else tensor._version
 
 
 def value_asked_for(error: BaseException, path: str) -> str:

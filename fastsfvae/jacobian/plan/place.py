@@ -77,9 +77,12 @@ def _place(
     name, x, weight = _name(node), args[0], args[1]
     if node.args[0] not in apart:
         return Placed(Choice("library", "in front of the first activation"))
-    if not RULES[name].pulls(args, kwargs):
+    of_weight = any(isinstance(arg, Jet) for arg in args[1:])
+    if of_weight or not RULES[name].pulls(args, kwargs):
         return Placed(Choice("library", "the layer's weight depends on z, or it has no adjoint"))
-    geometry = None if name == "linear" else geometry_of(name, *args[3:], **kwargs)
+    geometry = None
+    if name != "linear":
+        geometry = geometry_of(name, *args[3:], kernel=weight.shape[2:], **kwargs)
     (batch, m), (rows, *x_shape) = (tuple(map(int, t.shape)) for t in (z.meta["val"], x.primal))
     # A view may have made several rows of a sample.
     most = largest_batch(Layer(geometry), 1 + m, x_shape, weight.shape, out.dtype) * batch // rows

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.cost import Cost
+from fastsfvae.jacobian.plan.asked import Asked
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent, latent_jet
 from fastsfvae.ops.dispatch import Choice
 
@@ -64,6 +65,7 @@ class Plan:
         output_dtype: likewise, under the autocast of the trace.
         to_tail: `body` up to the last layer, giving a `LastLayer`; None where nothing can take it.
         tail_from: samples of a call from which on it is taken.
+        asked: the values that it was made for.
         programs: kept for `fastsfvae.jacobian.run.sweep`.
     """
 
@@ -82,6 +84,7 @@ class Plan:
     output_dtype: torch.dtype
     to_tail: Callable[..., Any] | None = None
     tail_from: int = 1
+    asked: Asked = dataclasses.field(default_factory=Asked)
     programs: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 
     def run(self, z: Tensor, tensors: list, extras: list, statics: tuple) -> tuple[Tensor, Tensor]:

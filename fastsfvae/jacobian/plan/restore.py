@@ -282,10 +282,8 @@ def _flat(state: Any) -> Any:
 
 
 def _copy(container: Any) -> Any:
-    for base in (dict, list, deque, set, bytearray):
-        if isinstance(container, base):
-            return base(container)
-    return container
+    bases: tuple[Callable[[Any], Any], ...] = (dict, list, deque, set, bytearray)
+    return next(base for base in bases if isinstance(container, base))(container)  # type: ignore[arg-type]
 
 
 def _changed(container: Any, before: Any) -> bool:
@@ -319,7 +317,7 @@ def _restore(container: Any, before: Any) -> None:
         if container.tobytes() != before.tobytes():
             container[...] = before
     else:
-        for name, slot in slots_of(type(container)):
+        for name, slot in slots_of(type(container)).items():
             if name in before:
                 slot.__set__(container, before[name])
             else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.plan.nodes import (
     differentiable,
@@ -18,7 +20,7 @@ from fastsfvae.jacobian.plan.nodes import (
     packet_name,
     tangent_inputs,
 )
-from fastsfvae.jacobian.rules.catalogue import NOT_DIFFERENTIABLE
+from fastsfvae.jacobian.rules.catalogue import COMPLEX, NOT_DIFFERENTIABLE
 
 
 @dataclasses.dataclass
@@ -83,6 +85,7 @@ def sort_nodes(
             continue
         if any(arg in found.jets for arg in tangent_inputs(node)):
             if differentiable(node):
+                _refuse_unknown_complex(node, name(node))
                 found.jets.add(node)
             else:
                 _refuse_to_lose_tangents(node, name(node))
@@ -130,6 +133,18 @@ def _needed_for(results: set[Any], found: Sorted, given: frozenset[fx.Node]) -> 
             needed.add(node)
             pending += node.all_input_nodes
     return needed
+
+
+def _refuse_unknown_complex(node: fx.Node, module: str) -> None:
+    values = pytree.tree_leaves([n.meta.get("val") for n in (node, *tangent_inputs(node))])
+    if not any(isinstance(value, Tensor) and value.is_complex() for value in values):
+        return
+    target: Any = node.target
+    if target is not operator.getitem and packet_name(target) not in COMPLEX:
+        raise RuntimeError(
+            f"{module} uses {target} on complex values, which has no tangent rule for them: write "
+            'it in real and imaginary parts, or use backend="reference"'
+        )
 
 
 def _refuse_to_lose_tangents(node: fx.Node, module: str) -> None:

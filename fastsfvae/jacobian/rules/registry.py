@@ -46,13 +46,23 @@ def bind(rule: Rule, private: bool = False, label: str = "") -> Callable[..., An
     def run(*args: Any, **kwargs: Any) -> Any:
         tape = current_tape()
         with span(label):
-            if tape is None:
-                return rule.forward(*args, **kwargs)
-            if rule.lean is not None:
-                return tape.record(rule, rule.lean, (private, *args), kwargs, label, skip=1)
-            return tape.record(rule, rule.forward, args, kwargs, label)
+            try:
+                if tape is None:
+                    return rule.forward(*args, **kwargs)
+                if rule.lean is not None:
+                    return tape.record(rule, rule.lean, (private, *args), kwargs, label, skip=1)
+                return tape.record(rule, rule.forward, args, kwargs, label)
+            except _MISTAKES as error:
+                raise RuntimeError(
+                    f"the tangent rule of {label} does not know this call "
+                    f'({type(error).__name__}: {error}): use backend="reference", and report it'
+                ) from error
 
     return run
+
+
+# What a call that a rule was not written for ends in.
+_MISTAKES = (AttributeError, TypeError, IndexError, KeyError, ValueError, AssertionError)
 
 
 def rule(

@@ -109,7 +109,8 @@ class Linearizer:
         self.batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
         if isinstance(self.decoder, nn.Module):
             history = _histories.get(id(self._home()))
-            self._print = _fingerprint_of(self.decoder, history and history.written)
+            written = None if history is None else history.written
+            self._print = _fingerprint_of(self.decoder, written)
         else:
             self._print = Fingerprint((), [], [])
         check_inputs(z, self._print.names, self._print.tensors)
@@ -176,7 +177,7 @@ class Linearizer:
             if id(home) not in _plans:
                 weakref.finalize(home, _forget, id(home))
             plans = _plans.setdefault(id(home), {})
-            self._note(_histories.setdefault(id(home), History()), effects)
+            self._note(self.decoder, _histories.setdefault(id(home), History()), effects)
         # Those for other values than the decoder's are of no more use.
         kept = [p for p in plans.get(self._key, ()) if p.asked.hold(self._fixed())]
         plans[self._key] = [*kept, plan]
@@ -190,12 +191,12 @@ class Linearizer:
             return self.decoder.owner
         return self.decoder if isinstance(self.decoder, nn.Module) else None
 
-    def _note(self, history: History, effects: Any) -> None:
+    def _note(self, decoder: Any, history: History, effects: Any) -> None:
         """Learn from a trace what belongs into the key, and say what makes traces frequent."""
         if history.learn(effects.written, effects.read):
-            self._print = _fingerprint_of(self.decoder, history.written)
+            self._print = _fingerprint_of(decoder, history.written)
             self._key = self._whole_key()
-        inputs = attributes(self.decoder, history.written)
+        inputs = attributes(decoder, history.written)
         args, kwargs = pytree.tree_unflatten(self._leaves, self._spec)
         given = {f"further input {i + 1}": value for i, value in enumerate(args)}
         given.update((f"the further input {name}", value) for name, value in kwargs.items())

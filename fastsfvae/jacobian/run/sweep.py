@@ -53,10 +53,11 @@ class Program:
         """The plan for chunks of that many samples.
 
         Raises:
-            RuntimeError: a compiled program meets a size that it was not made for.
+            RuntimeError: a compiled program meets a size, or a value, that it was not made for.
         """
         for plan in self.plans:
             if plan.accepts(size):
+                plan.asked.check()
                 return plan
         raise RuntimeError(
             f"a chunk of {size} samples is none that this decoder was traced for: give a smaller "

@@ -1,0 +1,153 @@
+"""Whether a decoder decodes its samples one by one, and the same way each time.
+
+J of one sample has no meaning otherwise. Noise is told from a trace's operations; what one sample
+takes from another (a mean over the batch, a sort) is found by running the trace a few times.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from fastsfvae.jacobian.plan.functionalize import is_mutation
+from fastsfvae.jacobian.plan.nodes import is_tensor, packet_name
+from fastsfvae.jacobian.plan.refuse import TRAINING_ARGUMENT, layer_name
+from fastsfvae.jacobian.plan.trace import Trace
+
+# Samples of a run: what takes part of another sample shows among so few.
+_FEW = 5
+# Rows that are computed from the same numbers by the same kernels differ by less, in units of the
+# type's resolution; those that take part of another sample differ by all of it.
+_UNITS = 64
+
+
+def refuse_noise(node: fx.Node, path: str) -> None:
+    """Refuse what draws at random, but for layers that do so in training only.
+
+    Raises:
+        RuntimeError: names the module, the operation and the fix.
+    """
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return
+    if packet_name(target) in {*TRAINING_ARGUMENT, "scaled_dot_product_attention"}:
+        return
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        raise RuntimeError(
+            f"{layer_name(path)} draws at random ({target}), so that it is another function at "
+            "each call: pass the noise as a further input, or switch it off for the loss"
+        )
+
+
+def refuse_mixing(
+    trace: Trace, fixed: Sequence[Tensor], z: Tensor, extras: Sequence[Tensor], batched: list[bool]
+) -> None:
+    """Refuse a decoder in which a sample's output depends on other samples.
+
+    Args:
+        trace: of the decoder.
+        fixed: its parameters and buffers.
+        z: latents of the traced batch size.
+        extras: the tensors among the further arguments.
+        batched: for each of them, whether its leading axis is the batch.
+
+    Raises:
+        RuntimeError: names the first operation that mixes, and its module.
+    """
+    size = _FEW if z.shape[0] > _FEW and trace.accepts(_FEW) else z.shape[0]
+    if size < 2 or z.device.type == "meta":
+        return
+    rows = torch.arange(size, device=z.device)
+    # Of any two samples one is replaced and the other kept, both ways round.
+    halves = [(rows >> bit & 1).bool() for bit in range((size - 1).bit_length())]
+    replaced = [half for pair in ((half, ~half) for half in halves) for half in pair]
+    changes = any(map(is_mutation, trace.module.graph.nodes))
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
+        noise = torch.randn(size, z.shape[1], generator=torch.Generator().manual_seed(0))
+        tensors, z, extras = [_plain(t) for t in fixed], _plain(z), [_plain(t) for t in extras]
+
+        def inputs(replaced: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+            # In place of some samples those before them, a little beside.
+            places = torch.where(replaced, (rows - 1) % size, rows)
+            moved = z[places] + 0.1 * replaced[:, None] * noise.to(z.device, z.dtype)
+            pairs = zip(extras, batched, strict=True)
+            # What the decoder writes into is the same for each run, and not the user's.
+            own = [t.clone() for t in tensors] if changes else tensors
+            return own, moved, [t[places] if along else t for t, along in pairs]
+
+        none = torch.zeros_like(rows, dtype=torch.bool)
+        try:
+            results = [trace.module(*inputs(chosen)) for chosen in (none, *replaced)]
+        except (RuntimeError, IndexError, ValueError):
+            # What fails on latents beside the user's is no matter of theirs.
+            return
+        for half, result in zip(replaced, results[1:], strict=True):
+            if not _same(result, results[0], ~half):
+                node = _first_mixing(trace, inputs(none), inputs(half), ~half)
+                raise RuntimeError(_message(trace, node))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor without what a transform of torch.func has wrapped it in."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.detach()
+
+
+def _same(value: Tensor, other: Tensor, rows: Tensor) -> bool:
+    """Whether some rows are equal but for rounding."""
+    a, b = value[rows], other[rows]
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    unit = torch.finfo(a.dtype).eps * (_UNITS if torch.finfo(a.dtype).bits > 16 else 4)
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    scale = torch.where(finite, b.abs(), 0).max() if b.numel() else 0
+    near = torch.where(finite, (a - b).abs() <= unit * scale, torch.isnan(a) == torch.isnan(b))
+    return bool(near.all())
+
+
+def _first_mixing(trace: Trace, whole: tuple, changed: tuple, rows: Tensor) -> fx.Node | None:
+    """The first operation whose results for some samples are others when other samples change."""
+    runs = []
+    for inputs in (whole, changed):
+        run = _Kept(trace.module, len(rows))
+        run.run(*[*inputs[0], inputs[1], *inputs[2]])
+        runs.append(run.kept)
+    first, second = runs
+    for node, value in first.items():
+        if node in second and not _same(second[node], value, rows):
+            return node
+    return None
+
+
+class _Kept(fx.Interpreter):
+    """Keeps what has the batch in front."""
+
+    def __init__(self, module: fx.GraphModule, size: int):
+        super().__init__(module, garbage_collect_values=False)
+        self._size = size
+        self.kept: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node."""
+        value = super().run_node(n)
+        if n.op == "call_function" and is_tensor(n) and value.shape[:1] == (self._size,):
+            self.kept[n] = value.clone()
+        return value
+
+
+def _message(trace: Trace, node: fx.Node | None) -> str:
+    module = layer_name(trace.paths.get(node, "") if node is not None else "")
+    operation = ""
+    if node is not None:
+        source: Any = node.args[0] if node.target is operator.getitem else node
+        operation = f" ({source.target})"
+    return (
+        f"{module} mixes the samples of a batch{operation}: each sample must be decoded from its "
+        "own latents alone; reduce over other axes, or pass what is shared as a further input"
+    )
