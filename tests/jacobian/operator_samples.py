@@ -117,7 +117,7 @@ def real(tensor: Tensor) -> Tensor:
 
 
 def judge(op: Any, dtype: torch.dtype, samples: int = 1) -> Verdict:
-    """The worst verdict on an operator over that many samples, and ways to make decoders of each."""
+    """The worst verdict on an operator over that many samples, each made a decoder of."""
     verdicts = []
     judged = 0
     for decoder in decoders(op, dtype):
