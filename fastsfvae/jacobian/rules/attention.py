@@ -10,21 +10,15 @@ from torch import Tensor
 
 from fastsfvae.jacobian.rules.arithmetic import add, mul
 from fastsfvae.jacobian.rules.arrange import repeat_interleave
+from fastsfvae.jacobian.rules.constant import as_jets
 from fastsfvae.jacobian.rules.jet import Jet, primal_of
-from fastsfvae.jacobian.rules.linear import matmul
-from fastsfvae.jacobian.rules.registry import rule
+from fastsfvae.jacobian.rules.linear import einsum, matmul
+from fastsfvae.jacobian.rules.registry import always, rule
 from fastsfvae.jacobian.rules.shape import transpose
-from fastsfvae.jacobian.rules.softmax import softmax
+from fastsfvae.jacobian.rules.softmax import safe_softmax, softmax
 
 
-def _all_jets(args: tuple, kwargs: dict) -> bool:
-    # A parameter in place of one of them would meet plain arithmetic, which no adjoint sees.
-    mask = args[3] if len(args) > 3 else None
-    trained = isinstance(mask, Jet) or (isinstance(mask, Tensor) and mask.requires_grad)
-    return all(isinstance(x, Jet) for x in args[:3]) and not trained
-
-
-@rule("scaled_dot_product_attention", several=True, composed=True, covers=_all_jets)
+@rule("scaled_dot_product_attention", several=True, composed=True, covers=always)
 def scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -36,46 +30,40 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Jet:
-    """softmax(Q K^T * scale + mask) V; PyTorch's own has no usable forward derivative."""
+    """softmax(Q K^T * scale + mask) V; PyTorch's own has no usable forward derivative.
+
+    Where none of the query, the key and the mask depends on z, they are taken as Jets, so that no
+    gradient of theirs is lost.
+    """
     width = primal_of(query).shape[-1]
     if enable_gqa:
         heads = primal_of(query).shape[-3]
+        query, key, value = as_jets(query, key, value)
         key, value = _repeated(key, heads), _repeated(value, heads)
-    flipped = transpose(key, -2, -1) if isinstance(key, Jet) else key.transpose(-2, -1)
+    if not isinstance(query, Jet) and not isinstance(key, Jet):
+        query, key = as_jets(query, key, value, attn_mask)[:2]
     factor = 1 / math.sqrt(width) if scale is None else scale
-    scores = _times(_product(query, flipped), factor)
-    if is_causal:
-        shape = primal_of(scores).shape[-2:]
-        attn_mask = torch.ones(shape, dtype=torch.bool, device=primal_of(query).device).tril()
+    scores = mul(_scores(query, key), factor)
     if attn_mask is not None:
-        scores = _plus(scores, _additive(attn_mask, primal_of(scores)))
-    return matmul(_softmax(scores), value)
+        scores = add(scores, _additive(attn_mask, scores))
+        return matmul(safe_softmax(scores, -1), value)
+    if is_causal:
+        ones = torch.ones(scores.primal.shape[-2:], dtype=torch.bool, device=scores.primal.device)
+        scores = add(scores, _additive(ones.tril(), scores))
+    return matmul(softmax(scores, -1), value)
 
 
-def _repeated(x: Any, heads: int) -> Any:
-    times = heads // primal_of(x).shape[-3]
-    if isinstance(x, Jet):
-        return repeat_interleave(x, times, -3)
-    return x.repeat_interleave(times, -3)
-
-
-def _additive(mask: Any, scores: Tensor) -> Any:
+def _additive(mask: Any, scores: Jet) -> Any:
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
+        return torch.zeros_like(mask, dtype=scores.primal.dtype).masked_fill(~mask, -math.inf)
     return mask
 
 
-def _product(a: Any, b: Any) -> Any:
-    return matmul(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else torch.matmul(a, b)
+def _repeated(x: Jet, heads: int) -> Jet:
+    return repeat_interleave(x, heads // x.primal.shape[-3], -3)
 
 
-def _times(x: Any, factor: float) -> Any:
-    return mul(x, factor) if isinstance(x, Jet) else x * factor
-
-
-def _plus(a: Any, b: Any) -> Any:
-    return add(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a + b
-
-
-def _softmax(x: Any) -> Any:
-    return softmax(x, -1) if isinstance(x, Jet) else torch.softmax(x, -1)
+def _scores(query: Any, key: Any) -> Jet:
+    if isinstance(key, Jet):
+        return matmul(query, transpose(key, -2, -1))
+    return einsum("...qd,...kd->...qk", [query, key])

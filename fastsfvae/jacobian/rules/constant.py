@@ -11,22 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from fastsfvae.jacobian.rules.jet import Jet
-from fastsfvae.jacobian.rules.pieces import zero_tangent
-from fastsfvae.jacobian.rules.registry import adjoint, always, rule
+from fastsfvae.jacobian.rules.registry import adjoint, rule
 
 
-@rule("fastsfvae.constant", several=True)
-def constant(value: Tensor, like: Tensor) -> Jet:
-    """A value with as many tangents as those of another, all zero and without storage."""
-    return Jet(value, zero_tangent(value, like))
+@rule("fastsfvae.constant")
+def constant(value: Tensor, m: int) -> Jet:
+    """A value with m tangents of zero, which have no storage."""
+    return Jet(value, value.new_zeros(()).expand(m, *value.shape))
 
 
-@adjoint("fastsfvae.constant", covers=always)
-def _constant_adjoint(grad: Jet, out: Jet, needs: tuple, value: Tensor, like: Tensor) -> tuple:
+@adjoint("fastsfvae.constant")
+def _constant_adjoint(grad: Jet, out: Jet, needs: tuple, value: Tensor, m: int) -> tuple[Tensor]:
     return (grad.primal,)
 
 
 def as_jets(*values: Any) -> list[Any]:
-    """Each tensor as a Jet, by the first one that is; None stays None."""
-    like = next(x.tangent for x in values if isinstance(x, Jet))
-    return [constant(x, like) if isinstance(x, Tensor) else x for x in values]
+    """Each tensor as a Jet, with as many tangents as those have that are; None stays None."""
+    m = next(len(x.tangent) for x in values if isinstance(x, Jet))
+    return [constant(x, m) if isinstance(x, Tensor) else x for x in values]

@@ -50,7 +50,8 @@ pointwise("asinh", "arcsinh", curvature=lambda a, y, d: -a * d**3)(
     lambda a, y: torch.rsqrt(a * a + 1)
 )
 pointwise("acosh", "arccosh", curvature=lambda a, y, d: -a * d**3)(
-    lambda a, y: torch.rsqrt(a * a - 1)
+    # The root of the product has another sign in the left half of the complex plane.
+    lambda a, y: torch.rsqrt(a - 1) * torch.rsqrt(a + 1)
 )
 pointwise("atanh", "arctanh", curvature=lambda a, y, d: 2 * a * d * d)(lambda a, y: 1 / (1 - a * a))
 pointwise("erf", "special_erf", curvature=lambda a, y, d: -2 * a * d)(
@@ -80,6 +81,3 @@ def _logit(a, y, eps=None):
 @pointwise("nan_to_num", straight=True)
 def _nan_to_num(a, y, nan=None, posinf=None, neginf=None):
     return torch.isfinite(a)
-
-
-pointwise("remainder", "fmod", straight=True)(lambda a, y, divisor: torch.ones_like(a))

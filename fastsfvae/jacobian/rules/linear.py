@@ -25,7 +25,7 @@ from fastsfvae.jacobian.rules.jet import (
     primal_of,
     sum_over_parts,
 )
-from fastsfvae.jacobian.rules.registry import adjoint, rule
+from fastsfvae.jacobian.rules.registry import adjoint, always, rule
 from fastsfvae.jacobian.rules.shape import transpose, unsqueeze
 
 
@@ -213,12 +213,21 @@ def _subscripts(equation: str, operands: list[Any]) -> tuple[list[str], str]:
     return [spelled(*pair) for pair in zip(inputs, ranks, strict=True)], spelled(output, len(free))
 
 
-def _no_diagonals(args: tuple, kwargs: dict) -> bool:
-    inputs, _ = _subscripts(*args)
-    return all(len(set(name)) == len(name) for name in inputs)
+def _apart(name: str, value: Tensor, used: str) -> tuple[str, list[tuple[str, Tensor]]]:
+    """A gradient's letters, each its own, and the unit matrices that join those of a diagonal."""
+    free = iter(c for c in string.ascii_letters if c not in used and c != _M)
+    letters, joints = "", []
+    for letter, extent in zip(name, value.shape, strict=True):
+        if letter in letters:
+            other = next(free)
+            unit = torch.eye(extent, dtype=value.dtype, device=value.device)
+            joints.append((letter + other, unit))
+            letter = other
+        letters += letter
+    return letters, joints
 
 
-@adjoint("einsum", covers=_no_diagonals)
+@adjoint("einsum", covers=always)
 def _einsum_adjoint(
     grad: Jet, out: Jet, needs: tuple, equation: str, operands: list[Any], **_: Any
 ) -> tuple[None, list[Any]]:
@@ -235,8 +244,9 @@ def _einsum_adjoint(
         # Letters that the operand was summed over by itself: its gradient repeats along them.
         elsewhere = output + "".join(n for _, (n, _) in others)
         ones = [(c, value.new_ones(n)) for c, n in zip(name, value.shape, strict=True)]
-        ones = [(c, one) for c, one in ones if c not in elsewhere]
-        fixed = [factor for _, factor in others] + ones
+        ones = [(c, one) for c, one in dict(ones).items() if c not in elsewhere]
+        name, joints = _apart(name, value, "".join(inputs))
+        fixed = [factor for _, factor in others] + ones + joints
         result = _contract(name, [by_value, *fixed])
         for position, (j, _) in enumerate(others):
             if isinstance(operands[j], Jet):

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.rules.arithmetic import maximum, minimum, power
-from fastsfvae.jacobian.rules.fallback import generic_rule
+from fastsfvae.jacobian.rules.arithmetic import div, maximum, minimum, power, where
 from fastsfvae.jacobian.rules.indexing import gather
 from fastsfvae.jacobian.rules.jet import Jet, broadcast_jet, move
 from fastsfvae.jacobian.rules.registry import adjoint, always, rule
@@ -166,7 +165,14 @@ def std(
     x: Jet, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Jet:
     """The root of the variance."""
-    return power(var(x, dim, unbiased, keepdim, correction=correction), 0.5)
+    return root(var(x, dim, unbiased, keepdim, correction=correction))
+
+
+def root(x: Jet) -> Jet:
+    """The square root, with derivative zero at zero, as PyTorch's backward gives of std."""
+    # A value that rounding made negative is zero.
+    zero = x.primal <= 0
+    return where(zero, 0.0, power(where(zero, 1.0, x), 0.5))
 
 
 def _with_mean(name: str, moment: Callable[..., Jet]) -> None:
@@ -187,14 +193,33 @@ _with_mean("var_mean", var)
 _with_mean("std_mean", std)
 
 
+@rule("nansum", composed=True)
+def nansum(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
+    """The sum of what is a number."""
+    return sum_(where(x.primal.isnan(), 0.0, x), dim, keepdim, dtype=dtype)
+
+
+@rule("nanmean", composed=True)
+def nanmean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
+    """The mean of what is a number."""
+    total = nansum(x, dim, keepdim, dtype=dtype)
+    count = (~x.primal.isnan()).sum(_axes(x, dim), keepdim=keepdim)
+    return div(total, count.to(total.primal.dtype))
+
+
 @rule("logsumexp", "special_logsumexp")
 def logsumexp(x: Jet, dim: Any, keepdim: bool = False) -> Jet:
     """D lse = sum(softmax(x) dx)."""
     axes = _axes(x, dim)
     kept = x.primal.logsumexp(axes, keepdim=True)
-    weights = (x.primal - kept).exp()
+    weights = _softmax_weights(x.primal, kept)
     primal = kept if keepdim else x.primal.logsumexp(axes)
     return broadcast_jet(primal, (weights * _tangent(x, axes)).sum(axes, keepdim=keepdim))
+
+
+def _softmax_weights(value: Tensor, total: Tensor) -> Tensor:
+    # Where all that is summed is masked out, nothing counts.
+    return (value - torch.where(total == -math.inf, 0.0, total)).exp()
 
 
 @adjoint("logsumexp", "special_logsumexp")
@@ -202,44 +227,60 @@ def _logsumexp_adjoint(
     grad: Jet, out: Jet, needs: tuple, x: Jet, dim: Any, keepdim: bool = False
 ) -> tuple[Jet]:
     axes = _axes(x, dim)
-    weights = (x.primal - _widened(out.primal, axes, keepdim)).exp()
+    weights = _softmax_weights(x.primal, _widened(out.primal, axes, keepdim))
     moved = _tangent(x, axes) - _widened(out.tangent, axes, keepdim)
     return _pull_weighted(grad, axes, keepdim, weights, lambda g: g * weights * moved)
 
 
 @rule("linalg_vector_norm")
 def norm(x: Jet, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
-    """D |x|_p = sum(sign(x) |x|^(p-1) dx) / |x|^(p-1), 0 at 0."""
+    """D |x|_p = sum(sign(x) |x|^(p-1) dx) / |x|^(p-1), 0 at 0; see `_norm_weights`."""
     ord = _order(ord)
     axes = _axes(x, dim)
     value = x.primal if dtype is None else x.primal.to(dtype)
-    if not 1 <= ord < math.inf:
-        return generic_rule(torch.linalg.vector_norm, "")(x, ord, axes, keepdim)
     kept = torch.linalg.vector_norm(value, ord, axes, keepdim=True)
     primal = kept if keepdim else torch.linalg.vector_norm(value, ord, axes)
-    moved = _norm_weights(value, kept, ord) * _tangent(x, axes)
+    moved = _norm_weights(value, kept, ord, axes) * _tangent(x, axes)
     return broadcast_jet(primal, moved.sum(axes, keepdim=keepdim))
+
+
+@rule("norm", composed=True)
+def norm_of_tensor(
+    x: Jet, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Jet:
+    """The older name."""
+    return norm(x, p, dim, keepdim, dtype=dtype)
 
 
 def _order(ord: Any) -> float:
     return 2.0 if ord is None else float(ord)
 
 
-def _nonzero(norm: Tensor) -> Tensor:
-    # A vector of zeros gets tangent zero, as PyTorch's backward does.
-    return torch.where(norm == 0, torch.ones_like(norm), norm)
+def _nonzero(t: Tensor) -> Tensor:
+    # A vector of zeros gets tangent zero, and so does an entry, as in PyTorch's backward.
+    return torch.where(t == 0, torch.ones_like(t), t)
 
 
-def _norm_weights(value: Tensor, norm: Tensor, ord: float) -> Tensor:
-    if ord == 1.0:
+def _norm_weights(value: Tensor, norm: Tensor, ord: float, axes: list[int]) -> Tensor:
+    """The derivative of the norm, which has the reduced axes, by the value."""
+    if ord == 0:
+        return torch.zeros_like(value)
+    if ord == 1:
         return torch.sign(value)
+    if math.isinf(ord):
+        # All the extreme entries, averaged.
+        taken = (value.abs() == norm).to(value.dtype)
+        return torch.sign(value) * taken / taken.sum(axes, keepdim=True)
     ratio = value / _nonzero(norm)
-    return ratio if ord == 2.0 else ratio * ratio.abs() ** (ord - 2)
+    return ratio if ord == 2 else ratio * _power_of_ratio(ratio, ord)
 
 
-@adjoint(
-    "linalg_vector_norm", covers=lambda args, kwargs: 1 <= _order(*args[1:2] or (2,)) < math.inf
-)
+def _power_of_ratio(ratio: Tensor, ord: float) -> Tensor:
+    """|x|^(p-2), zero at 0, where it or its derivative may be infinite."""
+    return torch.where(ratio == 0, 0.0, _nonzero(ratio).abs() ** (ord - 2))
+
+
+@adjoint("linalg_vector_norm")
 def _norm_adjoint(
     grad: Jet,
     out: Jet,
@@ -252,33 +293,15 @@ def _norm_adjoint(
 ) -> tuple[Jet]:
     ord, axes = _order(ord), _axes(x, dim)
     value, kept = x.primal.to(out.primal.dtype), _widened(out.primal, axes, keepdim)
-    weights = _norm_weights(value, kept, ord)
-    if ord == 1.0:
+    weights = _norm_weights(value, kept, ord, axes)
+    if ord in (0, 1) or math.isinf(ord):
         return _pull_weighted(grad, axes, keepdim, weights)
     moved = _tangent(x, axes)
-    if ord != 2.0:
-        moved = moved * (value / _nonzero(kept)).abs() ** (ord - 2)
+    if ord != 2:
+        moved = moved * _power_of_ratio(value / _nonzero(kept), ord)
     moved = moved - weights * _widened(out.tangent, axes, keepdim)
     bend = moved * ((ord - 1) * (kept != 0) / _nonzero(kept))
     return _pull_weighted(grad, axes, keepdim, weights, lambda g: g * bend)
-
-
-@rule("linalg_norm", composed=True, covers=lambda args, kwargs: _is_vector_norm(*args))
-def linalg_norm(
-    x: Jet, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Jet:
-    """Of vectors through `norm`; of matrices generically."""
-    if _is_vector_norm(x, ord, dim):
-        return norm(x, ord, dim, keepdim, dtype=dtype)
-    return generic_rule(torch.linalg.norm, "")(x, ord, dim, keepdim, dtype=dtype)
-
-
-def _is_vector_norm(x: Jet, ord: Any = None, dim: Any = None, *_: Any) -> bool:
-    if isinstance(ord, str) or (ord is not None and not 1 <= ord < math.inf):
-        return False
-    # Without an order, all axes together are one vector.
-    axes = [dim] if isinstance(dim, int) else dim
-    return ord is None or (axes is not None and len(axes) == 1)
 
 
 def _even_share(name: str) -> Callable[..., Jet]:
@@ -307,10 +330,12 @@ def _even_share(name: str) -> Callable[..., Jet]:
     return extreme
 
 
-def _extreme(name: str, pairwise: Callable[..., Jet]) -> None:
+_amax, _amin = _even_share("amax"), _even_share("amin")
+
+
+def _extreme(name: str, of_everything: Callable[..., Jet], pairwise: Callable[..., Jet]) -> None:
     """Max and min in their three forms: of everything, along an axis, of two tensors."""
     operation = getattr(torch, name)
-    of_everything = _even_share(f"a{name}")
 
     @rule(name, several=True, composed=True, covers=always)
     def extreme(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
@@ -325,5 +350,12 @@ def _extreme(name: str, pairwise: Callable[..., Jet]) -> None:
         return squeeze(taken, dim), positions.squeeze(dim)
 
 
-_extreme("max", maximum)
-_extreme("min", minimum)
+_extreme("max", _amax, maximum)
+_extreme("min", _amin, minimum)
+
+
+@rule("aminmax", composed=True)
+def aminmax(x: Jet, *, dim: Any = None, keepdim: bool = False) -> tuple[Jet, Jet]:
+    """Both extremes."""
+    axes = () if dim is None else dim
+    return _amin(x, axes, keepdim), _amax(x, axes, keepdim)

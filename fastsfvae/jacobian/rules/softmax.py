@@ -24,12 +24,21 @@ def _tangent(x: Jet, y: Tensor, dim: int) -> Tensor:
 @rule("softmax")
 def softmax(x: Jet, dim: int, dtype: Any = None) -> Jet:
     """Dy = y (dx - sum(y dx))."""
-    y = torch.softmax(x.primal, dim, dtype)
+    return _moved(x, torch.softmax(x.primal, dim, dtype), dim)
+
+
+@rule("_safe_softmax")
+def safe_softmax(x: Jet, dim: int, dtype: Any = None) -> Jet:
+    """Zero where all entries are minus infinity, as attention has it where all is masked out."""
+    return _moved(x, torch.ops.aten._safe_softmax(x.primal, dim, dtype), dim)
+
+
+def _moved(x: Jet, y: Tensor, dim: int) -> Jet:
     axis, tangent = _axis(y, dim), _tangent(x, y, dim)
     return broadcast_jet(y, y * (tangent - (y * tangent).sum(axis, keepdim=True)))
 
 
-@adjoint("softmax")
+@adjoint("softmax", "_safe_softmax")
 def _softmax_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, dtype: Any = None):
     y = out.primal
     axis = _axis(y, dim)
@@ -56,3 +65,19 @@ def _log_softmax_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, dt
     total = grad.tangent.sum(axis, keepdim=True)
     by_y = grad.primal - p * (x.tangent * total).sum(0)
     return (Jet(by_y - p * by_y.sum(axis, keepdim=True), grad.tangent - p * total),)
+
+
+def _precise(x: Jet, half_to_float: bool) -> Any:
+    return torch.float32 if half_to_float else x.primal.dtype
+
+
+@rule("_softmax", composed=True)
+def softmax_of_parts(x: Jet, dim: int, half_to_float: bool) -> Jet:
+    """What decompositions call it."""
+    return softmax(x, dim, _precise(x, half_to_float))
+
+
+@rule("_log_softmax", composed=True)
+def log_softmax_of_parts(x: Jet, dim: int, half_to_float: bool) -> Jet:
+    """What decompositions call it."""
+    return log_softmax(x, dim, _precise(x, half_to_float))
