@@ -92,6 +92,9 @@ class _Functionalizer:
                 "differentiated here; write the out-of-place form"
             )
         now = self.position[node]
+        if torch.Tag.inplace_view in getattr(node.target, "tags", ()):
+            self._view_instead(node, target, functional)
+            return
         aliases = [
             other
             for other, storage in self.storage.items()
@@ -109,6 +112,17 @@ class _Functionalizer:
         for old, new in renewed.items():
             old.replace_all_uses_with(new, delete_user_cb=lambda user: self._is_after(user, now))
         node.replace_all_uses_with(renewed[target])
+        self.graph.erase_node(node)
+
+    def _view_instead(self, node: fx.Node, target: fx.Node, functional: Any) -> None:
+        """Give what gets other axes in place a name of its own: its memory stays as it is."""
+        with self.graph.inserting_before(node):
+            view = self.graph.call_function(functional, node.args, node.kwargs)
+        view.meta, now = dict(node.meta), self.position[node]
+        self.dynamic.add(view)
+        self.source[view], self.storage[view] = target, self.storage[target]
+        target.replace_all_uses_with(view, delete_user_cb=lambda user: self._is_after(user, now))
+        node.replace_all_uses_with(view)
         self.graph.erase_node(node)
 
     def _scatter_back(

@@ -100,7 +100,7 @@ def mul(a: Any, b: Any) -> Jet:
     return combine(torch.mul(value_a, value_b), (a, value_b), (b, value_a))
 
 
-def _pull_product(grad: Jet, operand: Any, partial: Any, bend: Any) -> Any:
+def pull_product(grad: Jet, operand: Any, partial: Any, bend: Any) -> Any:
     """Gradients of one operand of a smooth function of two.
 
     Args:
@@ -116,7 +116,8 @@ def _pull_product(grad: Jet, operand: Any, partial: Any, bend: Any) -> Any:
     return Jet(value, grad.tangent * partial) if isinstance(operand, Jet) else value
 
 
-def _tangent_of(x: Any, out: Jet) -> Tensor | None:
+def aligned_tangent(x: Any, out: Jet) -> Tensor | None:
+    """An operand's tangents, to broadcast against a result's; None where it has none."""
     return align(x, out.primal.ndim) if isinstance(x, Jet) else None
 
 
@@ -124,7 +125,7 @@ def _tangent_of(x: Any, out: Jet) -> Tensor | None:
 def _mul_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
     pairs = (a, b, needs[0]), (b, a, needs[1])
     return tuple(
-        _pull_product(grad, x, primal_of(other), _tangent_of(other, out)) if need else None
+        pull_product(grad, x, primal_of(other), aligned_tangent(other, out)) if need else None
         for x, other, need in pairs
     )
 
@@ -146,16 +147,16 @@ def _div_adjoint(
 ):
     if rounding_mode is not None:
         nothing = torch.zeros_like(grad.primal)
-        return tuple(_pull_product(grad, operand, nothing, None) for operand in (a, b))
+        return tuple(pull_product(grad, operand, nothing, None) for operand in (a, b))
     inverse = 1 / primal_of(b)
-    moved_a, moved_b = _tangent_of(a, out), _tangent_of(b, out)
+    moved_a, moved_b = aligned_tangent(a, out), aligned_tangent(b, out)
     bend_a = None if moved_b is None else -moved_b * inverse**2
     bend_b = None if moved_a is None else -moved_a * inverse**2
     if moved_b is not None:
         twice = 2 * out.primal * moved_b * inverse**2
         bend_b = twice if bend_b is None else bend_b + twice
-    grad_a = _pull_product(grad, a, inverse, bend_a) if needs[0] else None
-    grad_b = _pull_product(grad, b, -out.primal * inverse, bend_b) if needs[1] else None
+    grad_a = pull_product(grad, a, inverse, bend_a) if needs[0] else None
+    grad_b = pull_product(grad, b, -out.primal * inverse, bend_b) if needs[1] else None
     return grad_a, grad_b
 
 
@@ -193,7 +194,7 @@ def _base_curvature(base: Tensor, exponent: Any) -> Tensor:
 @adjoint("pow", covers=always)
 def _power_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
     base, exponent = primal_of(a), primal_of(b)
-    moved_a, moved_b = _tangent_of(a, out), _tangent_of(b, out)
+    moved_a, moved_b = aligned_tangent(a, out), aligned_tangent(b, out)
     grad_a: Any = None
     grad_b: Any = None
     log: Any = None
@@ -207,12 +208,12 @@ def _power_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
         bend: Any = 0 if moved_b is None else mixed * moved_b
         if moved_a is not None:
             bend = bend + _base_curvature(base, exponent) * moved_a
-        grad_a = _pull_product(grad, a, _base_derivative(base, exponent), bend)
+        grad_a = pull_product(grad, a, _base_derivative(base, exponent), bend)
     if needs[1]:
         bend = 0 if moved_a is None else mixed * moved_a
         if moved_b is not None:
             bend = bend + out.primal * log**2 * moved_b
-        grad_b = _pull_product(grad, b, out.primal * log, bend)
+        grad_b = pull_product(grad, b, out.primal * log, bend)
     return grad_a, grad_b
 
 
@@ -266,7 +267,7 @@ def _extreme_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
     value_a, value_b = primal_of(a), primal_of(b)
     share = (value_a == out.primal).to(out.primal.dtype)
     share = share / (share + (value_b == out.primal))
-    return _pull_product(grad, a, share, None), _pull_product(grad, b, 1 - share, None)
+    return pull_product(grad, a, share, None), pull_product(grad, b, 1 - share, None)
 
 
 def _share(a: Tensor, b: Tensor) -> Tensor:
@@ -284,12 +285,12 @@ def lerp(a: Any, b: Any, weight: Any) -> Jet:
 @adjoint("lerp", covers=always)
 def _lerp_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any, weight: Any):
     w, step = primal_of(weight), primal_of(b) - primal_of(a)
-    moved_a, moved_b, moved_w = (_tangent_of(x, out) for x in (a, b, weight))
+    moved_a, moved_b, moved_w = (aligned_tangent(x, out) for x in (a, b, weight))
     moved_step = _difference(moved_b, moved_a)
     return (
-        _pull_product(grad, a, 1 - w, None if moved_w is None else -moved_w),
-        _pull_product(grad, b, w, moved_w),
-        _pull_product(grad, weight, step, moved_step) if needs[2] else None,
+        pull_product(grad, a, 1 - w, None if moved_w is None else -moved_w),
+        pull_product(grad, b, w, moved_w),
+        pull_product(grad, weight, step, moved_step) if needs[2] else None,
     )
 
 

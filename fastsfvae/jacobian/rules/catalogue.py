@@ -17,17 +17,24 @@ from fastsfvae.jacobian.rules import linalg as linalg
 from fastsfvae.jacobian.rules import linear as linear
 from fastsfvae.jacobian.rules import matrix_function as matrix_function
 from fastsfvae.jacobian.rules import norm as norm
+from fastsfvae.jacobian.rules import order as order
 from fastsfvae.jacobian.rules import pair as pair
 from fastsfvae.jacobian.rules import pieces as pieces
 from fastsfvae.jacobian.rules import piecewise as piecewise
+from fastsfvae.jacobian.rules import places as places
 from fastsfvae.jacobian.rules import pool as pool
+from fastsfvae.jacobian.rules import recurrent as recurrent
 from fastsfvae.jacobian.rules import reduction as reduction
+from fastsfvae.jacobian.rules import sampling as sampling
 from fastsfvae.jacobian.rules import scan as scan
 from fastsfvae.jacobian.rules import scatter as scatter
+from fastsfvae.jacobian.rules import scatter_reduce as scatter_reduce
 from fastsfvae.jacobian.rules import shape as shape
 from fastsfvae.jacobian.rules import softmax as softmax
 from fastsfvae.jacobian.rules import special as special
 from fastsfvae.jacobian.rules import spectrum as spectrum
+from fastsfvae.jacobian.rules import spelling as spelling
+from fastsfvae.jacobian.rules import unpool as unpool
 
 # Operations whose results carry no tangent, although they are floating point: piecewise constant,
 # cut off on purpose, or made from the shape alone.
@@ -41,4 +48,21 @@ NOT_DIFFERENTIABLE = frozenset(
 
 # Operations whose rules and adjoints are right for complex values as well; any other one is refused
 # where a complex value carries tangents.
-COMPLEX: frozenset[str] = frozenset()
+COMPLEX = frozenset(
+    """
+    abs absolute acos acosh add addcdiv addcmul addmm adjoint alias angle arccos arccosh arcsin
+    arcsinh arctan arctanh asin asinh atan atanh atleast_1d atleast_2d atleast_3d baddbmm bmm
+    broadcast_to cat chunk clone complex concat concatenate conj conj_physical constant_pad_nd
+    contiguous copy cos cosh cumsum diagonal div divide einsum exp exp2 expand expand_as expm1 fill
+    flatten flip gather imag index index_add index_put index_select lerp linalg_matmul
+    linalg_vector_norm linear log log10 log1p log2 mH mT masked_fill matmul matrix_H mean mm
+    moveaxis movedim mul multiply mv narrow neg negative numpy_T pad permute polar positive pow
+    ravel real reciprocal repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg roll
+    rsqrt rsub scatter_add select select_scatter sgn sigmoid sin sinh slice slice_scatter
+    special_exp2 special_expit special_expm1 special_log1p split split_with_sizes sqrt square
+    squeeze stack std std_mean sub subtract sum swapaxes swapdims t take_along_dim tan tanh
+    tensor_split tile to transpose tril triu true_divide type_as unbind unflatten unfold
+    unfold_backward unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze var var_mean view
+    view_as view_as_complex view_as_real where zero _conj _conj_physical _fft_c2c _fft_c2r _fft_r2c
+    """.split()
+)

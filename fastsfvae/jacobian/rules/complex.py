@@ -16,13 +16,13 @@ from torch import Tensor
 # Its rules must be there before they get another for complex values.
 from fastsfvae.jacobian.rules import elementwise as elementwise
 from fastsfvae.jacobian.rules.arithmetic import (
-    _pull_product,
-    _tangent_of,
     add,
+    aligned_tangent,
     combine,
     div,
     masked_fill,
     power,
+    pull_product,
 )
 from fastsfvae.jacobian.rules.jet import Jet, broadcast_jet, move, primal_of
 from fastsfvae.jacobian.rules.pair import atan2
@@ -110,7 +110,7 @@ def complex_(a: Any, b: Any) -> Jet:
 
 @adjoint("complex", covers=always)
 def _complex_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
-    return _pull_product(grad, a, 1, None), _pull_product(grad, b, 1j, None)
+    return pull_product(grad, a, 1, None), pull_product(grad, b, 1j, None)
 
 
 def _unit(angle: Tensor) -> Tensor:
@@ -127,13 +127,13 @@ def polar(a: Any, b: Any) -> Jet:
 @adjoint("polar", covers=always)
 def _polar_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
     unit = _unit(primal_of(b))
-    moved_a, moved_b = _tangent_of(a, out), _tangent_of(b, out)
+    moved_a, moved_b = aligned_tangent(a, out), aligned_tangent(b, out)
     bend_a = None if moved_b is None else 1j * unit * moved_b
     bend_b = None if moved_a is None else 1j * unit * moved_a
     if moved_b is not None:
         twice = -out.primal * moved_b
         bend_b = twice if bend_b is None else bend_b + twice
-    return _pull_product(grad, a, unit, bend_a), _pull_product(grad, b, 1j * out.primal, bend_b)
+    return pull_product(grad, a, unit, bend_a), pull_product(grad, b, 1j * out.primal, bend_b)
 
 
 @rule("fastsfvae.modulus")

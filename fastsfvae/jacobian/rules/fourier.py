@@ -99,3 +99,22 @@ def _halves_adjoint(
         return halves
 
     return (move(grad, back),)
+
+
+@rule("unfold_backward")
+def overlapped(x: Jet, sizes: list[int], dim: int, size: int, step: int) -> Jet:
+    """Windows along an axis, added up where they overlap: what `unfold` takes, put back."""
+    axis = front(dim, len(sizes))
+
+    def added(t: Tensor, k: int) -> Tensor:
+        return aten.unfold_backward(t, [*t.shape[:k], *sizes], axis + k, size, step)
+
+    return move(x, added, keeps_batch=False)
+
+
+@adjoint("unfold_backward")
+def _overlapped_adjoint(
+    grad: Jet, out: Jet, needs: tuple, x: Jet, sizes: list[int], dim: int, size: int, step: int
+) -> tuple[Jet]:
+    axis = front(dim, len(sizes))
+    return (move(grad, lambda g, k: g.unfold(axis + k, size, step)),)
