@@ -139,8 +139,8 @@ def _pull_all(
     m = len(tangents)
     both = (needs[0], needs[1])
 
-    def pulled(g: Tensor, t: Tensor, w: Tensor) -> list[Tensor | None]:
-        return list(convolve_backward(g, t, w, shape, both))
+    def pulled(g: Tensor, t: Tensor, w: Tensor) -> tuple[Any, Any]:
+        return convolve_backward(g, t, w, shape, both)
 
     grad_x, grad_w = pulled(by_value, inputs, kernel)
     moved_x: Any = None
@@ -161,9 +161,9 @@ def _pull_all(
     if needs[0] and isinstance(x, Jet):
         moved_x = unfold(moved_x, m)
         moved_x = moved_x if value.ndim == spatial + 2 else moved_x[:, 0]
-        grad_x = Jet(grad_x.view(value.shape), moved_x)
+        grad_x = Jet(grad_x.reshape(value.shape), moved_x)
     elif needs[0]:
-        grad_x = grad_x.view(value.shape)
+        grad_x = grad_x.reshape(value.shape)
     if needs[1] and isinstance(weight, Jet):
         grad_w = Jet(grad_w, _apart(moved_w, m, shape))
     grad_b: Any = by_value.flatten(2).sum((0, 2))

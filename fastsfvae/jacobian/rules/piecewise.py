@@ -56,6 +56,8 @@ def _in_order(operands: tuple, named: dict[str, Any]) -> tuple:
 
 def _scaled(grad: Jet, operand: Any, factor: Any) -> Any:
     """The gradient of an operand: a Jet for a Jet, a tensor for a tensor."""
+    if isinstance(factor, int) and factor == 1:
+        return grad if isinstance(operand, Jet) else grad.primal
     if isinstance(operand, Jet):
         return move(grad, lambda g, _: g * factor)
     return grad.primal * factor
