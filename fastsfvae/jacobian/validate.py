@@ -31,14 +31,14 @@ def layer_name(path: str) -> str:
 class Method(nn.Module):
     """A method of a module as a module, so that its parameters are known by name."""
 
-    def __init__(self, owner: nn.Module, name: str):
+    def __init__(self, owner: nn.Module, function: Callable[..., Any]):
         super().__init__()
         self.owner = owner
-        self.name = name
+        self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method."""
-        return getattr(self.owner, self.name)(*args, **kwargs)
+        return self.function(self.owner, *args, **kwargs)
 
 
 def unwrap(
@@ -64,21 +64,35 @@ def unwrap(
         return unwrap(decoder.func, {**decoder.keywords, **kwargs})
     owner = getattr(decoder, "__self__", None)
     if isinstance(owner, nn.Module):
-        _refuse_wrappers(owner)
-        name = getattr(decoder, "__name__", "")
-        return owner if name in ("forward", "__call__") else Method(owner, name), kwargs
+        refuse_wrappers(owner)
+        function = getattr(decoder, "__func__", None)
+        if decoder in (owner.forward, owner.__call__) or function is None:
+            return owner, kwargs
+        return Method(owner, function), kwargs
     if isinstance(decoder, nn.Module):
-        module: nn.Module = getattr(decoder, "_orig_mod", decoder)
-        _refuse_wrappers(module)
+        module = uncompiled(decoder)
+        refuse_wrappers(module)
         return module, kwargs
     return decoder, kwargs
 
 
-def _refuse_wrappers(decoder: nn.Module) -> None:
-    for kind in type(decoder).__mro__:
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, where it was."""
+    while type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    return module
+
+
+def refuse_wrappers(module: nn.Module, name: str = "the decoder") -> None:
+    """Refuse a module that is wrapped for data-parallel training.
+
+    Raises:
+        TypeError: names the wrapper and what to do.
+    """
+    for kind in type(module).__mro__:
         if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
             raise TypeError(
-                f"the decoder is wrapped in {kind.__name__}, past which gradients are not "
+                f"{name} is wrapped in {kind.__name__}, past which gradients are not "
                 f"synchronised: {_WRAPPERS[kind.__name__]}"
             )
 

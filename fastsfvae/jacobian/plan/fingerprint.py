@@ -16,7 +16,7 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from fastsfvae.jacobian.plan.freeze import EXACT, Freezer, signature
-from fastsfvae.jacobian.validate import layer_name
+from fastsfvae.jacobian.validate import layer_name, uncompiled
 
 # Attributes that nn.Module keeps for itself; `training` and the tensors are read separately.
 _INTERNAL = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})
@@ -60,13 +60,6 @@ def modules_with_paths(module: nn.Module, path: str = "") -> list[tuple[str, nn.
     return found
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that torch.compile was given, where it was."""
-    while isinstance(module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
-        module = module._modules["_orig_mod"]  # type: ignore[assignment]
-    return module
-
-
 def fingerprint(decoder: nn.Module, written: Written | None = None) -> Fingerprint:
     """Read everything a trace of the decoder would bake in; no device synchronisation.
 
@@ -84,15 +77,15 @@ def freeze(value: Any) -> Any:
 
 
 def attributes(decoder: nn.Module, written: Written | None = None) -> dict[str, tuple[Any, str]]:
-    """The plain attributes in a decoder's key, by the name that messages use: (stand-in, text)."""
+    """A decoder's plain attributes that are no results, by their names: (stand-in, text)."""
     modules = modules_with_paths(decoder)
     freezer = Freezer((m for _, m in modules), _outside)
     found: dict[str, tuple[Any, str]] = {}
     for path, module in modules:
         results = (written or {}).get(path, {})
         for name, value in module.__dict__.items():
-            if name not in _INTERNAL:
-                stand_in = freezer.freeze(value, results.get(name))
+            if name not in _INTERNAL and name not in results:
+                stand_in = freezer.freeze(value)
                 found[f"{layer_name(path)}.{name}"] = stand_in, text_of(value)
     return found
 
@@ -143,8 +136,10 @@ def _fingerprint(
         for name, value in module.__dict__.items():
             if name not in skipped:
                 # Flat, and without a call for what most attributes are: this runs at every step.
-                kind = value.__class__
-                if kind in EXACT or (kind is float and (value < 0 or value > 0)):
+                kind = type(value)
+                if type(kind) is type and (
+                    kind in EXACT or (kind is float and (value < 0 or value > 0))
+                ):
                     key += (name, kind, value)
                 else:
                     key += (name, freezer.freeze(value, results.get(name)))

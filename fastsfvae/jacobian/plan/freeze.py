@@ -59,7 +59,8 @@ def slots_of(kind: type) -> dict[str, Any]:
     found = _slots.get(kind)
     if found is None:
         places = [place for base in kind.__mro__ for place in vars(base).items()]
-        found = {n: slot for n, slot in places if type(slot) is types.MemberDescriptorType}
+        slots = [(n, slot) for n, slot in places if type(slot) is types.MemberDescriptorType]
+        found = {name: slot for name, slot in slots if name != "__dict__"}
         _slots[kind] = found
     return found
 
@@ -112,11 +113,13 @@ class Freezer:
                 a dictionary where it does so further inside, by key, attribute or index.
         """
         kind = type(value)
-        if kind in EXACT:
-            # The class tells 2 from 2.0 and from True, which compare equal.
-            return (kind, value)
-        if kind in PLAIN:
-            return (kind, repr(value))
+        # Of another metaclass there may be no hash.
+        if type(kind) is type:
+            if kind in EXACT:
+                # The class tells 2 from 2.0 and from True, which compare equal.
+                return (kind, value)
+            if kind in PLAIN:
+                return (kind, repr(value))
         try:
             return self._freeze(value, kind, written)
         except Exception:
@@ -216,7 +219,7 @@ class Freezer:
 
 def _tensor(tensor: Tensor, written: bool) -> tuple:
     if written:
-        return signature(tensor)
+        return (tensor.shape, tensor.dtype, tensor.device)
     # A forward may read the value of a constant; a trained tensor is only computed with. An
     # inference tensor counts no changes.
     counted = not (tensor.requires_grad or tensor.is_inference())

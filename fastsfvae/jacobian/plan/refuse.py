@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 
 from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
 from fastsfvae.jacobian.validate import layer_name as layer_name
+from fastsfvae.jacobian.validate import refuse_wrappers
 
 # The position of the "training" argument: there these mix samples or draw at random.
 TRAINING_ARGUMENT = {
@@ -102,8 +103,10 @@ def refuse_or_warn_about_hooks(decoder: nn.Module) -> None:
 
     Raises:
         RuntimeError: names a module with backward hooks, which would never run.
+        TypeError: names a module that is wrapped for data-parallel training.
     """
     for path, module in modules_with_paths(decoder):
+        refuse_wrappers(module, layer_name(path))
         if module._backward_hooks or module._backward_pre_hooks:
             raise RuntimeError(
                 f"the backward hooks of {layer_name(path)} would not run, since its Jacobian is "

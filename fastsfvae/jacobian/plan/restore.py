@@ -17,13 +17,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastsfvae.jacobian.plan.fingerprint import modules_with_paths, uncompiled
+from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
 from fastsfvae.jacobian.plan.freeze import PLAIN, is_surrounding, slot_values, slots_of
+from fastsfvae.jacobian.validate import uncompiled
 
 # A place below a module: its path, the attribute, then keys, attributes and indices.
 Place = tuple[Any, ...]
@@ -93,7 +93,8 @@ def _plain(decoder: Callable[..., Any]) -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    config: Any = sys.modules["torch._dynamo.config"]
+    with config.patch(error_on_nested_fx_trace=False):
         yield
 
 
@@ -103,6 +104,8 @@ def _no_warnings_of_torch() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|fastsfvae)(\.|$)")
+        # It is a trace that has them, for a moment.
+        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global")
         yield
 
 
@@ -148,7 +151,7 @@ class _Snapshot:
         self._pending.append((decoder, None))
         while self._pending:
             value, place = self._pending.pop()
-            if type(value) not in PLAIN and id(value) not in self._seen:
+            if not _is_plain(value) and id(value) not in self._seen:
                 self._seen[id(value)] = value
                 with contextlib.suppress(Exception):
                     self._visit(value, place)
@@ -325,10 +328,15 @@ def _restore(container: Any, before: Any) -> None:
                     slot.__delete__(container)
 
 
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    return type(kind) is type and kind in PLAIN
+
+
 def _holds_tensor(value: Any, depth: int = 4) -> bool:
     if isinstance(value, Tensor):
         return True
-    if depth == 0 or type(value) in PLAIN or isinstance(value, (nn.Module, *_LEAVES)):
+    if depth == 0 or _is_plain(value) or isinstance(value, (nn.Module, *_LEAVES)):
         return False
     if isinstance(value, dict):
         inside: Any = value.values()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -66,9 +68,18 @@ def decode_by_reference(
     """f(z) [B, *out] and J [B, m, *out] by the oracle; see `decode_with_jacobian`."""
     decoder, kwargs = unwrap(decoder, kwargs)
     check_inputs(z, [], [])
-    output = decoder(z, *args, **kwargs)
-    check_output(output, z)
-    return output, reference_jacobian(decoder, z, args, kwargs)
+    with _eager():
+        output = decoder(z, *args, **kwargs)
+        check_output(output, z)
+        return output, reference_jacobian(decoder, z, args, kwargs)
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled parts as they were, as torch.func cannot run them compiled."""
+    # Nothing is compiled without this import, a slow one.
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def flatten_in_memory_order(tangents: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

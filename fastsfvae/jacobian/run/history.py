@@ -59,8 +59,9 @@ class History:
                 self._warned = True
                 warnings.warn(
                     f"the decoder has been traced {count} times as {name} changes (from "
-                    f"{last[name][1]} to {inputs[name][1]}), which is slow: make it a 0-d buffer, "
-                    "or pass it as a 0-d tensor",
+                    f"{last[name][1]} to {inputs[name][1]}), which is slow: make it a 0-d buffer "
+                    "or pass it as a 0-d tensor where it is a number, keep it out of the decoder "
+                    "where it is none",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -1,0 +1,746 @@
+"""What Python does around a decoder's operations: attributes, side effects, wrappers, numbers."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import dataclasses
+import decimal
+import enum
+import fractions
+import functools
+import gc
+import itertools
+import logging
+import pathlib
+import random
+import threading
+import types
+import uuid
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastsfvae as sf
+import fastsfvae.jacobian.run.cache as engine
+from fastsfvae.jacobian.api import decode_with_jacobian
+from fastsfvae.jacobian.plan.fingerprint import fingerprint, freeze
+from fastsfvae.jacobian.rules.jet import Jet
+from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
+from fastsfvae.jacobian.rules.rule import Rule
+from fastsfvae.jacobian.run.cache import Linearizer
+
+M, B = 3, 5
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The batch size of every trace."""
+    traced, trace = [], engine.Linearizer._trace
+
+    def counted(self, batch):
+        traced.append(batch)
+        return trace(self, batch)
+
+    monkeypatch.setattr(engine.Linearizer, "_trace", counted)
+    return traced
+
+
+class Decoder(nn.Module):
+    """tanh of a linear layer, then what a test makes of it."""
+
+    def __init__(self, then=None, **attributes):
+        super().__init__()
+        self.a = nn.Linear(M, 4)
+        self.then = then
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, z, **kwargs):
+        h = torch.tanh(self.a(z))
+        return h if self.then is None else self.then(self, h, **kwargs)
+
+
+def latents():
+    return torch.randn(B, M, generator=torch.Generator().manual_seed(1))
+
+
+def check(decoder, *args, swept=True, **kwargs):
+    """The loss and its gradients against the reference, to 1e-10 of the largest."""
+    z, log_var = latents(), 0.1 * torch.randn(B, M)
+    with torch.no_grad():
+        x = torch.rand_like(decoder(z, *args, **kwargs))
+    parameters = list(decoder.parameters())
+    results = []
+    for backend in ("torch", "torch", "reference"):
+        leaves = [z.clone().requires_grad_(), log_var.clone().requires_grad_()]
+        options = {} if backend == "reference" else {"chunk_size": 2}
+        loss = sf.SamplingFreeLoss(decoder, backend=backend, **options)(x, *leaves, *args, **kwargs)
+        wanted = [*leaves, *parameters]
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        results.append((loss.detach(), *grads))
+    *ours, reference = results
+    scale = max(g.abs().max() for g in reference[1:])
+    for got in ours:
+        torch.testing.assert_close(got[0], reference[0], rtol=1e-12, atol=0)
+        for a, b in zip(got[1:], reference[1:], strict=True):
+            assert (a - b).abs().max() <= 1e-10 * scale
+    if swept:
+        assert Linearizer(decoder, z, args, kwargs).plan(B).obstacles == []
+
+
+# Side effects
+
+
+class Holder:
+    pass
+
+
+class Slotted:
+    __slots__ = ("h", "n")
+
+    def __init__(self):
+        self.n = 0
+
+
+def stores_in_list(d, h):
+    d.kept.append(h)
+    return h
+
+
+def stores_in_dict(d, h):
+    d.kept["h"] = h
+    d.kept.setdefault("parts", []).append((h, h[:, :1]))
+    return h
+
+
+def stores_in_attribute(d, h):
+    d.last, d.shape = h, h.shape
+    return h
+
+
+def stores_in_object(d, h):
+    d.kept.h = h
+    return h
+
+
+def stores_under_numbers(d, h):
+    d.kept[len(d.kept)] = h
+    return h
+
+
+def stores_in_a_new_list(d, h):
+    d.kept = []
+    d.kept.append(h)
+    return h
+
+
+def stores_in_set(d, h):
+    d.kept.add(h)
+    return h
+
+
+def stores_deep(d, h):
+    d.kept["log"].entries.append({"h": h})
+    return h
+
+
+STORES = {
+    "list": (stores_in_list, list),
+    "dict": (stores_in_dict, dict),
+    "deque": (stores_in_list, lambda: collections.deque(maxlen=3)),
+    "ordered": (stores_in_dict, collections.OrderedDict),
+    "defaultdict": (stores_in_dict, lambda: collections.defaultdict(list)),
+    "attribute": (stores_in_attribute, lambda: None),
+    "namespace": (stores_in_object, types.SimpleNamespace),
+    "object": (stores_in_object, Holder),
+    "slots": (stores_in_object, Slotted),
+    "numbers": (stores_under_numbers, dict),
+    "set": (stores_in_set, set),
+    "new list": (stores_in_a_new_list, list),
+    "deep": (stores_deep, lambda: {"log": types.SimpleNamespace(entries=[], n=2)}),
+}
+
+
+def contents(value):
+    """What is inside, without what it is."""
+    if isinstance(value, dict):
+        return {k: contents(v) for k, v in value.items()}
+    if isinstance(value, (list, collections.deque)):
+        return [contents(v) for v in value]
+    if isinstance(value, (types.SimpleNamespace, Holder)):
+        return contents(vars(value))
+    if isinstance(value, Slotted):
+        return {n: getattr(value, n) for n in value.__slots__ if hasattr(value, n)}
+    return value
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_what_forward_stores_is_neither_kept_nor_in_the_key(name, traces):
+    then, make = STORES[name]
+    decoder = Decoder(then, kept=make())
+    before, kept = contents(decoder.kept), decoder.kept
+    decode_with_jacobian(decoder, latents())
+    assert contents(decoder.kept) == before and decoder.kept is kept
+    assert "last" not in vars(decoder)
+    for _ in range(5):
+        # The user's own calls store.
+        decoder(latents())
+        decode_with_jacobian(decoder, latents())
+    assert len(traces) <= 3
+    before = len(traces)
+    for _ in range(4):
+        decoder(latents())
+        decode_with_jacobian(decoder, latents())
+    assert len(traces) == before
+    check(decoder)
+
+
+def test_hooks_that_store_leave_nothing_behind():
+    acts, decoder = [], Decoder()
+    decoder.a.register_forward_hook(lambda module, args, output: acts.append(output))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decode_with_jacobian(decoder, latents())
+    assert acts == []
+
+
+def test_closures_and_counters_are_as_before():
+    count, notes = 0, [np.zeros(2)]
+
+    def then(d, h):
+        nonlocal count
+        count += 1
+        notes[0][0] += 1
+        d.calls += 1
+        return h
+
+    decoder = Decoder(then, calls=3)
+    decode_with_jacobian(decoder, latents())
+    assert count == 0 and notes[0][0] == 0 and decoder.calls == 3
+
+
+def test_a_plain_function_leaves_nothing_behind():
+    acts, layer = [], nn.Linear(M, 4)
+
+    def decode(z):
+        acts.append(layer(z))
+        return acts[-1].sin()
+
+    decode_with_jacobian(decode, latents())
+    assert acts == []
+
+
+def test_a_failed_trace_leaves_nothing_behind():
+    def then(d, h):
+        d.kept.append(h)
+        raise ValueError("no")
+
+    decoder = Decoder(then, kept=[])
+    with pytest.raises(ValueError, match="no"):
+        decode_with_jacobian(decoder, latents())
+    assert decoder.kept == []
+
+
+def test_a_state_that_is_read_stays_in_the_key():
+    """A recurrent decoder: what one call writes the next one reads."""
+
+    def then(d, h):
+        state = torch.zeros(4) if d.state is None else d.state
+        d.state = h.detach().mean(0) if not d.frozen else d.state
+        return h * (1 + state)
+
+    decoder = Decoder(then, state=None, frozen=True)
+    for state in (None, torch.rand(4), torch.rand(4)):
+        decoder.state = state
+        jacobian = decode_with_jacobian(decoder, latents())[1]
+        torch.testing.assert_close(
+            jacobian, decode_with_jacobian(decoder, latents(), backend="reference")[1]
+        )
+
+
+def test_a_written_state_that_is_read_stays_in_the_key():
+    def then(d, h):
+        old, d.state = d.state, h.detach()[0]
+        return h if old is None else h * old
+
+    decoder, weight = Decoder(then, state=None), None
+    z = latents()
+    for _ in range(3):
+        state = decoder.state
+        jacobian = decode_with_jacobian(decoder, z)[1]
+        h = torch.tanh(decoder.a(z))
+        weight = decoder.a.weight * (1 if state is None else state[:, None])
+        expected = (1 - h.square())[:, None] * weight.t()
+        torch.testing.assert_close(jacobian, expected)
+        with torch.no_grad():
+            decoder(z)
+    assert decoder.state is not None
+
+
+def test_a_counter_that_is_read_stays_in_the_key():
+    def then(d, h):
+        d.kept["n"] += 1
+        d.kept["h"] = h
+        return h * d.kept["n"]
+
+    decoder = Decoder(then, kept={"n": 0})
+    z = latents()
+    first = decode_with_jacobian(decoder, z)[1]
+    torch.testing.assert_close(decode_with_jacobian(decoder, z)[1], first)
+    decoder(z)
+    torch.testing.assert_close(decode_with_jacobian(decoder, z)[1], 2 * first)
+
+
+# Keys
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+@dataclasses.dataclass
+class Options:
+    scale: float = 1.0
+    parts: list = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedOptions:
+    scale: float = 1.0
+
+
+class Odd(type):
+    def __eq__(cls, other):
+        raise RuntimeError("no")
+
+    __hash__ = None
+
+
+class OddlyTyped(metaclass=Odd):
+    pass
+
+
+class Hostile:
+    """Raises wherever it is looked at."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+
+    def __eq__(self, other):
+        raise RuntimeError("no")
+
+    __hash__ = None
+
+
+def recursive_list():
+    found: list = [1]
+    found.append(found)
+    return found
+
+
+def recursive_dict():
+    found: dict = {"a": 1}
+    found["self"] = ([found],)
+    return found
+
+
+class Linked:
+    def __init__(self):
+        self.parent = self
+        self.scale = 2.0
+
+
+def generator():
+    yield 1
+
+
+TENSOR = torch.ones(2)
+VALUES = {
+    "class": torch.Tensor,
+    "parameter class": nn.Parameter,
+    "odd class": OddlyTyped,
+    "odd object": OddlyTyped(),
+    "enum": Colour.RED,
+    "int enum": Level.HIGH,
+    "dataclass": Options(),
+    "slots": SlottedOptions(),
+    "weakref": weakref.ref(Colour),
+    "weak dictionary": weakref.WeakKeyDictionary({Colour: 1}),
+    "weak proxy": weakref.proxy(Linked.__init__),
+    "lock": threading.Lock(),
+    "thread": threading.current_thread(),
+    "logger": logging.getLogger("decoder"),
+    "generator": generator(),
+    "count": itertools.count(),
+    "iterator": iter([1]),
+    "file": pathlib.Path(__file__).open(),  # noqa: SIM115
+    "partial": functools.partial(torch.add, TENSOR, alpha=2),
+    "lambda": lambda h: h,
+    "bound method": TENSOR.add,
+    "bound method of a list": [1].append,
+    "own method": Linked().__init__,
+    "array": np.ones((2, 3)),
+    "array of objects": np.array([1, "a", None], dtype=object),
+    "structured array": np.zeros(2, dtype=[("a", "i4"), ("b", "f8")]),
+    "masked array": np.ma.masked_array([1.0, 2.0], [True, False]),
+    "numpy scalar": np.float32(2.5),
+    "numpy integer": np.int64(2),
+    "numpy boolean": np.bool_(True),
+    "numpy dtype": np.dtype("f4"),
+    "numpy generator": np.random.default_rng(0),
+    "namespace": argparse.Namespace(scale=1, parts=[1]),
+    "recursive list": recursive_list(),
+    "recursive dict": recursive_dict(),
+    "recursive object": Linked(),
+    "dict with tensor keys": {TENSOR: 1, torch.ones(2): 2},
+    "set of tensors": {TENSOR, torch.ones(2)},
+    "set": frozenset({1, "a", (2, 3)}),
+    "tuple of tensors": (TENSOR, [TENSOR]),
+    "fraction": fractions.Fraction(1, 3),
+    "decimal": decimal.Decimal("0.10"),
+    "path": pathlib.Path("a/b"),
+    "uuid": uuid.UUID(int=1),
+    "string": "a",
+    "nan": float("nan"),
+    "complex": 1j,
+    "range": range(3),
+    "slice": slice(1, None, 2),
+    "bytearray": bytearray(b"ab"),
+    "module": np,
+    "device": torch.device("cpu"),
+    "size": torch.Size([1, 2]),
+    "layout": torch.strided,
+    "random": random.Random(0),
+    "torch generator": torch.Generator(),
+    "counter": collections.Counter("aab"),
+    "named tuple": collections.namedtuple("Pair", "a b")(1, TENSOR),  # noqa: PYI024
+    "mapping": types.MappingProxyType({"a": 1}),
+    "module in a list": [nn.Linear(2, 2)],
+    "optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1),
+    "integer parameter list": [torch.arange(3)],
+    "sparse": torch.eye(3).to_sparse(),
+    "quantizer": torch.finfo(torch.float32),
+    "ellipsis": ...,
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_any_attribute_has_a_key(name, traces):
+    decoder = Decoder(kind=VALUES[name])
+    for _ in range(2):
+        decode_with_jacobian(decoder, latents())
+    assert len(traces) == 1
+    keys = [fingerprint(decoder).key for _ in range(2)]
+    assert keys[0] == keys[1] and hash(keys[0]) == hash(keys[1])
+
+
+def test_what_raises_wherever_it_is_looked_at_has_a_key():
+    odd = Hostile()
+    assert freeze([odd]) == freeze([odd]) != freeze([Hostile()])
+
+
+def changes():
+    """Pairs of states that a forward can tell apart."""
+    array = np.arange(6.0)
+    yield "array's shape", array, array.reshape(2, 3)
+    yield "array's dtype", np.zeros(2, "f4"), np.zeros(1, "f8")
+    yield "array's values", np.zeros(2), np.array([0.0, -0.0])
+    yield "objects in an array", np.array([1], object), np.array([2], object)
+    yield "sign of zero", 0.0, -0.0
+    yield "signs in a list", [0.0], [-0.0]
+    yield "int and float", 2, 2.0
+    yield "int and bool", [1], [True]
+    yield "items of a set", {1}, {True}
+    yield "decimals", decimal.Decimal("0.1"), decimal.Decimal("0.10")
+    yield "fractions", fractions.Fraction(1, 2), fractions.Fraction(1, 3)
+    yield "enums", Colour.RED, Colour.BLUE
+    yield "levels", Level.LOW, 1
+    yield "classes", torch.Tensor, nn.Parameter
+    yield "dataclasses", Options(1.0), Options(2.0)
+    yield "slots", SlottedOptions(1.0), SlottedOptions(2.0)
+    yield "partials", functools.partial(F.leaky_relu, negative_slope=0.1), functools.partial(F.relu)
+    yield "their numbers", functools.partial(F.elu, alpha=0.1), functools.partial(F.elu, alpha=0.2)
+    yield "order", {"a": 1, "b": 2}, {"b": 2, "a": 1}
+    yield "keys", {1: 0}, {True: 0}
+    yield "numpy scalars", np.float32(0.5), np.float64(0.5)
+    yield "texts", "a", b"a"
+    yield "lengths", collections.deque([1], 2), collections.deque([1], 3)
+    yield "lists and tuples", [1], (1,)
+    yield "ranges", range(0, 3), range(0, 3, 2)
+    yield "tensors", torch.zeros(2), torch.zeros(2)
+    yield "namespaces", argparse.Namespace(a=1), argparse.Namespace(a=2)
+
+
+@pytest.mark.parametrize("name, first, second", [*changes()])
+def test_states_that_differ_share_no_key(name, first, second):
+    decoder = Decoder(kind=first)
+    before = fingerprint(decoder).key
+    decoder.kind = second
+    assert fingerprint(decoder).key != before
+    decoder.kind = first
+    assert fingerprint(decoder).key == before
+
+
+def test_changes_inside_a_value_are_seen():
+    inside = Options(parts=[{"n": Linked()}])
+    decoder = Decoder(kind=inside)
+    before = fingerprint(decoder).key
+    inside.parts[0]["n"].scale = 3.0
+    assert fingerprint(decoder).key != before
+
+
+def test_an_object_of_unknown_kind_is_not_taken_for_a_later_one():
+    decoder = Decoder()
+    seen = []
+    for _ in range(20):
+        decoder.kind = iter([1])
+        key = fingerprint(decoder).key
+        assert key not in seen
+        seen.append(key)
+        gc.collect()
+
+
+def test_a_lazy_module_is_refused():
+    decoder = nn.Sequential(nn.LazyLinear(4), nn.Tanh())
+    with pytest.raises(RuntimeError, match=r"0\.weight has no shape yet.*call the decoder once"):
+        decode_with_jacobian(decoder, latents())
+
+
+# Wrappers
+
+
+def hooked(decoder):
+    """What accelerate's add_hook_to_module does."""
+    old = decoder.forward
+    decoder._old_forward, decoder._hf_hook = old, types.SimpleNamespace(no_grad=False)
+
+    def new_forward(module, *args, **kwargs):
+        return module._old_forward(*args, **kwargs) * 2
+
+    decoder.forward = functools.update_wrapper(functools.partial(new_forward, decoder), old)
+    return decoder
+
+
+def test_forward_replaced_by_a_partial(traces):
+    check(hooked(Decoder()))
+    assert len(traces) == 2
+
+
+def test_forward_of_a_part_replaced():
+    decoder = nn.Sequential(hooked(nn.Linear(M, 4)), nn.Tanh())
+    check(decoder)
+
+
+def test_forward_replaced_by_a_function():
+    decoder = Decoder()
+    decoder.forward = lambda z: torch.sin(decoder.a(z))
+    check(decoder)
+
+
+def test_the_method_behind_a_replaced_forward_is_itself():
+    decoder = Decoder()
+    plain = decoder.forward
+    expected = decode_with_jacobian(decoder, latents())[1]
+    hooked(decoder)
+    torch.testing.assert_close(decode_with_jacobian(plain, latents())[1], expected)
+    torch.testing.assert_close(decode_with_jacobian(decoder._old_forward, latents())[1], expected)
+    torch.testing.assert_close(decode_with_jacobian(decoder, latents())[1], 2 * expected)
+
+
+def compiled_by_method():
+    decoder = nn.Sequential(nn.Linear(M, 4), nn.Tanh())
+    decoder.compile(backend="eager")
+    return decoder
+
+
+def compiled_part_by_method():
+    decoder = nn.Sequential(nn.Linear(M, 4), nn.Tanh())
+    decoder[0].compile(backend="eager")
+    return decoder
+
+
+def compiled_child():
+    return nn.Sequential(torch.compile(nn.Linear(M, 4), backend="eager"), nn.Tanh())
+
+
+def compiled_function():
+    double = torch.compile(lambda h: torch.sin(h) * 2, backend="eager")
+    return Decoder(lambda d, h: double(h))
+
+
+def compiled_in_a_list():
+    decoder = Decoder(lambda d, h: d.parts[0](h))
+    decoder.inner = nn.Linear(4, 4)
+    decoder.parts = [torch.compile(decoder.inner, backend="eager")]
+    return decoder
+
+
+COMPILED = [
+    compiled_by_method,
+    compiled_part_by_method,
+    compiled_child,
+    compiled_function,
+    compiled_in_a_list,
+]
+
+
+@pytest.mark.parametrize("build", COMPILED)
+def test_compiled_parts_are_traced_as_they_were(build):
+    decoder = build()
+    implementation = vars(decoder).get("_compiled_call_impl")
+    check(decoder)
+    assert vars(decoder).get("_compiled_call_impl") is implementation
+
+
+def test_names_of_compiled_parts():
+    decoder = nn.Sequential(torch.compile(nn.Linear(M, 4), backend="eager"), nn.Tanh())
+    assert fingerprint(decoder).names == ["0.weight", "0.bias"]
+    decode_with_jacobian(decoder, latents())
+    assert type(decoder[0]).__name__ == "OptimizedModule"
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Linear(M, 4))
+
+
+def traced():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(nn.Linear(M, 4), latents())
+
+
+@pytest.mark.parametrize("build", [scripted, traced])
+def test_scripted_modules_are_refused(build):
+    for decoder, name in (
+        (build(), "decoder is a torch.jit module"),
+        (nn.Sequential(build(), nn.Tanh()), r"decoder\[0\] is a torch.jit module"),
+    ):
+        with pytest.raises(RuntimeError, match=name) as caught:
+            decode_with_jacobian(decoder, latents())
+        assert "\n" not in str(caught.value)
+
+
+def test_a_data_parallel_part_is_refused():
+    decoder = nn.Sequential(nn.DataParallel(nn.Linear(M, 4)), nn.Tanh())
+    with pytest.raises(TypeError, match=r"decoder\[0\] is wrapped in DataParallel.*its \.module"):
+        decode_with_jacobian(decoder, latents())
+
+
+# Numbers that change
+
+
+def test_an_attribute_that_changes_is_warned_of_once(traces):
+    decoder = Decoder(lambda d, h: h * d.temperature)
+    said = []
+    for step in range(8):
+        decoder.temperature = 0.5**step
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            jacobian = decode_with_jacobian(decoder, latents())[1]
+        said += [(step, str(w.message)) for w in caught]
+        expected = decode_with_jacobian(decoder, latents(), backend="reference")[1]
+        torch.testing.assert_close(jacobian, expected)
+    ((step, message),) = said
+    assert step == 3
+    assert "decoder.temperature changes (from 0.25 to 0.125)" in message
+    assert "0-d buffer" in message and "\n" not in message
+
+
+def test_a_number_among_the_inputs_that_changes_is_warned_of():
+    decoder = Decoder(lambda d, h, scale: h * scale)
+    for step in range(3):
+        decode_with_jacobian(decoder, latents(), scale=1.0 + step)
+    with pytest.warns(UserWarning, match=r"further input scale changes \(from 3.0 to 4.0\)"):
+        decode_with_jacobian(decoder, latents(), scale=4.0)
+
+
+def test_a_0d_buffer_that_changes_is_traced_once(traces):
+    decoder = Decoder(lambda d, h: h * d.temperature)
+    decoder.register_buffer("temperature", torch.tensor(1.0))
+    first = decode_with_jacobian(decoder, latents())[1]
+    for step in range(1, 5):
+        decoder.temperature.mul_(0.5)
+        torch.testing.assert_close(decode_with_jacobian(decoder, latents())[1], first * 0.5**step)
+        decoder.temperature = decoder.temperature.clone()
+    assert len(traces) == 1
+    check(decoder)
+
+
+def test_batch_sizes_and_modes_are_not_warned_of():
+    decoder = Decoder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in (1, 2, 3, 1, 2):
+            decoder.train(size % 2 == 0)
+            decode_with_jacobian(decoder, latents()[:size])
+
+
+# The rest
+
+
+def test_a_rule_registered_after_first_use_takes_effect(monkeypatch):
+    decoder, z = Decoder(lambda d, h: torch.sin(h)), latents()
+    first = decode_with_jacobian(decoder, z)[1]
+    with monkeypatch.context() as patch:
+        patch.setitem(
+            RULES, "sin", Rule("sin", lambda x: Jet(x.primal.sin(), 3 * x.tangent / x.primal.cos()))
+        )
+        h = torch.tanh(decoder.a(z))
+        expected = 3 * first / h.cos().square()[:, None]
+        torch.testing.assert_close(decode_with_jacobian(decoder, z)[1], expected)
+    torch.testing.assert_close(decode_with_jacobian(decoder, z)[1], first)
+    version = RULES.version
+    rule("of a test")(lambda x: x)
+    adjoint("of a test")(lambda grad, out, needs, x: (grad,))
+    del RULES["of a test"]
+    assert RULES.version == version + 3
+
+
+@pytest.mark.parametrize(
+    "draw, name",
+    [
+        (lambda d: random.random(), "Python's random"),
+        (lambda d: np.random.rand(), "numpy.random"),
+        (lambda d: d.rng.random(), "Python's random"),
+        (lambda d: d.generator.standard_normal(), "numpy.random.Generator"),
+    ],
+)
+def test_random_numbers_drawn_in_python_are_refused(draw, name):
+    decoder = Decoder(lambda d, h: h * draw(d))
+    decoder.rng, decoder.generator = random.Random(0), np.random.default_rng(0)
+    before = random.getstate(), np.random.get_state()[1].tobytes(), decoder.rng.getstate()
+    with pytest.raises(RuntimeError, match=f"draws random numbers with {name}") as caught:
+        decode_with_jacobian(decoder, latents())
+    assert "\n" not in str(caught.value)
+    after = random.getstate(), np.random.get_state()[1].tobytes(), decoder.rng.getstate()
+    assert before == after
+
+
+def test_a_decoder_with_side_effects_can_be_copied():
+    decoder = Decoder(stores_in_list, kept=[])
+    decode_with_jacobian(decoder, latents())
+    copy.deepcopy(decoder)
