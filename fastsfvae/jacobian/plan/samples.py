@@ -37,11 +37,18 @@ def refuse_noise(node: fx.Node, path: str) -> None:
         return
     if packet_name(target) in {*TRAINING_ARGUMENT, "scaled_dot_product_attention"}:
         return
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags and not _drops_nothing(node, target):
         raise RuntimeError(
             f"{layer_name(path)} draws at random ({target}), so that it is another function at "
             "each call: pass the noise as a further input, or switch it off for the loss"
         )
+
+
+def _drops_nothing(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+    """Whether it is a recurrent layer that drops out nothing between its layers."""
+    names = [argument.name for argument in target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return "dropout" in given and not (given["dropout"] and given.get("train"))
 
 
 def refuse_mixing(

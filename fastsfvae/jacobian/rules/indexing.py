@@ -56,20 +56,17 @@ def take_along_dim(x: Jet, positions: Tensor, dim: int | None = None) -> Jet:
     return gather(expand(x, wide), axis, positions.expand(places))
 
 
-@rule("topk", composed=True)
-def topk(
-    x: Jet, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> tuple[Jet, Tensor]:
-    """The k extreme entries of an axis."""
-    positions = x.primal.topk(k, dim, largest, sorted).indices
-    return gather(x, dim, positions), positions
+@rule("take", composed=True)
+def take(x: Jet, positions: Tensor) -> Jet:
+    """Entries of the flattened value."""
+    return index(reshape(x, [-1]), [positions])
 
 
-@rule("sort", composed=True)
-def sort(x: Jet, dim: int = -1, descending: bool = False) -> tuple[Jet, Tensor]:
-    """The entries of an axis in the order of their values."""
-    positions = x.primal.sort(dim=dim, descending=descending).indices
-    return gather(x, dim, positions), positions
+@rule("masked_select", composed=True)
+def masked_select(x: Jet, mask: Tensor) -> Jet:
+    """The entries where a mask is true, in row-major order."""
+    shape = torch.broadcast_shapes(x.primal.shape, mask.shape)
+    return index(expand(x, list(shape)), [mask.expand(shape)])
 
 
 @rule("index_select")
@@ -133,14 +130,14 @@ def _triu_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, diagonal: int = 0) 
     return (RULES["triu"].forward(grad, diagonal),)
 
 
-@rule("diagonal")
+@rule("diagonal", "diagonal_copy")
 def diagonal(x: Jet, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Jet:
     """A diagonal of two axes."""
     a, b = front(dim1, x.primal.ndim), front(dim2, x.primal.ndim)
     return move(x, lambda t, k: t.diagonal(offset, a + k, b + k), keeps_batch=0 not in (a, b))
 
 
-@adjoint("diagonal")
+@adjoint("diagonal", "diagonal_copy")
 def _diagonal_adjoint(
     grad: Jet, out: Jet, needs: tuple, x: Jet, offset: int = 0, dim1: int = 0, dim2: int = 1
 ) -> tuple[Jet]:
@@ -152,14 +149,30 @@ def _diagonal_adjoint(
     return (put_back(grad, x, min(a, b), write),)
 
 
-@rule("unfold")
+@rule("diag_embed")
+def diag_embed(x: Jet, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Jet:
+    """The last axis as a diagonal of two new axes, zeros beside it."""
+    a, b = front(dim1, x.primal.ndim + 1), front(dim2, x.primal.ndim + 1)
+    keeps = x.primal.ndim > 1 and 0 not in (a, b)
+    return move(x, lambda t, k: t.diag_embed(offset, a + k, b + k), keeps_batch=keeps)
+
+
+@adjoint("diag_embed")
+def _diag_embed_adjoint(
+    grad: Jet, out: Jet, needs: tuple, x: Jet, offset: int = 0, dim1: int = -2, dim2: int = -1
+) -> tuple[Jet]:
+    a, b = front(dim1, out.primal.ndim), front(dim2, out.primal.ndim)
+    return (move(grad, lambda g, k: g.diagonal(offset, a + k, b + k)),)
+
+
+@rule("unfold", "unfold_copy")
 def unfold(x: Jet, dimension: int, size: int, step: int) -> Jet:
     """Sliding windows along an axis."""
     axis = front(dimension, x.primal.ndim)
     return move(x, lambda t, k: t.unfold(axis + k, size, step), keeps_batch=axis != 0)
 
 
-@adjoint("unfold")
+@adjoint("unfold", "unfold_copy")
 def _unfold_adjoint(
     grad: Jet, out: Jet, needs: tuple, x: Jet, dimension: int, size: int, step: int
 ) -> tuple[Jet]:

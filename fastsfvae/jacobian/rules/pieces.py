@@ -49,25 +49,25 @@ def _joined(grads: tuple, out: tuple, join: Callable[[list[Tensor], int], Tensor
 
 
 chunk = _splitting_rule("chunk", "unsafe_chunk")
-_splitting_rule("split", "unsafe_split")
-_splitting_rule("split_with_sizes", "unsafe_split_with_sizes")
+_splitting_rule("split", "unsafe_split", "split_copy")
+_splitting_rule("split_with_sizes", "unsafe_split_with_sizes", "split_with_sizes_copy")
 _splitting_rule("tensor_split")
 
 
-@rule("unbind")
+@rule("unbind", "unbind_copy")
 def unbind(x: Jet, dim: int = 0) -> tuple[Jet, ...]:
     """Take an axis apart."""
     axis = front(dim, x.primal.ndim)
     return _pieces(x.primal.unbind(axis), tangent_of(x, axis != 0).unbind(axis + 1))
 
 
-@adjoint("unbind")
+@adjoint("unbind", "unbind_copy")
 def _unbind_adjoint(grads: tuple, out: tuple, needs: tuple, x: Jet, dim: int = 0) -> tuple[Jet]:
     axis = front(dim, x.primal.ndim)
     return (_joined(grads, out, lambda parts, k: torch.stack(parts, axis + k)),)
 
 
-@rule("select")
+@rule("select", "select_copy")
 def select(x: Jet, dim: int, index: int) -> Jet:
     """One entry of an axis."""
     axis = front(dim, x.primal.ndim)
@@ -89,13 +89,13 @@ def put_back(grad: Jet, x: Jet, axis: int, write: Callable[[Tensor, Tensor, int]
     return Jet(write(whole.primal, grad.primal, 0), write(whole.tangent, grad.tangent, 1))
 
 
-@adjoint("select")
+@adjoint("select", "select_copy")
 def _select_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, index: int):
     axis = front(dim, x.primal.ndim)
     return (put_back(grad, x, axis, lambda t, g, k: t.select_scatter(g, axis + k, index)),)
 
 
-@rule("slice")
+@rule("slice", "slice_copy")
 def slice_(
     x: Jet, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Jet:
@@ -107,7 +107,7 @@ def slice_(
     return Jet(y, aten.slice(tangent_of(x, axis != 0), axis + 1, start, end, step))
 
 
-@adjoint("slice")
+@adjoint("slice", "slice_copy")
 def _slice_adjoint(
     grad: Jet,
     out: Jet,
@@ -126,7 +126,7 @@ def _slice_adjoint(
     )
 
 
-@rule("narrow", composed=True)
+@rule("narrow", "narrow_copy", composed=True)
 def narrow(x: Jet, dim: int, start: int, length: int) -> Jet:
     """A range of an axis, by its length."""
     return slice_(x, dim, start, start + length)

@@ -6,72 +6,71 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastsfvae.jacobian.rules.constant import as_jets
 from fastsfvae.jacobian.rules.indexing import places_of
-from fastsfvae.jacobian.rules.jet import Jet, align, broadcast_jet, full_tangent, move, primal_of
+from fastsfvae.jacobian.rules.jet import Jet, align, broadcast_jet, cast, primal_of
 from fastsfvae.jacobian.rules.pieces import zero_tangent
+from fastsfvae.jacobian.rules.places import (
+    both_tangents,
+    flattened,
+    numbered,
+    replaced,
+    replaced_at,
+    share,
+)
 from fastsfvae.jacobian.rules.registry import adjoint, always, rule
-from fastsfvae.jacobian.rules.shape import front
+from fastsfvae.jacobian.rules.shape import expand, front
 
 aten = torch.ops.aten
 
 
-@rule("index_put", several=True)
+@rule("index_put", several=True, composed=True, covers=always)
 def index_put(x: Any, indices: list[Any], values: Any, accumulate: bool = False) -> Jet:
     """X with indexed entries replaced or added to."""
-    value, patch = primal_of(x), primal_of(values)
-    places = places_of(value, indices)
-    tangent, patches = _both_tangents(x, values)
-    axes = (1,) * (places.ndim - patch.ndim)
-    patches = patches.unflatten(0, (-1, *axes)).expand(-1, *places.shape).flatten(1)
-    write = torch.index_add if accumulate else torch.index_copy
-    moved = write(tangent.flatten(1), 1, places.flatten(), patches)
-    return Jet(aten.index_put(value, indices, patch, accumulate), moved.view(tangent.shape))
+    if accumulate:
+        return _added_at(x, values, places_of(primal_of(x), indices))
+    return replaced(x, values, lambda kept, number: aten.index_put(kept, indices, number))
 
 
-@adjoint("index_put", covers=always)
-def _index_put_adjoint(
-    grad: Jet,
-    out: Jet,
-    needs: tuple,
-    x: Any,
-    indices: list[Any],
-    values: Any,
-    accumulate: bool = False,
-):
-    places = places_of(out.primal, indices)
+@rule("put", several=True, composed=True, covers=always)
+def put(x: Any, positions: Tensor, source: Any, accumulate: bool = False) -> Jet:
+    """X with entries of its flattened form replaced or added to."""
+    if accumulate:
+        return _added_at(x, source, numbered(primal_of(x)).take(positions))
+    return replaced(x, source, lambda kept, number: kept.put(positions, number))
 
-    def kept(g: Tensor, k: int) -> Tensor:
-        if accumulate:
-            return g
-        return g.flatten(k).index_fill(k, places.flatten(), 0).view(g.shape)
 
+@rule("fastsfvae.added_at", several=True)
+def _added_at(x: Any, source: Any, places: Tensor) -> Jet:
+    """X with another value, broadcast to the places, added at places of its flattened form."""
+
+    def added(base: Tensor, patch: Tensor, k: int) -> Tensor:
+        axes = (1,) * (places.ndim - patch.ndim + k)
+        patch = patch.reshape(patch.shape[:k] + axes + patch.shape[k:])
+        patch = flattened(patch.expand(patch.shape[:k] + places.shape), k)
+        return flattened(base, k).index_add(k, places.flatten(), patch).view(base.shape)
+
+    tangents = both_tangents(x, source)
+    return Jet(added(primal_of(x), primal_of(source), 0), added(*tangents, 1))
+
+
+@adjoint("fastsfvae.added_at", covers=always)
+def _added_at_adjoint(grad: Jet, out: Jet, needs: tuple, x: Any, source: Any, places: Tensor):
     def taken(g: Tensor, k: int) -> Tensor:
-        return g.flatten(k).index_select(k, places.flatten()).unflatten(k, places.shape)
+        g = flattened(g, k).index_select(k, places.flatten())
+        return g.view(g.shape[:k] + places.shape)
 
-    return _share(grad, x, kept), None, _share(grad, values, taken)
-
-
-def _both_tangents(a: Any, b: Any) -> tuple[Tensor, Tensor]:
-    """Tangents ``[m, *shape]`` of two operands; those of a constant are zero, without storage."""
-    like = next(x.tangent for x in (a, b) if isinstance(x, Jet))
-    first, second = (
-        full_tangent(x) if isinstance(x, Jet) else zero_tangent(x, like) for x in (a, b)
-    )
-    return first, second.to(first.dtype)
-
-
-def _share(grad: Jet, operand: Any, operation: Callable[[Tensor, int], Tensor]) -> Any:
-    """What a linear operation makes of a gradient: a Jet for a Jet, a tensor for a tensor."""
-    return move(grad, operation) if isinstance(operand, Jet) else operation(grad.primal, 0)
+    return share(grad, x, lambda g, _: g), share(grad, source, taken)
 
 
 @rule("index_add", several=True)
 def index_add(x: Any, dim: int, positions: Tensor, source: Any, *, alpha: float = 1) -> Jet:
     """X with rows of another tensor added."""
     axis = front(dim, primal_of(x).ndim)
-    tangent, added = _both_tangents(x, source)
+    tangent, added = both_tangents(x, source)
     primal = primal_of(x).index_add(axis, positions, primal_of(source), alpha=alpha)
     return Jet(primal, tangent.index_add(axis + 1, positions, added, alpha=alpha))
 
@@ -89,34 +88,87 @@ def _index_add_adjoint(
     alpha: float = 1,
 ):
     axis = front(dim, out.primal.ndim)
-    rows = _share(grad, source, lambda g, k: g.index_select(axis + k, positions) * alpha)
-    return _share(grad, x, lambda g, _: g), None, None, rows
+    rows = share(grad, source, lambda g, k: g.index_select(axis + k, positions) * alpha)
+    return share(grad, x, lambda g, _: g), None, None, rows
 
 
 @rule("scatter_add", several=True)
 def scatter_add(x: Any, dim: int, positions: Tensor, source: Any) -> Jet:
     """X with entries added at positions."""
     axis = front(dim, primal_of(x).ndim)
-    tangent, added = _both_tangents(x, source)
+    tangent, added = both_tangents(x, source)
     places = positions.expand(len(tangent), *positions.shape)
     primal = primal_of(x).scatter_add(axis, positions, primal_of(source))
     return Jet(primal, tangent.scatter_add(axis + 1, places, added))
 
 
-def _one_position_each(args: tuple, kwargs: dict) -> bool:
-    return primal_of(args[3]).shape == args[2].shape
-
-
-@adjoint("scatter_add", covers=_one_position_each)
+@adjoint("scatter_add", covers=always)
 def _scatter_add_adjoint(
     grad: Jet, out: Jet, needs: tuple, x: Any, dim: int, positions: Tensor, source: Any
 ):
     axis = front(dim, out.primal.ndim)
 
     def taken(g: Tensor, k: int) -> Tensor:
-        return g.gather(axis + k, positions.expand(*g.shape[:k], *positions.shape))
+        g = g.gather(axis + k, positions.expand(*g.shape[:k], *positions.shape))
+        # The source may be larger than its positions.
+        sizes = zip(primal_of(source).shape, positions.shape, strict=True)
+        return F.pad(g, [n for size, used in reversed(list(sizes)) for n in (0, size - used)])
 
-    return _share(grad, x, lambda g, _: g), None, None, _share(grad, source, taken)
+    return share(grad, x, lambda g, _: g), None, None, share(grad, source, taken)
+
+
+@rule("index_copy", several=True, composed=True, covers=always)
+def index_copy(x: Any, dim: int, positions: Tensor, source: Any) -> Jet:
+    """X with rows replaced by those of another tensor."""
+    return replaced(x, source, lambda kept, number: kept.index_copy(dim, positions, number))
+
+
+@rule("index_fill", several=True, composed=True, covers=always)
+def index_fill(x: Any, dim: int, positions: Tensor, value: Any) -> Jet:
+    """X with rows replaced by one number."""
+    if not isinstance(value, (Jet, Tensor)):
+        value = x.primal.new_full((), value)
+    return replaced(x, value, lambda kept, _: kept.index_fill(dim, positions, 0))
+
+
+@rule("masked_scatter", several=True, composed=True, covers=always)
+def masked_scatter(x: Any, mask: Tensor, source: Any) -> Jet:
+    """X with the masked entries replaced by the first ones of another tensor.
+
+    Raises:
+        RuntimeError: a sample takes what lies in another one's part of the source.
+    """
+    shape = torch.broadcast_shapes(primal_of(x).shape, mask.shape)
+    if primal_of(x).shape != shape:
+        x = expand(*as_jets(x, source)[:1], list(shape))
+    value, entries = primal_of(x), primal_of(source).numel()
+    kept = torch.full(shape, -1, device=value.device)
+    places = kept.masked_scatter(mask, numbered(primal_of(source)))
+    batch = max(1, shape[0]) if shape else 1
+    of_sample = torch.arange(batch, device=value.device).repeat_interleave(value.numel() // batch)
+    strange = (places >= 0) & (places // max(1, entries // batch) != of_sample.view(shape))
+    if bool(strange.any()):
+        raise RuntimeError(
+            "masked_scatter gives samples what belongs to other ones, so they have no Jacobian of "
+            "their own: give it as many entries per sample as the mask takes, or use torch.where"
+        )
+    return replaced_at(x, source, places)
+
+
+@rule("diagonal_scatter", several=True, composed=True, covers=always)
+def diagonal_scatter(x: Any, source: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Jet:
+    """X with a diagonal of two axes replaced."""
+    return replaced(x, source, lambda kept, n: kept.diagonal_scatter(n, offset, dim1, dim2))
+
+
+def _written(
+    write: Callable[[Tensor, Tensor, int], Tensor], x: Tensor, source: Tensor, leading: int
+) -> Tensor:
+    """`write(x, source, leading)`; of both parts where PyTorch has no derivative of it, complex."""
+    if not x.is_complex():
+        return write(x, source, leading)
+    x, source = (torch.view_as_real(t.resolve_conj()) for t in (x, source.to(x.dtype)))
+    return torch.view_as_complex(write(x, source, leading).contiguous())
 
 
 @rule("slice_scatter", several=True)
@@ -125,9 +177,13 @@ def slice_scatter(
 ) -> Jet:
     """X with a range of an axis replaced."""
     axis = front(dim, primal_of(x).ndim)
-    base, patch = _both_tangents(x, source)
-    primal = torch.slice_scatter(primal_of(x), primal_of(source), axis, start, end, step)
-    return Jet(primal, torch.slice_scatter(base, patch, axis + 1, start, end, step))
+    base, patch = both_tangents(x, source)
+
+    def write(t: Tensor, s: Tensor, k: int) -> Tensor:
+        return torch.slice_scatter(t, s, axis + k, start, end, step)
+
+    primal = _written(write, primal_of(x), primal_of(source), 0)
+    return Jet(primal, cast(_written(write, base, patch, 1), primal.dtype))
 
 
 @adjoint("slice_scatter", covers=always)
@@ -151,16 +207,20 @@ def _slice_scatter_adjoint(
         zeros = torch.zeros_like(taken(g, k))
         return torch.slice_scatter(g, zeros, axis + k, start, end, step)
 
-    return _share(grad, x, kept), _share(grad, source, taken)
+    return share(grad, x, kept), share(grad, source, taken)
 
 
 @rule("select_scatter", several=True)
 def select_scatter(x: Any, source: Any, dim: int, position: int) -> Jet:
     """X with one entry of an axis replaced."""
     axis = front(dim, primal_of(x).ndim)
-    base, patch = _both_tangents(x, source)
-    primal = torch.select_scatter(primal_of(x), primal_of(source), axis, position)
-    return Jet(primal, torch.select_scatter(base, patch, axis + 1, position))
+    base, patch = both_tangents(x, source)
+
+    def write(t: Tensor, s: Tensor, k: int) -> Tensor:
+        return torch.select_scatter(t, s, axis + k, position)
+
+    primal = _written(write, primal_of(x), primal_of(source), 0)
+    return Jet(primal, cast(_written(write, base, patch, 1), primal.dtype))
 
 
 @adjoint("select_scatter", covers=always)
@@ -175,7 +235,7 @@ def _select_scatter_adjoint(
     def kept(g: Tensor, k: int) -> Tensor:
         return torch.select_scatter(g, torch.zeros_like(taken(g, k)), axis + k, position)
 
-    return _share(grad, x, kept), _share(grad, source, taken)
+    return share(grad, x, kept), share(grad, source, taken)
 
 
 @rule("copy", several=True)
@@ -184,7 +244,7 @@ def copy(x: Any, source: Any, non_blocking: bool = False) -> Jet:
     primal = copied(primal_of(x), primal_of(source))
     if not isinstance(source, Jet):
         return Jet(primal, zero_tangent(primal, x.tangent))
-    return broadcast_jet(primal, align(source, primal.ndim).to(primal.device))
+    return broadcast_jet(primal, cast(align(source, primal.ndim), primal.dtype).to(primal.device))
 
 
 def copied(value: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -209,5 +269,5 @@ def zero(x: Jet) -> Jet:
 
 @adjoint("copy", "fill", "zero", covers=always)
 def _replaced_adjoint(grad: Jet, out: Jet, needs: tuple, x: Any, source: Any = None, *_: Any):
-    nothing = _share(grad, x, lambda g, _: g.new_zeros(()).expand(g.shape))
-    return nothing, None if source is None else _share(grad, source, lambda g, _: g)
+    nothing = share(grad, x, lambda g, _: g.new_zeros(()).expand(g.shape))
+    return nothing, None if source is None else share(grad, source, lambda g, _: g)
