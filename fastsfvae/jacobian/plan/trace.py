@@ -169,7 +169,10 @@ def _traced(decoder, names, tensors, z, extras, batched, rebuild, with_values: b
         "_error_on_data_dependent_ops": not with_values,
     }
     try:
-        with places.recorded(), restored(decoder) as effects, _no_log_of_failures():
+        surroundings = places.recorded(), _no_log_of_failures(), _no_fused_transformers()
+        with contextlib.ExitStack() as stack, restored(decoder) as effects:
+            for surrounding in surroundings:
+                stack.enter_context(surrounding)
             module = make_fx(call, composites(), **options)(stand_ins, fake_z, fake_extras)
     except _DATA_DEPENDENT as error:
         if not with_values:
@@ -299,6 +302,17 @@ def _no_log_of_failures() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(from_elsewhere)
+
+
+@contextlib.contextmanager
+def _no_fused_transformers() -> Iterator[None]:
+    """Keep nn.TransformerEncoder from asking for values to see whether it may run in one call."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _raised_by_torch(error: BaseException) -> bool:

@@ -51,14 +51,24 @@ def repeat_interleave(x: Jet, repeats: Any, dim: int | None = None, **kwargs: An
 
 @adjoint("repeat_interleave", covers=lambda args, kwargs: _whole_repeats(*args, **kwargs))
 def _repeat_interleave_adjoint(
-    grad: Jet, out: Jet, needs: tuple, x: Jet, repeats: int, dim: int, **kwargs: Any
+    grad: Jet, out: Jet, needs: tuple, x: Jet, repeats: Any, dim: int, **kwargs: Any
 ) -> tuple[Jet]:
     axis = front(dim, x.primal.ndim)
-    return (move(grad, lambda g, k: g.unflatten(axis + k, (-1, repeats)).sum(axis + k + 1)),)
+    if not isinstance(repeats, Tensor):
+        return (move(grad, lambda g, k: g.unflatten(axis + k, (-1, repeats)).sum(axis + k + 1)),)
+    entries = torch.arange(x.primal.shape[axis], device=x.primal.device)
+    places = entries.repeat_interleave(repeats)
+
+    def back(g: Tensor, k: int) -> Tensor:
+        shape = list(g.shape)
+        shape[axis + k] = len(entries)
+        return g.new_zeros(shape).index_add_(axis + k, places, g)
+
+    return (move(grad, back),)
 
 
 def _whole_repeats(x: Any, repeats: Any, dim: int | None = None, **kwargs: Any) -> bool:
-    return isinstance(repeats, int) and dim is not None
+    return dim is not None
 
 
 @rule("flip")
