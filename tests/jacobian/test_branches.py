@@ -136,7 +136,7 @@ def test_in_place_on_views():
     def run(own, h):
         h = h.sin()
         h.view(-1, 2, 4)[:, 0] *= own.token[0, :4]
-        h.view(-1, 2, 4).transpose(1, 2)[:, 1].add_(h[:, :2].cos())
+        h.view(-1, 2, 4).transpose(1, 2)[:, 1].add_(own.token[0, :2])
         h.view(-1, 2, 2, 2).permute(0, 3, 1, 2)[:, 1].mul_(2)
         h.narrow(1, 2, 3).neg_()
         h.view(-1, 2, 4).diagonal(0, 1, 2).mul_(3)
