@@ -29,6 +29,7 @@ from fastsfvae.jacobian.plan.refuse import layer_name, refuse_training_mode
 from fastsfvae.jacobian.plan.samples import refuse_noise
 from fastsfvae.jacobian.plan.sort import Sorted, sort_nodes
 from fastsfvae.jacobian.plan.source import Source, Statement, identifier, tuple_text
+from fastsfvae.jacobian.plan.strided import rewrite_strided
 from fastsfvae.jacobian.plan.trace import Trace
 from fastsfvae.jacobian.rules.fallback import generic_rule, where
 from fastsfvae.jacobian.rules.fused_layer import fused_layer
@@ -63,6 +64,8 @@ def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: 
     for node in live_nodes(graph):
         refuse_noise(node, trace.paths.get(node, ""))
     functionalize(graph, batch_inputs)
+    with temporarily_clear_interpreter_stack():
+        rewrite_strided(graph, batch_inputs, trace.paths)
     carriers = {node for node, along in zip(params, trained, strict=True) if along}
     carriers.update(node for node in extras if is_floating(node))
 
