@@ -21,7 +21,17 @@ from bench.command import ROOT, make_parser
 from bench.zoo.entry import ENTRIES
 from bench.zoo.report import report
 
-FIELDS = ("audio", "diffusion", "flows", "graphs", "operators", "segmentation", "tokens", "vision")
+FIELDS = "audio denoisers diffusion flows graphs operators segmentation tokens vision".split()
+    "audio",
+    "denoisers",
+    "diffusion",
+    "flows",
+    "graphs",
+    "operators",
+    "segmentation",
+    "tokens",
+    "vision",
+)
 OUT = ROOT / "bench/results/zoo.md"
 # Seconds that one decoder may take.
 LIMIT = 120

@@ -19,6 +19,7 @@ class OnGraph(nn.Module):
         self.register_buffer("edges", EDGES)
 
     def forward(self, h: Tensor) -> Tensor:
+        """[B, 4, features] -> [B, 4, out]."""
         for layer in self.layers:
             h = torch.tanh(layer(h, self.edges))
         return h

@@ -74,6 +74,7 @@ class Field(nn.Module):
         self.net = nn.Sequential(nn.Linear(M, 6), nn.Tanh(), nn.Linear(6, M))
 
     def forward(self, t, z):
+        """The rate of change of z at time t."""
         return self.net(z) * (1 + t)
 
 

@@ -14,7 +14,7 @@ Random weights in small configurations, float64, {m} latents, {b} samples; the v
 all its gradients are compared with plain reverse mode, and are right within 1e-10 of the largest.
 "Swept" is the fast path, chunk by chunk with hand-written gradients; "autograd" is slower and as
 right. The first call traces the decoder; a step is the loss with all gradients, and the last column
-how many times as long vmap(jacfwd) takes for the same. Small networks, so times are mostly overhead.
+how many times as long vmap(jacfwd) takes for the same. The networks are small: times are overhead.
 
 {summary}
 """
