@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._decomp import decompositions
+from torch import Tensor
 
 from fastsfvae.jacobian.rules.catalogue import NOT_DIFFERENTIABLE
 from fastsfvae.jacobian.rules.registry import RULES
@@ -27,8 +27,8 @@ def composites() -> dict[Any, Callable[..., Any]]:
         name = overload._schema.name.partition("::")[2]
         # In place it is written as its out-of-place form, which may have a rule.
         if {name, name.removesuffix("_")}.isdisjoint(RULES):
-            table[overload] = _parts_of(overload)
-    return table
+            table[overload] = overload.decompose
+    return table | {torch.ops.aten.masked_select.default: _entries_of_each_sample}
 
 
 @functools.cache
@@ -49,16 +49,9 @@ def _known() -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _parts_of(overload: Any) -> Callable[..., Any]:
-    recurrent = _RECURRENT.get(overload)
-    return overload.decompose if recurrent is None else recurrent
-
-
-aten = torch.ops.aten
-# The compiled ones may call fused kernels that have no rule.
-_RECURRENT = {
-    aten.gru.input: decompositions.gru_impl,
-    aten.lstm.input: decompositions.lstm_impl,
-    aten.rnn_tanh.input: decompositions.rnn_tanh_input,
-    aten.rnn_relu.input: decompositions.rnn_relu_input,
-}
+def _entries_of_each_sample(x: Tensor, mask: Tensor) -> Tensor:
+    """torch.masked_select as an index, where it takes the same entries of each sample."""
+    if mask.ndim >= x.ndim or x.ndim < 2:
+        return NotImplemented
+    each = mask.expand(x.shape[x.ndim - mask.ndim :])
+    return x[(slice(None),) * (x.ndim - mask.ndim) + (each,)].reshape(-1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.jacobian.rules.arithmetic import where
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent, move
 from fastsfvae.jacobian.rules.pieces import put_back
 from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
@@ -82,6 +83,26 @@ def _index_select_adjoint(
 ) -> tuple[Jet]:
     axis = front(dim, x.primal.ndim)
     return (put_back(grad, x, axis, lambda t, g, k: t.index_add_(axis + k, positions, g)),)
+
+
+@rule("embedding", composed=True)
+def embedding(
+    weight: Jet, positions: Tensor, padding_idx: int = -1, by_frequency: bool = False, _: Any = None
+) -> Jet:
+    """Rows of a matrix, of which one may be trained by nothing.
+
+    Raises:
+        RuntimeError: gradients are to be divided by how often a row is taken in the whole batch.
+    """
+    if by_frequency:
+        raise RuntimeError(
+            "an embedding with scale_grad_by_freq weighs a sample's gradient by those of the batch "
+            "that it is in: set it to False"
+        )
+    rows = index(weight, [positions])
+    if padding_idx < 0:
+        return rows
+    return where((positions == padding_idx)[..., None], rows.primal.detach(), rows)
 
 
 def places_of(value: Tensor, indices: list[Any]) -> Tensor:
