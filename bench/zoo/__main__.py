@@ -22,16 +22,6 @@ from bench.zoo.entry import ENTRIES
 from bench.zoo.report import report
 
 FIELDS = "audio denoisers diffusion flows graphs operators segmentation tokens vision".split()
-    "audio",
-    "denoisers",
-    "diffusion",
-    "flows",
-    "graphs",
-    "operators",
-    "segmentation",
-    "tokens",
-    "vision",
-)
 OUT = ROOT / "bench/results/zoo.md"
 # Seconds that one decoder may take.
 LIMIT = 120
