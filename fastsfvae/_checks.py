@@ -68,10 +68,16 @@ def settings(
     choice("likelihood", likelihood, LIKELIHOODS)
 
 
+def tensors(**named: Tensor) -> None:
+    """Raise TypeError unless all of these are tensors."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}: give a torch.Tensor")
+
+
 def floating(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is a real floating-point tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor")
+    tensors(**{name: tensor})
     if not tensor.dtype.is_floating_point:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}: convert it to a floating-point dtype"

@@ -43,6 +43,7 @@ class LinearizedGaussian(Distribution):
         validate_args: bool | None = None,
     ):
         _checks.noise_var(noise_var)
+        _checks.tensors(loc=loc, jacobian=jacobian, latent_var=latent_var)
         if loc.dim() == 1:
             _checks.low_rank(loc[None], jacobian[None], latent_var[None])
         else:
@@ -93,6 +94,7 @@ class LinearizedGaussian(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats of ``value [*sample_shape, ..., n]``: ``[*sample_shape, ...]``."""
+        _checks.tensors(value=value)
         if self._validate_args:
             self._validate_sample(value)
         residual = value - self.loc

@@ -66,6 +66,7 @@ def make_graphed_step(
     Raises:
         TypeError, ValueError, RuntimeError: in one line that says why a step cannot be captured.
     """
+    _checks.tensors(x=x)
     step = GraphedStep(encoder, loss, optimizer, autocast)
     if capture:
         _check_capturable(encoder, loss, optimizer, x, args)
@@ -108,6 +109,7 @@ class GraphedStep:
             ValueError: a batch that does not fit the captured one, or a setting that was changed
                 although it is part of the graph.
         """
+        _checks.tensors(x=x)
         if self._graph is None or not self._fits((x, *args)):
             return self._train(x, *args)
         with span("replay"):

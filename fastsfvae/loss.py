@@ -141,6 +141,8 @@ class SamplingFreeLoss(nn.Module):
             )
         # Before a mean over the batch is taken.
         _checks.latent(mean, log_var)
+        if sample_weight is not None:
+            _checks.tensors(sample_weight=sample_weight)
         if sample_weight is not None and sample_weight.shape != mean.shape[:1]:
             raise ValueError(
                 f"sample_weight has shape {tuple(sample_weight.shape)}: "

@@ -120,6 +120,7 @@ def log_marginal_likelihood(
         TypeError, ValueError: for inputs that do not fit, in one line.
     """
     _checks.choice("proposal", proposal, PROPOSALS)
+    _checks.tensors(x=x, mean=mean, log_var=log_var)
     peak = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     total, total_square = torch.zeros_like(peak), torch.zeros_like(peak)
     for images, log_prior_ratio, squared_error in passes(
@@ -165,6 +166,7 @@ def sampled_elbo(
 
     Args, raises: as `log_marginal_likelihood`.
     """
+    _checks.tensors(x=x, mean=mean, log_var=log_var)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     total_square = torch.zeros_like(total)
     for images, _, squared_error in passes(
@@ -221,6 +223,7 @@ def objective_gap(
     Raises:
         TypeError, ValueError, RuntimeError: as `sampling_free_elbo`, in one line.
     """
+    _checks.tensors(x=x, mean=mean, log_var=log_var)
     chunks = zip(*(t.split(_OBJECTIVE_IMAGES) for t in (x, mean, log_var)), strict=True)
     parts = [
         sampling_free_elbo(
@@ -248,6 +251,7 @@ def squared_error_at_mean(
 
     Args, raises: as `log_marginal_likelihood`.
     """
+    _checks.tensors(x=x, mean=mean)
     _checks.batch(x, mean)
     rows = resolve_chunk_size(x, chunk_size)
     chunks = zip(x.split(rows), mean.split(rows), strict=True)

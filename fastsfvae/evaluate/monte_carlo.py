@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
 from fastsfvae.evaluate._decode import Progress
 from fastsfvae.loss import sampling_free_elbo
@@ -71,6 +72,7 @@ def gradient_error(
     Raises:
         TypeError, ValueError, RuntimeError: as `sampling_free_elbo`, in one line.
     """
+    _checks.tensors(x=x, mean=mean, log_var=log_var)
     if repeats < 2:
         raise ValueError(f"repeats={repeats} must be at least 2: a variance is measured")
     mean, log_var = (t.detach().requires_grad_() for t in (mean, log_var))

@@ -12,7 +12,7 @@ from fastsfvae._checks import Backend
 from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
 from fastsfvae.gram.query import Query, head_outputs, recomputed
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.validate import check_target
+from fastsfvae.jacobian.validate import check_latents, check_target
 from fastsfvae.ops.gram_project import gram_project
 
 
@@ -106,6 +106,7 @@ def pullback(
         TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; x that is not floating
             point or does not match the output.
     """
+    check_latents(z)
     check_target(x, z)
     head, resolved = "gram" if x is None else "sums", resolve_backend(backend, z)
     query = Query(head, decoder, z, x, (), args, kwargs, resolved, chunk_size)

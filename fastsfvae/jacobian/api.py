@@ -14,7 +14,7 @@ from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.chunks import (
     decode_by_reference,
 )
-from fastsfvae.jacobian.validate import check_chunk_size
+from fastsfvae.jacobian.validate import check_chunk_size, check_latents
 
 
 def decode_with_jacobian(
@@ -53,6 +53,7 @@ def decode_with_jacobian(
         RuntimeError: batch statistics or dropout in training mode, control flow that depends on
             tensor values, or an operation that cannot be differentiated.
     """
+    check_latents(z)
     check_chunk_size(chunk_size)
     if backend == "reference":
         return decode_by_reference(decoder, z, args, kwargs)

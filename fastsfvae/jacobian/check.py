@@ -18,7 +18,7 @@ from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.cost import CARDS, Floor, step_floor
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.run.cache import Linearizer
-from fastsfvae.jacobian.validate import unwrap
+from fastsfvae.jacobian.validate import check_latents, unwrap
 from fastsfvae.ops.dispatch import Choice
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ def check_decoder(
     Raises:
         TypeError, ValueError, RuntimeError: see `decode_with_jacobian`.
     """
+    check_latents(z)
     target, kwargs = unwrap(decoder, kwargs)
     backend = resolve_backend("auto", z)
     linearizer = Linearizer(target, z, args, kwargs, backend)

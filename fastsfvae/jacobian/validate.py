@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsfvae import _checks
+
 _WRAPPERS = {
     "DistributedDataParallel": "wrap the module that computes the loss instead",
     "FullyShardedDataParallel": "wrap the module that computes the loss instead",
@@ -97,6 +99,27 @@ def refuse_wrappers(module: nn.Module, name: str = "the decoder") -> None:
             )
 
 
+def check_latents(z: Tensor) -> None:
+    """Refuse what is no batch of latents.
+
+    Raises:
+        TypeError: z is not a floating point tensor.
+        ValueError: z is not a non-empty [B, m].
+    """
+    _checks.tensors(z=z)
+    if not z.is_floating_point():
+        raise TypeError(f"z must be a floating point tensor, got {z.dtype}")
+    shape = tuple(z.shape)
+    if len(shape) > 2 and set(shape[2:]) == {1}:
+        ones = ", 1" * (len(shape) - 2)
+        raise ValueError(
+            f"z must be [B, m], got shape {shape}; for a decoder that takes [B, m{ones}] put "
+            f"nn.Unflatten(1, ({shape[1]}{ones})) in front of it and pass z.flatten(1)"
+        )
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"z must be [B, m] with B, m >= 1, got shape {shape}")
+
+
 def check_inputs(z: Tensor, names: list[str], tensors: list[Tensor]) -> None:
     """Refuse latents that no decoder here can take.
 
@@ -105,11 +128,7 @@ def check_inputs(z: Tensor, names: list[str], tensors: list[Tensor]) -> None:
         ValueError: z is not a non-empty [B, m], or the decoder's parameters are on another device
             or, outside autocast, of another dtype.
     """
-    if not isinstance(z, Tensor) or not z.is_floating_point():
-        got = z.dtype if isinstance(z, Tensor) else type(z).__name__
-        raise TypeError(f"z must be a floating point tensor, got {got}")
-    if z.ndim != 2 or 0 in z.shape:
-        raise ValueError(f"z must be [B, m] with B, m >= 1, got shape {tuple(z.shape)}")
+    check_latents(z)
     # The first one decides: what comes later may be converted on the way.
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.device != z.device:
@@ -168,9 +187,11 @@ def check_target(x: Tensor | None, z: Tensor) -> None:
     """
     if x is None:
         return
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating point tensor, got {got}; convert images with / 255")
+    _checks.tensors(x=x)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must be a floating point tensor, got {x.dtype}; convert images with / 255"
+        )
     if x.ndim < 2 or x.shape[0] != z.shape[0]:
         raise ValueError(
             f"x must be [B, *out] with z's B = {z.shape[0]}, got shape {tuple(x.shape)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -23,6 +25,13 @@ TRAINING_ARGUMENT = {
     "native_dropout": 2,
     "rrelu": 3,
 }
+# What takes z apart or gives it another shape, before anything is computed from it.
+_PARTS = frozenset(
+    """
+    view reshape flatten unflatten unsqueeze squeeze expand permute transpose t chunk split select
+    slice getitem unbind narrow clone contiguous alias detach to _to_copy sym_size
+    """.split()
+)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _warned_hooks: set[type] = set()
 
@@ -73,8 +82,62 @@ def _batch_statistics(path: str) -> RuntimeError:
     layer = layer_name(path)
     return RuntimeError(
         f"{layer} normalises by batch statistics, so samples have no Jacobian of their own: "
-        f"call {layer}.eval() (with running statistics), or use GroupNorm"
+        f"train it with {layer}.eval() and running statistics, set by a few plain forward passes "
+        "in training mode beforehand (its weight and bias are trained all the same), or use "
+        "GroupNorm"
     )
+
+
+def failure(
+    error: BaseException, z: Tensor, batch: Any, path: str, nodes: Iterable[fx.Node], first: int
+) -> str:
+    """The line for a decoder that PyTorch cannot run.
+
+    Args:
+        error: raised by PyTorch.
+        z: the latents.
+        batch: the symbol for their number, which messages may show.
+        path: of the module that ran.
+        nodes: of the unfinished graph.
+        first: the place of z among its placeholders.
+    """
+    shape = tuple(z.shape)
+    reason = first_line(error).replace(str(batch), str(shape[0]))
+    if reason.startswith(".numpy()"):
+        return (
+            f"{layer_name(path)} leaves PyTorch for NumPy, where a trace cannot follow: "
+            "write it in PyTorch operations"
+        )
+    where = f" in {layer_name(path)}" if path else ""
+    said = f"the decoder fails on z of shape {shape}{where}: {reason}"
+    if re.search("dtype|device", reason) or not _fails_on_z(nodes, first):
+        return said
+    image = re.search(r"\bor (\d)D \(batched\)", reason)
+    if image:
+        ones = ", 1" * (int(image[1]) - 2)
+        return f"{said} (put nn.Unflatten(1, ({shape[1]}{ones})) in front of it)"
+    return f"{said} (check that it takes m = {shape[1]} latents)"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _fails_on_z(nodes: Iterable[fx.Node], first: int) -> bool:
+    """Whether nothing has been computed from z yet, but for other shapes and parts of it."""
+    given = [node for node in nodes if node.op == "placeholder"]
+    if len(given) <= first:
+        return False
+    reached = {given[first]}
+    for node in nodes:
+        # What has no value is what fails.
+        if reached.isdisjoint(node.all_input_nodes) or "val" not in node.meta:
+            continue
+        if getattr(node.target, "__name__", str(node.target)).partition(".")[0] not in _PARTS:
+            return False
+        reached.add(node)
+    return True
 
 
 def refuse_custom_functions(output: Tensor) -> None:

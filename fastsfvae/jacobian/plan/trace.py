@@ -41,6 +41,8 @@ from fastsfvae.jacobian.plan.decompose import composites
 from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
 from fastsfvae.jacobian.plan.known import KnownValues, value_asked_for
 from fastsfvae.jacobian.plan.refuse import (
+    failure,
+    first_line,
     refuse_batch_statistics,
     refuse_custom_functions,
     refuse_or_warn_about_hooks,
@@ -180,17 +182,14 @@ def _traced(decoder, names, tensors, z, extras, batched, rebuild, with_values: b
         raise RuntimeError(value_asked_for(error, places.current)) from error
     except UnsupportedOperatorException as error:
         raise RuntimeError(
-            f"the decoder uses {_first_line(error)}, which cannot be traced: PyTorch does not know "
+            f"the decoder uses {first_line(error)}, which cannot be traced: PyTorch does not know "
             "the shape of its result"
         ) from error
-    except RuntimeError as error:
+    except Exception as error:
         if not _raised_by_torch(error):
             raise
-        reason = _first_line(error).replace(str(fake_z.shape[0]), str(z.shape[0]))
-        raise RuntimeError(
-            f"the decoder fails on z of shape {tuple(z.shape)}: {reason} "
-            f"(check that it takes m = {z.shape[1]} latents and the further inputs)"
-        ) from error
+        given = z, fake_z.shape[0], places.current, places.nodes, len(names)
+        raise RuntimeError(failure(error, *given)) from error
     _refuse_escaped_values(module)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     z_size = inputs[len(names)].meta["val"].shape[0]
@@ -249,6 +248,12 @@ class _Places:
     def current(self) -> str:
         """The path of the innermost module that runs, or that failed."""
         return self._running[-1][0] if self._running else ""
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All of the graph, where a module runs or has failed."""
+        starts = [start for _, start in self._running if start is not None]
+        return list(starts[-1].graph.nodes) if starts else []
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -322,7 +327,3 @@ def _raised_by_torch(error: BaseException) -> bool:
         frame = frame.tb_next
     module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
     return module.partition(".")[0] == "torch"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
