@@ -217,5 +217,7 @@ def _functional_form(target: Any) -> Any:
     namespace, _, name = target._schema.name.partition("::")
     if namespace != "aten" or not name.endswith("_") or name.endswith("__"):
         return None
+    if target is aten.transpose_.default:
+        return aten.transpose.int
     packet = getattr(aten, name[:-1], None)
     return getattr(packet, target._overloadname, None)

@@ -120,8 +120,10 @@ def _unit(angle: Tensor) -> Tensor:
 @rule("polar", several=True)
 def polar(a: Any, b: Any) -> Jet:
     """A e^(ib)."""
-    primal = torch.polar(primal_of(a), primal_of(b))
-    return combine(primal, (a, lambda: _unit(primal_of(b))), (b, lambda: 1j * primal))
+    # PyTorch's own derivative by a modulus is wrong where that is negative.
+    unit = _unit(primal_of(b))
+    primal = primal_of(a) * unit
+    return combine(primal, (a, unit), (b, lambda: 1j * primal))
 
 
 @adjoint("polar", covers=always)

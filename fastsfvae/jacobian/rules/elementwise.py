@@ -50,8 +50,7 @@ pointwise("asinh", "arcsinh", curvature=lambda a, y, d: -a * d**3)(
     lambda a, y: torch.rsqrt(a * a + 1)
 )
 pointwise("acosh", "arccosh", curvature=lambda a, y, d: -a * d**3)(
-    # The root of the product has another sign in the left half of the complex plane.
-    lambda a, y: torch.rsqrt(a - 1) * torch.rsqrt(a + 1)
+    lambda a, y: torch.rsqrt(a * a - 1)
 )
 pointwise("atanh", "arctanh", curvature=lambda a, y, d: 2 * a * d * d)(lambda a, y: 1 / (1 - a * a))
 pointwise("erf", "special_erf", curvature=lambda a, y, d: -2 * a * d)(
