@@ -126,6 +126,12 @@ def test_inputs_that_mix():
         decode_with_jacobian(module, latents(), torch.rand(B, 8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("function", [lambda h: h * h.shape[0], lambda h: h / h.numel()])
+def test_the_size_of_the_batch_is_no_value(function):
+    with pytest.raises(RuntimeError, match="depends on how many samples"):
+        decode_with_jacobian(decoder(function), latents())
+
+
 def test_a_sample_alone_mixes_with_nobody():
     module = decoder(lambda h: h * h.softmax(0))
     jacobian = decode_with_jacobian(module, latents(1))[1]
