@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ZOO := $(VENV)/zoo
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # Idle OpenMP threads soon sleep instead of spinning: where other work runs beside it, spinning makes a
 # step up to twice as slow; on a quiet machine this costs an eighth.
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train reproduce test trust licenses audit-deps lint audit bench bench-full clean
+.PHONY: help install train reproduce test trust licenses audit-deps lint audit bench bench-full zoo clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +59,16 @@ bench: $(INSTALLED) ## Time every operation against its peers here, in about fiv
 
 bench-full: $(INSTALLED) ## The same for every workload, with the peak memory of each
 	$(BIN)/python -m pytest bench --benchmark-only -rs --full --ledger bench/results/ledger.csv
+
+# In an environment inside the other, whose packages it borrows: what the zoo needs changes nothing there.
+$(ZOO)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(ZOO)
+	$(BIN)/python $(PURELIB) > "$$($(ZOO)/bin/python $(PURELIB))/outer.pth"
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[zoo]'
+	@touch $@
+
+zoo: $(ZOO)/.installed ## Run decoders of public packages against reverse mode; write bench/results/zoo.md
+	$(ZOO)/bin/python -m bench.zoo
 
 clean: ## Remove caches and builds (never runs/ or .venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
