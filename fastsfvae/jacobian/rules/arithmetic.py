@@ -178,17 +178,34 @@ def _base_derivative(base: Tensor, exponent: Any) -> Tensor:
     if not isinstance(exponent, Tensor):
         if exponent == 0:
             return torch.zeros_like(base)
-        return exponent * base.pow(exponent - 1)
-    # The unused branch gets a harmless exponent, so that its own derivative is finite.
-    zero = exponent == 0
-    safe = torch.where(zero, torch.ones_like(exponent), exponent)
-    return torch.where(zero, 0.0, safe * base.pow(safe - 1))
+        if not _has_kink(exponent):
+            return exponent * base.pow(exponent - 1)
+        flat = base == 0
+    else:
+        zero = exponent == 0
+        flat = zero | ((base == 0) & _has_kink(exponent))
+        exponent = torch.where(zero, torch.ones_like(exponent), exponent)
+    # The unused branch gets a harmless base and exponent, so that its own derivative is finite.
+    base = torch.where(flat, torch.ones_like(base), base)
+    return torch.where(flat, 0.0, exponent * base.pow(exponent - 1))
+
+
+def _has_kink(exponent: Any) -> Any:
+    """Whether the derivative at a base of zero is zero and that one's is infinite."""
+    if isinstance(exponent, complex) or (isinstance(exponent, Tensor) and exponent.is_complex()):
+        return False
+    return (1 < exponent) & (exponent < 2)
 
 
 def _base_curvature(base: Tensor, exponent: Any) -> Tensor:
-    if not isinstance(exponent, Tensor) and exponent in (0, 1):
-        return torch.zeros_like(base)
-    return exponent * _base_derivative(base, exponent - 1)
+    if not isinstance(exponent, Tensor):
+        if exponent in (0, 1):
+            return torch.zeros_like(base)
+        flat = base == 0 if _has_kink(exponent) else None
+    else:
+        flat = (base == 0) & (_has_kink(exponent) | (exponent == 0))
+    curvature = exponent * _base_derivative(base, exponent - 1)
+    return curvature if flat is None else torch.where(flat, 0.0, curvature)
 
 
 @adjoint("pow", covers=always)

@@ -71,10 +71,12 @@ def _logit_curvature(a, y, d, eps=None):
 
 @pointwise("logit", "special_logit", curvature=_logit_curvature)
 def _logit(a, y, eps=None):
-    slope = 1 / (a * (1 - a))
     if eps is None:
-        return slope
-    return torch.where((a < eps) | (a > 1 - eps), 0.0, slope)
+        return 1 / (a * (1 - a))
+    outside = (a < eps) | (a > 1 - eps)
+    # The unused branch gets a harmless value, so that its own derivative is finite.
+    a = torch.where(outside, 0.5, a)
+    return torch.where(outside, 0.0, 1 / (a * (1 - a)))
 
 
 @pointwise("nan_to_num", straight=True)
