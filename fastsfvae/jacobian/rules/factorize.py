@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastsfvae.jacobian.rules.arithmetic import add, mul, sub
 from fastsfvae.jacobian.rules.indexing import tril, triu
-from fastsfvae.jacobian.rules.jet import Jet
+from fastsfvae.jacobian.rules.jet import Jet, primal_of
 from fastsfvae.jacobian.rules.linalg import (
     identity_like,
     matrix_tangent,
@@ -80,29 +81,42 @@ def cholesky(x: Jet, upper: bool = False) -> Jet:
     return cholesky_ex(x, upper=upper, check_errors=True)[0]
 
 
-@rule("lu_of_square")
-def lu_of_square(x: Jet, pivot: bool = True, check: bool = True) -> tuple[Jet, Tensor, Tensor]:
+@rule("lu_corner")
+def lu_corner(x: Jet, pivot: bool = True, check: bool = True) -> tuple[Jet, Tensor, Tensor]:
     """L and U of A = P L U in one matrix, the pivots, and which A is singular.
 
-    With M = L^-1 P^T dA U^-1 it is dL = L lower(M) and dU = upper(M) U.
+    With M = L^-1 P^T dA U^-1 it is dL = L lower(M) and dU = upper(M) U. Of an A that is not square
+    these are the factors of as many rows of P^T A as columns, or columns as rows, from the first.
     """
     compact, pivots, info = torch.linalg.lu_factor_ex(x.primal, pivot=pivot, check_errors=check)
-    swap, lower, upper = torch.lu_unpack(compact, pivots)
+    k = pivots.shape[-1]
+    corner = compact[..., :k, :k]
+    swap, (lower, upper) = _permutation(x.primal, pivots)[..., :k], _triangles(corner)
     moved = _lu_moved(x, swap, lower, upper)
-    return Jet(compact, lower @ moved.tril(-1) + moved.triu() @ upper), pivots, info
+    return Jet(corner, lower @ moved.tril(-1) + moved.triu() @ upper), pivots, info
+
+
+def _permutation(matrix: Tensor, pivots: Tensor) -> Tensor:
+    """P, for a matrix of A's extents."""
+    return torch.lu_unpack(matrix.detach(), pivots, unpack_data=False)[0]
+
+
+def _triangles(compact: Tensor) -> tuple[Tensor, Tensor]:
+    return compact.tril(-1) + identity_like(compact), compact.triu()
 
 
 def _lu_moved(x: Jet, swap: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    inverses = _inverse(lower, False, unit=True), _inverse(upper, True)
-    return inverses[0] @ swap.mT @ matrix_tangent(x) @ inverses[1]
+    moved = swap.mT @ matrix_tangent(x)[..., : upper.shape[-1]]
+    return _inverse(lower, False, unit=True) @ moved @ _inverse(upper, True)
 
 
-@adjoint("lu_of_square")
+@adjoint("lu_corner")
 def _lu_adjoint(
     grads: tuple, out: tuple, needs: tuple, x: Jet, pivot: bool = True, check: bool = True
 ) -> tuple[Jet]:
-    grad, (factors, pivots, _) = grads[0], out
-    swap, lower, upper = torch.lu_unpack(factors.primal, pivots)
+    grad, (corner, pivots, _) = grads[0], out
+    swap = _permutation(x.primal, pivots)[..., : pivots.shape[-1]]
+    lower, upper = _triangles(corner.primal)
     to_left, to_right = _inverse(lower, False, unit=True).mT, _inverse(upper, True).mT
 
     def weights(g: Tensor) -> Tensor:
@@ -115,31 +129,28 @@ def _lu_adjoint(
     bend = by_lower.tril(-1).sum(0) + by_upper.triu().sum(0)
 
     def pulled(t: Tensor) -> Tensor:
-        return swap @ (to_left @ t @ to_right)
+        return F.pad(swap @ (to_left @ t @ to_right), (0, x.primal.shape[-1] - t.shape[-1]))
 
     return (Jet(pulled(weights(grad.primal + bend)), pulled(by_tangents)),)
-
-
-def _refuse_unless_square(x: Jet) -> None:
-    rows, columns = x.primal.shape[-2:]
-    if rows != columns:
-        raise RuntimeError(
-            f"the LU factors of a matrix of {rows} rows and {columns} columns have no tangent "
-            "rule: factorise square matrices, or use torch.linalg.qr"
-        )
 
 
 @rule("linalg_lu_factor_ex", composed=True)
 def lu_factor_ex(
     x: Jet, *, pivot: bool = True, check_errors: bool = False
 ) -> tuple[Jet, Tensor, Tensor]:
-    """L and U in one matrix, the pivots, and which matrix is singular.
-
-    Raises:
-        RuntimeError: a matrix that is not square.
-    """
-    _refuse_unless_square(x)
-    return lu_of_square(x, pivot, check_errors)
+    """L and U in one matrix, the pivots, and which matrix is singular."""
+    corner, pivots, info = lu_corner(x, pivot, check_errors)
+    rows, columns = x.primal.shape[-2:]
+    if rows == columns:
+        return corner, pivots, info
+    swapped = matmul(_permutation(x.primal, pivots).mT, x)
+    if rows > columns:
+        rest = slice_(swapped, -2, columns, rows)
+        rest = solve_system(corner, rest, left=False, upper=True, check=check_errors)
+    else:
+        rest = slice_(swapped, -1, rows, columns)
+        rest = solve_system(corner, rest, upper=False, unit=True)
+    return cat([corner, rest], -2 if rows > columns else -1), pivots, info
 
 
 @rule("_lu_with_info", composed=True)
@@ -159,12 +170,17 @@ def lu_unpack(
     factors: Jet, pivots: Tensor, unpack_data: bool = True, unpack_pivots: bool = True
 ) -> tuple[Any, Any, Any]:
     """P, L and U from both in one matrix."""
-    swap, lower, upper = torch.lu_unpack(factors.primal, pivots, unpack_data, unpack_pivots)
+    swap, lower, upper = torch.lu_unpack(
+        factors.primal.detach(), pivots, unpack_data=False, unpack_pivots=unpack_pivots
+    )
     permutation = Jet(swap, torch.zeros_like(swap).expand(len(factors.tangent), *swap.shape))
     if not unpack_data:
         return permutation, lower, upper
-    lower = add(tril(factors, -1), identity_like(factors.primal))
-    return permutation, lower, triu(factors)
+    rows, columns = factors.primal.shape[-2:]
+    least = min(rows, columns)
+    unity = torch.eye(rows, least, dtype=swap.dtype, device=swap.device)
+    lower = add(tril(slice_(factors, -1, 0, least), -1), unity)
+    return permutation, lower, triu(slice_(factors, -2, 0, least))
 
 
 @rule("linalg_lu", composed=True)
@@ -183,8 +199,7 @@ def lu_solve(
     factors: Any, pivots: Tensor, b: Any, *, left: bool = True, adjoint: bool = False
 ) -> Jet:
     """X of A X = B, A^T X = B, X A = B or X A^T = B for A = P L U."""
-    value = factors.primal if isinstance(factors, Jet) else factors
-    swap = torch.lu_unpack(value.detach(), pivots, unpack_data=False)[0]
+    swap = _permutation(primal_of(factors), pivots)
     b = b if left else _transposed(b)
 
     def permuted(matrix: Tensor, x: Any) -> Any:
@@ -231,7 +246,7 @@ def qr(x: Jet, mode: str = "reduced") -> tuple[Any, Jet]:
     return (x.primal.new_empty(0) if mode == "r" else q), r
 
 
-def _reflect(vectors: Jet, scales: Jet, x: Any, forwards: bool) -> Any:
+def _reflect(vectors: Any, scales: Any, x: Any, forwards: bool) -> Any:
     """Apply the reflections I - scale v v^T one after another.
 
     Args:
@@ -240,6 +255,8 @@ def _reflect(vectors: Jet, scales: Jet, x: Any, forwards: bool) -> Any:
         x: what is reflected, [..., r, n].
         forwards: whether the first reflection is the first to be applied.
     """
+    m = next(len(y.tangent) for y in (vectors, scales, x) if isinstance(y, Jet))
+    vectors, scales = _as_jet(vectors, m), _as_jet(scales, m)
     unity = torch.ones_like(vectors.primal)
     vectors = add(tril(vectors, -1), unity.tril() - unity.tril(-1))
     order = range(scales.primal.shape[-1])
@@ -260,7 +277,7 @@ def householder_product(vectors: Any, scales: Any) -> Jet:
     value = vectors.primal if isinstance(vectors, Jet) else vectors
     rows, columns = value.shape[-2:]
     unity = torch.eye(rows, columns, dtype=value.dtype, device=value.device)
-    return _reflect(*_as_jets(vectors, scales), unity, forwards=False)
+    return _reflect(vectors, scales, unity, forwards=False)
 
 
 @rule("ormqr", several=True, composed=True, covers=_all_jets)
@@ -268,11 +285,10 @@ def ormqr(vectors: Any, scales: Any, x: Any, left: bool = True, transpose: bool 
     """Q X, X Q, Q^T X or X Q^T for a product Q of reflections."""
     if not left:
         x = _transposed(x)
-    y = _reflect(*_as_jets(vectors, scales), x, forwards=transpose == left)
+    y = _reflect(vectors, scales, x, forwards=transpose == left)
     return y if left else _transposed(y)
 
 
-def _as_jets(*values: Any) -> list[Jet]:
-    """All as Jets, with tangents of zero where they do not depend on z."""
-    m = next(len(x.tangent) for x in values if isinstance(x, Jet))
-    return [x if isinstance(x, Jet) else Jet(x, x.new_zeros(m, *x.shape)) for x in values]
+def _as_jet(x: Any, m: int) -> Jet:
+    """A value as a Jet, with tangents of zero where it does not depend on z."""
+    return x if isinstance(x, Jet) else Jet(x, x.new_zeros(m, *x.shape))

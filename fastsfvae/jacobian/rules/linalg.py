@@ -16,6 +16,7 @@ from fastsfvae.jacobian.rules.indexing import diagonal
 from fastsfvae.jacobian.rules.jet import Jet, align, broadcast_jet, full_tangent, join, primal_of
 from fastsfvae.jacobian.rules.reduction import sum_
 from fastsfvae.jacobian.rules.registry import adjoint, always, rule
+from fastsfvae.jacobian.rules.shape import expand
 
 
 def matrix_tangent(x: Jet, ndim: int | None = None) -> Tensor:
@@ -205,12 +206,21 @@ def solve_triangular(
     return solve_system(a, b, left=left, upper=upper, unit=unitriangular)
 
 
-@rule("triangular_solve", several=True, composed=True, covers=always)
+def _no_trained_matrix(args: tuple, kwargs: dict) -> bool:
+    # As a result of its own, it would be one without a gradient.
+    return isinstance(args[1], Jet) or not args[1].requires_grad
+
+
+@rule("triangular_solve", several=True, composed=True, covers=_no_trained_matrix)
 def triangular_solve(
     b: Any, a: Any, upper: bool = True, transpose: bool = False, unitriangular: bool = False
-) -> tuple[Jet, Any]:
+) -> tuple[Jet, Jet]:
     """The old name, which returns A as well."""
-    return solve_system(a, b, transposed=transpose, upper=upper, unit=unitriangular), a
+    x = solve_system(a, b, transposed=transpose, upper=upper, unit=unitriangular)
+    shape = [*x.primal.shape[:-2], *primal_of(a).shape[-2:]]
+    if isinstance(a, Jet):
+        return x, expand(a, shape)
+    return x, Jet(a.expand(shape), a.new_zeros(len(x.tangent), *shape))
 
 
 @rule("cholesky_solve", several=True, composed=True, covers=always)

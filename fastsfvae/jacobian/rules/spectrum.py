@@ -44,7 +44,7 @@ def _eigh_adjoint(
     UPLO: str = "L",  # noqa: N803
     compute_v: bool = True,
 ) -> tuple[Jet]:
-    (values, _), (vectors, _) = (Jet(y.primal, y.tangent)[:2] for y in out)
+    values, vectors = (y.primal for y in out)
     of_values, of_vectors = grads
     gaps, tangent = _gaps(values), matrix_tangent(x)
     moved = vectors.mT @ tangent @ vectors
@@ -178,7 +178,8 @@ def _svd_adjoint(grads: tuple, out: tuple, needs: tuple, x: Jet, *_: Any, **__: 
         for g, y in zip(grads, out, strict=True)
     ]
     by_tangents = given[0].tangent, given[1].tangent, given[2].tangent.mT
-    by_values = given[0].primal, given[1].primal, given[2].primal.mT
-    bends = factors.bend(matrix_tangent(x), *by_tangents)
-    by_values = tuple(g + bend.sum(0) for g, bend in zip(by_values, bends, strict=True))
-    return (Jet(factors.pull(*by_values), factors.pull(*by_tangents)),)
+    bends = [bend.sum(0) for bend in factors.bend(matrix_tangent(x), *by_tangents)]
+    by_values = factors.pull(
+        given[0].primal + bends[0], given[1].primal + bends[1], given[2].primal.mT + bends[2]
+    )
+    return (Jet(by_values, factors.pull(*by_tangents)),)
