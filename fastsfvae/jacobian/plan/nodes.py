@@ -98,4 +98,12 @@ def is_control(node: fx.Node) -> bool:
 
 def packet_name(target: Any) -> str:
     """The operation without namespace and overload, such as "conv2d"."""
-    return target._schema.name.partition("::")[2] if target.namespace == "aten" else str(target)
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        return target._schema.name.partition("::")[2]
+    return operation_name(target)
+
+
+def operation_name(target: Any) -> str:
+    """How messages call an operation, such as "aten.conv2d.default"; no address of a function."""
+    known = isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
+    return str(target) if known else getattr(target, "__name__", type(target).__name__)

@@ -152,8 +152,14 @@ def refuse_custom_functions(output: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            name = type(node).__name__.removesuffix("Backward")
+        name = type(node).__name__.removesuffix("Backward")
+        if name == "CheckpointFunction":
+            raise RuntimeError(
+                "the decoder uses a reentrant torch.utils.checkpoint, whose backward no tangent "
+                "rule can see: pass use_reentrant=False"
+            )
+        # A custom operator's is generated; the trace has the operator itself.
+        if isinstance(node, BackwardCFunction) and not name.startswith("GeneratedBackwardFor"):
             raise RuntimeError(
                 f"the decoder uses the autograd.Function {name!r}, whose backward no tangent rule "
                 'can see: write it in PyTorch operations, or use backend="reference"'

@@ -10,31 +10,26 @@ import contextlib
 import functools
 import random
 import sys
-import threading
 import types
-import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch._functorch import eager_transforms, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fastsfvae.jacobian.plan.conditions import (
+    no_transforms,
+    no_warnings_of_torch,
+    uncompiled_parts,
+)
 from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
 from fastsfvae.jacobian.plan.freeze import PLAIN, is_surrounding, slot_values, slots_of
-from fastsfvae.jacobian.validate import layer_name, uncompiled
 
 # A place below a module: its path, the attribute, then keys, attributes and indices.
 Place = tuple[Any, ...]
-# Where torch.func's transforms begin, and what messages call them.
-_ENTRIES: list[tuple[Any, str, str]] = [
-    (vmap, "vmap_increment_nesting", "vmap"),
-    (eager_transforms, "grad_increment_nesting", "grad, vjp or jacrev"),
-    (eager_transforms, "jvp_increment_nesting", "jvp or jacfwd"),
-]
 _LEAVES = (type, types.BuiltinFunctionType, types.ModuleType)
 # Looking at these tells nothing of a tensor's values.
 _METADATA = frozenset(
@@ -66,9 +61,9 @@ def restored(decoder: Callable[..., Any]) -> Iterator[Effects]:
     effects, before, reads = Effects(), _Snapshot(decoder), None
     drawn = ""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_plain(decoder))
-        stack.enter_context(_no_transforms(decoder))
-        stack.enter_context(_no_warnings_of_torch())
+        stack.enter_context(uncompiled_parts(decoder))
+        stack.enter_context(no_transforms(decoder))
+        stack.enter_context(no_warnings_of_torch())
         if before.tensors:
             reads = stack.enter_context(_Reads(before.tensors))
         try:
@@ -88,79 +83,6 @@ def restored(decoder: Callable[..., Any]) -> Iterator[Effects]:
 
 def _is_in(place: Place, other: Place) -> bool:
     return place[: len(other)] == other
-
-
-@contextlib.contextmanager
-def _plain(decoder: Callable[..., Any]) -> Iterator[None]:
-    """Run what torch.compile made as it was before; undone by the snapshot."""
-    for module in decoder.modules() if isinstance(decoder, nn.Module) else ():
-        module.__dict__.pop("_compiled_call_impl", None)
-        for name, child in module._modules.items():
-            if child is not None:
-                module._modules[name] = uncompiled(child)
-    # Compiled functions are beyond the tree. Nothing is compiled without this import, a slow one.
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    config: Any = sys.modules["torch._dynamo.config"]
-    with config.patch(error_on_nested_fx_trace=False):
-        yield
-
-
-@contextlib.contextmanager
-def _no_warnings_of_torch() -> Iterator[None]:
-    """Keep to ourselves what PyTorch says to those who call it: that is this library."""
-    with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", category=category, module=r"(torch|fastsfvae)(\.|$)")
-        # It is a trace that has them, for a moment.
-        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global")
-        yield
-
-
-@contextlib.contextmanager
-def _no_transforms(decoder: Callable[..., Any]) -> Iterator[None]:
-    """Refuse torch.func inside the decoder, whose values a trace does not see.
-
-    Raises:
-        RuntimeError: names the module that calls it.
-    """
-    paths: dict[int, str] = {}
-    if isinstance(decoder, nn.Module):
-        paths = {id(module): path for path, module in modules_with_paths(decoder)}
-    own = threading.get_ident()
-
-    def refusing(name: str, enter: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(*args: Any) -> Any:
-            if threading.get_ident() != own:
-                return enter(*args)
-            raise RuntimeError(
-                f"{layer_name(_running(paths))} calls torch.func's {name}, inside which a trace "
-                "sees nothing: write the function for a whole batch in PyTorch operations, or use "
-                'backend="reference"'
-            )
-
-        return refuse
-
-    before = [(module, name, getattr(module, name)) for module, name, _ in _ENTRIES]
-    try:
-        for (module, name, said), (*_, enter) in zip(_ENTRIES, before, strict=True):
-            setattr(module, name, refusing(said, enter))
-        yield
-    finally:
-        for place in before:
-            setattr(*place)
-
-
-def _running(paths: dict[int, str]) -> str:
-    """The path of the innermost module whose method runs."""
-    frame = sys._getframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if id(owner) in paths and frame.f_code.co_name != "_call_impl":
-            return paths[id(owner)]
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
 
 
 class _Reads(TorchFunctionMode):

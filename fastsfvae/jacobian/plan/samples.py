@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastsfvae.jacobian.plan.functionalize import is_mutation
-from fastsfvae.jacobian.plan.nodes import is_tensor, packet_name
+from fastsfvae.jacobian.plan.nodes import is_tensor, operation_name, packet_name
 from fastsfvae.jacobian.plan.refuse import TRAINING_ARGUMENT, layer_name
 from fastsfvae.jacobian.plan.trace import Trace
 
@@ -170,7 +170,7 @@ def _message(trace: Trace, node: fx.Node | None) -> str:
     operation = ""
     if node is not None:
         source: Any = node.args[0] if node.target is operator.getitem else node
-        operation = f" ({source.target})"
+        operation = f" ({operation_name(source.target)})"
     return (
         f"{module} mixes the samples of a batch{operation}: each sample must be decoded from its "
         "own latents alone; reduce over other axes, or pass what is shared as a further input"

@@ -17,6 +17,7 @@ from fastsfvae.jacobian.plan.nodes import (
     is_tensor,
     leading,
     live_nodes,
+    operation_name,
     packet_name,
     tangent_inputs,
 )
@@ -142,8 +143,8 @@ def _refuse_unknown_complex(node: fx.Node, module: str) -> None:
     target: Any = node.target
     if target is not operator.getitem and packet_name(target) not in COMPLEX:
         raise RuntimeError(
-            f"{module} uses {target} on complex values, which has no tangent rule for them: write "
-            'it in real and imaginary parts, or use backend="reference"'
+            f"{module} uses {operation_name(target)} on complex values, which has no tangent rule "
+            'for them: write it in real and imaginary parts, or use backend="reference"'
         )
 
 
@@ -154,6 +155,6 @@ def _refuse_to_lose_tangents(node: fx.Node, module: str) -> None:
     if isinstance(target, torch._ops.OpOverload) and packet_name(target) in NOT_DIFFERENTIABLE:
         return
     raise RuntimeError(
-        f"{module} uses {target}, through which no tangents can be carried: write it in plain "
-        'PyTorch operations, or use backend="reference"'
+        f"{module} uses {operation_name(target)}, through which no tangents can be carried: write "
+        'it in plain PyTorch operations, or use backend="reference"'
     )
