@@ -1,119 +1,27 @@
-"""Decoders made of one operator of PyTorch on its own test samples, and a verdict on each.
-
-Values are PyTorch's, J is held against central differences of the decoder, and the gradients of
-the loss against central differences of the loss, whose J has just been checked. So nothing rests
-on PyTorch's derivatives, which are wrong in places.
-"""
+"""Decoders made of PyTorch's operators on PyTorch's own test samples."""
 
 from __future__ import annotations
 
 import itertools
-import linecache
-import re
-import traceback
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
-import fastsfvae as sf
+from tests.jacobian.one_operator import (
+    NOT_FINITE, NOT_JUDGED, NOT_SMOOTH, RAW, REFUSED, RIGHT, WRONG, OneOperator, Verdict, is_smooth, judge_decoder, real
+)
 
-M = 2
-STEP = 1e-5
-TOLERANCE = 2e-6
 LARGEST = 20_000
 OPERATORS = {
     f"{op.name}.{op.variant_test_name}".rstrip("."): op
     for op in op_db
     if op.supports_autograd and torch.float64 in op.supported_dtypes("cpu")
 }
-NOT_JUDGED, RIGHT, REFUSED, RAW, WRONG = "not judged", "right", "refused", "raw error", "wrong"
-
-
-NOT_FINITE, NOT_SMOOTH = "not finite at the sample", "not smooth at the sample"
-
-
-class Verdict(NamedTuple):
-    """What became of one decoder, the worst last among the constants above."""
-
-    kind: str
-    reason: str = ""
-
-
-class OneOperator(nn.Module):
-    """z -> the operator's results, flat, its tensors being affine in z or parameters.
-
-    Args:
-        call: takes the leaves of the sample's arguments, gives a list of real tensors.
-        leaves: of the sample's arguments.
-        moving: which of the leaves depend on z.
-        smooth: which of the leaves may require gradients.
-        batched: whether tensors get z's batch axis in front; else there is one sample without it.
-    """
-
-    def __init__(self, call, leaves, moving, smooth, batched):
-        super().__init__()
-        self.call, self.leaves, self.moving, self.batched = call, list(leaves), moving, batched
-        self.smooth = smooth
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and index not in smooth:
-                self.register_buffer(f"fixed_{index}", leaf)
-            elif isinstance(leaf, Tensor):
-                self.register_parameter(f"base_{index}", nn.Parameter(real(leaf).clone()))
-            if index in moving:
-                lift = 0.3 * torch.randn(M, real(leaf).numel(), dtype=real(leaf).dtype)
-                self.register_parameter(f"lift_{index}", nn.Parameter(lift))
-
-    def arguments(self, z):
-        filled = []
-        for index, leaf in enumerate(self.leaves):
-            value = leaf
-            if isinstance(leaf, Tensor) and index not in self.smooth:
-                value = getattr(self, f"fixed_{index}")
-            elif isinstance(leaf, Tensor):
-                value = getattr(self, f"base_{index}")
-                if index in self.moving:
-                    moved = z @ getattr(self, f"lift_{index}")
-                    shape = (-1, *value.shape) if self.batched else value.shape
-                    value = value + moved.reshape(shape)
-                if leaf.is_complex():
-                    value = torch.view_as_complex(value)
-            filled.append(value)
-        return filled
-
-    @torch.no_grad()
-    def shrink(self):
-        """Move the tensors away from the ends of what an operator is defined on."""
-        for index in self.smooth:
-            getattr(self, f"base_{index}").mul_(0.6)
-
-    def described(self) -> str:
-        """The arguments: z[shape] where it depends on z."""
-        words = []
-        for index, leaf in enumerate(self.leaves):
-            shape = str(list(leaf.shape)) if isinstance(leaf, Tensor) else str(leaf)
-            letter = "z" if index in self.moving else "p" if index in self.smooth else "c"
-            words.append(letter + shape if isinstance(leaf, Tensor) else shape)
-        return ("B, " if self.batched else "") + ", ".join(words)
-
-    def forward(self, z):
-        lead = z.shape[0] if self.batched else 1
-        results = self.call(*self.arguments(z))
-        return torch.cat([result.reshape(lead, -1) for result in results], 1)
-
-
-def is_smooth(value: Any) -> bool:
-    """Whether it is a tensor with real or complex values."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def real(tensor: Tensor) -> Tensor:
-    """Complex values as pairs of real ones."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def judge(op: Any, dtype: torch.dtype, samples: int = 1) -> Verdict:
@@ -121,12 +29,12 @@ def judge(op: Any, dtype: torch.dtype, samples: int = 1) -> Verdict:
     verdicts = []
     judged = 0
     for decoder in decoders(op, dtype):
-        verdict = judge_decoder(decoder, op)
+        verdict = judge_decoder(decoder, op.name)
         for _ in range(3):
             if verdict.reason not in (NOT_FINITE, NOT_SMOOTH):
                 break
             decoder.shrink()
-            verdict = judge_decoder(decoder, op)
+            verdict = judge_decoder(decoder, op.name)
         verdicts.append(Verdict(verdict.kind, f"{verdict.reason} [{decoder.described()}]"))
         if verdict.kind != NOT_JUDGED:
             judged += 1
@@ -224,121 +132,6 @@ def _nudged(leaves, moving, seed):
         return torch.view_as_complex(moved) if leaf.is_complex() else moved
 
     return [nudge(leaf) if i in moving else leaf for i, leaf in enumerate(leaves)]
-
-
-def judge_decoder(decoder: OneOperator, op: Any) -> Verdict:
-    """The verdict on one decoder: J, then the loss's gradients by z, log_var and parameters."""
-    batch = 3 if decoder.batched else 1
-    z = 0.03 * torch.randn(batch, M, dtype=torch.float64)
-    dtype = next(decoder.parameters()).dtype
-    z = z.to(dtype)
-    try:
-        output = decoder(z)
-        expected, unsure = differences(decoder, z)
-    except Exception as error:
-        return Verdict(NOT_JUDGED, f"the decoder itself fails: {first_line(error)}")
-    if not output.isfinite().all() or not expected.isfinite().all():
-        return Verdict(NOT_JUDGED, NOT_FINITE)
-    if not torch.equal(decoder(z), output):
-        return Verdict(NOT_JUDGED, "not deterministic")
-    if unsure:
-        return Verdict(NOT_JUDGED, NOT_SMOOTH)
-    try:
-        found_output, found = sf.decode_with_jacobian(decoder, z)
-    except Exception as error:
-        return explain(error, op)
-    scale = max(1.0, float(expected.abs().max()))
-    if found_output.shape != output.shape or found.shape != expected.shape:
-        return Verdict(WRONG, f"the shapes {tuple(found_output.shape)}, {tuple(found.shape)}")
-    if not torch.allclose(found_output, output, 1e-9, 1e-9):
-        return Verdict(WRONG, "the value")
-    error = float((found - expected).abs().max()) / scale
-    if not error < TOLERANCE:
-        return Verdict(WRONG, f"J by {error:.1e}")
-    return judge_gradients(decoder, z, output, op)
-
-
-def differences(function, z: Tensor) -> tuple[Tensor, bool]:
-    """J [B, m, n] by central differences, and whether two steps or two sides disagree on it."""
-    rows, unsure = [], False
-    with torch.no_grad():
-        middle = function(z)
-        for direction in torch.eye(M, dtype=z.dtype):
-            found = []
-            for step in (STEP, 3 * STEP):
-                ahead, behind = function(z + step * direction), function(z - step * direction)
-                found.append((ahead - behind) / (2 * step))
-                sides = (ahead - middle) / step - (middle - behind) / step
-                unsure |= bool((sides.abs() > 1e-2 * (1 + found[-1].abs().max())).any())
-            scale = max(1.0, float(found[0].abs().max()))
-            unsure |= bool(((found[0] - found[1]).abs() > TOLERANCE / 2 * scale).any())
-            rows.append(found[0])
-    return torch.stack(rows, 1), unsure
-
-
-def judge_gradients(decoder: OneOperator, z: Tensor, output: Tensor, op: Any) -> Verdict:
-    """The verdict on the loss's gradients, along random directions of all leaves."""
-    x = output.detach() + torch.randn_like(output)
-    log_var = 0.3 * torch.randn_like(z)
-    named = {"z": z, "log_var": log_var, **dict(decoder.named_parameters())}
-    loss = sf.SamplingFreeLoss(decoder, backend="torch", chunk_size=2)
-    leaves = [t.detach().clone().requires_grad_() for t in (z, log_var)]
-    try:
-        value = loss(x, *leaves)
-        wanted = [*leaves, *decoder.parameters()]
-        gradients = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
-    except Exception as error:
-        return explain(error, op)
-    largest = max(1.0, max(float(g.abs().max()) for g in gradients if g.numel()))
-    for kinds in (("z", "log_var"), tuple(named)[2:]):
-        directions = {name: torch.randn_like(named[name]) for name in kinds}
-        found = sum(
-            float((gradient * directions[name]).sum())
-            for name, gradient in zip(named, gradients, strict=True)
-            if name in directions
-        )
-        expected = []
-        for step in (STEP, 3 * STEP):
-            sides = [_loss_at(loss, x, named, directions, sign * step) for sign in (1, -1)]
-            expected.append((sides[0] - sides[1]) / (2 * step))
-        doubt = abs(expected[0] - expected[1])
-        error = abs(found - expected[0]) / largest
-        if not error < 10 * TOLERANCE + 3 * doubt / largest:
-            which = "z or log_var" if kinds[0] == "z" else "a tensor argument or its lift"
-            return Verdict(WRONG, f"the gradient by {which} by {error:.1e} of the largest")
-    return Verdict(RIGHT)
-
-
-@torch.no_grad()
-def _loss_at(loss, x, named, directions, step):
-    before = {name: named[name].detach().clone() for name in directions}
-    try:
-        for name, direction in directions.items():
-            named[name].add_(step * direction)
-        return float(loss(x, named["z"], named["log_var"]))
-    finally:
-        for name, value in before.items():
-            named[name].copy_(value)
-
-
-def explain(error: Exception, op: Any) -> Verdict:
-    """Whether an exception is one line that this library raised and that names an operation."""
-    frame, number = list(traceback.walk_tb(error.__traceback__))[-1]
-    module = frame.f_globals.get("__name__", "")
-    raised = linecache.getline(frame.f_code.co_filename, number).strip().startswith("raise")
-    message = str(error)
-    ours = module.startswith("fastsfvae") and raised and "\n" not in message
-    words = re.findall(r"(?<!torch\.)\b[a-z_0-9]{3,}", message)
-    names = any(hasattr(torch.ops.aten, word) or word in op.name for word in words)
-    # A decoder that runs without tangents does not fail.
-    kind = RAW if not ours or not names or message.startswith("the decoder fails on") else REFUSED
-    where = "" if kind == REFUSED else f"{type(error).__name__} in {module}:{number}: "
-    return Verdict(kind, where + first_line(error))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, cut."""
-    return (str(error).strip().split("\n") or [""])[0][:220]
 
 
 def verdict_of(name: str, samples: int = 1) -> Verdict:
