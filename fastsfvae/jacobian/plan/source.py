@@ -60,6 +60,7 @@ class Source:
 
     def bind(self, name: str, value: Any) -> str:
         """Make a value reachable from the generated code under a free name."""
+        name = identifier(name)
         candidate, count = name, 0
         while candidate in self._namespace and self._namespace[candidate] is not value:
             count += 1
