@@ -104,7 +104,8 @@ def _clamp_slopes(x: Any, low: Any = None, high: Any = None) -> tuple[Any, ...]:
     at_low, at_high = (x == low) & ordered, (x == high) & ordered
     value = inside + _AT_TENSOR * (at_low | at_high) + _ALL_EQUAL * (equal & (x == low))
     below = ((x < low) & ordered) + (1 - _AT_TENSOR) * at_low + _EQUAL_ABOVE * ((x < low) & equal)
-    return value, below.to(x.dtype), (1 - value - below).to(x.dtype)
+    above = ((x > high) | ~(ordered | equal)) + (1 - _AT_TENSOR) * at_high
+    return value, below.to(x.dtype), above.to(x.dtype)
 
 
 def _clamp(x: Any, low: Any = None, high: Any = None) -> Tensor:
