@@ -197,7 +197,8 @@ def _undone(view: fx.Node, outer: fx.Node, changed: fx.Node) -> tuple[Any, tuple
         axes = [axis % len(order) for axis in order]
         return target, (changed, [axes.index(axis) for axis in range(len(axes))]), {}
     if name == "narrow":
-        dim, start, length = view.args[1:]
+        args: Any = view.args
+        dim, start, length = args[1:]
         return aten.slice_scatter.default, (outer, changed, dim, start, start + length), {}
     if name == "alias":
         return target, (changed,), {}
