@@ -52,7 +52,8 @@ def modules_with_paths(module: nn.Module, path: str = "") -> list[tuple[str, nn.
             f"{layer_name(path)} is a torch.jit module, whose operations no trace sees: use the "
             "nn.Module that it was made from"
         )
-    module = uncompiled(module)
+    if "_orig_mod" in module._modules:
+        module = uncompiled(module)
     found = [(path, module)]
     for name, child in module._modules.items():
         if child is not None:
@@ -68,7 +69,11 @@ def fingerprint(decoder: nn.Module, written: Written | None = None) -> Fingerpri
         written: attributes that are results and no inputs.
     """
     modules = modules_with_paths(decoder)
-    return _fingerprint(modules, Freezer((m for _, m in modules), _outside), written or {})
+    try:
+        return _fingerprint(modules, Freezer((m for _, m in modules), _outside), written or {})
+    except (RuntimeError, ValueError):
+        _refuse_lazy(modules)
+        raise
 
 
 def freeze(value: Any) -> Any:
@@ -121,7 +126,7 @@ def _fingerprint(
                 if place == len(tensors):
                     names.append(prefix + name)
                     tensors.append(tensor)
-                key += (name, place, *_signature(tensor, prefix + name))
+                key += (name, place, *signature(tensor))
         skipped = _INTERNAL
         given = (
             *(module._forward_pre_hooks, module._forward_hooks),
@@ -146,10 +151,10 @@ def _fingerprint(
     return Fingerprint(tuple(key), names, tensors)
 
 
-def _signature(tensor: Tensor, name: str) -> tuple:
-    if is_lazy(tensor):
-        raise RuntimeError(
-            f"the decoder's {name} has no shape yet (a lazy module): call the decoder once, then "
-            "make its optimizer"
-        )
-    return signature(tensor)
+def _refuse_lazy(modules: list[tuple[str, nn.Module]]) -> None:
+    for path, module in modules:
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise RuntimeError(
+                f"the parameters of {layer_name(path)} have no shape yet (a lazy module): call "
+                "the decoder once, then make its optimizer"
+            )

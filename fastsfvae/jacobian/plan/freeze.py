@@ -47,8 +47,12 @@ def is_surrounding(value: Any) -> bool:
 
 def signature(tensor: Tensor) -> tuple:
     """What is known of a tensor without its values."""
-    layout = tensor.stride() if tensor.layout is torch.strided else tensor.layout
-    return (tensor.shape, layout, tensor.dtype, tensor.device, tensor.requires_grad)
+    try:
+        stride: Any = tensor.stride()
+    except RuntimeError:
+        # Sparse ones have none.
+        stride = tensor.layout
+    return (tensor.shape, stride, tensor.dtype, tensor.device, tensor.requires_grad)
 
 
 _slots: weakref.WeakKeyDictionary[type, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -89,12 +93,10 @@ class Freezer:
         modules: Iterable[nn.Module],
         fingerprint: Callable[[nn.Module, Freezer], tuple[tuple, list[Tensor]]],
     ):
-        self._places: dict[int, int] = {}
         # Nothing that was met may die on the way, as another value would get its id.
-        self._met: list[Any] = []
+        self._met: list[Any] = list(modules)
+        self._places = {id(module): place for place, module in enumerate(self._met)}
         self._fingerprint = fingerprint
-        for module in modules:
-            self.meet(module)
 
     def meet(self, value: Any) -> int | None:
         """The place of a value that was met before; None, and one from now on, where it was not."""
@@ -121,6 +123,10 @@ class Freezer:
             if kind in PLAIN:
                 return (kind, repr(value))
         try:
+            if kind is tuple or kind is list:
+                kinds = tuple(map(type, value))
+                if EXACT.issuperset(kinds):
+                    return (kind, kinds, *value)
             return self._freeze(value, kind, written)
         except Exception:
             # Attributes may be objects that raise wherever they are looked at.
@@ -151,9 +157,6 @@ class Freezer:
         return self._by_parts(value, kind, written)
 
     def _items(self, value: Any, kind: type, written: Any) -> Any:
-        kinds = tuple(map(type, value))
-        if EXACT.issuperset(kinds) and kind in (tuple, list):
-            return (kind, kinds, *value)
         place = self.meet(value)
         if place is not None:
             return ("met", place)
