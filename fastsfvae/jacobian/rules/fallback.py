@@ -7,6 +7,8 @@ operations are admitted whose gradients have been held to finite differences.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +55,8 @@ def generic_rule(operation: Callable[..., Any], path: str) -> Callable[..., Any]
         RuntimeError: the operation's gradients would be wrong, or nobody knows.
     """
     _refuse_unknown(operation, path)
-    name = f"{operation}{where(path)}"
+    _load_forward_mode()
+    name = f"{operation} in {layer_name(path)}"
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         _warn_once(name)
@@ -69,6 +72,14 @@ def generic_rule(operation: Callable[..., Any], path: str) -> Callable[..., Any]
         return _linearize(call, jets, name)
 
     return forward
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Bring in what PyTorch loads with its forward mode, and not what it warns itself of there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _refuse_unknown(operation: Any, path: str) -> None:
