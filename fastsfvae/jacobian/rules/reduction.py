@@ -19,6 +19,8 @@ from fastsfvae.jacobian.rules.shape import squeeze, tangent_of
 def _axes(x: Jet, dim: Any) -> list[int]:
     """The reduced axes counted from the end, where they are the tangent's as well."""
     ndim = x.primal.ndim
+    if not ndim:
+        return []
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return list(range(-ndim, 0))
     dims = [dim] if isinstance(dim, int) else dim
@@ -105,12 +107,16 @@ def _pull_weighted(
 @rule("cumsum")
 def cumsum(x: Jet, dim: int, *, dtype: Any = None) -> Jet:
     """Linear."""
+    if not x.primal.ndim:
+        return broadcast_jet(x.primal.cumsum(0, dtype=dtype), x.tangent)
     (axis,) = _axes(x, dim)
     return broadcast_jet(x.primal.cumsum(axis, dtype=dtype), _tangent(x, [axis]).cumsum(axis))
 
 
 @adjoint("cumsum")
 def _cumsum_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, **_: Any) -> tuple[Jet]:
+    if not x.primal.ndim:
+        return (grad,)
     (axis,) = _axes(x, dim)
     return (move(grad, lambda g, _: g.flip(axis).cumsum(axis).flip(axis)),)
 
@@ -128,7 +134,7 @@ def _moment(x: Jet, dim: Any, unbiased: Any, correction: Any) -> tuple[list[int]
 
 
 def _centred(t: Tensor, axes: list[int]) -> Tensor:
-    return t - t.mean(axes, keepdim=True)
+    return t - t.mean(axes, keepdim=True) if axes else torch.zeros_like(t)
 
 
 @rule("var")
@@ -138,7 +144,7 @@ def var(
     """D var = 2 / (N - correction) * sum((x - mean) dx)."""
     axes, correction, factor = _moment(x, dim, unbiased, correction)
     primal = x.primal.var(axes, correction=correction, keepdim=keepdim)
-    moved = (_centred(x.primal, axes) * _tangent(x, axes)).sum(axes, keepdim=keepdim)
+    moved = _reduced(_centred(x.primal, axes) * _tangent(x, axes), axes, keepdim)
     return broadcast_jet(primal, moved * factor)
 
 
@@ -214,7 +220,7 @@ def logsumexp(x: Jet, dim: Any, keepdim: bool = False) -> Jet:
     kept = x.primal.logsumexp(axes, keepdim=True)
     weights = _softmax_weights(x.primal, kept)
     primal = kept if keepdim else x.primal.logsumexp(axes)
-    return broadcast_jet(primal, (weights * _tangent(x, axes)).sum(axes, keepdim=keepdim))
+    return broadcast_jet(primal, _reduced(weights * _tangent(x, axes), axes, keepdim))
 
 
 def _softmax_weights(value: Tensor, total: Tensor) -> Tensor:
@@ -241,7 +247,7 @@ def norm(x: Jet, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype:
     kept = torch.linalg.vector_norm(value, ord, axes, keepdim=True)
     primal = kept if keepdim else torch.linalg.vector_norm(value, ord, axes)
     moved = _norm_weights(value, kept, ord, axes) * _tangent(x, axes)
-    return broadcast_jet(primal, moved.sum(axes, keepdim=keepdim))
+    return broadcast_jet(primal, _reduced(moved, axes, keepdim))
 
 
 @rule("norm", composed=True)
@@ -317,7 +323,7 @@ def _even_share(name: str) -> Callable[..., Jet]:
         axes = _axes(x, dim)
         primal = operation(x.primal, axes, keepdim=keepdim)
         weights = share(x, _widened(primal, axes, keepdim), axes)
-        return broadcast_jet(primal, (weights * _tangent(x, axes)).sum(axes, keepdim=keepdim))
+        return broadcast_jet(primal, _reduced(weights * _tangent(x, axes), axes, keepdim))
 
     @adjoint(name)
     def spread(
@@ -343,6 +349,8 @@ def _extreme(name: str, of_everything: Callable[..., Jet], pairwise: Callable[..
             return of_everything(x)
         if not isinstance(dim, int):
             return pairwise(x, dim)
+        if not x.primal.ndim:
+            return x, torch.zeros_like(x.primal, dtype=torch.long)
         positions = operation(x.primal, dim, keepdim=True).indices
         taken = gather(x, dim, positions)
         if keepdim:

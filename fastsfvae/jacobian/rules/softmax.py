@@ -17,6 +17,11 @@ def _axis(y: Tensor, dim: int) -> int:
     return dim if dim < 0 else dim - y.ndim
 
 
+def _total(t: Tensor, y: Tensor, dim: int) -> Tensor:
+    """The sum along the axis of a value or of its tangents; a number is its own."""
+    return t.sum(_axis(y, dim), keepdim=True) if y.ndim else t
+
+
 def _tangent(x: Jet, y: Tensor, dim: int) -> Tensor:
     return tangent_of(x, _axis(y, dim) != -y.ndim).to(y.dtype)
 
@@ -34,19 +39,18 @@ def safe_softmax(x: Jet, dim: int, dtype: Any = None) -> Jet:
 
 
 def _moved(x: Jet, y: Tensor, dim: int) -> Jet:
-    axis, tangent = _axis(y, dim), _tangent(x, y, dim)
-    return broadcast_jet(y, y * (tangent - (y * tangent).sum(axis, keepdim=True)))
+    tangent = _tangent(x, y, dim)
+    return broadcast_jet(y, y * (tangent - _total(y * tangent, y, dim)))
 
 
 @adjoint("softmax", "_safe_softmax")
 def _softmax_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, dtype: Any = None):
     y = out.primal
-    axis = _axis(y, dim)
-    along = (y * x.tangent).sum(axis, keepdim=True)
-    total = (y * grad.tangent).sum(axis, keepdim=True)
+    along = _total(y * x.tangent, y, dim)
+    total = _total(y * grad.tangent, y, dim)
     # T' = y (T - sum(y T)) depends on y in both places.
     by_y = grad.primal + (grad.tangent * (x.tangent - along) - x.tangent * total).sum(0)
-    pulled = y * (by_y - (y * by_y).sum(axis, keepdim=True))
+    pulled = y * (by_y - _total(y * by_y, y, dim))
     return (Jet(pulled, y * (grad.tangent - total)),)
 
 
@@ -54,17 +58,16 @@ def _softmax_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, dtype:
 def log_softmax(x: Jet, dim: int, dtype: Any = None) -> Jet:
     """Dy = dx - sum(softmax(x) dx)."""
     y = torch.log_softmax(x.primal, dim, dtype)
-    axis, tangent = _axis(y, dim), _tangent(x, y, dim)
-    return broadcast_jet(y, tangent - (y.exp() * tangent).sum(axis, keepdim=True))
+    tangent = _tangent(x, y, dim)
+    return broadcast_jet(y, tangent - _total(y.exp() * tangent, y, dim))
 
 
 @adjoint("log_softmax")
 def _log_softmax_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, dtype: Any = None):
     p = out.primal.exp()
-    axis = _axis(p, dim)
-    total = grad.tangent.sum(axis, keepdim=True)
+    total = _total(grad.tangent, p, dim)
     by_y = grad.primal - p * (x.tangent * total).sum(0)
-    return (Jet(by_y - p * by_y.sum(axis, keepdim=True), grad.tangent - p * total),)
+    return (Jet(by_y - p * _total(by_y, p, dim), grad.tangent - p * total),)
 
 
 def _precise(x: Jet, half_to_float: bool) -> Any:
