@@ -218,6 +218,18 @@ CASES = {
     "softmax_dtype": apply(
         LINE, lambda h: h.softmax(2, dtype=torch.float64) + h.log_softmax(1, dtype=torch.float64)
     ),
+    # The batch in the channels' place.
+    "pools_without_a_batch": apply(
+        LINE,
+        lambda h: (
+            F.avg_pool2d(h, 2, 1, 0, True, False)[..., :3]
+            + F.adaptive_avg_pool2d(h, 3)
+            + F.max_pool2d(h, 2, 1)[..., :1]
+            + F.adaptive_avg_pool1d(h.flatten(1), 3)[:, None]
+            + F.avg_pool1d(h.flatten(1), 3, 2)[:, None, :3]
+            + F.unfold(h.unsqueeze(1), 2)[:, :3, :3]
+        ),
+    ),
     "modulated": lambda: decoder(
         (4, 5, 4), lambda h, c: modulated(h, c.weight) + c.bias[:, None, None], nn.Conv2d(4, 6, 3)
     ),

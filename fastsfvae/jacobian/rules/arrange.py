@@ -18,7 +18,7 @@ from fastsfvae.jacobian.rules.shape import flatten, front, tangent_of
 def repeat(x: Jet, repeats: list[int]) -> Jet:
     """Tile along each axis."""
     repeats = _all_repeats(x, repeats)
-    keeps = len(repeats) == x.primal.ndim and repeats[0] == 1
+    keeps = len(repeats) == x.primal.ndim and repeats[:1] in ([1], [])
     tangent = x.tangent if keeps else align(Jet(x.primal, full_tangent(x)), len(repeats))
     return Jet(x.primal.repeat(repeats), tangent.repeat(1, *repeats))
 
@@ -87,6 +87,9 @@ def _flip_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, dims: list[int]) ->
 def roll(x: Jet, shifts: Any, dims: Any = ()) -> Jet:
     """Shift cyclically; over the flattened values where no axes are given."""
     axes = [front(d, x.primal.ndim) for d in ([dims] if isinstance(dims, int) else dims)]
+
+    if not x.primal.ndim:
+        return x
 
     def rolled(t: Tensor, k: int) -> Tensor:
         if axes:

@@ -77,30 +77,43 @@ for _spatial, _maximum in (
     _max_rule(f"adaptive_max_pool{_spatial}d", _both, _spatial, pair=True)
 
 
-def _batched(spatial: int) -> Callable[[tuple, dict], bool]:
-    def covers(args: tuple, kwargs: dict[str, Any]) -> bool:
-        return args[0].primal.ndim == spatial + 2 and not kwargs
+def _without_names(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return not kwargs
 
-    return covers
+
+def _pulled(grad: Jet, x: Jet, spatial: int, back: Callable[[Tensor, list[int]], Tensor]) -> Jet:
+    """The adjoint of a linear operation on [N, C, *space], or on [C, *space] without a batch.
+
+    Args:
+        grad: of the result.
+        x: the argument.
+        spatial: the number of axes of space.
+        back: maps a gradient [N, C, *space], whose argument had that shape, to the argument's.
+    """
+    inner = list(x.primal.shape[-1 - spatial :])
+    if x.primal.ndim == spatial + 2:
+        return move_folded(grad, lambda g: back(g, [g.shape[0], *inner]))
+    return Jet(
+        back(grad.primal[None], [1, *inner])[0], back(grad.tangent, [len(grad.tangent), *inner])
+    )
 
 
 def _resampling_adjoint(name: str, spatial: int, corners: bool) -> None:
     """Of upsample_*(x, size, [align_corners,] scales): PyTorch's own backward operator."""
     operation = getattr(torch.ops.aten, f"{name}_backward")
 
-    @adjoint(name, covers=_batched(spatial))
+    @adjoint(name, covers=_without_names)
     def pulled(grad: Jet, out: Jet, needs: tuple, x: Jet, size: Any, *options: Any) -> tuple[Jet]:
         mode = options[:1] if corners else ()
         # One list of factors, or one number for each axis.
         factors = [f for o in options[len(mode) :] for f in (o if isinstance(o, list) else [o])]
         factors = factors or [None] * spatial
-        size = list(out.primal.shape[2:])
+        size = list(out.primal.shape[-spatial:])
 
-        def back(g: Tensor) -> Tensor:
-            source = [g.shape[0], *x.primal.shape[1:]]
+        def back(g: Tensor, source: list[int]) -> Tensor:
             return operation(g.contiguous(), size, source, *mode, *factors)
 
-        return (move_folded(grad, back),)
+        return (_pulled(grad, x, spatial, back),)
 
 
 for _spatial in (1, 2, 3):
@@ -127,18 +140,18 @@ def _average_adjoint(spatial: int, adaptive: bool) -> None:
         defaults = (False, True, None)
         return *window, *flags, *defaults[len(flags) :]
 
-    @adjoint(name, covers=_batched(spatial))
+    @adjoint(name, covers=_without_names)
     def pulled(grad: Jet, out: Jet, needs: tuple, x: Jet, *options: Any) -> tuple[Jet]:
         settings = () if adaptive else settings_of(*options)
 
-        def back(g: Tensor) -> Tensor:
+        def back(g: Tensor, shape: list[int]) -> Tensor:
             # Only the shape of the argument counts.
-            source = g.new_empty((g.shape[0], *x.primal.shape[1:]))
+            source = g.new_empty(shape)
             if spatial == 1:
                 return operation(g.unsqueeze(-2), source.unsqueeze(-2), *settings).squeeze(-2)
             return operation(g.contiguous(), source, *settings)
 
-        return (move_folded(grad, back),)
+        return (_pulled(grad, x, spatial, back),)
 
 
 for _spatial in (1, 2, 3):
@@ -146,14 +159,14 @@ for _spatial in (1, 2, 3):
     _average_adjoint(_spatial, adaptive=True)
 
 
-@adjoint("im2col", covers=_batched(2))
+@adjoint("im2col", covers=_without_names)
 def _im2col_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, *window: Any) -> tuple[Jet]:
-    space = list(x.primal.shape[2:])
-    return (move_folded(grad, lambda g: torch.ops.aten.col2im(g, space, *window)),)
+    space = list(x.primal.shape[-2:])
+    return (_pulled(grad, x, 2, lambda g, _: torch.ops.aten.col2im(g, space, *window)),)
 
 
-@adjoint("col2im", covers=_batched(1))
+@adjoint("col2im", covers=_without_names)
 def _col2im_adjoint(
     grad: Jet, out: Jet, needs: tuple, x: Jet, space: list[int], *window: Any
 ) -> tuple[Jet]:
-    return (move_folded(grad, lambda g: torch.ops.aten.im2col(g, *window)),)
+    return (_pulled(grad, x, 1, lambda g, _: torch.ops.aten.im2col(g, *window)),)
