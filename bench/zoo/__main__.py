@@ -47,6 +47,8 @@ def work(names: Iterable[str]) -> None:
         raise TimeoutError(f"more than {LIMIT} seconds")
 
     torch.set_num_threads(1)
+    # Constants that packages make in forward are of the default type.
+    torch.set_default_dtype(torch.float64)
     signal.signal(signal.SIGALRM, expire)
     for name in names:
         print(MARK + json.dumps({"name": name}), flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.zoo.entry import Direct, Lifted, M, entry
 
@@ -164,18 +164,6 @@ def neural_flow() -> nn.Module:
     return Direct(net, lambda net, z: net().transform(z))
 
 
-def quantised(net: nn.Module, h: Tensor) -> Tensor:
-    return net(h)[0]
-
-
-@entry("vector-quantize-pytorch")
-def nearest_code() -> nn.Module:
-    from vector_quantize_pytorch import VectorQuantize
-
-    net = VectorQuantize(dim=6, codebook_size=8, rotation_trick=False)
-    return Lifted(net, 3, 6, call=quantised)
-
-
 @entry("vector-quantize-pytorch")
 def finite_scalars() -> nn.Module:
     from vector_quantize_pytorch import FSQ
@@ -192,7 +180,8 @@ def finite_scalars() -> nn.Module:
 
 
 @entry("vector-quantize-pytorch")
-def residual_codes() -> nn.Module:
-    from vector_quantize_pytorch import ResidualVQ
+def residual_scalars() -> nn.Module:
+    from vector_quantize_pytorch import ResidualFSQ
 
-    return Lifted(ResidualVQ(dim=6, num_quantizers=2, codebook_size=8), 3, 6, call=quantised)
+    net = ResidualFSQ(dim=6, levels=[4, 4, 4], num_quantizers=2)
+    return Lifted(net, 3, 6, call=lambda net, h: net(h)[0])

@@ -74,6 +74,13 @@ def mixtral_experts() -> nn.Module:
 
 
 @entry("transformers")
+def mixtral_batched_experts() -> nn.Module:
+    """Experts' weights are gathered for each token."""
+    options = {"num_local_experts": 2, "experts_implementation": "batched_mm"}
+    return generic("Mixtral", num_key_value_heads=1, **options)
+
+
+@entry("transformers")
 def bloom_alibi() -> nn.Module:
     return generic("Bloom", n_layer=2, n_head=2)
 
@@ -118,11 +125,6 @@ def mamba2() -> nn.Module:
     return generic(
         "Mamba2", state_size=4, expand=1, num_heads=2, head_dim=4, n_groups=1, chunk_size=2
     )
-
-
-@entry("transformers")
-def rwkv() -> nn.Module:
-    return generic("Rwkv", attention_hidden_size=8, context_length=8)
 
 
 @entry("transformers")

@@ -161,7 +161,7 @@ def biggan():
     parts = dict(embed=nn.Embedding(5, 2), linear=sn(nn.Linear(4, 36)), conv1=sn(conv(4, 4)))
     parts |= dict(conv2=conv(4, 3), skip=conv(4, 3, 1))
     parts |= dict(bn1=ConditionalNorm(4, 4), bn2=ConditionalNorm(4, 4))
-    return Parts(run, **parts), torch.tensor([0, 3, 4])
+    return Parts(run, **parts), torch.tensor([0, 3, 4, 1, 0, 2])
 
 
 class Residual(nn.Module):

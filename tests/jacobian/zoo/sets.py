@@ -39,6 +39,20 @@ def graph_convolution():
 
 
 @pattern()
+def batched_graph():
+    """All samples' nodes along one axis, as loaders of graphs have them."""
+
+    def run(own, h):
+        shift = 4 * torch.arange(h.shape[0]).view(-1, 1, 1)
+        source, target = (own.edges + shift).permute(1, 0, 2).reshape(2, -1)
+        nodes = own.linear(h.flatten(0, 1))
+        out = torch.zeros_like(nodes).index_add(0, target, nodes[source])
+        return out.view(h.shape[0], 4, 3)
+
+    return lifted(run, 4, 3, edges=EDGES, linear=nn.Linear(3, 3))
+
+
+@pattern()
 def edge_attention():
     """A softmax over the edges of each node, by scatter_reduce and scatter_add (GAT)."""
 
@@ -72,7 +86,7 @@ def dense_graph_attention():
     return lifted(run, 4, 3, adjacency=adjacency, **parts)
 
 
-@pattern()
+@pattern(refused="_sparse_mm has no tangent rule")
 def sparse_graph():
     """A constant sparse matrix times the nodes' features."""
 

@@ -131,7 +131,7 @@ def labels():
         return without + weight * (with_label - without)
 
     net = nn.Sequential(nn.Linear(M + 2, 6), nn.ReLU(), nn.Linear(6, 3))
-    return Parts(run, net=net, embed=nn.Embedding(4, 2)), torch.tensor([0, 3, 1])
+    return Parts(run, net=net, embed=nn.Embedding(4, 2)), torch.tensor([0, 3, 1, 2, 2, 0])
 
 
 @pattern()
@@ -139,7 +139,7 @@ def one_hot_labels():
     def run(own, z, y):
         return own.net(torch.cat([z, F.one_hot(y, 4).type_as(z)], 1))
 
-    return Parts(run, net=nn.Linear(M + 4, 6)), torch.tensor([0, 3, 1])
+    return Parts(run, net=nn.Linear(M + 4, 6)), torch.tensor([0, 3, 1, 2, 2, 0])
 
 
 @pattern()
@@ -247,7 +247,7 @@ def input_gradient_free():
     return Parts(run, gate=nn.Linear(M, 5), net=nn.Linear(M, 5))
 
 
-@pattern()
+@pattern(refused=r"torch\.func \(vmap\)")
 def vmapped():
     """torch.vmap over a group of small networks whose weights are stacked."""
 
@@ -282,6 +282,13 @@ def in_place_layers():
     layers = [nn.Linear(M, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.LeakyReLU(0.1, True)]
     layers += [nn.Linear(6, 6), nn.ELU(inplace=True), nn.Linear(6, 6), nn.Hardtanh(inplace=True)]
     return nn.Sequential(*layers, nn.Threshold(-0.2, 0.1, inplace=True))
+
+
+@pattern()
+def in_place_dropout():
+    """Dropout that is off and would write in place."""
+    layers = [nn.Linear(M, 6), nn.Dropout(0.1, inplace=True), nn.Tanh(), nn.AlphaDropout(0.1, True)]
+    return nn.Sequential(*layers, nn.Unflatten(1, (2, 3)), nn.Dropout1d(0.1, True))
 
 
 @pattern()

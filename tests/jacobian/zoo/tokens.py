@@ -49,7 +49,7 @@ def padded_transformer():
         return h.masked_fill(padded.unsqueeze(-1), 0.0)
 
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, **SMALL), 1)
-    padded = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 1]], dtype=torch.bool)
+    padded = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 1]] * 2, dtype=torch.bool)
     return Parts(run, lift=nn.Linear(M, 12), encoder=encoder), padded
 
 
@@ -197,7 +197,7 @@ def dit_with_labels():
 
     parts = dict(time=nn.Linear(4, 4), labels=nn.Embedding(5, 4), lift=nn.Linear(M, 12))
     decoder = Parts(run, **parts, block=DiTBlock())
-    return decoder, torch.rand(B, dtype=torch.float64), torch.tensor([1, 4, 0])
+    return decoder, torch.rand(B, dtype=torch.float64), torch.tensor([1, 4, 0, 2, 3, 1])
 
 
 @pattern()
