@@ -79,8 +79,11 @@ def unwrap(
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that torch.compile was given, where it was."""
+    """The module that torch.compile was given, where it was; the wrapper where it has hooks."""
     while type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+        hooks = module._forward_hooks, module._forward_pre_hooks
+        if any(hooks) or module._backward_hooks or module._backward_pre_hooks:
+            return module
         module = module._modules["_orig_mod"]  # type: ignore[assignment]
     return module
 

@@ -198,11 +198,11 @@ def test_what_forward_stores_is_neither_kept_nor_in_the_key(name, traces):
     decode_with_jacobian(decoder, latents())
     assert contents(decoder.kept) == before and decoder.kept is kept
     assert "last" not in vars(decoder)
-    for _ in range(5):
+    for _ in range(6):
         # The user's own calls store.
         decoder(latents())
         decode_with_jacobian(decoder, latents())
-    assert len(traces) <= 3
+    assert len(traces) <= 6
     before = len(traces)
     for _ in range(4):
         decoder(latents())
@@ -291,6 +291,23 @@ def test_a_written_state_that_is_read_stays_in_the_key():
         with torch.no_grad():
             decoder(z)
     assert decoder.state is not None
+
+
+def test_a_window_of_past_results_is_read_once_it_is_full():
+    def then(d, h):
+        d.past.append(h.detach())
+        return h * d.past[-4].sum() if len(d.past) > 3 else h
+
+    decoder = Decoder(then, past=[])
+    for _ in range(6):
+        past = list(decoder.past)
+        jacobian = decode_with_jacobian(decoder, latents())[1]
+        plain = Decoder()
+        plain.load_state_dict(decoder.state_dict())
+        expected = decode_with_jacobian(plain, latents())[1]
+        scale = past[-3].sum() if len(past) > 2 else 1
+        torch.testing.assert_close(jacobian, expected * scale)
+        decoder(latents() + len(past))
 
 
 def test_a_counter_that_is_read_stays_in_the_key():
@@ -614,6 +631,31 @@ def test_compiled_parts_are_traced_as_they_were(build):
     assert vars(decoder).get("_compiled_call_impl") is implementation
 
 
+def test_a_compiled_part_keeps_its_hooks():
+    part = torch.compile(nn.Linear(M, 4), backend="eager")
+    part.register_forward_hook(lambda module, args, output: 3 * output)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(nn.Sequential(part, nn.Tanh()))
+
+
+def test_a_batch_size_as_a_key():
+    def then(d, h, convert):
+        size = convert(h.shape[0])
+        if size not in d.kept:
+            d.kept[size] = torch.arange(4.0)
+        return h * d.kept[size]
+
+    check(Decoder(functools.partial(then, convert=int), kept={}))
+    with pytest.raises(
+        RuntimeError, match=r"needs the batch size as a plain number.*int\("
+    ) as caught:
+        decode_with_jacobian(
+            Decoder(functools.partial(then, convert=lambda n: n), kept={}), latents()
+        )
+    assert "\n" not in str(caught.value)
+
+
 def test_names_of_compiled_parts():
     decoder = nn.Sequential(torch.compile(nn.Linear(M, 4), backend="eager"), nn.Tanh())
     assert fingerprint(decoder).names == ["0.weight", "0.bias"]
@@ -654,10 +696,10 @@ def test_a_data_parallel_part_is_refused():
 
 
 def test_an_attribute_that_changes_is_warned_of_once(traces):
-    decoder = Decoder(lambda d, h: h * d.temperature)
+    decoder = Decoder(lambda d, h: h * d.power)
     said = []
     for step in range(8):
-        decoder.temperature = 0.5**step
+        decoder.power = step
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             jacobian = decode_with_jacobian(decoder, latents())[1]
@@ -666,16 +708,16 @@ def test_an_attribute_that_changes_is_warned_of_once(traces):
         torch.testing.assert_close(jacobian, expected)
     ((step, message),) = said
     assert step == 3
-    assert "decoder.temperature changes (from 0.25 to 0.125)" in message
+    assert "decoder.power changes (from 2 to 3)" in message
     assert "0-d buffer" in message and "\n" not in message
 
 
 def test_a_number_among_the_inputs_that_changes_is_warned_of():
     decoder = Decoder(lambda d, h, scale: h * scale)
     for step in range(3):
-        decode_with_jacobian(decoder, latents(), scale=1.0 + step)
-    with pytest.warns(UserWarning, match=r"further input scale changes \(from 3.0 to 4.0\)"):
-        decode_with_jacobian(decoder, latents(), scale=4.0)
+        decode_with_jacobian(decoder, latents(), scale=step)
+    with pytest.warns(UserWarning, match=r"further input scale changes \(from 2 to 3\)"):
+        decode_with_jacobian(decoder, latents(), scale=3)
 
 
 def test_a_0d_buffer_that_changes_is_traced_once(traces):

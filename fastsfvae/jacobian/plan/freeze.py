@@ -12,7 +12,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ _SPELLED = frozenset("datetime decimal fractions ipaddress pathlib pathlib._loca
 _SURROUNDINGS = frozenset(
     "_io _thread asyncio concurrent io logging multiprocessing threading".split()
 )
+# Lengths up to here are told apart in what grows at each call.
+_FEW = 4
 
 
 def is_surrounding(value: Any) -> bool:
@@ -161,10 +163,9 @@ class Freezer:
         if place is not None:
             return ("met", place)
         if written is True:
-            # It grows at each call.
-            parts: Any = frozenset(self.freeze(item, True) for item in value)
-            if issubclass(kind, tuple):
-                parts = tuple(self.freeze(item, True) for item in value)
+            parts: Any = tuple(self.freeze(item, True) for item in value)
+            if not issubclass(kind, tuple):
+                parts = _grown(parts)
         else:
             parts = tuple(self.freeze(x, _inside(written, i)) for i, x in enumerate(value))
         return (_kind(kind), parts, getattr(value, "maxlen", None), self._state(value))
@@ -199,7 +200,7 @@ class Freezer:
             for k, v in value.items()
         ]
         if written is True:
-            return [frozenset((key, self.freeze(v, True)) for key, v, _ in pairs)]
+            return [_grown([(key, self.freeze(v, True)) for key, v, _ in pairs])]
         return [(key, self.freeze(v, _inside(written, k))) for key, v, k in pairs]
 
     def _array(self, value: Any) -> tuple:
@@ -227,6 +228,11 @@ def _tensor(tensor: Tensor, written: bool) -> tuple:
     # inference tensor counts no changes.
     counted = not (tensor.requires_grad or tensor.is_inference())
     return (WeakIdRef(tensor), tensor._version if counted else -1, *signature(tensor))
+
+
+def _grown(parts: Sequence[Any]) -> tuple:
+    # It grows at each call, and a forward may ask whether it holds a few.
+    return (min(len(parts), _FEW), frozenset(parts))
 
 
 def _inside(written: Any, key: Any) -> Any:

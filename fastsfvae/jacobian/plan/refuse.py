@@ -108,6 +108,11 @@ def failure(
             f"{layer_name(path)} leaves PyTorch for NumPy, where a trace cannot follow: "
             "write it in PyTorch operations"
         )
+    if "SymInt" in reason:
+        return (
+            f"{layer_name(path)} needs the batch size as a plain number ({reason}): write int() "
+            "around it, as in int(z.shape[0])"
+        )
     where = f" in {layer_name(path)}" if path else ""
     said = f"the decoder fails on z of shape {shape}{where}: {reason}"
     if re.search("dtype|device", reason) or not _fails_on_z(nodes, first):
