@@ -129,6 +129,8 @@ def _slice_adjoint(
 @rule("narrow", "narrow_copy", composed=True)
 def narrow(x: Jet, dim: int, start: int, length: int) -> Jet:
     """A range of an axis, by its length."""
+    # From the end, the range may reach it.
+    start = start + x.primal.shape[dim] if start < 0 else start
     return slice_(x, dim, start, start + length)
 
 
