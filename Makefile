@@ -68,7 +68,7 @@ $(ZOO)/.installed: $(INSTALLED)
 	@touch $@
 
 zoo: $(ZOO)/.installed ## Run decoders of public packages against reverse mode; write bench/results/zoo.md
-	$(ZOO)/bin/python -m bench.zoo
+	$(ZOO)/bin/python -m bench.zoo --jobs 2
 
 clean: ## Remove caches and builds (never runs/ or .venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def work(names: Iterable[str]) -> None:
         print(MARK + json.dumps({"name": name} | found), flush=True)
 
 
-def run(package: str, names: list[str]) -> list[dict[str, Any]]:
+def run(names: list[str]) -> list[dict[str, Any]]:
     """What was found of a package's decoders; a process that dies costs the one that it was at."""
     results: list[dict[str, Any]] = []
     left = list(names)
@@ -98,15 +99,16 @@ def main() -> int:
     parser = make_parser("zoo", __doc__)
     parser.add_argument("--only", action="append", help="decoders whose name contains this")
     parser.add_argument("--out", type=Path, default=OUT, help="where the table goes")
+    parser.add_argument("--jobs", type=int, default=1, help="packages at a time")
     parser.add_argument("--worker", nargs="+", metavar="NAME", help="used by the command itself")
     options = parser.parse_args()
     groups = chosen(options.only)
     if options.worker:
         work(options.worker)
         return 0
-    start, results = time.monotonic(), []
-    for package, names in groups.items():
-        results += run(package, names)
+    start = time.monotonic()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = [one for found in pool.map(run, groups.values()) for one in found]
     versions = {name: version(name) for name in groups}
     machine = f"Python {platform.python_version()}, torch {torch.__version__}, one CPU core"
     text = report(results, versions, machine, time.monotonic() - start)
