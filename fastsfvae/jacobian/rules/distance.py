@@ -22,7 +22,11 @@ _PRODUCT, _NO_PRODUCT = 1, 2
 
 @rule("cdist", several=True, composed=True, covers=always)
 def cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: int | None = None) -> Jet:
-    """``[..., P, M]``, ``[..., R, M] -> [..., P, R]``; equal points get derivative zero."""
+    """``[..., P, M]``, ``[..., R, M] -> [..., P, R]``; equal points get derivative zero.
+
+    Of order infinity, axes of equal extent share the derivative; PyTorch's backward gives each of
+    them all of it, which is no subgradient.
+    """
     a, b = as_jets(x1, x2)
     many = max(a.primal.shape[-2], b.primal.shape[-2]) > _MANY
     if p == 2 and (compute_mode == _PRODUCT or (many and compute_mode != _NO_PRODUCT)):

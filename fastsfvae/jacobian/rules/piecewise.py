@@ -105,7 +105,7 @@ def _clamp_slopes(x: Any, low: Any = None, high: Any = None) -> tuple[Any, ...]:
     value = inside + _AT_TENSOR * (at_low | at_high) + _ALL_EQUAL * (equal & (x == low))
     below = ((x < low) & ordered) + (1 - _AT_TENSOR) * at_low + _EQUAL_ABOVE * ((x < low) & equal)
     above = ((x > high) | ~(ordered | equal)) + (1 - _AT_TENSOR) * at_high
-    return value, below.to(x.dtype), above.to(x.dtype)
+    return value.to(x.dtype), below.to(x.dtype), above.to(x.dtype)
 
 
 def _clamp(x: Any, low: Any = None, high: Any = None) -> Tensor:
