@@ -322,6 +322,28 @@ CASES = {
             1,
         ).sin(),
     ),
+    "placed": on(
+        SQUARE,
+        lambda u, w: (
+            u[:, 0].diag_embed()
+            + torch.diagonal_scatter(u, u[:, 0].sin(), 0, 1, 2)
+            + u.rot90(1, (1, 2))
+            + u.index_fill(1, torch.tensor([1]), 0.5j)
+            + u.index_copy(1, torch.tensor([2, 0]), u[:, :2] * 1j)
+            + torch.zeros_like(u).scatter(2, u.real.argsort(2), u * w)
+            + aten._unsafe_view(u, [len(u), 3, 3])
+        ),
+        (SQUARE, C),
+    ),
+    "products_along": on(GRID, lambda u: u.prod(2) + u.cumprod(1)[..., 0] + u.sinc()[:, :, 1]),
+    "images": on(
+        (4, 2, 4),
+        lambda u: (
+            F.pixel_unshuffle(F.pixel_shuffle(u, 2), 2)
+            + F.channel_shuffle(u, 2)
+            + F.fold(F.unfold(u, (1, 2)), (2, 4), (1, 2)) * u
+        ),
+    ),
     "writes": on(GRID, lambda u, w: _writes(u, w), ((4,), C)),
     "scatters": on(
         GRID,

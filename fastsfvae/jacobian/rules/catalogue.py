@@ -52,16 +52,19 @@ COMPLEX = frozenset(
     """
     abs absolute acos add addcdiv addcmul addmm adjoint alias angle arccos arcsin arcsinh arctan
     arctanh asin asinh atan atanh atleast_1d atleast_2d atleast_3d baddbmm bmm broadcast_to cat
-    chunk clone complex concat concatenate conj_physical constant_pad_nd contiguous copy cos cosh
-    cumsum diagonal div divide einsum exp exp2 expand expand_as expm1 fill flatten flip gather imag
-    index index_add index_put index_select lerp linalg_matmul linalg_vector_norm linear log log10
-    log1p log2 mH mT masked_fill matmul matrix_H mean mm moveaxis movedim mul multiply mv narrow neg
-    negative numpy_T pad permute polar positive pow ravel real reciprocal repeat repeat_interleave
-    reshape reshape_as resolve_conj resolve_neg roll rsqrt rsub scatter_add select select_scatter
-    sgn sigmoid sin sinh slice slice_scatter special_exp2 special_expit special_expm1 special_log1p
-    split split_with_sizes sqrt square squeeze stack std std_mean sub subtract sum swapaxes swapdims
-    t take_along_dim tan tanh tensor_split tile to transpose tril triu true_divide type_as unbind
-    unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze var var_mean view
-    view_as view_as_complex view_as_real where zero _conj _conj_physical _fft_c2c _fft_c2r _fft_r2c
+    channel_shuffle chunk clone col2im complex concat concatenate conj_physical constant_pad_nd
+    contiguous copy cos cosh cumprod cumsum diag_embed diagonal diagonal_scatter div divide einsum
+    exp exp2 expand expand_as expm1 fill flatten flip gather im2col imag index index_add index_copy
+    index_fill index_put index_select lerp linalg_matmul linalg_vector_norm linear log log10 log1p
+    log2 mH mT masked_fill matmul matrix_H mean mm moveaxis movedim mul multiply mv narrow neg
+    negative numpy_T pad permute pixel_shuffle pixel_unshuffle polar positive pow prod ravel real
+    reciprocal repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg roll rot90 rsqrt
+    rsub scatter scatter_add select select_scatter sgn sigmoid sin sinc sinh slice slice_scatter
+    special_exp2 special_expit special_expm1 special_log1p split split_with_sizes sqrt square
+    squeeze stack std std_mean sub subtract sum swapaxes swapdims t take_along_dim tan tanh
+    tensor_split tile to transpose tril triu true_divide type_as unbind unflatten unfold
+    unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze var var_mean view view_as
+    view_as_complex view_as_real where zero _conj _conj_physical _fft_c2c _fft_c2r _fft_r2c
+    _unsafe_view
     """.split()
 )

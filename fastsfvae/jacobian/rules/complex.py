@@ -30,7 +30,7 @@ from fastsfvae.jacobian.rules.reduction import mean, norm, var
 from fastsfvae.jacobian.rules.registry import RULES, adjoint, always, bind, rule
 from fastsfvae.jacobian.rules.rule import Rule
 from fastsfvae.jacobian.rules.scatter import zero
-from fastsfvae.jacobian.rules.shape import convert, front, transpose
+from fastsfvae.jacobian.rules.shape import convert, front, squeeze, transpose
 
 
 @rule("view_as_real")
@@ -45,7 +45,9 @@ def _view_as_real_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet) -> tuple[Je
 
 
 def _joined(t: Tensor, _: int) -> Tensor:
-    return torch.view_as_complex(t.contiguous())
+    t = t.contiguous()
+    # A complex number begins at an even place of its memory.
+    return torch.view_as_complex(t.clone() if t.storage_offset() % 2 else t)
 
 
 @rule("view_as_complex")
@@ -220,7 +222,8 @@ def _vector_norm(
     ndim = x.primal.ndim
     dims = range(ndim) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
     axes = [front(d, ndim) for d in dims]
-    return norm(view_as_real(x), 2, [*axes, ndim], keepdim)
+    size = norm(view_as_real(x), 2, [*axes, ndim], keepdim)
+    return squeeze(size, -1) if keepdim else size
 
 
 for _name, _function in {

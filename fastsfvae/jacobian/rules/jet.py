@@ -94,7 +94,7 @@ def join(by_value: Tensor, by_tangents: Tensor) -> Tensor:
 
     Tangents that all samples share count once, not once a sample.
     """
-    if by_tangents.shape[0] == 1:
+    if by_tangents.ndim and by_tangents.shape[0] == 1:
         by_value = by_value.sum(0, keepdim=True)
     return by_value + by_tangents
 
@@ -117,9 +117,9 @@ def conj(value: Any) -> Any:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype; a real one keeps the real part."""
+    """The tensor in another dtype; a real one keeps the real part, in memory of its own."""
     if tensor.is_complex() and not dtype.is_complex:
-        tensor = tensor.real
+        tensor = tensor.real.contiguous()
     return tensor.to(dtype)
 
 

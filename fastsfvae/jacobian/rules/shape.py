@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.jacobian.rules.constant import as_jets
 from fastsfvae.jacobian.rules.jet import (
     Jet,
     align,
@@ -19,11 +20,12 @@ from fastsfvae.jacobian.rules.jet import (
     fold,
     from_stack,
     full_tangent,
+    is_list,
     move,
     primal_of,
     unfold,
 )
-from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
+from fastsfvae.jacobian.rules.registry import RULES, adjoint, always, rule
 
 aten = torch.ops.aten
 
@@ -49,7 +51,8 @@ def _viewed(value: Tensor, size: Any) -> Tensor:
 
 def _reshape_rule(name: str) -> Callable[..., Jet]:
     # A rule may return other strides than the operation it stands for, which view() would refuse.
-    operation = _viewed if name == "view" else getattr(aten, name)
+    plain = name.removeprefix("fastsfvae.")
+    operation = _viewed if plain == "view" else getattr(aten, plain)
 
     @rule(name)
     def reshaped(x: Jet, *args: Any, **kwargs: Any) -> Jet:
@@ -74,13 +77,25 @@ def _reshape_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, *args: Any, **kw
     return (Jet(grad.primal.reshape(x.primal.shape), grad.tangent.reshape(shape)),)
 
 
-for _name in "view ravel atleast_1d atleast_2d atleast_3d".split():
+for _name in "view", "ravel":
     _reshape_rule(_name)
 reshape = _reshape_rule("reshape")
 flatten = _reshape_rule("flatten")
 unflatten = _reshape_rule("unflatten")
 squeeze = _reshape_rule("squeeze")
 unsqueeze = _reshape_rule("unsqueeze")
+
+
+def _at_least(name: str) -> None:
+    of_one = _reshape_rule(f"fastsfvae.{name}")
+
+    @rule(name, several=True, composed=True, covers=always)
+    def of_each(x: Any) -> Any:
+        return [of_one(item) for item in as_jets(*x)] if is_list(x) else of_one(x)
+
+
+for _name in "atleast_1d", "atleast_2d", "atleast_3d":
+    _at_least(_name)
 
 
 def _first_jet(args: tuple, kwargs: dict) -> bool:

@@ -214,10 +214,13 @@ class Tape:
         self._add(source, gradient, rule.fresh)
 
     def _add(self, source: Any, gradient: Any, fresh: bool) -> None:
-        gradient = _reduced(gradient, source)
+        given, gradient = gradient, _reduced(gradient, source)
         before = self._gradients.get(id(source))
         if before is not None:
             gradient, fresh = _sum(before.value, gradient), True
+        elif gradient is given and isinstance(given, Tensor) and not fresh:
+            # It leaves the sweep, whose results may not share memory.
+            gradient, fresh = given.clone(), True
         self._gradients[id(source)] = _Gradient(gradient, fresh)
 
 
