@@ -105,7 +105,8 @@ def _program(
     args, named = leaves[: len(leaves) - len(keywords)], leaves[len(leaves) - len(keywords) :]
     kwargs = dict(zip(keywords, named, strict=True))
     z = torch.zeros(2, m, dtype=dtype, device=device)
-    linearizer = Linearizer(decoder, z, tuple(args), kwargs, backend)
+    # A compiler sees to numbers itself.
+    linearizer = Linearizer(decoder, z, tuple(args), kwargs, backend, lift=False)
     program = program_of(linearizer, (2, 1))
     if program is None:
         reasons = ", ".join(linearizer.plan(2).obstacles) or "parts that depend on the batch size"

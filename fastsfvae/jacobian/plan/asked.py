@@ -10,6 +10,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdRef
 
 
+class NumberAsked(Exception):
+    """A decoder asks for the value of a number that was to be an input."""
+
+
 class Asked:
     """The values that a decoder asked for while it was traced.
 

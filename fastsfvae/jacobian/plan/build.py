@@ -120,7 +120,11 @@ class _Emitter:
             path = self.trace.paths.get(node, "")
             refuse_training_mode(packet_name(node.target), node, path)
         if node not in self.dynamic:
-            self.prelude.append((f"{node.name} = {self.calls.plain(node)}", node))
+            line = f"{node.name} = {self.calls.plain(node)}", node
+            self.prelude.append(line)
+            if node in self.kinds.numbers:
+                self.side.append(line)
+                self.body.append(line)
             return
         if node in self.kinds.aside:
             self.side.append((f"{node.name} = {self.calls.aside(node)}", node))
@@ -164,6 +168,7 @@ class _Emitter:
         produced = {node for _, node in self.prelude if node not in self.dynamic}
         wanted = in_body | {arg for _, node in self.side for arg in node.all_input_nodes}
         carried = [n for n in dict.fromkeys(n for _, n in self.prelude) if n in produced & wanted]
+        carried = [n for n in carried if n not in self.kinds.numbers]
         body_inputs = [index for index, node in enumerate(self.params) if node in in_body]
         if result not in self.jets:
             self.obstacles.append("a result that does not depend on z")
@@ -203,7 +208,12 @@ class _Emitter:
             _limited(self.trace.accepts, self.placed.values()),
             self.widest,
             self.total,
-            (tuple(body_inputs), *(tuple(n.name for n in nodes) for nodes in (carried, sides))),
+            (
+                tuple(body_inputs),
+                *(tuple(n.name for n in nodes) for nodes in (carried, sides)),
+                # A trace for one batch size may have that size among its constants.
+                tuple(line for line, _ in self.prelude),
+            ),
             tuple(int(size) for size in result.meta["val"].shape[1:]),
             result.meta["val"].dtype,
             to_tail[0] if to_tail else None,

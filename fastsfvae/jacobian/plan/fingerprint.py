@@ -8,7 +8,7 @@ closures and class attributes that a forward method reads are beyond it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -61,16 +61,20 @@ def modules_with_paths(module: nn.Module, path: str = "") -> list[tuple[str, nn.
     return found
 
 
-def fingerprint(decoder: nn.Module, written: Written | None = None) -> Fingerprint:
+def fingerprint(
+    decoder: nn.Module, written: Written | None = None, lifted: Collection[tuple] = ()
+) -> Fingerprint:
     """Read everything a trace of the decoder would bake in; no device synchronisation.
 
     Args:
         decoder: the module.
         written: attributes that are results and no inputs.
+        lifted: numbers that are inputs of a plan, as pairs (path, attribute).
     """
     modules = modules_with_paths(decoder)
+    freezer = Freezer((m for _, m in modules), _outside)
     try:
-        return _fingerprint(modules, Freezer((m for _, m in modules), _outside), written or {})
+        return _fingerprint(modules, freezer, written or {}, lifted)
     except (RuntimeError, ValueError):
         _refuse_lazy(modules)
         raise
@@ -109,7 +113,10 @@ def _outside(module: nn.Module, freezer: Freezer) -> tuple[tuple, list[Tensor]]:
 
 
 def _fingerprint(
-    modules: list[tuple[str, nn.Module]], freezer: Freezer, written: Written
+    modules: list[tuple[str, nn.Module]],
+    freezer: Freezer,
+    written: Written,
+    lifted: Collection[tuple] = (),
 ) -> Fingerprint:
     key: list[Any] = []
     names: list[str] = []
@@ -142,7 +149,9 @@ def _fingerprint(
             if name not in skipped:
                 # Flat, and without a call for what most attributes are: this runs at every step.
                 kind = type(value)
-                if type(kind) is type and (
+                if lifted and (path, name) in lifted:
+                    key += (name, kind, None)
+                elif type(kind) is type and (
                     kind in EXACT or (kind is float and (value < 0 or value > 0))
                 ):
                     key += (name, kind, value)
@@ -153,7 +162,8 @@ def _fingerprint(
 
 def _refuse_lazy(modules: list[tuple[str, nn.Module]]) -> None:
     for path, module in modules:
-        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
             raise RuntimeError(
                 f"the parameters of {layer_name(path)} have no shape yet (a lazy module): call "
                 "the decoder once, then make its optimizer"

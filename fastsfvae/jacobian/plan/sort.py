@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastsfvae.jacobian.plan.nodes import (
     differentiable,
+    is_control,
     is_differentiable_result,
     is_tensor,
     leading,
@@ -37,6 +38,7 @@ class Sorted:
             carries gradients but does not come from z, and what that needs.
         sides: those of `aside` that a chunk reads.
         per_chunk: what a chunk computes, of the dynamic ones.
+        numbers: depend on no sample, are no tensors, and are read per chunk: computed there again.
         lifted: computed per chunk without tangents, and a gradient goes through them.
     """
 
@@ -47,6 +49,7 @@ class Sorted:
     aside: set[fx.Node] = dataclasses.field(default_factory=set)
     sides: list[fx.Node] = dataclasses.field(default_factory=list)
     per_chunk: set[fx.Node] = dataclasses.field(default_factory=set)
+    numbers: set[fx.Node] = dataclasses.field(default_factory=set)
     lifted: set[fx.Node] = dataclasses.field(default_factory=set)
 
 
@@ -93,6 +96,11 @@ def sort_nodes(
         elif any(arg in found.carriers for arg in tangent_inputs(node)) and differentiable(node):
             found.carriers.add(node)
     _put_aside(graph, z, found, from_z)
+    for node in reversed(graph.nodes):
+        fixed = node.op == "call_function" and node in found.used and node not in found.dynamic
+        if fixed and not is_valued(node) and not is_control(node):
+            if any(user in found.dynamic or user in found.numbers for user in node.users):
+                found.numbers.add(node)
     return found
 
 

@@ -31,12 +31,14 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
+    free_unbacked_symbols,
 )
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 
+from fastsfvae.jacobian.plan.asked import NumberAsked
 from fastsfvae.jacobian.plan.decompose import composites
 from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
 from fastsfvae.jacobian.plan.known import KnownValues, value_asked_for
@@ -88,6 +90,7 @@ def trace(
     extras: list[Tensor],
     batched: list[bool],
     rebuild: Callable[[list[Any]], tuple[tuple, dict[str, Any]]],
+    lifted: int = 0,
 ) -> Trace:
     """Trace `decoder(z, *args, **kwargs)`.
 
@@ -99,20 +102,33 @@ def trace(
         extras: the tensors among the further arguments.
         batched: for each of them, whether its leading axis is the batch.
         rebuild: turns a list of such tensors into (args, kwargs).
+        lifted: out of how many, the last ones, it takes numbers.
 
     Raises:
+        NumberAsked: the trace fails with symbols for those numbers.
         RuntimeError: control flow that depends on tensor values, or a decoder that PyTorch cannot
             run on these inputs.
     """
     # The caller may be inside torch.func.grad or no_grad: that is for the plan's runs.
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
-        return _trace(decoder, names, tensors, z, extras, batched, rebuild)
+        given = decoder, names, tensors, z, extras, batched, rebuild
+        try:
+            found = _trace(*given, lifted)
+        except Exception as error:
+            if not lifted:
+                raise
+            raise NumberAsked from error
+        values = [node.meta.get("val") for node in found.module.graph.nodes]
+        if lifted and any(map(free_unbacked_symbols, filter(torch.is_tensor, values))):
+            # It is a size, which a plan must know.
+            raise NumberAsked
+        return found
 
 
-def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
+def _trace(decoder, names, tensors, z, extras, batched, rebuild, lifted) -> Trace:
     if isinstance(decoder, nn.Module):
         refuse_or_warn_about_hooks(decoder)
-    given = decoder, names, tensors, z, extras, batched, rebuild
+    given = decoder, names, tensors, z, extras, batched, rebuild, lifted
     try:
         return _traced(*given, with_values=False)
     except _DATA_DEPENDENT:
@@ -120,7 +136,9 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild) -> Trace:
         return _traced(*given, with_values=True)
 
 
-def _traced(decoder, names, tensors, z, extras, batched, rebuild, with_values: bool) -> Trace:
+def _traced(
+    decoder, names, tensors, z, extras, batched, rebuild, lifted, with_values: bool
+) -> Trace:
     # What needs a value to go on is an error where it happens.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
@@ -130,8 +148,8 @@ def _traced(decoder, names, tensors, z, extras, batched, rebuild, with_values: b
         stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         return mode.from_tensor(stand_in, symbolic_context=_batch_symbol(tensor))
 
-    def static(tensor: Tensor) -> Tensor:
-        if with_values:
+    def static(tensor: Tensor, known: bool = with_values) -> Tensor:
+        if known:
             # A copy: what the decoder writes into must not be the user's.
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
         with mode:
@@ -146,13 +164,19 @@ def _traced(decoder, names, tensors, z, extras, batched, rebuild, with_values: b
     stand_ins = [static(t) for t in tensors]
     # Modules take shortcuts without a usable derivative where nothing requires a gradient.
     fake_z = symbolic(z).requires_grad_()
-    pairs = zip(extras, batched, strict=True)
+    first = len(extras) - lifted
+    pairs = zip(extras[:first], batched, strict=False)
     fake_extras = [symbolic(t) if along else static(t) for t, along in pairs]
-    fixed = [t for t, along in zip(fake_extras, batched, strict=True) if not along]
+    fixed = [t for t, along in zip(fake_extras, batched, strict=False) if not along]
+    fake_extras += [static(t, known=False) for t in extras[first:]]
     known = KnownValues(mode, [*stand_ins, *fixed])
 
     def call(params: list[Tensor], z: Tensor, extras: list[Tensor]) -> Any:
-        args, kwargs = rebuild(extras)
+        # Numbers among the inputs come as 0-d tensors, and may be taken out of these alone.
+        mode.allow_scalar_outputs = True
+        with shapes.ignore_fresh_unbacked_symbols():
+            args, kwargs = rebuild(extras)
+        mode.allow_scalar_outputs = False
         with known if with_values else mode:
             if names and isinstance(decoder, nn.Module):
                 swapped = dict(zip(names, params, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from fastsfvae.jacobian.plan.asked import Asked
+from fastsfvae.jacobian.plan.asked import Asked, NumberAsked
 from fastsfvae.jacobian.plan.fingerprint import (
     Fingerprint,
     Written,
@@ -23,6 +23,7 @@ from fastsfvae.jacobian.plan.fingerprint import (
 )
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.run.history import History
+from fastsfvae.jacobian.run.numbers import Place, number_tensor, numbers_of, put_numbers
 from fastsfvae.jacobian.validate import Method, check_inputs, unwrap
 from fastsfvae.ops import dispatch
 
@@ -54,12 +55,21 @@ def chunk_bounds(batch: int, size: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _fingerprint_of(decoder: nn.Module, written: Written | None) -> Fingerprint:
+def _fingerprint_of(
+    decoder: nn.Module, written: Written, lifted: Collection[Place] = ()
+) -> Fingerprint:
     if torch.compiler.is_compiling():
         # A compiler cannot follow a lock.
-        return fingerprint(decoder, written)
+        return fingerprint(decoder, written, lifted)
     with _tracing:
-        return fingerprint(decoder, written)
+        return fingerprint(decoder, written, lifted)
+
+
+def _history_of(home: nn.Module) -> History:
+    if id(home) not in _histories:
+        weakref.finalize(home, _forget, id(home))
+        _histories[id(home)] = History()
+    return _histories[id(home)]
 
 
 def _forget(number: int) -> None:
@@ -80,6 +90,7 @@ class Linearizer:
         args: further positional arguments; tensors with leading extent B go with their samples.
         kwargs: further keyword arguments, likewise.
         backend: "torch" or "triton", already resolved.
+        lift: whether numbers that change from call to call may become inputs of a plan.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `decode_with_jacobian`.
@@ -92,31 +103,47 @@ class Linearizer:
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
         backend: str = "torch",
+        lift: bool = True,
     ):
         self.decoder, kwargs = unwrap(decoder, kwargs)
         self.z, self.backend = z, backend
         leaves, self._spec = _NO_INPUTS
         if args or kwargs:
             leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
-        self._leaves = leaves
-        self.extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        batch = z.shape[0]
-        if isinstance(batch, torch.SymInt):
+        self._leaves, self._lift = leaves, lift
+        if isinstance(z.shape[0], torch.SymInt):
             raise RuntimeError(
                 "the batch size of z is a symbol, and a plan is made for a number: "
                 "export it with a fixed batch size"
             )
-        self.batched = [t.ndim > 0 and t.shape[0] == batch for t in self.extras]
-        if isinstance(self.decoder, nn.Module):
-            history = _histories.get(id(self._home()))
-            written = None if history is None else history.written
-            self._print = _fingerprint_of(self.decoder, written)
-        else:
-            self._print = Fingerprint((), [], [])
-        check_inputs(z, self._print.names, self._print.tensors)
-        self._key = self._whole_key()
+        self._read()
         self._local: dict[tuple, list] = {}
         self._statics: dict[Any, tuple] = {}
+
+    def _read(self) -> None:
+        """Take in what a plan reads: the decoder's tensors, the further ones, and numbers."""
+        history = _histories.get(id(self._home()))
+        written = {} if history is None else history.written
+        numbers = (
+            self._all_numbers() if self._lift and history is not None and history.numbers else {}
+        )
+        self._numbers = {p: v for p, v in numbers.items() if history and p in history.numbers}
+        if isinstance(self.decoder, nn.Module):
+            self._print = _fingerprint_of(self.decoder, written, self._numbers)
+        else:
+            self._print = Fingerprint((), [], [])
+        check_inputs(self.z, self._print.names, self._print.tensors)
+        given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        batch = self.z.shape[0]
+        self.batched = [t.ndim > 0 and t.shape[0] == batch for t in given]
+        lifted = [number_tensor(value) for value in self._numbers.values()]
+        self.extras = [*given, *lifted]
+        self.batched += [False] * len(lifted)
+        self._key = self._whole_key()
+
+    def _all_numbers(self) -> dict[Place, int | float]:
+        """The numbers that a trace bakes in: the decoder's attributes and the further inputs."""
+        return numbers_of(self.decoder, self._leaves)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -170,14 +197,23 @@ class Linearizer:
         for plan in plans.get(self._key, ()):
             if plan.accepts(batch) and plan.asked.hold(self._fixed()):
                 return plan
-        plan, effects = self._trace(batch)
+        history = None if home is None else _history_of(home)
+        if history is not None and self._lift and history.lift(self._all_numbers()):
+            # They are inputs from now on.
+            self._read()
+            return self.plan(batch)
+        try:
+            plan, effects = self._trace(batch)
+        except NumberAsked:
+            assert history is not None
+            history.bake_in(self._numbers)
+            self._read()
+            return self.plan(batch)
         # The first one brings in the rules, and each tells what belongs into the key.
         self._key = self._whole_key()
-        if home is not None:
-            if id(home) not in _plans:
-                weakref.finalize(home, _forget, id(home))
+        if history is not None:
             plans = _plans.setdefault(id(home), {})
-            self._note(self.decoder, _histories.setdefault(id(home), History()), effects)
+            self._note(self.decoder, history, effects)
         # Those for other values than the decoder's are of no more use.
         kept = [p for p in plans.get(self._key, ()) if p.asked.hold(self._fixed())]
         plans[self._key] = [*kept, plan]
@@ -194,8 +230,7 @@ class Linearizer:
     def _note(self, decoder: Any, history: History, effects: Any) -> None:
         """Learn from a trace what belongs into the key, and say what makes traces frequent."""
         if history.learn(effects.written, effects.read):
-            self._print = _fingerprint_of(decoder, history.written)
-            self._key = self._whole_key()
+            self._read()
         inputs = attributes(decoder, history.written)
         args, kwargs = pytree.tree_unflatten(self._leaves, self._spec)
         given = {f"further input {i + 1}": value for i, value in enumerate(args)}
@@ -217,6 +252,7 @@ class Linearizer:
         def rebuild(tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
             given = iter(tensors)
             filled = [next(given) if isinstance(x, Tensor) else x for x in self._leaves]
+            put_numbers(self.decoder, filled, dict(zip(self._numbers, given, strict=True)))
             return pytree.tree_unflatten(filled, self._spec)
 
         z, extras = self._slice(0, batch)
@@ -229,6 +265,7 @@ class Linearizer:
                 extras,
                 self.batched,
                 rebuild,
+                len(self._numbers),
             )
         trained = [t.requires_grad for t in self._print.tensors]
         plan = build_plan(traced, trained, self.batched, self.backend)
@@ -256,7 +293,11 @@ class Linearizer:
             (leaf.shape[1:] if self.batched[i] else leaf.shape, leaf.dtype, leaf.device)
             for i, leaf in enumerate(self.extras)
         )
-        plain = tuple(freeze(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor))
+        plain = tuple(
+            None if (None, index) in self._numbers else freeze(leaf)
+            for index, leaf in enumerate(self._leaves)
+            if not isinstance(leaf, Tensor)
+        )
         device = z.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         layers = dispatch.state() if self.backend == "triton" else None

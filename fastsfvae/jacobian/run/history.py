@@ -15,15 +15,32 @@ class History:
 
     Attributes:
         written: for `fingerprint`, what the decoder's forward writes and no trace has seen it read.
+        numbers: places of numbers that have changed since a trace baked them in.
     """
 
     def __init__(self) -> None:
         self.written: dict[str, dict[str, Any]] = {}
+        self.numbers: set[tuple] = set()
+        self._given: Mapping[tuple, float] = {}
+        self._baked: set[tuple] = set()
         self._places: set[tuple] = set()
         self._read: set[tuple] = set()
         self._last: Mapping[str, tuple[Any, str]] | None = None
         self._changes: dict[str, int] = {}
         self._warned = False
+
+    def lift(self, given: Mapping[tuple, float]) -> bool:
+        """Take in the numbers that the next trace would bake in; tells whether others change."""
+        before, self._given = self._given, given
+        changed = {p for p in given if p in before and given[p] != before[p]}
+        changed -= self.numbers | self._baked
+        self.numbers |= changed
+        return bool(changed)
+
+    def bake_in(self, places: Iterable[tuple]) -> None:
+        """Leave numbers whose values the decoder asks for to the key, for good."""
+        self._baked.update(places)
+        self.numbers -= self._baked
 
     def learn(self, written: Iterable[tuple], read: Iterable[tuple]) -> bool:
         """Take in what a trace wrote and read, as places; tells whether `written` has changed."""
