@@ -53,5 +53,7 @@ def _entries_of_each_sample(x: Tensor, mask: Tensor) -> Tensor:
     """torch.masked_select as an index, where it takes the same entries of each sample."""
     if mask.ndim >= x.ndim or x.ndim < 2:
         return NotImplemented
-    each = mask.expand(x.shape[x.ndim - mask.ndim :])
-    return x[(slice(None),) * (x.ndim - mask.ndim) + (each,)].reshape(-1)
+    behind = x.ndim - mask.ndim
+    shape = torch.broadcast_shapes(x.shape[behind:], mask.shape)
+    x = x.expand(*x.shape[:behind], *shape)
+    return x[(slice(None),) * behind + (mask.expand(shape),)].reshape(-1)

@@ -14,29 +14,40 @@ from torch import Tensor
 from fastsfvae.jacobian.rules.arithmetic import where
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent, move
 from fastsfvae.jacobian.rules.pieces import put_back
+from fastsfvae.jacobian.rules.places import flattened
 from fastsfvae.jacobian.rules.registry import RULES, adjoint, rule
 from fastsfvae.jacobian.rules.shape import expand, front, reshape
 
 aten = torch.ops.aten
 
 
+def _with_an_axis(t: Tensor, leading: int) -> Tensor:
+    """A number as a vector of one; anything else unchanged."""
+    return t if t.ndim > leading else t.unsqueeze(leading)
+
+
 @rule("gather")
 def gather(x: Jet, dim: int, positions: Tensor, *, sparse_grad: bool = False) -> Jet:
     """One entry of an axis per position."""
-    axis, tangent = front(dim, x.primal.ndim), full_tangent(x)
-    places = positions.expand(tangent.shape[0], *positions.shape)
-    return Jet(x.primal.gather(axis, positions), tangent.gather(axis + 1, places))
+    axis, places = front(dim, max(1, x.primal.ndim)), _with_an_axis(positions, 0)
+
+    def taken(t: Tensor, k: int) -> Tensor:
+        t = _with_an_axis(t, k).gather(axis + k, places.expand(t.shape[:k] + places.shape))
+        return t.view(t.shape[:k] + positions.shape)
+
+    return Jet(taken(x.primal, 0), taken(full_tangent(x), 1))
 
 
 @adjoint("gather")
 def _gather_adjoint(
     grad: Jet, out: Jet, needs: tuple, x: Jet, dim: int, positions: Tensor, **_: Any
 ) -> tuple[Jet]:
-    axis = front(dim, x.primal.ndim)
+    axis, places = front(dim, max(1, x.primal.ndim)), _with_an_axis(positions, 0)
 
     def back(g: Tensor, k: int) -> Tensor:
-        zeros = g.new_zeros(*g.shape[:k], *x.primal.shape)
-        return zeros.scatter_add_(axis + k, positions.expand(g.shape), g)
+        g, zeros = _with_an_axis(g, k), g.new_zeros(g.shape[:k] + x.primal.shape)
+        _with_an_axis(zeros, k).scatter_add_(axis + k, places.expand(g.shape), g)
+        return zeros
 
     return (move(grad, back),)
 
@@ -54,6 +65,8 @@ def take_along_dim(x: Jet, positions: Tensor, dim: int | None = None) -> Jet:
     common = list(torch.broadcast_shapes(shape, others))
     wide, places = list(common), list(common)
     wide[axis], places[axis] = x.primal.shape[axis], positions.shape[axis]
+    # Counted from the end where they are negative.
+    positions = positions + wide[axis] * (positions < 0)
     return gather(expand(x, wide), axis, positions.expand(places))
 
 
@@ -73,6 +86,8 @@ def masked_select(x: Jet, mask: Tensor) -> Jet:
 @rule("index_select")
 def index_select(x: Jet, dim: int, positions: Tensor) -> Jet:
     """Entries of an axis."""
+    if not x.primal.ndim:
+        return x
     axis = front(dim, x.primal.ndim)
     return move(x, lambda t, k: t.index_select(axis + k, positions), keeps_batch=axis != 0)
 
@@ -115,7 +130,7 @@ def places_of(value: Tensor, indices: list[Any]) -> Tensor:
 def index(x: Jet, indices: list[Any]) -> Jet:
     """x[indices]."""
     places = places_of(x.primal, indices)
-    return Jet(aten.index(x.primal, indices), full_tangent(x).flatten(1)[:, places])
+    return Jet(aten.index(x.primal, indices), flattened(full_tangent(x), 1)[:, places])
 
 
 @adjoint("index")
@@ -124,7 +139,7 @@ def _index_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, indices: list[Any]
 
     def back(g: Tensor, k: int) -> Tensor:
         flat = g.new_zeros(*g.shape[:k], x.primal.numel())
-        return flat.index_add_(k, places, g.flatten(k)).unflatten(k, x.primal.shape)
+        return flat.index_add_(k, places, flattened(g, k)).view(g.shape[:k] + x.primal.shape)
 
     return (move(grad, back),)
 
