@@ -39,7 +39,8 @@ def index_put(x: Any, indices: list[Any], values: Any, accumulate: bool = False)
 def put(x: Any, positions: Tensor, source: Any, accumulate: bool = False) -> Jet:
     """X with entries of its flattened form replaced or added to."""
     if accumulate:
-        return _added_at(x, source, numbered(primal_of(x)).take(positions))
+        places = numbered(primal_of(x)).take(positions)
+        return _added_at(x, source, places.view(primal_of(source).shape))
     return replaced(x, source, lambda kept, number: kept.put(positions, number))
 
 
