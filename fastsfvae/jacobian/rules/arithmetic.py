@@ -130,6 +130,11 @@ def _mul_adjoint(grad: Jet, out: Jet, needs: tuple, a: Any, b: Any):
     )
 
 
+def _in_dtype(divisor: Any, quotient: Tensor) -> Any:
+    """A divisor in its quotient's dtype: 1 over integers would be rounded to the default one."""
+    return divisor.to(quotient.dtype) if isinstance(divisor, Tensor) else divisor
+
+
 @rule("div", "divide", "true_divide", several=True)
 def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     """d(a / b) = da / b - (a / b) db / b; zero where the quotient is rounded."""
@@ -138,7 +143,8 @@ def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
         rounded = torch.div(value_a, value_b, rounding_mode=rounding_mode)
         return combine(rounded, (a, 0.0), (b, 0.0))
     quotient = torch.div(value_a, value_b)
-    return combine(quotient, (a, lambda: 1 / value_b), (b, lambda: -quotient / value_b))
+    divisor = _in_dtype(value_b, quotient)
+    return combine(quotient, (a, lambda: 1 / divisor), (b, lambda: -quotient / divisor))
 
 
 @adjoint("div", "divide", "true_divide", covers=always)
@@ -148,7 +154,7 @@ def _div_adjoint(
     if rounding_mode is not None:
         nothing = torch.zeros_like(grad.primal)
         return tuple(pull_product(grad, operand, nothing, None) for operand in (a, b))
-    inverse = 1 / primal_of(b)
+    inverse = 1 / _in_dtype(primal_of(b), out.primal)
     moved_a, moved_b = aligned_tangent(a, out), aligned_tangent(b, out)
     bend_a = None if moved_b is None else -moved_b * inverse**2
     bend_b = None if moved_a is None else -moved_a * inverse**2

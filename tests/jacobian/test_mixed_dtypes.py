@@ -1,0 +1,60 @@
+"""Operands of other dtypes than the latents': no slope is rounded to a coarser one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.jacobian.exactness import assert_right
+
+B, M = 4, 3
+COUNTS = torch.tensor([1, 3, 7, 3, 9, 11])
+
+
+class Decoder(nn.Module):
+    def __init__(self, function, dtype):
+        super().__init__()
+        self.lift, self.function, self.dtype = nn.Linear(M, 6), function, dtype
+        self.register_buffer("counts", COUNTS)
+
+    def forward(self, z):
+        counts = self.counts / 3 if self.dtype.is_floating_point else self.counts
+        return self.function(self.lift(z), counts.to(self.dtype))
+
+
+FUNCTIONS = {
+    "div": lambda h, n: h / n,
+    "div by": lambda h, n: n / (h.square() + 1),
+    "addcdiv": lambda h, n: torch.addcdiv(h, h.sin(), n),
+    "pow": lambda h, n: (h.square() + 1) ** n,
+    "pow of": lambda h, n: n**h,
+    "mul": lambda h, n: (h * n).sin(),
+    "atan2": lambda h, n: torch.atan2(h, n),
+    "hypot": lambda h, n: torch.hypot(h, n.to(torch.float32)),
+    "remainder": lambda h, n: torch.remainder(3 * h, n) * h,
+    "xlogy": lambda h, n: torch.xlogy(n, h.square() + 1),
+    "where": lambda h, n: torch.where(n > 3, h, n) * h,
+    "maximum": lambda h, n: torch.maximum(h, n / 7) * h,
+    "sub": lambda h, n: torch.sub(h, n, alpha=2).sin(),
+    "lerp": lambda h, n: torch.lerp(h, h.sin(), n.to(h.dtype) / 3),
+}
+
+
+# PyTorch takes no integers, or squares the operand in its own dtype: its derivative is the rounded.
+LEFT_OUT = {
+    ("addcdiv", torch.int64),
+    ("addcdiv", torch.int32),
+    ("addcdiv", torch.float32),
+    ("atan2", torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_right(name, dtype):
+    if (name, dtype) in LEFT_OUT:
+        pytest.skip("PyTorch's own derivative is no oracle")
+    torch.manual_seed(0)
+    decoder = Decoder(FUNCTIONS[name], dtype).double()
+    assert_right(decoder, torch.randn(B, M, dtype=torch.float64))
