@@ -28,7 +28,7 @@ from tests.grammar.plain import Joined, Residual, activation, layers_of_features
 
 M = 3
 # More than this and the oracle's Jacobian takes the time.
-_MOST_VALUES = 96
+_MOST_VALUES = 48
 
 
 class Conditioned(nn.Module):

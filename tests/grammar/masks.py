@@ -69,11 +69,12 @@ def conditional(rng: random.Random, size: int):
 @on_features
 def triangular(rng: random.Random, size: int):
     """The triangles of matrices."""
+    rows, columns = torch.tril_indices(3, 3)
     run = rng.choice(
         (
             lambda h: h.tril() @ h.triu(1),
             lambda h: h.tril(-1) - h.triu(1).mT,
-            lambda h, places=torch.tril_indices(3, 3): h[:, places[0], places[1]],
+            lambda h: h[:, rows, columns],
             lambda h: h.triu().diagonal(dim1=1, dim2=2).exp(),
         )
     )
@@ -190,9 +191,9 @@ def written(rng: random.Random, size: int):
 
     def activations(own, x):
         y = own.first(x)
-        y.relu_()
         y += x
-        return y.sub_(own.weight)
+        y.sub_(own.weight).mul_(2)
+        return y.relu_()
 
     def coupled(own, x):
         y = own.first(x)

@@ -12,7 +12,6 @@ from fastsfvae.jacobian.run.cache import Linearizer
 from tests.grammar import M, Part, draw_decoder
 
 PER_TEST = 25
-BATCH = 3
 EPS = torch.finfo(torch.float64).eps
 SETTINGS = {"noise_var": 0.3, "gamma": 0.7}
 SUBJECT = "random decoders, float64"
@@ -77,11 +76,14 @@ def _gradients(loss, wanted):
     return torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
 
 
-def check(decoder, args, seed, largest_error):
+def check(seed, largest_error):
     """Output, J and every gradient of a decoder against the oracle's; and that it is swept."""
+    # Chunks of two; one of a single sample is another trace, which takes its time.
+    batch = 3 if seed % 4 == 0 else 4
+    decoder, args = draw_decoder(seed, batch)
     generator = torch.Generator().manual_seed(seed)
     z, log_var = (
-        torch.randn(BATCH, M, dtype=torch.float64, generator=generator).requires_grad_()
+        torch.randn(batch, M, dtype=torch.float64, generator=generator).requires_grad_()
         for _ in range(2)
     )
     given = [a.requires_grad_() for a in args if a.is_floating_point()]
@@ -91,31 +93,35 @@ def check(decoder, args, seed, largest_error):
     # The loss ends its gradients by the rules' adjoints, not by autograd.
     loss = sf.SamplingFreeLoss(decoder, chunk_size=2, backend="torch", **SETTINGS)
     gradients = _gradients(loss(x, z, log_var, *args), wanted)
-    obstacles = Linearizer(decoder, z, args).plan(BATCH).obstacles
+    obstacles = Linearizer(decoder, z, args).plan(batch).obstacles
+    assert not obstacles, f"decoder {seed} is not swept ({obstacles}): {decoder}"
 
     exact = _exact_results(decoder, x, z, log_var, args, wanted)
-    # How much the answer depends on the last bits of z: norms of nearly equal values do.
-    nudged = (z.detach() * (1 + 8 * EPS)).requires_grad_()
-    moved = _exact_results(decoder, x, nudged, log_var, args, [nudged, *wanted[1:]])
+    moved: list[torch.Tensor] = []
     names = ("the output", "J", *["a gradient"] * len(gradients))
-    for name, got, want, other in zip(
-        names, (output, jacobian, *gradients), exact, moved, strict=True
-    ):
+    largest = max(1.0, *(float(g.abs().max()) for g in exact[2:]))
+    for index, (name, got) in enumerate(zip(names, (output, jacobian, *gradients), strict=True)):
+        want = exact[index]
         scale = max(1.0, float(want.abs().max()))
-        allowed = 500 * EPS * scale + 50 * float((want - other).abs().max())
-        error = float((got.detach() - want).abs().max())
+        error, allowed = float((got.detach() - want).abs().max()), 500 * EPS * scale
+        if error > allowed and not moved:
+            # How much the answer depends on the last bits of z: norms of nearly equal values do.
+            nudged = (z.detach() * (1 + 8 * EPS)).requires_grad_()
+            moved = _exact_results(decoder, x, nudged, log_var, args, [nudged, *wanted[1:]])
+        if moved:
+            allowed += 50 * float((want - moved[index]).abs().max())
+        if name == "a gradient":
+            allowed = min(allowed, 1e-10 * largest)
         assert error <= allowed, f"{name} of decoder {seed} is off by {error:.1e}: {decoder}"
         largest_error(SUBJECT, f"{name}, of the largest entry", error / scale)
-    assert not obstacles, f"decoder {seed} is not swept ({obstacles}): {decoder}"
 
 
 def test_jacobians_and_gradients_of_random_decoders(first, largest_error, tally):
     for seed in range(first, first + PER_TEST):
-        decoder, args = draw_decoder(seed, BATCH)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*has no tangent rule.*")
-            check(decoder, args, seed, largest_error)
-        tally(SUBJECT, "cases")
+            check(seed, largest_error)
+        tally(SUBJECT, "cases, all swept")
 
 
 def _reference_loss(x, mean, log_var, output, jacobian):
