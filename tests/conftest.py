@@ -35,7 +35,7 @@ sys.addaudithook(_refuse_network)
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--decoders", type=int, default=500, help="random decoders to check (test_random_decoders)"
+        "--decoders", type=int, default=100, help="random decoders to check (test_random_decoders)"
     )
     parser.addoption(
         "--kills", type=int, default=10, help="kills of training, converting, saving (test_faults)"

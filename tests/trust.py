@@ -41,8 +41,8 @@ class Part(NamedTuple):
 
 # The longest first: they share two cores.
 PARTS = (
+    Part("random decoders", ("jacobian/random_decoders",), ("--decoders", "2000")),
     Part("a long run", ("loss/soak",), ("--soak-steps", "20000")),
-    Part("random decoders", ("jacobian/random_decoders",), ("--decoders", "500")),
     Part(
         "hostile numbers", ("ops/numerics", "loss/numerics", "ops/low_rank"), ("--examples", "1000")
     ),

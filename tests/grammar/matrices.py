@@ -144,7 +144,7 @@ def statistics(rng: random.Random, size: int):
 def distances(rng: random.Random, size: int):
     """Distances and similarities to learned centres, and radial functions of them.
 
-    PyTorch has no second derivative of cdist.
+    PyTorch 2.11 has no second derivative of cdist.
     """
 
     def apart(own, x):
@@ -222,7 +222,7 @@ def sequences(rng: random.Random, size: int):
 def sampled(rng: random.Random, shape: Shape):
     """An image sampled bilinearly at points: constant, learned, or an affine map made from it.
 
-    PyTorch has no second derivative of grid_sample.
+    PyTorch 2.11 has no second derivative of grid_sample.
     """
     padding = rng.choice(("zeros", "border"))
     kind = rng.choice(("constant", "learned", "affine"))

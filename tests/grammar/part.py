@@ -21,8 +21,8 @@ class Part(nn.Module):
 
     Args:
         run: called as run(self, x, *args).
-        plain: the same function in operations that PyTorch differentiates twice, and right, where
-            it fails at those of `run`.
+        plain: the same function in operations that every supported PyTorch differentiates twice,
+            and right, where one fails at those of `run`.
         **parts: a module, a parameter, or a tensor that becomes a buffer.
     """
 
