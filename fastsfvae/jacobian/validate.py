@@ -133,17 +133,17 @@ def check_inputs(z: Tensor, names: list[str], tensors: list[Tensor]) -> None:
     """
     check_latents(z)
     # The first one decides: what comes later may be converted on the way.
-    for name, tensor in zip(names, tensors, strict=True):
+    for path, tensor in zip(names, tensors, strict=True):
+        name = layer_name(path) if "." in path else f"the decoder's {path}"
         if tensor.device != z.device:
             raise ValueError(
-                f"z is on {z.device} but the decoder's {name} is on {tensor.device}; "
-                "move one of them"
+                f"z is on {z.device} but {name} is on {tensor.device}; move one of them"
             )
         if not tensor.is_floating_point():
             continue
         if tensor.dtype != z.dtype and not torch.is_autocast_enabled(z.device.type):
             raise ValueError(
-                f"z is {z.dtype} but the decoder's {name} is {tensor.dtype}; "
+                f"z is {z.dtype} but {name} is {tensor.dtype}; "
                 "convert one of them, or use torch.autocast"
             )
         break

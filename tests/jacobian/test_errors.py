@@ -86,6 +86,12 @@ REFUSED = {
     "flat_z": (linear, Z[0], ValueError, r"\[B, m\].*got shape \(4,\)"),
     "empty_batch": (linear, Z[:0], ValueError, r"B, m >= 1, got shape \(0, 4\)"),
     "dtype": (linear, Z.double(), ValueError, "z is torch.float64 but the decoder's weight"),
+    "dtype_of_a_layer": (
+        lambda: nn.Sequential(linear()),
+        Z.double(),
+        ValueError,
+        r"but decoder\[0\]\.weight is torch.float32",
+    ),
     "device": (linear, Z.to("meta"), ValueError, "z is on meta but the decoder's weight is on cpu"),
     "tuple": (lambda: returns(lambda h: (h, h)), Z, TypeError, "one tensor, got tuple"),
     "batch": (lambda: returns(lambda h: h.t()), Z[:2], ValueError, r"B = 2.*shape \(3, 2\)"),

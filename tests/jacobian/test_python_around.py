@@ -293,6 +293,18 @@ def test_a_written_state_that_is_read_stays_in_the_key():
     assert decoder.state is not None
 
 
+def test_the_reference_leaves_nothing_of_torch_func_behind():
+    def then(d, h):
+        d.average = 0.9 * d.average + 0.1 * h.detach().mean(0)
+        return h
+
+    decoder = Decoder(then, average=torch.zeros(4))
+    for backend in ("reference", "torch", "reference"):
+        decode_with_jacobian(decoder, latents(), backend=backend)
+        assert type(decoder.average) is torch.Tensor
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(decoder.average)
+
+
 def test_a_window_of_past_results_is_read_once_it_is_full():
     def then(d, h):
         d.past.append(h.detach())

@@ -81,6 +81,16 @@ def restored(decoder: Callable[..., Any]) -> Iterator[Effects]:
         )
 
 
+@contextlib.contextmanager
+def undone(decoder: Callable[..., Any]) -> Iterator[None]:
+    """Undo what a decoder writes, and nothing else."""
+    before = _Snapshot(decoder)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
 def _is_in(place: Place, other: Place) -> bool:
     return place[: len(other)] == other
 
