@@ -188,8 +188,7 @@ REPLACED = {
     ),
     "slices": with_linear(
         lambda h, w, b: (
-            h.select_scatter(b[:1].expand(h.shape[0]), 1, 2)
-            + h.slice_scatter(h[:, :3].exp(), 1, 2, 5)
+            h.slice_scatter(h[:, :3].exp(), 1, 2, 5)
             + h.slice_scatter(b[:3].expand(h.shape[0], 3), 1, 2, 8, 2)
         )
     ),
