@@ -25,7 +25,7 @@ from bench.zoo.report import report
 FIELDS = "audio denoisers diffusion flows graphs operators segmentation tokens vision".split()
 OUT = ROOT / "bench/results/zoo.md"
 # Seconds that one decoder may take.
-LIMIT = 120
+LIMIT = 300
 MARK = "zoo: "
 
 

@@ -7,10 +7,11 @@ differences of its loss, a function of first derivatives alone, decide who is ri
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,7 +58,9 @@ def evaluate(loss: Callable, problem: tuple, leaves: list[Tensor]) -> tuple[Tens
 def judge(make: Callable[[], nn.Module]) -> dict[str, Any]:
     """Everything that the table says of a decoder."""
     torch.manual_seed(0)
-    decoder = InDouble(make()).eval()
+    with no_single_precision():
+        made = make()
+    decoder = InDouble(made).eval()
     settle(decoder)
     z = torch.randn(B, M, dtype=torch.float64)
     with torch.no_grad():
@@ -102,6 +105,14 @@ def judge(make: Callable[[], nn.Module]) -> dict[str, Any]:
     if JACFWD in samples:
         found["ratio"] = quantiles(samples[JACFWD]).p50 / found["step"]
     return found
+
+
+@contextlib.contextmanager
+def no_single_precision() -> Iterator[None]:
+    """Let what asks for single precision have double precision."""
+    names = mock.patch.multiple(torch, float32=torch.float64, float=torch.float64)
+    with names, mock.patch.object(Tensor, "float", Tensor.double):
+        yield
 
 
 class InDouble(nn.Module):

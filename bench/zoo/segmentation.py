@@ -51,7 +51,7 @@ def pyramid_pooling() -> nn.Module:
 
 @entry("segmentation-models-pytorch")
 def deeplab() -> nn.Module:
-    return smp("DeepLabV3Plus", decoder_channels=16, encoder_name="resnet18")
+    return smp("DeepLabV3", decoder_channels=16, encoder_output_stride=16)
 
 
 @entry("segmentation-models-pytorch")
