@@ -90,9 +90,10 @@ def _draw_lift(rng: random.Random, batch: int) -> tuple[nn.Module, tuple[Tensor,
         kind = rng.choice(("joined", "scale", "class"))
         given = torch.randint(4, (batch,)) if kind == "class" else torch.randn(batch, 2)
         return Conditioned(kind, width), (given,)
+    if rng.random() < 0.6:
+        return nn.Linear(M, width), ()
     return rng.choice(
         (
-            lambda: nn.Linear(M, width),
             lambda: nn.Sequential(nn.Linear(M, 2 * 6), nn.Unflatten(1, (2, 2, 3))),
             lambda: nn.Sequential(nn.Unflatten(1, (M, 1, 1)), nn.ConvTranspose2d(M, 4, (2, 3))),
         )
@@ -103,9 +104,9 @@ def _draw_part(rng: random.Random, shape: Shape, depth: int) -> nn.Module:
     if len(shape) not in (1, 3):
         return nn.Flatten()
     kind = rng.random()
-    if kind < 0.2:
+    if kind < 0.15:
         return activation(rng)
-    if kind < 0.35 and depth:
+    if kind < 0.3 and depth:
         branches = [_draw_part(rng, shape, depth - 1) for _ in range(2)]
         shapes = [_shape_after(branch, torch.randn(2, *shape)) for branch in branches]
         if shapes[0] == shape:
@@ -113,7 +114,7 @@ def _draw_part(rng: random.Random, shape: Shape, depth: int) -> nn.Module:
         if shapes[0][1:] == shapes[1][1:]:
             return Joined(*branches)
     known = FEATURES if len(shape) == 1 else IMAGES
-    if kind < 0.75:
+    if kind < 0.8:
         return rng.choice(list(known.values()))(rng, shape[0] if len(shape) == 1 else shape)
     layers = layers_of_features(rng, shape[0]) if len(shape) == 1 else layers_of_images(rng, shape)
     return rng.choice(layers)()

@@ -129,7 +129,8 @@ def embedded(rng: random.Random, size: int):
             lambda own, x: F.embedding(x.argmin(1), own.table) + own.lift(x),
             lambda own, x: F.one_hot(x.argmax(1), size).to(x.dtype) @ own.table + own.lift(x),
             lambda own, x: (
-                own.table[torch.bucketize(x[:, 0], own.bounds).clamp(max=size - 1)] + own.lift(x)
+                own.table[torch.bucketize(x[:, 0].contiguous(), own.bounds).clamp(max=size - 1)]
+                + own.lift(x)
             ),
         )
     )

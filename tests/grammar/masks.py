@@ -31,7 +31,7 @@ def masked(rng: random.Random, size: int):
                 lambda own, x: torch.where(own.mask, x, own.other(x)),
                 lambda own, x: torch.where(own.mask, x, own.weight),
                 lambda own, x: x.masked_fill(own.mask, -torch.inf).softmax(1) if size > 1 else x,
-                lambda own, x: x.masked_scatter(own.mask.expand_as(x), own.other(x)),
+                lambda own, x: x.masked_scatter(own.mask, own.other(x)[:, own.mask]),
                 lambda own, x: (x * own.mask).sum(1, keepdim=True) / own.mask.sum() + x,
             )
         ),
