@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.jacobian.plan.fingerprint import plain_attributes
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.known import known_decoders
 from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
@@ -35,7 +36,11 @@ def gather(decoder: Any, z: Tensor, args: tuple, kwargs: dict[str, Any], backend
     inputs = tuple(_described(leaf, z) for leaf in leaves)
     extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     found = _program(id(decoder), m, z.dtype, z.device, backend, inputs, tuple(kwargs))
-    number, chunk_size, output_shape, output_dtype, names, used = found
+    number, chunk_size, output_shape, output_dtype, names, used, plain = found
+    for name, value in plain:
+        # The compiler guards on what it compares, and compiles again when it changes.
+        if _attribute(decoder, name) != value:
+            raise RuntimeError(f"the decoder's {name} changed while its loss was compiled")
     tensors = [_attribute(decoder, name) for name in names]
     prelude, side = _preludes[number]
     statics = prelude(tensors, extras)
@@ -89,8 +94,8 @@ def _program(
 ) -> tuple:
     """Constants: a program's number, chunk size and output, and the names of what it reads.
 
-    The names are those of all parameters and buffers, and the last the indices of what the body
-    reads.
+    The names are those of all parameters and buffers; behind them come the indices of what the body
+    reads, and the plain attributes that were baked in.
 
     A compiler evaluates it once while it traces, on constants alone: sizes of tensors may be
     symbols, and a module is known by its id.
@@ -118,11 +123,12 @@ def _program(
     _preludes[program.number] = plan.prelude, plan.side
     chunk_size, names = default_chunk(linearizer), tuple(linearizer.names)
     output = plan.output_shape, plan.output_dtype
-    return program.number, chunk_size, *output, names, tuple(plan.body_inputs)
+    plain = plain_attributes(decoder)
+    return program.number, chunk_size, *output, names, tuple(plan.body_inputs), plain
 
 
-def _attribute(decoder: Any, name: str) -> Tensor:
-    """A parameter or buffer by its dotted name."""
+def _attribute(decoder: Any, name: str) -> Any:
+    """A parameter, buffer or plain attribute by its dotted name."""
     owner: Any = decoder
     for part in name.split("."):
         owner = getattr(owner, part)

@@ -111,6 +111,8 @@ CASES = {
     "linear_words": through(WORDS, nn.Linear(8, 3)),
     "conv1d": through(LINE, nn.Conv1d(4, 6, 3, 2, 1, 1, 2)),
     "conv2d": through(IMAGE, nn.Conv2d(4, 6, 3, 2, 1, 2, 2)),
+    "huber": apply(ROW, lambda h: F.huber_loss(h, 0.3 * h.flip(1), reduction="none")),
+    "conv2d_same_even": through(IMAGE, nn.Conv2d(4, 3, 4, padding="same")),
     "conv2d_same": through(IMAGE, nn.Conv2d(4, 3, 3, padding="same")),
     "conv2d_valid": through(IMAGE, nn.Conv2d(4, 3, 3, padding="valid")),
     "conv2d_reflect": through(IMAGE, nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect")),

@@ -99,6 +99,19 @@ def attributes(decoder: nn.Module, written: Written | None = None) -> dict[str, 
     return found
 
 
+def plain_attributes(decoder: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The numbers, strings and flags among a decoder's attributes: (dotted name, value)."""
+    found: list[tuple[str, Any]] = []
+    for path, module in modules_with_paths(decoder):
+        prefix = f"{path}." if path else ""
+        for name, value in module.__dict__.items():
+            # A nan is no value that anything equals.
+            kept = any(type(value) is kind for kind in (bool, int, float, str)) and value == value
+            if kept and (name not in _INTERNAL or name == "training"):
+                found.append((prefix + name, value))
+    return tuple(found)
+
+
 def text_of(value: Any) -> str:
     """A value in a message."""
     return repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"

@@ -116,9 +116,12 @@ def refuse_mixing(
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor without what a transform of torch.func has wrapped it in."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    """A tensor without what a transform of torch.func has wrapped it in; the first of several."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        axis = functorch.maybe_get_bdim(tensor)
+        tensor = functorch.get_unwrapped(tensor)
+        tensor = tensor if axis < 0 else tensor.select(axis, 0)
     return tensor.detach()
 
 
