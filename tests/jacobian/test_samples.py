@@ -75,6 +75,7 @@ DRAWS = {
     "integers": lambda h: h[:, torch.randint(0, 8, (8,))],
     "gumbel": lambda h: F.gumbel_softmax(h),
     "dropout": lambda h: F.dropout(h),
+    "dropout in place": lambda h: F.dropout(2 * h, inplace=True),
     "alpha dropout": lambda h: F.alpha_dropout(h, training=True),
     "rrelu": lambda h: F.rrelu(h, training=True),
     "a sample": lambda h: torch.distributions.Normal(h, 1.0, validate_args=False).rsample(),
@@ -89,6 +90,7 @@ KEEPS = {
     ).view(-1, 4),
     "unused": lambda h: (h.mean(0), h + torch.zeros(8, dtype=h.dtype))[1],
     "dropout in evaluation": lambda h: F.dropout(h, training=False),
+    "in place": lambda h: F.dropout(2 * h, training=False, inplace=True),
 }
 
 

@@ -81,7 +81,27 @@ ASKS = {
         w=torch.ones(8),
     ),
     "attention mask": with_encoder,
+    "size of the batch": lambda: decoder(whole_graph),
+    "other shapes": lambda: decoder(
+        lambda own, h: h if torch.equal(h, own.lift.weight) else h.sin()
+    ),
+    "autocast inside": lambda: decoder(in_full_precision),
 }
+
+
+def whole_graph(own, h):
+    """The batch as one graph, whose edges are made from its size."""
+    nodes = torch.arange(h.shape[0])
+    edges = torch.stack([nodes, nodes])
+    edges = edges[:, edges[0] == edges[1]]
+    count = int(edges.max()) + 1
+    return torch.zeros(count, 8, dtype=h.dtype).index_add(0, edges[1], h[edges[0]].sin())
+
+
+def in_full_precision(own, h):
+    with torch.autocast("cpu", enabled=False):
+        scale = own.lift.weight.norm()
+    return h / scale
 
 
 def write(h, keep):

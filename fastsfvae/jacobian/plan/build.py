@@ -17,6 +17,7 @@ from fastsfvae.jacobian.plan.ending import Ending, find_ending, find_linear_endi
 from fastsfvae.jacobian.plan.functionalize import functionalize
 from fastsfvae.jacobian.plan.nodes import (
     is_autocast,
+    is_control,
     is_floating,
     is_tensor,
     live_nodes,
@@ -168,7 +169,7 @@ class _Emitter:
         produced = {node for _, node in self.prelude if node not in self.dynamic}
         wanted = in_body | {arg for _, node in self.side for arg in node.all_input_nodes}
         carried = [n for n in dict.fromkeys(n for _, n in self.prelude) if n in produced & wanted]
-        carried = [n for n in carried if n not in self.kinds.numbers]
+        carried = [n for n in carried if n not in self.kinds.numbers and not is_control(n)]
         body_inputs = [index for index, node in enumerate(self.params) if node in in_body]
         if result not in self.jets:
             self.obstacles.append("a result that does not depend on z")

@@ -53,6 +53,8 @@ class KnownValues(TorchDispatchMode):
         known = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, FakeTensor)]
         origins = frozenset[int]().union(*(self._origins.get(_memory(t), ()) for t in known))
         if any(isinstance(x, (FakeTensor, *_SYMBOLS)) for x in leaves):
+            if func is aten.equal.default and _differ_in_shape(*args):
+                return False
             if func in _INDEXED and any(map(_is_mask, known)):
                 self.asked |= origins
                 args = (args[0], _positions(args[1]), *args[2:])
@@ -81,6 +83,12 @@ def _changed(func: Any, args: tuple) -> Any:
     """The tensor that an operation writes into, or None."""
     target = args[0] if args and func._schema.is_mutable else None
     return target if isinstance(target, Tensor) else None
+
+
+def _differ_in_shape(a: Tensor, b: Tensor) -> bool:
+    sizes = zip(a.shape, b.shape, strict=False)
+    known = [(m, n) for m, n in sizes if isinstance(m, int) and isinstance(n, int)]
+    return a.ndim != b.ndim or any(m != n for m, n in known)
 
 
 def _is_mask(tensor: Tensor) -> bool:

@@ -35,7 +35,9 @@ def refuse_noise(node: fx.Node, path: str) -> None:
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return
-    if packet_name(target) in {*TRAINING_ARGUMENT, "scaled_dot_product_attention"}:
+    # Those have a flag, which is looked at when they are out of place.
+    name = packet_name(target).removesuffix("_")
+    if name in {*TRAINING_ARGUMENT, "scaled_dot_product_attention"}:
         return
     if torch.Tag.nondeterministic_seeded in target.tags:
         drops_out = _drops_out(node, target)

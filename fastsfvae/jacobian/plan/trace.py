@@ -132,12 +132,17 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild, lifted) -> Trac
     try:
         return _traced(*given, with_values=False)
     except _DATA_DEPENDENT:
+        pass
+    try:
         # Perhaps the value of a buffer or of a constant.
         return _traced(*given, with_values=True)
+    except _DATA_DEPENDENT:
+        # Perhaps of what the size of the batch tells: then the plan is for this one.
+        return _traced(*given, with_values=True, any_batch=False)
 
 
 def _traced(
-    decoder, names, tensors, z, extras, batched, rebuild, lifted, with_values: bool
+    decoder, names, tensors, z, extras, batched, rebuild, lifted, with_values, any_batch=True
 ) -> Trace:
     # What needs a value to go on is an error where it happens.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
@@ -146,7 +151,7 @@ def _traced(
     def symbolic(tensor: Tensor) -> Tensor:
         # Not the tensor itself: it may belong to a transform or to a graph.
         stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        return mode.from_tensor(stand_in, symbolic_context=_batch_symbol(tensor))
+        return mode.from_tensor(stand_in, symbolic_context=_batch_symbol(tensor, any_batch))
 
     def static(tensor: Tensor, known: bool = with_values) -> Tensor:
         if known:
@@ -201,7 +206,7 @@ def _traced(
                 stack.enter_context(surrounding)
             module = make_fx(call, composites(), **options)(stand_ins, fake_z, fake_extras)
     except _DATA_DEPENDENT as error:
-        if not with_values:
+        if any_batch:
             raise
         raise RuntimeError(value_asked_for(error, places.current)) from error
     except UnsupportedOperatorException as error:
@@ -230,9 +235,9 @@ def _refuse_escaped_values(module: fx.GraphModule) -> None:
             )
 
 
-def _batch_symbol(tensor: Tensor) -> StatelessSymbolicContext:
+def _batch_symbol(tensor: Tensor, any_batch: bool) -> StatelessSymbolicContext:
     # A batch of one is traced as such: a symbol stands for two or more.
-    batch = DimDynamic.DYNAMIC if tensor.shape[0] > 1 else DimDynamic.STATIC
+    batch = DimDynamic.DYNAMIC if any_batch and tensor.shape[0] > 1 else DimDynamic.STATIC
     return StatelessSymbolicContext(dynamic_sizes=[batch] + [DimDynamic.STATIC] * (tensor.ndim - 1))
 
 
