@@ -28,7 +28,7 @@ from tests.jacobian.one_operator import (
 )
 
 # PyTorch's test module forbids its process to set flags, which other tests do.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 LARGEST = 20_000
 OPERATORS = {
     f"{op.name}.{op.variant_test_name}".rstrip("."): op
