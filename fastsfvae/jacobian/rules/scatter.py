@@ -270,5 +270,11 @@ def zero(x: Jet) -> Jet:
 
 @adjoint("copy", "fill", "zero", covers=always)
 def _replaced_adjoint(grad: Jet, out: Jet, needs: tuple, x: Any, source: Any = None, *_: Any):
-    nothing = share(grad, x, lambda g, _: g.new_zeros(()).expand(g.shape))
-    return nothing, None if source is None else share(grad, source, lambda g, _: g)
+    return _zeros_for(x), None if source is None else share(grad, source, lambda g, _: g)
+
+
+def _zeros_for(x: Any) -> Any:
+    """The gradient of what was overwritten, in its own extents: the result's may be others."""
+    if isinstance(x, Jet):
+        return Jet(_zeros_for(x.primal), _zeros_for(x.tangent))
+    return x.new_zeros(()).expand(x.shape)

@@ -1,0 +1,90 @@
+"""In-place writes where one side's tangents are every sample's own and the other's are shared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.jacobian.exactness import assert_right
+
+B, M = 4, 3
+
+
+class Decoder(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.lift, self.function = nn.Linear(M, 4), function
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, z):
+        # Behind a linear layer all samples share their tangents, behind a sine none do.
+        h = self.lift(z)
+        return self.function(self, h, torch.sin(h))
+
+
+def columns(own, shared, full):
+    y = torch.empty_like(shared)
+    for i in range(4):
+        y[:, i] = shared[:, i] * own.weight[i]
+    return y
+
+
+def columns_by_turns(own, shared, full):
+    y = torch.zeros_like(shared)
+    for i in range(4):
+        y[:, i] = (shared if i % 2 else full)[:, i] * own.weight[i]
+    return y * y
+
+
+def shared_over_full(own, shared, full):
+    full = full * own.weight
+    first = 2 * full
+    full.copy_(shared)
+    return full + first
+
+
+def full_over_shared(own, shared, full):
+    first = shared * own.weight
+    first.copy_(full)
+    return first * shared
+
+
+def numbers_over_both(own, shared, full):
+    a, b = shared * own.weight, full * own.weight
+    a[:, 1:].fill_(0.5)
+    b[:, :2].zero_()
+    b[:, 2] = own.weight[0]
+    return a * shared + b * full
+
+
+def ranges(own, shared, full):
+    y = full.clone()
+    y[:, :2] = shared[:, 2:]
+    y[:, 1:3] += shared[:, :2] * own.weight[:2]
+    return y
+
+
+def overwritten_twice(own, shared, full):
+    y = full * own.weight
+    y[:, :1] = shared[:, :1]
+    y[:, 0] = y[:, 1]
+    return y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        columns,
+        columns_by_turns,
+        shared_over_full,
+        full_over_shared,
+        numbers_over_both,
+        ranges,
+        overwritten_twice,
+    ],
+)
+def test_right(function):
+    torch.manual_seed(0)
+    decoder = Decoder(function).double()
+    assert_right(decoder, torch.randn(B, M, dtype=torch.float64))
