@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastsfvae as sf
-from fastsfvae.jacobian.rules.registry import RULES
+from fastsfvae.jacobian.run.cache import Linearizer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -49,19 +49,25 @@ def test_the_python_examples_train_and_judge_a_model():
 
 
 def test_the_example_of_a_rule_is_right():
-    class Erfcx(nn.Module):
+    class Plain(nn.Module):
         def forward(self, h):
-            return torch.special.erfcx(h)
+            return (h + (h * h + 4).sqrt()) / 2
 
-    decoder = nn.Sequential(nn.Linear(3, 8), Erfcx(), nn.Linear(8, 5))
+    class Custom(nn.Module):
+        def forward(self, h):
+            return torch.ops.example.squareplus(h)
+
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 8).double(), nn.Linear(8, 5).double()
+    plain, custom = (nn.Sequential(first, middle(), last) for middle in (Plain, Custom))
     (example,) = python((ROOT / "CONTRIBUTING.md").read_text())
     exec(example, {})
-    try:
-        report = sf.check_decoder(decoder, torch.randn(4, 3))
-    finally:
-        del RULES["special_erfcx"]
-    assert report.ok and not report.obstacles
-    assert [layer.handled for layer in report.layers] == ["rule"] * 3
+    x, z, log_var = (torch.rand(4, n, dtype=torch.float64) for n in (5, 3, 3))
+    losses = [sf.SamplingFreeLoss(decoder)(x, z, log_var) for decoder in (plain, custom)]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, [*plain.parameters()]) for loss in losses]
+    torch.testing.assert_close(*gradients)
+    assert Linearizer(custom, z).plan(4).obstacles == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

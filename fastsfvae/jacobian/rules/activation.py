@@ -34,7 +34,7 @@ def pointwise(
     """Register `derivative(a, y, *arguments)` as the rule of operations phi(a, *arguments).
 
     Args:
-        *names: ATen operations.
+        *names: ATen operations, or custom ones such as "namespace.name.default".
         curvature: phi'' as ``(a, y, phi', *arguments)``, for the adjoint.
         straight: phi'' is 0.
         kernel: which Triton kernel takes a call; see `triton_rule`.
@@ -42,7 +42,7 @@ def pointwise(
 
     def register(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for name in names:
-            operation = getattr(torch.ops.aten, name)
+            operation = _operation(name)
             triton = None if kernel is None else triton_rule(name, kernel)
             rule(name, triton=triton)(_pointwise_rule(operation, derivative))
             if straight or curvature is not None:
@@ -52,6 +52,13 @@ def pointwise(
         return derivative
 
     return register
+
+
+def _operation(name: str) -> Callable[..., Tensor]:
+    if "." not in name:
+        return getattr(torch.ops.aten, name)
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 
 def _pointwise_rule(operation: Callable[..., Tensor], derivative: Callable[..., Tensor]):
