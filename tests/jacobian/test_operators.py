@@ -29,10 +29,11 @@ MAY_BE_REFUSED = frozenset(
     """
     _batch_norm_with_update _native_batch_norm_legit _segment_reduce.lengths _segment_reduce.offsets
     bernoulli block_diag combinations linalg.eig linalg.eigvals linalg.lstsq
-    linalg.lstsq.grad_oriented masked_scatter masked_select native_batch_norm native_dropout_backward
-    native_group_norm native_layer_norm nextafter nn.functional.alpha_dropout
-    nn.functional.batch_norm nn.functional.ctc_loss nn.functional.dropout nn.functional.dropout2d
-    nn.functional.dropout3d nn.functional.embedding_bag nn.functional.feature_alpha_dropout.with_train
+    linalg.lstsq.grad_oriented masked_scatter masked_select native_batch_norm
+    native_dropout_backward native_group_norm native_layer_norm nextafter
+    nn.functional.alpha_dropout nn.functional.batch_norm nn.functional.ctc_loss
+    nn.functional.dropout nn.functional.dropout2d nn.functional.dropout3d
+    nn.functional.embedding_bag nn.functional.feature_alpha_dropout.with_train
     nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d
     nn.functional.gaussian_nll_loss nn.functional.group_norm nn.functional.instance_norm
     nn.functional.layer_norm nn.functional.linear_cross_entropy.chunked
