@@ -42,7 +42,7 @@ NOT_DIFFERENTIABLE = frozenset(
     """
     detach detach_copy floor ceil round trunc fix sign heaviside bernoulli floor_divide
     zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full
-    new_empty new_empty_strided one_hot nan_to_num_mask histc bincount
+    new_empty new_empty_strided one_hot histc bincount
     """.split()
 )
 
