@@ -72,6 +72,23 @@ def overwritten_twice(own, shared, full):
     return y
 
 
+def complex_branch(own, shared, full):
+    """Written without z, but with gradients: PyTorch's own scatters have no complex derivative."""
+    weight = torch.complex(own.weight, own.weight.sin())
+    y = torch.zeros(full.shape[0], 5, dtype=weight.dtype)
+    y[:, 2:] = weight[:3].expand(full.shape[0], 3)
+    y[:, 1] = weight[3]
+    y[:, 0] = y[:, 2].conj()
+    return full * torch.fft.irfft(y, 8)[:, :4]
+
+
+def complex_values(own, shared, full):
+    y = torch.complex(shared, full * own.weight)
+    y[:, 1:] = y[:, :3].clone() * torch.complex(full, shared)[:, 1:]
+    y[:, 0] = shared[:, 1]
+    return torch.view_as_real(y)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -82,6 +99,8 @@ def overwritten_twice(own, shared, full):
         numbers_over_both,
         ranges,
         overwritten_twice,
+        complex_branch,
+        complex_values,
     ],
 )
 def test_right(function):

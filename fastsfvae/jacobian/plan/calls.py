@@ -19,11 +19,15 @@ from fastsfvae.jacobian.rules.fallback import generic_rule, where
 from fastsfvae.jacobian.rules.fused_layer import fused_layer
 from fastsfvae.jacobian.rules.jet import Jet
 from fastsfvae.jacobian.rules.registry import RULES, bind
-from fastsfvae.jacobian.rules.scatter import copied
+from fastsfvae.jacobian.rules.scatter import copied, written_entry, written_range
 from fastsfvae.ops.tangent_layer import Layer
 
-# What stands for an operation that autograd does not know.
-_PLAIN = {torch.ops.aten.copy.default: copied}
+# What stands for an operation that autograd does not know, or not of complex values.
+_PLAIN: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.copy.default: copied,
+    torch.ops.aten.select_scatter.default: written_entry,
+    torch.ops.aten.slice_scatter.default: written_range,
+}
 # Layers whose third argument is a bias, which an activation's kernel can add.
 _BIASED = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()

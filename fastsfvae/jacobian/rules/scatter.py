@@ -162,14 +162,12 @@ def diagonal_scatter(x: Any, source: Any, offset: int = 0, dim1: int = 0, dim2: 
     return replaced(x, source, lambda kept, n: kept.diagonal_scatter(n, offset, dim1, dim2))
 
 
-def _written(
-    write: Callable[[Tensor, Tensor, int], Tensor], x: Tensor, source: Tensor, leading: int
-) -> Tensor:
-    """`write(x, source, leading)`; of both parts where PyTorch has no derivative of it, complex."""
+def _written(write: Callable[[Tensor, Tensor], Tensor], x: Tensor, source: Tensor) -> Tensor:
+    """`write(x, source)`; of both parts where PyTorch has no derivative of it, complex."""
     if not x.is_complex():
-        return write(x, source, leading)
+        return write(x, source)
     x, source = (torch.view_as_real(t.resolve_conj()) for t in (x, source.to(x.dtype)))
-    return torch.view_as_complex(write(x, source, leading).contiguous())
+    return torch.view_as_complex(write(x, source).contiguous())
 
 
 @rule("slice_scatter", several=True)
@@ -179,12 +177,17 @@ def slice_scatter(
     """X with a range of an axis replaced."""
     axis = front(dim, primal_of(x).ndim)
     base, patch = both_tangents(x, source)
+    primal = written_range(primal_of(x), primal_of(source), axis, start, end, step)
+    tangent = written_range(base, patch, axis + 1, start, end, step)
+    return Jet(primal, cast(tangent, primal.dtype))
 
-    def write(t: Tensor, s: Tensor, k: int) -> Tensor:
-        return torch.slice_scatter(t, s, axis + k, start, end, step)
 
-    primal = _written(write, primal_of(x), primal_of(source), 0)
-    return Jet(primal, cast(_written(write, base, patch, 1), primal.dtype))
+def written_range(
+    x: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Tensor:
+    """aten.slice_scatter in operations that PyTorch can differentiate."""
+    axis = front(dim, x.ndim)
+    return _written(lambda t, s: torch.slice_scatter(t, s, axis, start, end, step), x, source)
 
 
 @adjoint("slice_scatter", covers=always)
@@ -216,12 +219,14 @@ def select_scatter(x: Any, source: Any, dim: int, position: int) -> Jet:
     """X with one entry of an axis replaced."""
     axis = front(dim, primal_of(x).ndim)
     base, patch = both_tangents(x, source)
+    primal = written_entry(primal_of(x), primal_of(source), axis, position)
+    return Jet(primal, cast(written_entry(base, patch, axis + 1, position), primal.dtype))
 
-    def write(t: Tensor, s: Tensor, k: int) -> Tensor:
-        return torch.select_scatter(t, s, axis + k, position)
 
-    primal = _written(write, primal_of(x), primal_of(source), 0)
-    return Jet(primal, cast(_written(write, base, patch, 1), primal.dtype))
+def written_entry(x: Tensor, source: Tensor, dim: int, position: int) -> Tensor:
+    """aten.select_scatter in operations that PyTorch can differentiate."""
+    axis = front(dim, x.ndim)
+    return _written(lambda t, s: torch.select_scatter(t, s, axis, position), x, source)
 
 
 @adjoint("select_scatter", covers=always)
