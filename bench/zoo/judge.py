@@ -8,6 +8,7 @@ differences of its loss, a function of first derivatives alone, decide who is ri
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import traceback
 import warnings
@@ -204,7 +205,8 @@ def kind_of(error: BaseException) -> str:
 
 def describe(error: BaseException) -> str:
     """Its first line, with its type where this library did not raise it."""
-    line = str(error).strip().split("\n")[0][:300]
+    # Where packages are installed is nobody's business.
+    line = re.sub(r"\S*/site-packages/", "", str(error).strip().split("\n")[0])[:300]
     return line if innermost(error).startswith(PACKAGE) else f"{type(error).__name__}: {line}"
 
 

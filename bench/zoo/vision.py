@@ -101,8 +101,8 @@ def class_attention() -> nn.Module:
 
 
 @entry("timm")
-def efficientnet() -> nn.Module:
-    return timm_model("mobilenetv3_small_050", 32, call=lambda net, h: net(h), num_classes=6)
+def mobilenet() -> nn.Module:
+    return timm_model("mobilenetv2_050", 32, call=lambda net, h: net(h), num_classes=6)
 
 
 @entry("timm")
