@@ -167,6 +167,16 @@ class DecoderReport:
         return "right"
 
 
+def _copied(decoder: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(decoder)
+    except (TypeError, RuntimeError) as error:
+        raise RuntimeError(
+            f"check_decoder works on a copy of the decoder, which cannot be made ({error}): keep "
+            "what copy.deepcopy refuses out of its attributes"
+        ) from error
+
+
 def check_decoder(
     decoder: Callable[..., Tensor], z: Tensor, *args: Any, **kwargs: Any
 ) -> DecoderReport:
@@ -194,7 +204,7 @@ def check_decoder(
     plan = linearizer.plan(z.shape[0])
     layers, m = _layers(plan.steps, z.shape[1], backend), z.shape[1]
     dtype = torch.float64 if isinstance(target, nn.Module) else z.dtype
-    exact = copy.deepcopy(target).to(dtype) if isinstance(target, nn.Module) else target
+    exact = _copied(target).to(dtype) if isinstance(target, nn.Module) else target
 
     def few(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

@@ -209,7 +209,9 @@ def _address(node: fx.Node) -> int | None:
     """Of the memory that a tensor, or the first of several, lies in."""
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
-    found = next((v for v in values if isinstance(v, Tensor)), None)
+    # A sparse tensor lies in several places, and is written to in none.
+    dense = (v for v in values if isinstance(v, Tensor) and v.layout is torch.strided)
+    found = next(dense, None)
     return None if found is None else found.untyped_storage()._cdata
 
 

@@ -287,15 +287,18 @@ def _softplus(a, y, beta=1, threshold=20):
 @rule("prelu")
 def prelu(x: Jet, weight: Tensor) -> Jet:
     """The slope is a parameter, one or one per channel (axis 1)."""
-    if weight.numel() > 1:
-        weight = weight.view(1, -1, *[1] * (x.primal.ndim - 2))
+    weight = weight.view(_prelu_shape(x, weight))
     slope = torch.where(x.primal > 0, torch.ones_like(weight), weight)
     return broadcast_jet(x.primal * slope, x.tangent * slope)
 
 
+def _prelu_shape(x: Jet, weight: Tensor) -> tuple[int, ...]:
+    return () if weight.numel() == 1 else (1, -1, *[1] * (x.primal.ndim - 2))
+
+
 @adjoint("prelu")
 def _prelu_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor):
-    shape = weight.shape if weight.numel() == 1 else (1, -1, *[1] * (x.primal.ndim - 2))
+    shape = _prelu_shape(x, weight)
     positive = x.primal > 0
     slope = torch.where(positive, 1.0, weight.view(shape)).to(grad.primal.dtype)
     grad_x = Jet(grad.primal * slope, grad.tangent * slope)

@@ -167,6 +167,8 @@ def movedim(x: Jet, source: Any, destination: Any) -> Jet:
 def expand(x: Jet, size: list[int], *, implicit: bool = False) -> Jet:
     """Broadcast to a larger shape."""
     y = x.primal.expand(size)
+    if y.ndim == 0:
+        return Jet(y, x.tangent)
     keeps = y.ndim == x.primal.ndim and y.shape[0] == x.primal.shape[0]
     tangent = x.tangent if keeps else align(x, y.ndim)
     batch = tangent.shape[1] if keeps else y.shape[0]
