@@ -39,6 +39,9 @@ def convolve_backward(
     if cpu_ends.is_product(x, weight, geometry):
         return cpu_ends.product_backward(grad, x, weight, needs)
     stride, padding, dilation, groups, transposed, output_padding = geometry
+    if groups > 1 and x.is_contiguous():
+        # One position may have channels-last strides as well, at which PyTorch 2.14's own fails.
+        x = x.view(-1).view(x.shape)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         *(grad, x, weight, None, stride, padding, dilation, transposed, output_padding, groups),
         [*needs, False],
