@@ -111,7 +111,7 @@ def check(seed, largest_error):
         if moved:
             allowed += 50 * float((want - moved[index]).abs().max())
         if name == "a gradient":
-            allowed = min(allowed, 1e-10 * largest)
+            allowed, scale = min(allowed, 1e-10 * largest), largest
         assert error <= allowed, f"{name} of decoder {seed} is off by {error:.1e}: {decoder}"
         largest_error(SUBJECT, f"{name}, of the largest entry", error / scale)
 
