@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastsfvae.jacobian.api import decode_with_jacobian
 from tests.jacobian.exactness import assert_right
 
 B, M = 4, 3
@@ -107,3 +108,36 @@ def test_right(function):
     torch.manual_seed(0)
     decoder = Decoder(function).double()
     assert_right(decoder, torch.randn(B, M, dtype=torch.float64))
+
+
+class Masked(nn.Module):
+    """Asks for a buffer's value, and writes into zeros of a size that is known for one sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift = nn.Linear(M, 4)
+        self.register_buffer("mask", torch.tensor([True, False, True, True]))
+
+    def forward(self, z):
+        h = self.lift(z)
+        y = torch.zeros(z.shape[0], 4, dtype=z.dtype)
+        y[:, :3] = torch.sin(h)[:, :3]
+        y[:, 1:].add_(h[:, 1:])
+        return (y * h)[:, self.mask]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_zeros_written_beside_a_value_that_is_asked_for(batch):
+    torch.manual_seed(0)
+    assert_right(Masked().double(), torch.randn(batch, M, dtype=torch.float64))
+
+
+def test_constant_written_beside_a_value_that_is_asked_for():
+    class Constant(Masked):
+        def forward(self, z):
+            y = (2 * self.mask).to(z.dtype)[None]
+            y[:, :2] = self.lift(z)[:1, :2]
+            return y.expand(z.shape[0], 4)[:, self.mask]
+
+    with pytest.raises(RuntimeError, match="into a constant .* torch.zeros_like"):
+        decode_with_jacobian(Constant(), torch.randn(1, M))

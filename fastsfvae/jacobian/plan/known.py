@@ -31,17 +31,25 @@ aten = torch.ops.aten
 _INDEXED = frozenset({aten.index.Tensor, aten.index_put.default, aten.index_put_.default})
 
 
+class WrittenConstant(RuntimeError):
+    """A value that was known has become one that depends on the batch."""
+
+
 class KnownValues(TorchDispatchMode):
     """Runs what depends on the batch without data, and everything else as it is.
 
     Args:
         mode: of the tensors without data.
         sources: tensors whose values may be asked for, to be changed by no operation of the user's.
+        made: whether the values of what the decoder makes of numbers alone are known as well.
+
+    Raises:
+        WrittenConstant: what depends on the batch is written into what does not.
     """
 
-    def __init__(self, mode: FakeTensorMode, sources: Sequence[Tensor]):
+    def __init__(self, mode: FakeTensorMode, sources: Sequence[Tensor], made: bool = True):
         super().__init__()
-        self._mode = mode
+        self._mode, self._made = mode, made
         # The sources that a value is computed from, by its memory.
         self._origins = {_memory(t): frozenset({i}) for i, t in enumerate(sources)}
         self.asked: set[int] = set()
@@ -55,9 +63,18 @@ class KnownValues(TorchDispatchMode):
         if any(isinstance(x, (FakeTensor, *_SYMBOLS)) for x in leaves):
             if func is aten.equal.default and _differ_in_shape(*args):
                 return False
+            changed = _changed(func, args)
+            if changed is not None and not isinstance(changed, FakeTensor):
+                raise WrittenConstant(
+                    f"the decoder writes what depends on the batch into a constant with {func} "
+                    "where values are asked for: write into torch.zeros_like of what it writes"
+                )
             if func in _INDEXED and any(map(_is_mask, known)):
                 self.asked |= origins
                 args = (args[0], _positions(args[1]), *args[2:])
+            with self._mode:
+                return func(*args, **kwargs)
+        if not known and not self._made:
             with self._mode:
                 return func(*args, **kwargs)
         changed = _changed(func, args)

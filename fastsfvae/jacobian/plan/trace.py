@@ -41,7 +41,7 @@ from torch.nn.modules.module import (
 from fastsfvae.jacobian.plan.asked import NumberAsked
 from fastsfvae.jacobian.plan.decompose import composites
 from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
-from fastsfvae.jacobian.plan.known import KnownValues, value_asked_for
+from fastsfvae.jacobian.plan.known import KnownValues, WrittenConstant, value_asked_for
 from fastsfvae.jacobian.plan.refuse import (
     failure,
     first_line,
@@ -135,14 +135,33 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild, lifted) -> Trac
         pass
     try:
         # Perhaps the value of a buffer or of a constant.
-        return _traced(*given, with_values=True)
+        return _traced_with_values(*given)
     except _DATA_DEPENDENT:
         # Perhaps of what the size of the batch tells: then the plan is for this one.
-        return _traced(*given, with_values=True, any_batch=False)
+        return _traced_with_values(*given, any_batch=False)
+
+
+def _traced_with_values(*given: Any, any_batch: bool = True) -> Trace:
+    options = {"with_values": True, "any_batch": any_batch}
+    try:
+        return _traced(*given, **options)
+    except WrittenConstant:
+        # Perhaps what was made by numbers alone, as zeros are, to be written into.
+        return _traced(*given, **options, made=False)
 
 
 def _traced(
-    decoder, names, tensors, z, extras, batched, rebuild, lifted, with_values, any_batch=True
+    decoder,
+    names,
+    tensors,
+    z,
+    extras,
+    batched,
+    rebuild,
+    lifted,
+    with_values,
+    any_batch=True,
+    made=True,
 ) -> Trace:
     # What needs a value to go on is an error where it happens.
     shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
@@ -174,7 +193,7 @@ def _traced(
     fake_extras = [symbolic(t) if along else static(t) for t, along in pairs]
     fixed = [t for t, along in zip(fake_extras, batched, strict=False) if not along]
     fake_extras += [static(t, known=False) for t in extras[first:]]
-    known = KnownValues(mode, [*stand_ins, *fixed])
+    known = KnownValues(mode, [*stand_ins, *fixed], made)
 
     def call(params: list[Tensor], z: Tensor, extras: list[Tensor]) -> Any:
         # Numbers among the inputs come as 0-d tensors, and may be taken out of these alone.
