@@ -84,7 +84,7 @@ def scattered(rng: random.Random, size: int):
                 lambda own, x: own.lift(x).index_fill(1, own.several, 0.3),
                 lambda own, x: own.lift(x).scatter_reduce(1, rows(own, x), x, "mean"),
                 lambda own, x: own.lift(x).scatter_reduce(1, rows(own, x), x, "amax"),
-                lambda own, x: own.lift(x).scatter_reduce(1, rows(own, x), x.tanh(), "prod"),
+                lambda own, x: own.lift(x).scatter_reduce(1, rows(own, x), 2 + x.tanh(), "prod"),
             )
         ),
         lift=nn.Linear(size, size),

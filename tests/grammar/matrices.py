@@ -127,7 +127,7 @@ def statistics(rng: random.Random, size: int):
                 lambda own, x: torch.logaddexp(x, own.weight),
                 lambda own, x: torch.xlogy(own.weight.sigmoid(), x.exp() + 1),
                 lambda own, x: torch.lgamma(F.softplus(x) + 1) + torch.erf(x),
-                lambda own, x: torch.sinc(x) + torch.expm1(torch.tanh(x)),
+                lambda own, x: torch.sinc(1 + torch.tanh(x) / 4) + torch.expm1(torch.tanh(x)),
                 lambda own, x: x.sigmoid().pow(own.weight.exp()),
                 lambda own, x: torch.linalg.vector_norm(x, 3, dim=1, keepdim=True) + x,
                 lambda own, x: (x.abs() + 0.1).sqrt(),
