@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.jacobian.exactness import assert_right
+from tests.jacobian.test_rules import compare
 
 B, M = 4, 3
 COUNTS = torch.tensor([1, 3, 7, 3, 9, 11])
@@ -58,3 +59,26 @@ def test_right(name, dtype):
     torch.manual_seed(0)
     decoder = Decoder(FUNCTIONS[name], dtype).double()
     assert_right(decoder, torch.randn(B, M, dtype=torch.float64))
+
+
+class Parts(nn.Module):
+    """Complex numbers behind one real column: their gradients begin at odd places of memory."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.lift, self.apart = nn.Linear(M, 6, dtype=torch.float64), apart
+
+    def forward(self, z):
+        h = torch.tanh(self.lift(z))
+        values = torch.complex(h[:, :3], h[:, 3:])
+        return torch.cat([h[:, :1], self.apart(values * values).flatten(1)], 1)
+
+
+def test_complex_behind_one_column():
+    torch.manual_seed(0)
+    decoder = Parts(torch.view_as_real)
+    oracle = Parts(lambda c: torch.stack([c.real, c.imag], -1))
+    oracle.lift = decoder.lift
+    z = torch.randn(B, M, dtype=torch.float64)
+    compare(decoder, z, oracle=oracle)
+    assert_right(decoder, z, oracle=oracle)

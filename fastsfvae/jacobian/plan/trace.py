@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -129,25 +130,25 @@ def _trace(decoder, names, tensors, z, extras, batched, rebuild, lifted) -> Trac
     if isinstance(decoder, nn.Module):
         refuse_or_warn_about_hooks(decoder)
     given = decoder, names, tensors, z, extras, batched, rebuild, lifted
+    traced = functools.partial(_traced, *given)
     try:
-        return _traced(*given, with_values=False)
+        return traced(with_values=False)
     except _DATA_DEPENDENT:
         pass
     try:
         # Perhaps the value of a buffer or of a constant.
-        return _traced_with_values(*given)
+        return _traced_with_values(traced)
     except _DATA_DEPENDENT:
         # Perhaps of what the size of the batch tells: then the plan is for this one.
-        return _traced_with_values(*given, any_batch=False)
+        return _traced_with_values(traced, any_batch=False)
 
 
-def _traced_with_values(*given: Any, any_batch: bool = True) -> Trace:
-    options = {"with_values": True, "any_batch": any_batch}
+def _traced_with_values(traced: Callable[..., Trace], any_batch: bool = True) -> Trace:
     try:
-        return _traced(*given, **options)
+        return traced(with_values=True, any_batch=any_batch)
     except WrittenConstant:
-        # Perhaps what was made by numbers alone, as zeros are, to be written into.
-        return _traced(*given, **options, made=False)
+        # Perhaps what was made of numbers alone, as zeros are, to be written into.
+        return traced(with_values=True, any_batch=any_batch, made=False)
 
 
 def _traced(

@@ -36,7 +36,13 @@ from fastsfvae.jacobian.rules.shape import convert, front, squeeze, transpose
 @rule("view_as_real")
 def view_as_real(x: Jet) -> Jet:
     """Real and imaginary part along a new last axis."""
-    return move(x, lambda t, _: torch.view_as_real(t.resolve_conj()))
+
+    def parts(t: Tensor, _: int) -> Tensor:
+        t = t.resolve_conj()
+        # PyTorch's derivative of the view fails at gradients that begin at an odd place.
+        return torch.stack([t.real, t.imag], -1) if t.requires_grad else torch.view_as_real(t)
+
+    return move(x, parts)
 
 
 @adjoint("view_as_real")
