@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastsfvae as sf
 from fastsfvae.jacobian.run.cache import Linearizer
+from fastsfvae.jacobian.run.sweep import program_of
 from tests.grammar import M, Part, draw_decoder
 
 PER_TEST = 25
@@ -77,7 +78,11 @@ def _gradients(loss, wanted):
 
 
 def check(seed, largest_error):
-    """Output, J and every gradient of a decoder against the oracle's; and that it is swept."""
+    """Output, J and every gradient of a decoder against the oracle's.
+
+    Each of its operations must have an adjoint. Returns whether its chunks were swept: one of a
+    single sample may be laid out in another way, and then autograd takes all of them.
+    """
     # Chunks of two; one of a single sample is another trace, which takes its time.
     batch = 3 if seed % 4 == 0 else 4
     decoder, args = draw_decoder(seed, batch)
@@ -93,7 +98,8 @@ def check(seed, largest_error):
     # The loss ends its gradients by the rules' adjoints, not by autograd.
     loss = sf.SamplingFreeLoss(decoder, chunk_size=2, backend="torch", **SETTINGS)
     gradients = _gradients(loss(x, z, log_var, *args), wanted)
-    obstacles = Linearizer(decoder, z, args).plan(batch).obstacles
+    linearizer = Linearizer(decoder, z, args)
+    obstacles = linearizer.plan(batch).obstacles
     assert not obstacles, f"decoder {seed} is not swept ({obstacles}): {decoder}"
 
     exact = _exact_results(decoder, x, z, log_var, args, wanted)
@@ -114,15 +120,16 @@ def check(seed, largest_error):
             allowed, scale = min(allowed, 1e-10 * largest), largest
         assert error <= allowed, f"{name} of decoder {seed} is off by {error:.1e}: {decoder}"
         largest_error(SUBJECT, f"{name}, of the largest entry", error / scale)
+    return program_of(linearizer, [2] if batch == 4 else [1, 2]) is not None
 
 
 def test_jacobians_and_gradients_of_random_decoders(first, largest_error, tally):
     for seed in range(first, first + PER_TEST):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*has no tangent rule.*")
-            check(seed, largest_error)
+            swept = check(seed, largest_error)
         tally(SUBJECT, "cases")
-        tally(SUBJECT, "swept")
+        tally(SUBJECT, "swept", swept)
 
 
 def _reference_loss(x, mean, log_var, output, jacobian):
