@@ -66,6 +66,8 @@ def refuse_mixing(
 ) -> None:
     """Refuse a decoder in which a sample's output depends on other samples.
 
+    Where a sample alone is decoded as among others, the trace is taken for batches of one as well.
+
     Args:
         trace: of the decoder.
         fixed: its parameters and buffers.
@@ -105,6 +107,10 @@ def refuse_mixing(
         except (RuntimeError, IndexError, ValueError):
             # What fails on latents beside the user's is no matter of theirs.
             return
+        try:
+            alone = trace.module(*inputs(none[:1])) if trace.accepts(2) else None
+        except (RuntimeError, IndexError, ValueError):
+            alone = None
         for half, result in zip(replaced, results[1:], strict=True):
             if not _same(result, results[0], ~half):
                 node = _first_mixing(trace, inputs(none), inputs(half), ~half)
@@ -115,6 +121,8 @@ def refuse_mixing(
             "the decoder's output for a sample depends on how many samples are in its batch: "
             "use no size of the batch axis (shape[0], numel()) as a value"
         )
+    if alone is not None and _same(alone, results[0][:1], rows[:1] >= 0, loose=True):
+        trace.accepts.allow_one()
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -129,6 +137,8 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _same(value: Tensor, other: Tensor, rows: Tensor, loose: bool = False) -> bool:
     """Whether some rows are equal but for rounding; by half of the digits where `loose`."""
+    if value.shape != other.shape:
+        return False
     a, b = value[rows], other[rows]
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)

@@ -78,7 +78,7 @@ class Trace:
     module: fx.GraphModule
     inputs: list[fx.Node]
     paths: dict[fx.Node, str]
-    accepts: Callable[[int], bool]
+    accepts: BatchSizes
     asked: list[int]
     effects: Effects
 
@@ -242,7 +242,7 @@ def _traced(
     _refuse_escaped_values(module)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     z_size = inputs[len(names)].meta["val"].shape[0]
-    accepts = _batch_predicate(shapes, z_size, z.shape[0])
+    accepts = _batch_sizes(shapes, z_size, z.shape[0])
     return Trace(module, inputs, places.paths, accepts, sorted(known.asked), effects)
 
 
@@ -256,26 +256,46 @@ def _refuse_escaped_values(module: fx.GraphModule) -> None:
 
 
 def _batch_symbol(tensor: Tensor, any_batch: bool) -> StatelessSymbolicContext:
-    # A batch of one is traced as such: a symbol stands for two or more.
-    batch = DimDynamic.DYNAMIC if any_batch and tensor.shape[0] > 1 else DimDynamic.STATIC
+    # All batch axes share one symbol. A batch of one is traced as such.
+    batch = DimDynamic.DUCK if any_batch and tensor.shape[0] > 1 else DimDynamic.STATIC
     return StatelessSymbolicContext(dynamic_sizes=[batch] + [DimDynamic.STATIC] * (tensor.ndim - 1))
 
 
-def _batch_predicate(shapes: ShapeEnv, size: Any, traced: int) -> Callable[[int], bool]:
+class BatchSizes:
+    """For which batch sizes a trace is right: called with one, it tells.
+
+    Args:
+        symbol: that stands for the batch size, None where it is fixed.
+        conditions: on it, which the decoder's shapes led to.
+        traced: the one that was traced.
+    """
+
+    def __init__(self, symbol: Any, conditions: list[Any], traced: int):
+        self._symbol, self._conditions = symbol, conditions
+        self._verdicts = {traced: True}
+
+    def __call__(self, batch: int) -> bool:
+        """Whether it is right for that many samples."""
+        if self._symbol is None:
+            return self._verdicts.get(batch, False)
+        if batch not in self._verdicts:
+            # A symbol stands for two or more.
+            self._verdicts[batch] = batch > 1 and self._holds(batch)
+        return self._verdicts[batch]
+
+    def allow_one(self) -> None:
+        """Take it for a sample alone as well, which was tried."""
+        if self._symbol is not None and self._holds(1):
+            self._verdicts[1] = True
+
+    def _holds(self, batch: int) -> bool:
+        return all(bool(c.subs(self._symbol, batch)) for c in self._conditions)
+
+
+def _batch_sizes(shapes: ShapeEnv, size: Any, traced: int) -> BatchSizes:
     if isinstance(size, int) or size.node.expr.is_number or shapes.replacements:
-        return lambda batch: batch == traced
-    symbol = size.node.expr
-    conditions = [guard.expr for guard in shapes.guards]
-    verdicts: dict[int, bool] = {}
-
-    def accepts(batch: int) -> bool:
-        if batch not in verdicts:
-            verdicts[batch] = batch > 1 and all(
-                bool(condition.subs(symbol, batch)) for condition in conditions
-            )
-        return verdicts[batch]
-
-    return accepts
+        return BatchSizes(None, [], traced)
+    return BatchSizes(size.node.expr, [guard.expr for guard in shapes.guards], traced)
 
 
 class _Places:
