@@ -92,3 +92,28 @@ def test_gradients_by_double_backward(name):
     if error > 1e-6:
         message = f"double backward's gradient through {name} is off by {error:.2f}"
         warnings.warn(message, stacklevel=1)
+
+
+@pytest.mark.parametrize("name", ["prelu", "cdist"])
+def test_the_reference_does_without_vmap_where_that_is_wrong(name):
+    """Held to finite differences: PyTorch 2.14's vmap over jacrev gives another J for these."""
+    torch.manual_seed(1)
+    centres = torch.randn(8, 4, dtype=torch.float64)
+    shape = nn.Linear(M, 8), nn.Unflatten(1, (2, 4))
+    last = {"prelu": nn.PReLU(2), "cdist": Distances(centres)}[name]
+    module = nn.Sequential(*shape, last, nn.Flatten()).double()
+    z = torch.randn(6, M, dtype=torch.float64)
+    units = torch.eye(M, dtype=torch.float64)
+    differences = [(module(z + 1e-6 * e) - module(z - 1e-6 * e)) / 2e-6 for e in units]
+    for backend in ("torch", "reference"):
+        jacobian = decode_with_jacobian(module, z, backend=backend)[1]
+        torch.testing.assert_close(jacobian, torch.stack(differences, 1), rtol=1e-7, atol=1e-7)
+
+
+class Distances(nn.Module):
+    def __init__(self, centres):
+        super().__init__()
+        self.centres = nn.Parameter(centres)
+
+    def forward(self, h):
+        return torch.cdist(h, self.centres)

@@ -202,7 +202,7 @@ def test_hooks_run_or_raise(monkeypatch):
         handle.remove()
 
     # On a module: what a forward hook computes is part of the function.
-    with pytest.warns(UserWarning, match="forward hooks of decoder.0 run only when"):
+    with pytest.warns(UserWarning, match="forward hooks of decoder.0. run only when"):
         handle = decoder[0].register_forward_hook(lambda layer, given, output: 2 * output)
         hooked = step(loss, tensors, decoder.parameters())
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_hooks_run_or_raise(monkeypatch):
     # A backward hook would never run, and a plan of before it does not hide it.
     for name in ("register_full_backward_hook", "register_full_backward_pre_hook"):
         handle = getattr(decoder[2], name)(lambda *_: None)
-        with pytest.raises(RuntimeError, match="backward hooks of decoder.2 would not run"):
+        with pytest.raises(RuntimeError, match="backward hooks of decoder.2. would not run"):
             loss(*tensors)
         handle.remove()
     equal(step(loss, tensors, decoder.parameters()), want, 0)

@@ -100,7 +100,7 @@ def test_compile_says_what_it_cannot_take():
     decoder = Huber(M, 6).double()
     tensors = batch(decoder)
     compiled = torch.compile(sf.SamplingFreeLoss(decoder), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=r"as one graph \(huber_loss has no rule\): call the loss out"):
+    with pytest.raises(Exception, match=r"as one graph \(huber_loss has no rule\): call the loss"):
         compiled(*tensors)
     torch._dynamo.reset()
     with pytest.raises(Exception, match="further decoder inputs one by one, not in a list"):

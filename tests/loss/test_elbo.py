@@ -240,7 +240,7 @@ def call(**changes):
         ({"x": torch.zeros(5, 3, 4).double()}, ValueError, r"\(5, 3, 4\).*\(5, 2, 4\)"),
         ({"mean": torch.zeros(5, 4).double()}, ValueError, r"mean \(5, 4\).*log_var \(5, 3\)"),
         ({"decoder": nn.DataParallel(decoder())}, (TypeError, ValueError), r"DataParallel"),
-        ({"decoder": nn.Sequential(decoder(), nn.Dropout())}, RuntimeError, r"decoder\[1\].*dropout"),
+        ({"decoder": nn.Sequential(decoder(), nn.Dropout())}, RuntimeError, r"decoder.1.*dropout"),
         (
             {"decoder": nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)).double()},
             RuntimeError,

@@ -251,7 +251,8 @@ def unhandled():
             self.layer = nn.Linear(M, 8)
 
         def forward(self, z):
-            return torch.linalg.vander(self.layer(z))[..., 1]
+            h = self.layer(z)
+            return nn.functional.huber_loss(h, h.flip(1), reduction="none")
 
     return Odd()
 
