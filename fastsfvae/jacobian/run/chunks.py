@@ -69,13 +69,23 @@ def decode_by_reference(
     """f(z) [B, *out] and J [B, m, *out] by the oracle; see `decode_with_jacobian`."""
     decoder, kwargs = unwrap(decoder, kwargs)
     check_inputs(z, [], [])
-    with _eager():
+    with _eager(), _twice_differentiable():
         output = decoder(z, *args, **kwargs)
         check_output(output, z)
         # What a decoder stores inside torch.func is of no use outside. A compiler cannot look.
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else undone(decoder):
             return output, reference_jacobian(decoder, z, args, kwargs)
+
+
+def _twice_differentiable() -> contextlib.AbstractContextManager[Any]:
+    """Run attention unfused, as PyTorch's fused ones have no second derivative."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    # Late: a slow import, for the oracle alone.
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
