@@ -189,7 +189,7 @@ def normal_mean():
 
 @pattern(refused="validate_args=False")
 def validated_distribution():
-    return lifted(lambda h: Normal(h, F.softplus(h)).mean, 5)
+    return lifted(lambda h: Normal(h, F.softplus(h), validate_args=True).mean, 5)
 
 
 @pattern()
