@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ from tests.jacobian.one_operator import (
 
 # PyTorch's test module forbids its process to set flags, which other tests do.
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+# Its objects live as long as the process: no later collection need look at them.
+gc.collect()
+gc.freeze()
 LARGEST = 20_000
 OPERATORS = {
     f"{op.name}.{op.variant_test_name}".rstrip("."): op
