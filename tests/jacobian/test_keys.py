@@ -25,27 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fastsfvae.jacobian.run.cache as engine
 from fastsfvae.jacobian.api import decode_with_jacobian
 from fastsfvae.jacobian.plan.fingerprint import fingerprint, freeze
-from tests.jacobian.test_python_around import Decoder
-
-
-def latents():
-    return torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def traces(monkeypatch):
-    """The batch size of every trace."""
-    traced, trace = [], engine.Linearizer._trace
-
-    def counted(self, batch):
-        traced.append(batch)
-        return trace(self, batch)
-
-    monkeypatch.setattr(engine.Linearizer, "_trace", counted)
-    return traced
+from tests.jacobian.around import Decoder, latents
 
 
 class Colour(enum.Enum):
