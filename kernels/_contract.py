@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,15 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 # Those whose second derivative is 0.
 PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu", "hardtanh"})
+
+
+def reads_result(kind: str, params: Sequence[float]) -> bool:
+    """Whether phi' can be read off phi(a), so that phi(a) may take a's place.
+
+    phi(a) > 0 where a > 0 alone, and there is no second derivative. Not so for hardtanh, whose
+    bounds may be rounded outwards.
+    """
+    return kind == "relu" or (kind == "leaky_relu" and params[0] > 0)
 
 
 def rows_dense(t: Tensor) -> Tensor:

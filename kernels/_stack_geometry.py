@@ -69,14 +69,23 @@ class Geometry(NamedTuple):
 
 
 class Front(NamedTuple):
-    """What becomes of a layer's input before it is multiplied.
+    """What becomes of a layer's input before it is multiplied, and of its result.
 
     Attributes:
         kind: of the activation in front: "none" or a key of `PARAMETERS`.
         params: that kind's parameters; compiled in.
         precision: how float32 products are formed: "ieee", "tf32x3" or "tf32".
+        applied: whether the stack lies behind that activation already, whose result tells its slope
+            (`reads_result`). Then products take it as it is, and the data gradient alone goes
+            through the activation.
+        behind: the activation that the forward applies to its result: "none" or one whose result
+            tells its slope. The gradient that the backward is given is in front of it.
+        behind_params: that kind's parameters.
     """
 
     kind: str = "none"
     params: Sequence[float] = ()
     precision: str = "ieee"
+    applied: bool = False
+    behind: str = "none"
+    behind_params: Sequence[float] = ()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.kernels._contract import PIECEWISE_LINEAR, memory_format
+from fastsfvae.kernels._contract import reads_result as reads_result
 from fastsfvae.ops import _library
 
 
@@ -58,15 +59,6 @@ class _TangentActivation(torch.autograd.Function):
         a, T = ctx.saved_tensors
         g_a, g_T_in = _library.tangent_activation_bwd(a, T, g_out, g_T, ctx.kind, ctx.params)
         return g_a, g_T_in.sum(1, keepdim=True) if ctx.shared else g_T_in, None, None
-
-
-def reads_result(kind: str, params: tuple[float, ...]) -> bool:
-    """Whether phi' can be read off phi(a), so that phi(a) may take a's place.
-
-    phi(a) > 0 where a > 0 alone, and there is no second derivative. Not so for hardtanh, whose
-    bounds may be rounded outwards.
-    """
-    return kind == "relu" or (kind == "leaky_relu" and params[0] > 0)
 
 
 def stack_activation(

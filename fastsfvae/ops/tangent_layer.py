@@ -24,24 +24,35 @@ _COUNTED = 2**31 - 2**16
 
 
 class Layer(NamedTuple):
-    """A layer and the activation in front of it.
+    """A layer and the activations around it.
 
     Attributes:
         geometry: of a convolution or its transpose; None of a linear layer.
-        kind: "none", or as in `fastsfvae.ops.tangent_activation.tangent_activation`.
+        kind: in front: "none", or as in `fastsfvae.ops.tangent_activation.tangent_activation`.
         params: likewise.
         product: of float32 numbers: "ieee", "tf32x3" or "tf32".
+        applied: whether the layer in front has applied that activation, whose slope is told by its
+            result; gradients are pulled through it all the same.
+        behind: the activation that this layer applies to its result, "none" or one whose result
+            tells its slope; whoever reads the result pulls gradients through it.
+        behind_params: likewise.
     """
 
     geometry: Geometry | None = None
     kind: str = "none"
     params: tuple[float, ...] = ()
     product: str = "ieee"
+    applied: bool = False
+    behind: str = "none"
+    behind_params: tuple[float, ...] = ()
 
     @property
     def front(self) -> Front:
         """All but the geometry, as the launchers take it."""
-        return Front(self.kind, self.params, self.product)
+        return Front(
+            *(self.kind, self.params, self.product),
+            *(self.applied, self.behind, self.behind_params),
+        )
 
 
 def largest_batch(
