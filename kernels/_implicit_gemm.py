@@ -31,7 +31,7 @@ from .activations import activation
 
 
 @triton.jit
-def _moved(x, a, is_primal, inside, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+def moved(x, a, is_primal, inside, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
     """The activation's value, or its slope times the tangent; 0 outside, whatever phi(0)."""
     phi, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
     moved = tl.where(is_primal, phi, d1 * x.to(tl.float32))
@@ -92,7 +92,7 @@ def _product_tile(
         x = tl.load(x_ptrs + at, mask=inside, other=0.0)
         if KIND != "none":
             a = tl.load(a_ptrs + at, mask=inside, other=0.0)
-            x = _moved(x, a, (n < B)[:, None], inside, KIND, P0, P1)
+            x = moved(x, a, (n < B)[:, None], inside, KIND, P0, P1)
         ky, kx = first_y + STEP_W * ty, first_x + STEP_W * tx
         used = (tap < TAPS * TAPS) & (ky < KERNEL) & (kx < KERNEL)
         at_w = (ky * KERNEL + kx) * stride_w_tap + c * stride_w_c
@@ -188,75 +188,3 @@ def tangent_product_kernel(
                 out += tl.where(is_primal, d2 * dot, 0.0)
                 dot += tl.where(is_primal, 0.0, t.to(tl.float32) * acc)
         tl.store(y_ptr + (n * image)[:, None] + at, out, mask=mask)
-
-
-@triton.jit(
-    do_not_specialize=["rows", "rows_per_split", "splits", "B", "grid_h", "grid_w", "H", "W"]
-)
-def tangent_weight_kernel(
-    p_ptr,  # [S, B, grid_h, grid_w, M], one row a position
-    q_ptr,  # [S, B, H, W, C], read in a window around each position
-    part_ptr,  # [splits, M, KERNEL * KERNEL * C]
-    rows,
-    rows_per_split,
-    splits,
-    B,
-    grid_h,
-    grid_w,
-    M,
-    H,
-    W,
-    C,
-    KIND: tl.constexpr,
-    P0: tl.constexpr,
-    P1: tl.constexpr,
-    ON_WINDOW: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # The tiles of one part are neighbours in launch order: they share its rows through L2.
-    pid = tl.program_id(0)
-    N = KERNEL * KERNEL * C
-    col_tiles, row_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
-    col = pid % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = pid // col_tiles % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = pid // (col_tiles * row_tiles)
-    tap = col // C
-    c = col - tap * C
-    ky, kx = tap // KERNEL - PADDING, tap % KERNEL - PADDING
-    image = tl.cast(H * W * C, tl.int64)
-    grid = grid_h * grid_w
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, rows)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(first, last, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K)
-        n = row // grid
-        y, x = row // grid_w % grid_h, row % grid_w
-        is_primal = (n < B)[:, None]
-
-        p_mask = (row < last)[:, None] & (out < M)[None, :]
-        p = tl.load(p_ptr + row.to(tl.int64)[:, None] * M + out[None, :], mask=p_mask, other=0.0)
-        at_y, at_x = (y * STRIDE)[:, None] + ky[None, :], (x * STRIDE)[:, None] + kx[None, :]
-        inside = (row < last)[:, None] & (col < N)[None, :]
-        inside &= (at_y >= 0) & (at_y < H) & (at_x >= 0) & (at_x < W)
-        at = (at_y * W + at_x) * C + c[None, :]
-        q = tl.load(q_ptr + (n * image)[:, None] + at, mask=inside, other=0.0)
-        if KIND != "none":
-            if ON_WINDOW:
-                a = tl.load(q_ptr + (n % B * image)[:, None] + at, mask=inside, other=0.0)
-                q = _moved(q, a, is_primal, inside, KIND, P0, P1)
-            else:
-                at_p = (row % (B * grid)).to(tl.int64)[:, None] * M + out[None, :]
-                a = tl.load(p_ptr + at_p, mask=p_mask, other=0.0)
-                p = _moved(p, a, is_primal, p_mask, KIND, P0, P1)
-        acc = dot(tl.trans(p), q, acc, PRECISION)
-
-    at_part = (split.to(tl.int64) * M + out)[:, None] * N + col[None, :]
-    tl.store(part_ptr + at_part, acc, mask=(out < M)[:, None] & (col < N)[None, :])

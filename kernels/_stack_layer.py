@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ._launch import check_dtypes
 from ._stack_geometry import POINTWISE, Front, Geometry
-from ._stack_product import product, weight_gradient
+from ._stack_product import product
+from ._stack_weight import weight_gradient
 
 
 def layer_fwd(

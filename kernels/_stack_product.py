@@ -1,51 +1,27 @@
-"""Launchers of `_implicit_gemm`'s kernels: configurations and allocation."""
+"""Launcher of `_implicit_gemm`'s product, and all configurations of a layer for the audit."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
-import triton
 from torch import Tensor
 
-from ._contract import PARAMETERS, PIECEWISE_LINEAR
-from ._implicit_gemm import tangent_product_kernel, tangent_weight_kernel
-from ._launch import Configuration, DeviceLimits, cdiv, device_limits, pointer
+from ._contract import PARAMETERS
+from ._implicit_gemm import tangent_product_kernel
+from ._launch import Configuration, cdiv, pointer
 from ._stack_geometry import Front, Gather, Geometry
+from ._stack_tile import Tile, bucket, is_curved
+from ._stack_weight import tangent_weight_kernel, weight_constexprs, weight_tile_of
 from .activations import EXAMPLES, front_constexprs
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Block sizes and launch options of one program."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None
-
-    @property
-    def launch(self) -> dict:
-        """What a launch is given besides its arguments."""
-        return {n: getattr(self, n) for n in ("num_warps", "num_stages", "maxnreg")}
-
-
-def _bucket(size: int) -> int:
-    return min(max(16, triton.next_power_of_2(size)), 64)
-
-
-def _is_curved(kind: str) -> bool:
-    return kind != "none" and kind not in PIECEWISE_LINEAR
 
 
 def _product_tile_of(
     channels: int, columns: int, dtype: torch.dtype, precision: str, kind: str, pull: bool
-) -> _Tile:
-    is_full, curved = dtype == torch.float32, _is_curved(kind)
+) -> Tile:
+    is_full, curved = dtype == torch.float32, is_curved(kind)
     exact = is_full and precision == "ieee"
     block_k = 16 if exact else 128 // dtype.itemsize
     across_taps = channels % block_k > 0
@@ -61,32 +37,14 @@ def _product_tile_of(
     if exact and curved and not pull:
         # Between 192, which spills on sm_90, and 224, which spills on sm_120.
         registers = 208
-    return _Tile(
+    return Tile(
         block_m=64,
         # The sum over tangents is a second accumulator.
-        block_n=min(_bucket(columns), 32 if curved and (three or pull and is_full) else 64),
+        block_n=min(bucket(columns), 32 if curved and (three or pull and is_full) else 64),
         block_k=block_k,
         num_warps=8 if crowded and not exact else 4,
         num_stages=2 if exact else 3,
         maxnreg=registers,
-    )
-
-
-def _weight_tile_of(
-    outer: int, columns: int, dtype: torch.dtype, precision: str, kind: str
-) -> _Tile:
-    exact, one, three = (
-        dtype == torch.float32 and precision == of for of in ("ieee", "tf32", "tf32x3")
-    )
-    return _Tile(
-        block_m=_bucket(outer),
-        block_n=_bucket(columns),
-        block_k=16 if exact or three else 32,
-        # One TF32 product holds little; what splits its operands or converts them holds more.
-        num_warps=4 if one else 8,
-        num_stages=2 if exact else 3,
-        # As in a product, but here three TF32 products spill without a bound too.
-        maxnreg=255 if three or _is_curved(kind) else None,
     )
 
 
@@ -106,7 +64,7 @@ def _product_constexprs(
         **geometry,
         **kind,
         "PULL": pull,
-        "CURVED": pull and _is_curved(kind["KIND"]),
+        "CURVED": pull and is_curved(kind["KIND"]),
         "HAS_BIAS": has_bias,
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
         "ONE_TAP": channels % tile.block_k == 0,
@@ -166,72 +124,6 @@ def product(
             **tile.launch,
         )
     return out
-
-
-def _splits(rows: int, tiles: int, block_k: int, limits: DeviceLimits) -> tuple[int, int]:
-    """Parts of the rows and rows per part: about two programs an SM, at least four blocks a part.
-
-    It depends on the device alone, so its order of summation is the same on every run.
-    """
-    blocks = cdiv(rows, block_k)
-    wanted = max(1, 2 * limits.sm_count // tiles)
-    per_split = cdiv(blocks, max(1, min(wanted, blocks // 4)))
-    return cdiv(blocks, per_split), per_split * block_k
-
-
-def weight_gradient(
-    plain: Tensor, windowed: Tensor, gather: Gather, front: Front, *, on_window: bool
-) -> Tensor:
-    """Sum over slots, samples and positions of plain (x) its window in the other stack.
-
-    Args:
-        plain: dense ``[S, B, h, w, M]``.
-        windowed: dense ``[S, B, H, W, C]``.
-        gather: what position (y, x) of `plain` meets there, as `window` gives it.
-        front: of the layer.
-        on_window: whether `windowed` is the layer's input, which the activation is in front of;
-            else `plain` is.
-
-    Returns:
-        Float32 ``[M, taps, C]``; its sums are split and added up in a fixed order.
-    """
-    (S, B, grid_h, grid_w, M), (_, _, H, W, C) = plain.shape, windowed.shape
-    taps = gather.kernel**2
-    N = taps * C
-    kind, params, precision = front
-    tile = _weight_tile_of(M, N, plain.dtype, precision, kind)
-    tiles, rows = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), S * B * grid_h * grid_w
-    splits, per_split = _splits(rows, tiles, tile.block_k, device_limits(plain))
-    parts = torch.empty((splits, M, taps, C), dtype=torch.float32, device=plain.device)
-    constexprs = _weight_constexprs(
-        *(gather, M, N, plain.dtype, precision, front_constexprs(kind, params), on_window)
-    )
-    with torch.cuda.device_of(plain):
-        tangent_weight_kernel[(splits * tiles,)](
-            *(plain, windowed, parts, rows, per_split, splits, B, grid_h, grid_w, M, H, W, C),
-            **constexprs,
-            **tile.launch,
-        )
-    return parts[0] if splits == 1 else parts.sum(0)
-
-
-def _weight_constexprs(
-    gather: Gather,
-    outer: int,
-    columns: int,
-    dtype: torch.dtype,
-    precision: str,
-    kind: dict,
-    on_window: bool,
-) -> dict:
-    tile = _weight_tile_of(outer, columns, dtype, precision, kind["KIND"])
-    return {
-        **kind,
-        "ON_WINDOW": on_window,
-        **{"KERNEL": gather.kernel, "STRIDE": gather.stride, "PADDING": -gather.offset},
-        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
-        "PRECISION": precision,
-    }
 
 
 _PRODUCTS = (
@@ -306,12 +198,12 @@ def audited(
             )
         reads = forward if inner_is_input else backward
         width = reads.kernel**2 * channels
-        tile = _weight_tile_of(columns, width, dtype, precision, kind)
+        tile = weight_tile_of(columns, width, dtype, precision, kind)
         yield Configuration(
             tangent_weight_kernel,
             label,
             types,
-            _weight_constexprs(
+            weight_constexprs(
                 *(reads, columns, width, dtype, precision, constexprs, inner_is_input)
             ),
             odd=sizes[:1],

@@ -10,9 +10,10 @@ import mmap
 import pytest
 import torch
 
-from fastsfvae.kernels import _stack_product
+from fastsfvae.kernels import _stack_weight
 from fastsfvae.kernels._stack_geometry import Front, doubling, window
-from fastsfvae.kernels._stack_product import product, weight_gradient
+from fastsfvae.kernels._stack_product import product
+from fastsfvae.kernels._stack_weight import weight_gradient
 from fastsfvae.kernels.tangent_activation import tangent_activation_bwd, tangent_activation_fwd
 from tests._triton import INTERPRETER
 from tests.kernels.test_gram_tail import problem, run
@@ -142,7 +143,7 @@ def test_the_last_rows_of_a_layer_that_doubles(last_program):
 @pytest.mark.parametrize("on_window", [False, True])
 def test_the_last_rows_of_a_weights_gradient(on_window, last_program, monkeypatch):
     # The second of two parts is one block.
-    monkeypatch.setattr(_stack_product, "_splits", lambda rows, tiles, k, _: (2, rows - k))
+    monkeypatch.setattr(_stack_weight, "_splits", lambda rows, tiles, k, _: (2, rows - k))
     near, away = (
         weight_gradient(stack, stack, window(3, 1, 1), Front("tanh"), on_window=on_window)
         for stack in stacks()

@@ -108,7 +108,7 @@ class TestKernel:
     @pytest.mark.parametrize("rows, tiles", [(1, 1), (200, 1), (200, 3), (1000, 40), (4096, 1)])
     def test_splits_cover_all_rows_once(self, rows, tiles):
         from fastsfvae.kernels._launch import DeviceLimits
-        from fastsfvae.kernels._stack_product import _splits
+        from fastsfvae.kernels._stack_weight import _splits
 
         splits, per_split = _splits(rows, tiles, 16, DeviceLimits(sm_count=4))
         assert (splits - 1) * per_split < rows <= splits * per_split
