@@ -10,7 +10,7 @@ import mmap
 import pytest
 import torch
 
-from fastsfvae.kernels import _stack_weight
+from fastsfvae.kernels import _stack_product, _stack_weight
 from fastsfvae.kernels._stack_geometry import Front, doubling, window
 from fastsfvae.kernels._stack_product import product
 from fastsfvae.kernels._stack_weight import weight_gradient
@@ -102,8 +102,9 @@ def last_program(monkeypatch):
         return empty(shape, dtype=dtype, device=device).zero_()
 
     monkeypatch.setattr(torch, "empty", hollow_empty)
-    for name in ("tangent_product_kernel", "tangent_weight_kernel"):
-        monkeypatch.setattr(_stack_product, name, wrapped(getattr(_stack_product, name)))
+    kernels = (_stack_product, "tangent_product_kernel"), (_stack_weight, "tangent_weight_kernel")
+    for module, name in kernels:
+        monkeypatch.setattr(module, name, wrapped(getattr(module, name)))
 
 
 # One sample of 8 x 8 positions fills a block of rows: 2^31 elements are 2^21 samples, two slots.
