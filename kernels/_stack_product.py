@@ -104,7 +104,7 @@ def product(
     # Of the input's channel and the output's.
     strides = (1, taps * inner) if inner_is_input else (taps * inner, 1)
     out = torch.empty((S, B, OH, OW, N), dtype=stack.dtype, device=stack.device)
-    kind, params, precision = front
+    kind, params, precision, *_ = front
     constexprs = _product_constexprs(
         *(gather, C, N, stack.dtype, precision, front_constexprs(kind, params)),
         pull=pull is not None and kind != "none",

@@ -133,7 +133,7 @@ def weight_gradient(
     (S, B, grid_h, grid_w, M), (_, _, H, W, C) = plain.shape, windowed.shape
     taps = gather.kernel**2
     N = taps * C
-    kind, params, precision = front
+    kind, params, precision, *_ = front
     tile = weight_tile_of(M, N, plain.dtype, precision, kind)
     tiles, rows = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), S * B * grid_h * grid_w
     splits, per_split = _splits(rows, tiles, tile.block_k, device_limits(plain))
