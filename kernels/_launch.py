@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,10 @@ import triton.language as tl
 # The interpreter computes tl.dot on bf16 operands from their bit patterns; kernels upcast there.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
+# Said at every compilation, as what Triton does unasked is about to change: a product and a sum are
+# one instruction.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -23,21 +29,53 @@ class DeviceLimits:
 
     Attributes:
         sm_count: streaming multiprocessors of the device.
+        capability: compute capability, 86 for 8.6.
     """
 
     sm_count: int
+    capability: int = 80
+
+
+_pretended: ContextVar[DeviceLimits | None] = ContextVar("device_limits", default=None)
 
 
 @functools.cache
 def _cuda_limits(index: int) -> DeviceLimits:
-    return DeviceLimits(torch.cuda.get_device_properties(index).multi_processor_count)
+    found = torch.cuda.get_device_properties(index)
+    return DeviceLimits(found.multi_processor_count, 10 * found.major + found.minor)
 
 
 def device_limits(tensor: torch.Tensor) -> DeviceLimits:
     """Limits of the device that holds `tensor`; a small fixed device for the interpreter."""
+    pretended = _pretended.get()
+    if pretended is not None:
+        return pretended
     if not tensor.is_cuda:
         return DeviceLimits(sm_count=4)
     return _cuda_limits(tensor.get_device())
+
+
+@contextlib.contextmanager
+def pretend(limits: DeviceLimits) -> Iterator[None]:
+    """Make launchers choose, inside a block, as on a device that is not at hand."""
+    token = _pretended.set(limits)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel on the device of its first argument, a tensor, with `OPTIONS`.
+
+    Args:
+        kernel: the `triton.jit` function.
+        grid: programs along each axis.
+        args: the kernel's runtime arguments, in order.
+        options: its constexprs by name, and num_warps, num_stages, maxnreg.
+    """
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **OPTIONS, **options)
 
 
 def cdiv(a: int, b: int) -> int:

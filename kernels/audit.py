@@ -43,7 +43,7 @@ from . import (
     woodbury,
     woodbury_float64,
 )
-from ._launch import Configuration
+from ._launch import OPTIONS, Configuration
 from ._stack_product import audited
 
 # Shared memory that one block can have, in KiB, by compute capability.
@@ -170,6 +170,7 @@ def _compiled(configuration: Configuration, arch: int):
             "num_warps": configuration.num_warps,
             "num_stages": configuration.num_stages,
             "maxnreg": configuration.maxnreg,
+            **OPTIONS,
         },
     )
 
