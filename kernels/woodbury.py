@@ -4,9 +4,8 @@
     log_det = sum_k log(d_k / c)          explained = sum_k vhat_k^2 / d_k,  vhat = L^-1 v
     w = C^-1 v    y = s w                 K_ij = s_i (C^-1)_ij s_j           q = diag(A C^-1)
 
-Pivot rule: a pivot d_k below floor_k = max(c, 4 eps C_kk) has been lost to rounding. It counts at
-that floor and eliminates nothing: its multipliers and vhat_k are 0. A sample is marked lost when a
-pivot was floored, kept fewer than half of its digits (d_k < sqrt(eps) C_kk) or is not finite.
+The pivot rule is `_factorise`'s. This is the form for any cotangents; where they are the samples'
+weights, `elbo` finishes them in the same launch.
 
 Floor: the bytes of G, p and K once (8 m^2 a sample), 2 m^3 flops in m steps that depend on each
 other. A program keeps all tiles of its sample in registers; the steps, not the bytes, set the time.
@@ -23,14 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._contract import WOODBURY_MAX_M, Woodbury
-from ._launch import Configuration
+from ._factorise import bounded, factorise
+from ._launch import Configuration, launch
 
 
 @triton.jit(do_not_specialize=["B", "m", "splits"])
 def _woodbury_fwd_kernel(
     g_ptr,  # [splits, B, m, m]
     p_ptr,  # [splits, B, m]
-    rr_ptr,  # [splits, B]
+    rr_ptr,  # [splits, B]; of a rescue [B], as float32 summed it
     h_ptr,  # [B, m]
     c_ptr,  # [B]
     log_det_ptr,  # [B]
@@ -52,11 +52,6 @@ def _woodbury_fwd_kernel(
 ):
     # A rescue computes lost samples again, in float64, and leaves the others alone.
     dtype: tl.constexpr = tl.float64 if RESCUE else tl.float32
-    EPS: tl.constexpr = 2.0**-52 if RESCUE else 2.0**-23
-    # The share of C_kk below which a pivot is rounding noise.
-    PIVOT_EPS: tl.constexpr = 4 * EPS
-    # Below this share of C_kk, sqrt(eps), a pivot has lost more than half of its digits.
-    HALF_EPS: tl.constexpr = 2.0**-26 if RESCUE else 2.0**-11.5
     b = tl.program_id(0).to(tl.int64)
     if RESCUE:
         if tl.load(lost_ptr + b) == 0:
@@ -65,7 +60,6 @@ def _woodbury_fwd_kernel(
     inside = i < m
     tile = inside[:, None] & inside[None, :]
     at = i[:, None] * m + i[None, :]
-    diagonal = i[:, None] == i[None, :]
 
     G = tl.zeros([BLOCK_M, BLOCK_M], dtype)
     p = tl.zeros([BLOCK_M], dtype)
@@ -73,9 +67,10 @@ def _woodbury_fwd_kernel(
         part = split * B + b
         G += tl.load(g_ptr + part * m * m + at, mask=tile, other=0.0)
         p += tl.load(p_ptr + part * m + i, mask=inside, other=0.0)
-    rr = tl.load(rr_ptr + b)
-    for split in range(1, splits):
-        rr += tl.load(rr_ptr + split * B + b)
+    rr = tl.load(rr_ptr + b).to(dtype)
+    if not RESCUE:
+        for split in range(1, splits):
+            rr += tl.load(rr_ptr + split * B + b)
     if SUMS:
         tl.store(g_sum_ptr + b * m * m + at, G, mask=tile)
         tl.store(p_sum_ptr + b * m + i, p, mask=inside)
@@ -83,60 +78,12 @@ def _woodbury_fwd_kernel(
     s = tl.sqrt(tl.load(h_ptr + b * m + i, mask=inside, other=0.0).to(dtype))
     c = tl.load(c_ptr + b).to(dtype)
     A = s[:, None] * G * s[None, :]
-    a = tl.sum(tl.where(diagonal, A, 0.0), 0)
-    floor = tl.maximum(c, (c + a) * PIVOT_EPS)
-
-    # One tile holds both factors: after step k its columns up to k are L^-1 and the others are what
-    # is left of C. Row k of L^-1, e_k, is final at step k, which adds its share of the inverse:
-    # C^-1 = sum_k e_k e_k^T / d_k.
-    T = tl.where(diagonal, c + A, A)
-    C_inv = tl.zeros([BLOCK_M, BLOCK_M], dtype)
-    v = s * p
-    w = tl.zeros([BLOCK_M], dtype)
-    pivots = tl.zeros([BLOCK_M], dtype) + c
-    lost = 0
-    # The padding is never a pivot and its rows of T are 0, so it takes no part.
-    for k in range(0, m):
-        is_k = i == k
-        row = tl.sum(tl.where(is_k[:, None], T, 0.0), 0)
-        pivot = tl.sum(tl.where(is_k, row, 0.0), 0)
-        floor_k = tl.sum(tl.where(is_k, floor, 0.0), 0)
-        floored = pivot < floor_k
-        d = tl.where(floored, floor_k, pivot)
-        v_k = tl.where(floored, 0.0, tl.sum(tl.where(is_k, v, 0.0), 0))
-        lost = tl.where(floored, 1, lost)
-        pivots = tl.where(is_k, d, pivots)
-
-        e = tl.where(is_k, 1.0, tl.where(i < k, row, 0.0))
-        C_inv += (e / d)[:, None] * e[None, :]
-        w += e * (v_k / d)
-
-        multiplier = tl.where((i > k) & (floored == 0), row / d, 0.0)
-        v = tl.where(is_k, v_k, v - multiplier * v_k)
-        T = (
-            tl.where(is_k[None, :], 0.0, T)
-            - multiplier[:, None] * tl.where(is_k, 1.0, row)[None, :]
-        )
-
-    ratio = pivots / c
-    # True comparisons, which a NaN fails. A padded lane has pivot c and a = 0: it is resolved.
-    resolved = (pivots >= (c + a) * HALF_EPS) & (ratio < float("inf"))
-    lost = tl.maximum(lost, tl.max((resolved == 0).to(tl.int32), 0))
-    # v has become vhat, and a padded lane's pivot is c. Summed here, over lanes, rather than in the
-    # loop: a tree of additions loses less than a chain.
-    log_det = tl.sum(tl.log(ratio), 0)
-    explained = tl.sum(v * (v / pivots), 0)
-    # Comparisons, not min and max, which would turn a NaN into a bound.
-    explained = tl.where(explained < 0.0, 0.0, explained)
-    explained = tl.where(explained > rr, rr, explained)
-    # Each form of q is exact where the other cancels: 1 - c (C^-1)_ii is 1 - 1 for a small A_ii.
-    q_sum = tl.sum(A * C_inv, 0)
-    q_complement = 1.0 - c * tl.sum(tl.where(diagonal, C_inv, 0.0), 0)
+    log_det, explained, C_inv, w, q, lost = factorise(A, s * p, c, m)
     tl.store(log_det_ptr + b, log_det)
-    tl.store(explained_ptr + b, explained)
+    tl.store(explained_ptr + b, bounded(explained, rr))
     tl.store(k_ptr + b * m * m + at, s[:, None] * C_inv * s[None, :], mask=tile)
     tl.store(y_ptr + b * m + i, s * w, mask=inside)
-    tl.store(q_ptr + b * m + i, tl.where(a < c, q_sum, q_complement), mask=inside)
+    tl.store(q_ptr + b * m + i, q, mask=inside)
     tl.store(w_ptr + b * m + i, w, mask=inside)
     tl.store(lost_ptr + b, lost.to(tl.uint8))
 
@@ -202,15 +149,15 @@ def _launch(
     y, q, w = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
     lost = torch.empty((B,), dtype=torch.bool, device=h.device)
     block_m = woodbury_block(m)
-    with torch.cuda.device_of(h):
-        _woodbury_fwd_kernel[(B,)](
-            *(G, p, rr, h, c, log_det, explained, K, y, q, w, lost.view(torch.uint8)),
-            *(*(sums or (G, p, rr)), B, m, splits),
-            BLOCK_M=block_m,
-            SUMS=sums is not None,
-            RESCUE=False,
-            num_warps=_num_warps(block_m),
-        )
+    launch(
+        *(_woodbury_fwd_kernel, (B,), G, p, rr, h, c),
+        *(log_det, explained, K, y, q, w, lost.view(torch.uint8)),
+        *(*(sums or (G, p, rr)), B, m, splits),
+        BLOCK_M=block_m,
+        SUMS=sums is not None,
+        RESCUE=False,
+        num_warps=_num_warps(block_m),
+    )
     return Woodbury(log_det, explained, K, y, q, w, lost)
 
 

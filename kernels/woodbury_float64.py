@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._blocks import add_gram_float64, store_sums
 from ._contract import Woodbury, rows_dense
-from ._launch import Configuration, cdiv, empty_sums, pointer
+from ._launch import Configuration, cdiv, empty_sums, launch, pointer
 from .woodbury import _woodbury_fwd_kernel, woodbury_block
 
 # Columns of J that one program sums up, at the least; and into how many parts n is cut at most.
@@ -77,6 +77,40 @@ def _gram_float64_kernel(
     )
 
 
+def gram_float64(J: Tensor, r: Tensor, lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lost samples' sums again, in one launch.
+
+    Args:
+        J: float32 ``[B, m, n]`` with m <= 64.
+        r: ``[B, n]``.
+        lost: bool ``[B]``.
+
+    Returns:
+        Float64 ``(G [S, B, m, m], p [S, B, m], rr [S, B])``, uninitialised where nothing is lost.
+
+    Raises:
+        TypeError: J is not float32.
+    """
+    if J.dtype != torch.float32:
+        raise TypeError(f"J has dtype {J.dtype}: rounded tangents cannot be rescued in float64")
+    J, r = rows_dense(J), rows_dense(r)
+    B, m, n = J.shape
+    block_m = woodbury_block(m)
+    block_n = _block_n(block_m)
+    wanted = min(_MAX_SPLITS, cdiv(n, _COLUMNS))
+    n_per_split = cdiv(cdiv(n, block_n), wanted) * block_n
+    splits = cdiv(n, n_per_split)
+    sums = empty_sums(splits, B, m, J.device, torch.float64)
+    launch(
+        *(_gram_float64_kernel, (B * splits,), lost.view(torch.uint8), J, r),
+        *(*sums, B, m, n, splits, n_per_split, J.stride(0), J.stride(1), r.stride(0)),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=_gram_warps(block_m),
+    )
+    return sums
+
+
 def rescue(
     J: Tensor, r: Tensor, squared_error: Tensor, h: Tensor, c: Tensor, solved: Woodbury
 ) -> None:
@@ -93,25 +127,7 @@ def rescue(
     Raises:
         TypeError: J is not float32.
     """
-    if J.dtype != torch.float32:
-        raise TypeError(f"J has dtype {J.dtype}: rounded tangents cannot be rescued in float64")
-    J, r = rows_dense(J), rows_dense(r)
-    B, m, n = J.shape
-    block_m = woodbury_block(m)
-    block_n = _block_n(block_m)
-    wanted = min(_MAX_SPLITS, cdiv(n, _COLUMNS))
-    n_per_split = cdiv(cdiv(n, block_n), wanted) * block_n
-    splits = cdiv(n, n_per_split)
-    sums = empty_sums(splits, B, m, J.device, torch.float64)
-    with torch.cuda.device_of(J):
-        _gram_float64_kernel[(B * splits,)](
-            *(solved.lost.view(torch.uint8), J, r, *sums, B, m, n, splits, n_per_split),
-            *(J.stride(0), J.stride(1), r.stride(0)),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=_gram_warps(block_m),
-        )
-    solve_again(sums, squared_error, h, c, solved)
+    solve_again(gram_float64(J, r, solved.lost), squared_error, h, c, solved)
 
 
 def solve_again(
@@ -124,28 +140,26 @@ def solve_again(
     """The second launch of `rescue`, in place.
 
     Args:
-        sums: float64 parts of ``G [S, B, m, m]``, ``p [S, B, m]`` and ``rr [S, B]``; those of
-            samples that are not lost are not read.
+        sums: float64 parts of ``G [S, B, m, m]`` and ``p [S, B, m]``; those of samples that are not
+            lost are not read. (The third, of rr, is not read at all: what is explained is bounded
+            by `squared_error`.)
         squared_error: as in `rescue`.
         h: likewise.
         c: likewise.
         solved: likewise.
     """
-    G, p, rr = sums
+    G, p, _ = sums
     splits, B, m, _ = G.shape
     block_m = woodbury_block(m)
-    with torch.cuda.device_of(G):
-        _woodbury_fwd_kernel[(B,)](
-            *(G, p, rr, h.contiguous(), c.contiguous()),
-            *(*solved[:-1], solved.lost.view(torch.uint8)),
-            # Without SUMS these three are not written.
-            *(G, p, rr, B, m, splits),
-            **_SOLVE,
-            BLOCK_M=block_m,
-            num_warps=_solve_warps(block_m),
-        )
-    # Rounded from float64 it may pass the squared error, which was summed in float32.
-    torch.minimum(solved.explained, squared_error, out=solved.explained)
+    launch(
+        *(_woodbury_fwd_kernel, (B,), G, p, squared_error, h.contiguous(), c.contiguous()),
+        *(*solved[:-1], solved.lost.view(torch.uint8)),
+        # Without SUMS these three are not written.
+        *(G, p, squared_error, B, m, splits),
+        **_SOLVE,
+        BLOCK_M=block_m,
+        num_warps=solve_warps(block_m),
+    )
 
 
 _SOLVE = {"SUMS": False, "RESCUE": True}
@@ -160,7 +174,8 @@ def _gram_warps(block_m: int) -> int:
     return 16 if block_m == 64 else 4
 
 
-def _solve_warps(block_m: int) -> int:
+def solve_warps(block_m: int) -> int:
+    """Warps of a program that factorises in float64."""
     # m = 64 holds three tiles, which at 16 warps exceed the 128 registers that a thread then has.
     return 8 if block_m == 64 else 4
 
@@ -179,11 +194,16 @@ def configurations() -> Iterator[Configuration]:
                 odd=odd,
             )
         names = "h c log_det explained k y q w".split()
-        more = {f"{name}_sum_ptr": "*fp64" for name in ("g", "p", "rr")}
+        more = {
+            "g_sum_ptr": "*fp64",
+            "p_sum_ptr": "*fp64",
+            "rr_sum_ptr": "*fp32",
+            "rr_ptr": "*fp32",
+        }
         yield Configuration(
             _woodbury_fwd_kernel,
             f"m={block_m} rescue",
             sums | more | {f"{name}_ptr": "*fp32" for name in names},
             {"BLOCK_M": block_m, **_SOLVE},
-            _solve_warps(block_m),
+            solve_warps(block_m),
         )
