@@ -1,0 +1,63 @@
+"""Counting what a step launches on a GPU, without one: kernels, copies and fills."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+# What only allocates, or gives a tensor another shape.
+_FREE = frozenset(
+    "empty new_empty empty_like empty_strided new_empty_strided detach alias view _unsafe_view "
+    "reshape expand permute transpose t select slice unsqueeze squeeze unbind split as_strided "
+    "view_as unflatten promote_types diagonal lift_fresh _reshape_alias chunk narrow unfold".split()
+)
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self, counts: Counter[str]):
+        super().__init__()
+        self._counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastsfvae":
+            # What an operator of this library calls is counted, not the operator.
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+        if func.namespace != "aten":
+            return func(*args, **(kwargs or {}))
+        with self:
+            # What is made of others, and may launch nothing.
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
+        name = func.overloadpacket.__name__
+        if name not in _FREE:
+            self._counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_launches(*, skip_kernels: bool = True):
+    """Count by name, inside, what autograd's and PyTorch's calls and Triton's kernels launch.
+
+    Args:
+        skip_kernels: do not run the Triton kernels, whose results are then whatever memory held: at
+            a workload's size the interpreter takes hours.
+    """
+    counts: Counter[str] = Counter()
+    run = interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts[self.fn.__name__] += 1
+        return None if skip_kernels else run(self, *args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch))
+        stack.enter_context(_Calls(counts))
+        yield counts
