@@ -55,7 +55,20 @@ def linear_of_latents(x: Jet, weight: Tensor, bias: Tensor | None = None) -> Jet
     return broadcast_jet(F.linear(x.primal, weight, bias), weight.t().unsqueeze(1))
 
 
-@adjoint("linear", "linear_of_latents", fresh=True)
+@adjoint("linear_of_latents", fresh=True)
+def _latents_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor, bias: Any = None):
+    if weight.ndim == 1:
+        return _linear_adjoint(grad, out, needs, x, weight, bias)
+    grad_x = move(grad, lambda g, _: g @ weight.to(g.dtype)) if needs[0] else None
+    grad_weight = None
+    if needs[1]:
+        # The tangents that the samples share are the weight's columns.
+        columns, values = grad.tangent.sum_to_size(out.tangent.shape).squeeze(1).t(), x.primal
+        grad_weight = torch.addmm(columns, grad.primal.t(), values.to(columns.dtype))
+    return grad_x, grad_weight, grad.primal
+
+
+@adjoint("linear", fresh=True)
 def _linear_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor, bias: Any = None):
     def product(g: Tensor, t: Tensor) -> Tensor:
         # [*, out] and [*, in], which may be a single vector.
