@@ -12,9 +12,9 @@ from torch import Tensor
 from ._contract import PARAMETERS
 from ._implicit_gemm import tangent_product_kernel
 from ._launch import Configuration, cdiv, pointer
-from ._stack_geometry import Front, Gather, Geometry
+from ._stack_geometry import POINTWISE, Front, Gather, Geometry
 from ._stack_tile import Tile, bucket, is_curved
-from ._stack_weight import tangent_weight_kernel, weight_constexprs, weight_tile_of
+from ._stack_weight import weight_configuration
 from .activations import EXAMPLES, front_constexprs
 
 
@@ -173,10 +173,7 @@ def audited(
     for dtype, precision, kind, channels, columns in variants:
         label = f"{name} {kind} C={channels} N={columns} {pointer(dtype)[1:]}"
         label += f" {precision}" if dtype == torch.float32 else ""
-        types = {
-            f"{pointer_name}_ptr": pointer(dtype) for pointer_name in "x w bias a y p q".split()
-        }
-        types["part_ptr"] = "*fp32"
+        types = {f"{pointer_name}_ptr": pointer(dtype) for pointer_name in "x w bias a y".split()}
         sizes = ("C", "stride_w_tap", "stride_w_n", "stride_w_c") if channels % 16 else ()
         constexprs = front_constexprs(kind, EXAMPLES.get(kind, ()))
         for gather, pull in ((forward, False), (backward, True)):
@@ -196,16 +193,13 @@ def audited(
                 odd=tuple(size for size in sizes if size != one),
                 **tile.launch,
             )
-        reads = forward if inner_is_input else backward
-        width = reads.kernel**2 * channels
-        tile = weight_tile_of(columns, width, dtype, precision, kind)
-        yield Configuration(
-            tangent_weight_kernel,
-            label,
-            types,
-            weight_constexprs(
-                *(reads, columns, width, dtype, precision, constexprs, inner_is_input)
-            ),
-            odd=sizes[:1],
-            **tile.launch,
+        reads, plain, windowed = backward, channels, columns
+        if inner_is_input:
+            reads, plain, windowed = forward, columns, channels
+        # A window around each of 16 x 16 positions; without one each position is an image.
+        extent = 1 if reads == POINTWISE else 16
+        yield weight_configuration(
+            *(label, reads, (extent, extent), plain),
+            (reads.stride * extent, reads.stride * extent, windowed),
+            *(dtype, Front(kind, EXAMPLES.get(kind, ()), precision), inner_is_input),
         )

@@ -1,6 +1,34 @@
-"""The weight's gradient of a layer on a stack; `_implicit_gemm` has the formulas and the floor."""
+"""The weight's gradient of a layer on a stack; `_implicit_gemm` has the formula.
+
+    g[m, tap, c] = sum over images n and positions k of plain[n, k, m] windowed[n, k at tap, c]
+
+A program takes some of m and (tap, c) and walks over images at fixed positions: what lies where,
+and inside which border, is found once, and a step of the walk is loads and products. Layers
+without a window take all positions for images. Where the activation has been applied nothing comes
+between; where it has not, piecewise kinds are one selection in the product's own registers.
+
+Floor: both stacks once, and 2 (1 + m) B FLOPs for every multiply-add of the layer on one sample;
+the parts of the sums beside that, one a program. For 32 -> 32 channels, kernel 4 and stride 2, on
+16 x 16 inputs, a chunk of 64 samples and 16 tangents in bfloat16: 89 MB, 9.1 GFLOP, 8 MB of parts.
+
+Instructions of the walk for each tensor-core instruction, counted in the machine code of Triton 3.8
+(3.6 in brackets), of that layer and of 64 -> 32 channels on 8 x 8 inputs:
+
+             32 -> 32, bfloat16   TF32           64 -> 32, bfloat16    TF32
+    sm_86    7.6 (5.9)            8.0 (7.5)      6.4 (5.0)             6.9 (6.4)
+    sm_89    7.6 (5.9)            8.0 (7.5)      6.4 (5.0)             6.9 (6.4)
+    sm_90    25.8 (24.5) 64x32    7.5 (7.6)      40.0 (38.0) 64x64     7.5 (7.6)
+    sm_120   5.3 (5.7)            6.8 (7.1)      4.6 (5.0)             6.1 (6.5)
+
+sm_90 takes bfloat16 by wgmma, 64 columns of the weight at a time. Windows are loaded 8 bytes wide
+through L1, all else at least so; two programs of eight warps share a multiprocessor, with 37 KiB
+each (55 on sm_90). By data sheets memory bounds it: an RTX 4090 moves 89 MB in 88 us, its tensor
+cores take 55 and its schedulers 13; an H100 27 us, 10 and 16.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -9,29 +37,46 @@ from torch import Tensor
 
 from ._blocks import dot
 from ._implicit_gemm import moved
-from ._launch import DeviceLimits, cdiv, device_limits
-from ._stack_geometry import Front, Gather
-from ._stack_tile import Tile, bucket, is_curved
+from ._launch import Configuration, DeviceLimits, cdiv, device_limits, launch, pointer
+from ._stack_geometry import POINTWISE, Front, Gather
+from ._stack_tile import Tile
 from .activations import front_constexprs
 
 
-@triton.jit(
-    do_not_specialize=["rows", "rows_per_split", "splits", "B", "grid_h", "grid_w", "H", "W"]
-)
+@triton.jit
+def _behind(x, a, is_primal, inside, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """phi(a), or phi'(a) x of a tangent, in x's dtype; 0 where not inside."""
+    if KIND == "relu":
+        # Of the values x is a itself; and the other product's operand is 0 outside.
+        return tl.where(a <= 0.0, 0.0, x)
+    elif KIND == "leaky_relu":
+        return tl.where(a > 0.0, x, (x.to(tl.float32) * P0).to(x.dtype))
+    else:
+        return moved(x, a, is_primal, inside, KIND, P0, P1)
+
+
+@triton.jit
+def _at(n, SIZE: tl.constexpr, AXIS: tl.constexpr):
+    """Offset of image n of SIZE elements; of several, along the tile's axis that is not AXIS."""
+    at = n.to(tl.int64) * SIZE
+    return at if len(n.shape) == 0 else tl.expand_dims(at, AXIS)
+
+
+@triton.jit(do_not_specialize=["images", "images_per_split", "tiles_per_group", "B"])
 def tangent_weight_kernel(
-    p_ptr,  # [S, B, grid_h, grid_w, M], one row a position
-    q_ptr,  # [S, B, H, W, C], read in a window around each position
-    part_ptr,  # [splits, M, KERNEL * KERNEL * C]
-    rows,
-    rows_per_split,
-    splits,
+    p_ptr,  # [images, GRID_H, GRID_W, M], one row a position
+    q_ptr,  # [images, H, W, C], read in a window around each position
+    part_ptr,  # [parts, M, KERNEL * KERNEL * C]
+    images,
+    images_per_split,
+    tiles_per_group,
     B,
-    grid_h,
-    grid_w,
-    M,
-    H,
-    W,
-    C,
+    GRID_H: tl.constexpr,
+    GRID_W: tl.constexpr,
+    M: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
     KIND: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -42,76 +87,126 @@ def tangent_weight_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WINDOW_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    N: tl.constexpr = KERNEL * KERNEL * C
+    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    ROW_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    GRID: tl.constexpr = GRID_H * GRID_W
+    TILES: tl.constexpr = (GRID + POSITIONS - 1) // POSITIONS
+    GROUPED: tl.constexpr = BLOCK_K // POSITIONS
     # The tiles of one part are neighbours in launch order: they share its rows through L2.
     pid = tl.program_id(0)
-    N = KERNEL * KERNEL * C
-    col_tiles, row_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
-    col = pid % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = pid // col_tiles % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = pid // (col_tiles * row_tiles)
+    col = pid % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = pid // COL_TILES % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = pid // (COL_TILES * ROW_TILES)
+    groups = tl.cdiv(TILES, tiles_per_group)
+    group, split = part % groups, part // groups
+    first = split * images_per_split
+    last = tl.minimum(first + images_per_split, images)
     tap = col // C
-    c = col - tap * C
     ky, kx = tap // KERNEL - PADDING, tap % KERNEL - PADDING
-    image = tl.cast(H * W * C, tl.int64)
-    grid = grid_h * grid_w
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, rows)
+    at_col = (ky * W + kx) * C + col % C
+    k = tl.arange(0, BLOCK_K)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(first, last, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K)
-        n = row // grid
-        y, x = row // grid_w % grid_h, row % grid_w
-        is_primal = (n < B)[:, None]
-
-        p_mask = (row < last)[:, None] & (out < M)[None, :]
-        p = tl.load(p_ptr + row.to(tl.int64)[:, None] * M + out[None, :], mask=p_mask, other=0.0)
-        at_y, at_x = (y * STRIDE)[:, None] + ky[None, :], (x * STRIDE)[:, None] + kx[None, :]
-        inside = (row < last)[:, None] & (col < N)[None, :]
-        inside &= (at_y >= 0) & (at_y < H) & (at_x >= 0) & (at_x < W)
-        at = (at_y * W + at_x) * C + c[None, :]
-        q = tl.load(q_ptr + (n * image)[:, None] + at, mask=inside, other=0.0)
-        if KIND != "none":
-            if ON_WINDOW:
-                a = tl.load(q_ptr + (n % B * image)[:, None] + at, mask=inside, other=0.0)
-                q = moved(q, a, is_primal, inside, KIND, P0, P1)
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if WINDOW_FIRST else [BLOCK_M, BLOCK_N], tl.float32)
+    last_tile = tl.minimum((group + 1) * tiles_per_group, TILES)
+    for tile in range(group * tiles_per_group, last_tile):
+        # All that depends on a position is the same for every image.
+        position = tile * POSITIONS + k % POSITIONS
+        top, left = position // GRID_W * STRIDE, position % GRID_W * STRIDE
+        p_inside = (position < GRID)[None, :] & (out < M)[:, None]
+        y, x = top[:, None] + ky[None, :], left[:, None] + kx[None, :]
+        q_inside = (position < GRID)[:, None] & (col < N)[None, :]
+        q_inside &= (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        # Eight bytes at a time go through L1, where neighbouring windows find each other's pixels;
+        # sixteen would not.
+        q_inside = tl.max_constancy(q_inside, [1, VECTOR])
+        p_at = (position * M)[None, :] + out[:, None]
+        q_at = ((top * W + left) * C)[:, None] + at_col[None, :]
+        for start in range(first, last, GROUPED):
+            n = tl.full([], 0, tl.int32) + start
+            p_mask, q_mask = p_inside, q_inside
+            if GROUPED > 1:
+                n += k // POSITIONS
+                p_mask, q_mask = p_mask & (n < last)[None, :], q_mask & (n < last)[:, None]
+            p = tl.load(p_ptr + _at(n, GRID * M, 0) + p_at, mask=p_mask, other=0.0)
+            q = tl.load(q_ptr + _at(n, H * W * C, 1) + q_at, mask=q_mask, other=0.0)
+            if KIND != "none" and ON_WINDOW:
+                a = tl.load(q_ptr + _at(n % B, H * W * C, 1) + q_at, mask=q_mask, other=0.0)
+                is_primal = (n < B)[:, None] if GROUPED > 1 else n < B
+                q = _behind(q, a, is_primal, q_mask, KIND, P0, P1)
+            elif KIND != "none":
+                a = tl.load(p_ptr + _at(n % B, GRID * M, 0) + p_at, mask=p_mask, other=0.0)
+                is_primal = (n < B)[None, :] if GROUPED > 1 else n < B
+                p = _behind(p, a, is_primal, p_mask, KIND, P0, P1)
+            if WINDOW_FIRST:
+                acc = dot(tl.trans(q), tl.trans(p), acc, PRECISION)
             else:
-                at_p = (row % (B * grid)).to(tl.int64)[:, None] * M + out[None, :]
-                a = tl.load(p_ptr + at_p, mask=p_mask, other=0.0)
-                p = moved(p, a, is_primal, p_mask, KIND, P0, P1)
-        acc = dot(tl.trans(p), q, acc, PRECISION)
+                acc = dot(p, q, acc, PRECISION)
 
-    at_part = (split.to(tl.int64) * M + out)[:, None] * N + col[None, :]
-    tl.store(part_ptr + at_part, acc, mask=(out < M)[:, None] & (col < N)[None, :])
+    at_part = part.to(tl.int64) * (M * N)
+    if WINDOW_FIRST:
+        at, mask = (out * N)[None, :] + col[:, None], (out < M)[None, :] & (col < N)[:, None]
+    else:
+        at, mask = (out * N)[:, None] + col[None, :], (out < M)[:, None] & (col < N)[None, :]
+    tl.store(part_ptr + at_part + at, acc, mask=mask)
 
 
-def weight_tile_of(outer: int, columns: int, dtype: torch.dtype, precision: str, kind: str) -> Tile:
-    exact, one, three = (
-        dtype == torch.float32 and precision == of for of in ("ieee", "tf32", "tf32x3")
-    )
+def weight_tile_of(
+    outer: int, columns: int, dtype: torch.dtype, front: Front, limits: DeviceLimits
+) -> Tile:
+    """Block sizes for `outer` channels and `columns`, a window's taps times its channels."""
+    full = dtype == torch.float32
+    exact, three = (full and front.precision == name for name in ("ieee", "tf32x3"))
+    block_m = min(_power(outer), 64)
+    if full and not exact and limits.capability // 10 == 9:
+        # From 64 rows on sm_90 takes TF32 operands from shared memory the other way round, where
+        # nothing but single elements, far apart, can be copied.
+        block_m = min(block_m, 32)
+    # Columns in tiles as wide as the accumulators allow, of which a quarter may go to waste.
+    block_n = min(_power(columns), 256, 8192 // block_m)
+    while block_n > 64 and 3 * cdiv(columns, block_n) * block_n > 4 * columns:
+        block_n //= 2
     return Tile(
-        block_m=bucket(outer),
-        block_n=bucket(columns),
-        block_k=16 if exact or three else 32,
-        # One TF32 product holds little; what splits its operands or converts them holds more.
-        num_warps=4 if one else 8,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=16 if full else 32,
+        num_warps=8 if block_m * block_n == 8192 else 4,
         num_stages=2 if exact else 3,
-        # As in a product, but here three TF32 products spill without a bound too.
-        maxnreg=255 if three or is_curved(kind) else None,
+        # An activation and the parts of an operand want registers; else two programs of eight warps
+        # share a multiprocessor.
+        maxnreg=255 if three or _kind(front) != "none" else 128,
     )
 
 
-def _splits(rows: int, tiles: int, block_k: int, limits: DeviceLimits) -> tuple[int, int]:
-    """Parts of the rows and rows per part: about two programs an SM, at least four blocks a part.
+def _power(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
 
-    It depends on the device alone, so its order of summation is the same on every run.
+
+def _kind(front: Front) -> str:
+    """Of the activation that is still to be applied."""
+    return "none" if front.applied else front.kind
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(tiles: int, steps: int, most: int) -> tuple[int, int]:
+    """How many tiles and steps each part takes, of `tiles` times `steps` in all.
+
+    Of at most so many parts, the division by which the largest is done first; a part has at least
+    four steps, as its sum costs as much to write as one or two of them to read, and a tile costs
+    about three to begin.
     """
-    blocks = cdiv(rows, block_k)
-    wanted = max(1, 2 * limits.sm_count // tiles)
-    per_split = cdiv(blocks, max(1, min(wanted, blocks // 4)))
-    return cdiv(blocks, per_split), per_split * block_k
+    most = max(1, min(most, tiles * steps // 4))
+    found = []
+    for groups in range(1, min(tiles, most) + 1):
+        per_group, per_split = cdiv(tiles, groups), cdiv(steps, min(steps, most // groups))
+        count = cdiv(tiles, per_group) * cdiv(steps, per_split)
+        found.append((per_group * (per_split + 3), count, per_group, per_split))
+    return min(found)[2:]
 
 
 def weight_gradient(
@@ -130,40 +225,86 @@ def weight_gradient(
     Returns:
         Float32 ``[M, taps, C]``; its sums are split and added up in a fixed order.
     """
-    (S, B, grid_h, grid_w, M), (_, _, H, W, C) = plain.shape, windowed.shape
-    taps = gather.kernel**2
-    N = taps * C
-    kind, params, precision, *_ = front
-    tile = weight_tile_of(M, N, plain.dtype, precision, kind)
-    tiles, rows = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), S * B * grid_h * grid_w
-    splits, per_split = _splits(rows, tiles, tile.block_k, device_limits(plain))
-    parts = torch.empty((splits, M, taps, C), dtype=torch.float32, device=plain.device)
-    constexprs = weight_constexprs(
-        *(gather, M, N, plain.dtype, precision, front_constexprs(kind, params), on_window)
+    (S, B, *grid, M), (_, _, H, W, C) = plain.shape, windowed.shape
+    if gather == POINTWISE:
+        # No position meets another one: each is an image.
+        B, grid, H, W = B * grid[0] * grid[1], [1, 1], 1, 1
+    limits = device_limits(plain)
+    constexprs, tile = weight_constexprs(
+        gather, (grid[0], grid[1]), M, (H, W, C), plain.dtype, front, on_window, limits
     )
-    with torch.cuda.device_of(plain):
-        tangent_weight_kernel[(splits * tiles,)](
-            *(plain, windowed, parts, rows, per_split, splits, B, grid_h, grid_w, M, H, W, C),
-            **constexprs,
-            **tile.launch,
-        )
-    return parts[0] if splits == 1 else parts.sum(0)
+    taps, images, positions = gather.kernel**2, S * B, constexprs["POSITIONS"]
+    together = tile.block_k // positions
+    blocks = cdiv(M, tile.block_m) * cdiv(taps * C, tile.block_n)
+    # What registers let a multiprocessor hold: one wave. It depends on the device and the shapes
+    # alone, so the order of summation is the same on every run.
+    resident = 2**16 // (32 * tile.num_warps * cdiv(tile.maxnreg, 8) * 8)
+    tiles, steps = cdiv(grid[0] * grid[1], positions), cdiv(images, together)
+    per_group, per_split = _parts(tiles, steps, resident * limits.sm_count // blocks)
+    count = cdiv(tiles, per_group) * cdiv(steps, per_split)
+    parts = torch.empty((count, M, taps, C), dtype=torch.float32, device=plain.device)
+    launch(
+        tangent_weight_kernel,
+        (count * blocks,),
+        *(plain, windowed, parts, images, per_split * together, per_group, B),
+        **constexprs,
+        **tile.launch,
+    )
+    return parts[0] if count == 1 else parts.sum(0)
 
 
 def weight_constexprs(
     gather: Gather,
+    grid: tuple[int, int],
     outer: int,
-    columns: int,
+    size: tuple[int, int, int],
     dtype: torch.dtype,
-    precision: str,
-    kind: dict,
+    front: Front,
     on_window: bool,
-) -> dict:
-    tile = weight_tile_of(outer, columns, dtype, precision, kind["KIND"])
-    return {
-        **kind,
+    limits: DeviceLimits,
+) -> tuple[dict, Tile]:
+    """What is compiled in, and the tile.
+
+    Args:
+        gather: as in `weight_gradient`, as the others.
+        grid: ``(h, w)``.
+        outer: M.
+        size: ``(H, W, C)``.
+        dtype: of both stacks.
+        front: of the layer.
+        on_window: as there.
+        limits: of the device.
+    """
+    (H, W, C), kind = size, _kind(front)
+    tile = weight_tile_of(outer, gather.kernel**2 * C, dtype, front, limits)
+    half, eight_bytes = dtype != torch.float32, 8 // dtype.itemsize
+    constexprs = {
+        **{"GRID_H": grid[0], "GRID_W": grid[1], "M": outer, "H": H, "W": W, "C": C},
+        **front_constexprs(kind, front.params if kind != "none" else ()),
         "ON_WINDOW": on_window,
         **{"KERNEL": gather.kernel, "STRIDE": gather.stride, "PADDING": -gather.offset},
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
-        "PRECISION": precision,
+        "POSITIONS": min(tile.block_k, triton.next_power_of_2(grid[0] * grid[1])),
+        "VECTOR": eight_bytes if C % eight_bytes == 0 else 1,
+        # wgmma takes 64 rows at least: there are as many columns.
+        "WINDOW_FIRST": half and limits.capability // 10 == 9 and tile.block_n >= 64,
+        "PRECISION": front.precision,
     }
+    return constexprs, tile
+
+
+def weight_configuration(
+    label: str,
+    gather: Gather,
+    grid: tuple[int, int],
+    outer: int,
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    front: Front,
+    on_window: bool,
+) -> Configuration:
+    """What `weight_gradient` compiles on the device that is pretended, under a label."""
+    limits = device_limits(torch.empty(0))
+    constexprs, tile = weight_constexprs(gather, grid, outer, size, dtype, front, on_window, limits)
+    types = {"p_ptr": pointer(dtype), "q_ptr": pointer(dtype), "part_ptr": "*fp32"}
+    return Configuration(tangent_weight_kernel, label, types, constexprs, **tile.launch)

@@ -64,10 +64,9 @@ def test_no_configuration_spills_or_overflows():
             assert row["load_bytes"] == 16 or narrow, row
         if name in ("tangent_product_kernel", "tangent_weight_kernel"):
             assert row["tensor_core"] > 0 or "ieee" in label, row
-            # For TF32, sm_90 wants both operands the other way round: copied four bytes at a time
-            # where no activation passes them through registers.
-            turned = name == "tangent_weight_kernel" and "none" in label and "tf32" in label
-            assert row["load_bytes"] == 16 or "C=3" in label or turned, row
+            # Windows eight bytes at a time, which go through L1.
+            least = 8 if name == "tangent_weight_kernel" else 16
+            assert row["load_bytes"] >= least or "C=3" in label, row
 
 
 @pytest.mark.skipif(INTERPRETER, reason="compiles the same in either run of the suite")

@@ -143,8 +143,8 @@ def test_the_last_rows_of_a_layer_that_doubles(last_program):
 
 @pytest.mark.parametrize("on_window", [False, True])
 def test_the_last_rows_of_a_weights_gradient(on_window, last_program, monkeypatch):
-    # The second of two parts is one block.
-    monkeypatch.setattr(_stack_weight, "_splits", lambda rows, tiles, k, _: (2, rows - k))
+    # The second of two parts is the last sample.
+    monkeypatch.setattr(_stack_weight, "_parts", lambda tiles, steps, _: (tiles, steps - 1))
     near, away = (
         weight_gradient(stack, stack, window(3, 1, 1), Front("tanh"), on_window=on_window)
         for stack in stacks()

@@ -105,15 +105,6 @@ class TestKernel:
         with pytest.raises(ValueError, match="kind='mish' is not one of"):
             stack_layer(Layer(g, "mish"), stack, weight, bias)
 
-    @pytest.mark.parametrize("rows, tiles", [(1, 1), (200, 1), (200, 3), (1000, 40), (4096, 1)])
-    def test_splits_cover_all_rows_once(self, rows, tiles):
-        from fastsfvae.kernels._launch import DeviceLimits
-        from fastsfvae.kernels._stack_weight import _splits
-
-        splits, per_split = _splits(rows, tiles, 16, DeviceLimits(sm_count=4))
-        assert (splits - 1) * per_split < rows <= splits * per_split
-        assert per_split % 16 == 0 and splits * tiles <= max(8, tiles)
-
 
 def test_supports_names_what_the_kernels_take():
     def asked(shape=(3, 2, 4, 5, 5), weight=(4, 6, 4, 4), dtype=torch.float32, **options):

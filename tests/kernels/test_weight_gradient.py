@@ -1,0 +1,146 @@
+"""The weight's gradient: aligned sizes, as decoders have them, and odd ones, against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.problems import products
+from fastsfvae.kernels._launch import DeviceLimits, pretend
+from fastsfvae.kernels._stack_geometry import POINTWISE, Front, window
+from fastsfvae.kernels._stack_weight import _parts, weight_gradient
+from tests._triton import CUDA, assert_as_good, requires_triton
+from tests.kernels.stack_layers import ACTIVATIONS, draw, moved
+
+# Gathers by kernel, stride and padding.
+DOUBLING, SAME, HALVING = (4, 2, 1), (3, 1, 1), (3, 2, 1)
+
+
+def gradient(plain, windowed, kernel, stride, padding):
+    """The sum by autograd: of <plain, conv(windowed, w)> in w, as ``[M, taps, C]``."""
+    M, C = plain.shape[-1], windowed.shape[-1]
+    w = torch.zeros(M, C, kernel, kernel, dtype=plain.dtype, device=plain.device)
+    w.requires_grad_()
+    images = windowed.flatten(0, 1).movedim(-1, 1)
+    out = F.conv2d(images, w, None, stride, padding)
+    (g,) = torch.autograd.grad(out, w, plain.flatten(0, 1).movedim(-1, 1))
+    return g.permute(0, 2, 3, 1).reshape(M, kernel**2, C)
+
+
+def problem(S, B, grid, M, C, of, dtype=torch.float32):
+    """Random stacks whose window `of` has its positions on the grid."""
+    kernel, stride, padding = of
+    size = tuple(stride * (n - 1) + kernel - 2 * padding for n in grid)
+    return draw(0, dtype, (S, B, *grid, M), (S, B, *size, C))
+
+
+def check(plain, windowed, of, kind="none", on_window=False, product="ieee", applied=False):
+    """Compare with float64 and with plain PyTorch; returns the gradient."""
+    phi, params = ACTIVATIONS[kind]
+    front = Front(kind, params, product, applied)
+    gather = POINTWISE if of == (1, 1, 0) else window(*of)
+    got = weight_gradient(plain, windowed, gather, front, on_window=on_window)
+
+    def expected(p, q):
+        if kind != "none" and not applied:
+            p, q = (p, moved(phi, q)) if on_window else (moved(phi, p), q)
+        return p, q
+
+    inputs = [t.double().requires_grad_() for t in (plain, windowed)]
+    p, q = (t.detach() for t in expected(*inputs))
+    want, scale = gradient(p, q, *of), gradient(p.abs(), q.abs(), *of)
+    with products(product):
+        mine = expected(*(t.clone().requires_grad_() for t in (plain, windowed)))
+        rough = gradient(*(t.detach() for t in mine), *of)
+    assert got.dtype == torch.float32
+    # Sums are float32 whatever the dtype; the operands' rounding is that of an activation alone.
+    eps = torch.finfo(plain.dtype).eps if kind != "none" and not applied else None
+    eps = 2**-10 if product == "tf32" and CUDA else eps
+    assert_as_good(got, want, rough, scale.max(), eps)
+    return got
+
+
+class TestKernel:
+    pytestmark = requires_triton
+
+    # (S, B, grid, M, C): whole tiles as in decoders, three tiles of positions or more, several
+    # parts; several images to a block, and a block that they do not fill.
+    ALIGNED = [
+        (2, 2, (16, 16), 32, 32),
+        (3, 1, (8, 8), 64, 32),
+        (3, 3, (4, 4), 64, 64),
+    ]
+    ODD = [
+        (2, 2, (5, 3), 3, 5),
+        (1, 1, (1, 1), 1, 1),
+        (2, 1, (7, 9), 20, 40),
+        (5, 1, (2, 3), 70, 6),
+    ]
+
+    @pytest.mark.parametrize("capability", [89, 90])
+    @pytest.mark.parametrize("shape", ALIGNED)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_aligned(self, shape, dtype, capability, poisoned_empty):
+        pair = problem(*shape, DOUBLING, dtype)
+        with pretend(DeviceLimits(8, capability)):
+            check(*pair, DOUBLING)
+
+    @pytest.mark.parametrize("of", [DOUBLING, SAME, HALVING, (4, 1, 1)])
+    @pytest.mark.parametrize("shape", ODD)
+    def test_odd(self, shape, of, poisoned_empty):
+        check(*problem(*shape, of), of)
+
+    # (S, B, grid, M, C) of a linear layer, a convolution with kernel 1, and one that is padded.
+    @pytest.mark.parametrize(
+        "shape, padding",
+        [((2, 90, (1, 1), 70, 130), 0), ((1, 3, (5, 4), 9, 20), 0), ((2, 2, (5, 4), 9, 20), 1)],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_tap(self, shape, padding, dtype, poisoned_empty):
+        of = (1, 1, padding)
+        check(*problem(*shape, of, dtype), of)
+
+    @pytest.mark.parametrize("kind", [kind for kind in ACTIVATIONS if kind != "none"])
+    @pytest.mark.parametrize("grid", [(4, 4), (3, 3), (1, 1)])
+    @pytest.mark.parametrize("on_window", [False, True])
+    @pytest.mark.parametrize("dtype, capability", [(torch.float32, 89), (torch.bfloat16, 90)])
+    def test_activation_in_front(self, kind, on_window, grid, dtype, capability, poisoned_empty):
+        of = (1, 1, 0) if grid == (1, 1) else SAME
+        with pretend(DeviceLimits(4, capability)):
+            check(*problem(3, 5, grid, 8, 12, of, dtype), of, kind, on_window)
+
+    @pytest.mark.parametrize("on_window", [False, True])
+    def test_an_applied_activation_is_not_applied_again(self, on_window):
+        pair = problem(2, 3, (4, 4), 8, 12, SAME)
+        got = check(*pair, SAME, "relu", on_window, applied=True)
+        assert torch.equal(got, check(*pair, SAME, "none", on_window))
+
+    @pytest.mark.parametrize("product", ["ieee", "tf32x3", "tf32"])
+    def test_float32_products(self, product):
+        check(*problem(2, 2, (8, 8), 64, 32, DOUBLING), DOUBLING, product=product)
+
+    def test_two_runs_give_the_same_bits_on_any_number_of_multiprocessors(self):
+        pair = problem(3, 2, (8, 8), 32, 32, DOUBLING, torch.bfloat16)
+        for count in (1, 8, 132):
+            with pretend(DeviceLimits(count, 89)):
+                first, again = (check(*pair, DOUBLING) for _ in range(2))
+            assert torch.equal(first, again)
+
+    def test_a_nan_stays_in_its_channel_and_taps(self):
+        plain, windowed = problem(2, 2, (4, 4), 8, 12, SAME)
+        windowed[1, 0, 0, 0, 3] = float("nan")
+        spoiled = weight_gradient(plain, windowed, window(*SAME), Front(), on_window=False).isnan()
+        # The corner's pixel lies in the windows of four positions.
+        assert spoiled.sum() == spoiled[:, [0, 1, 3, 4], 3].sum() == 4 * 8
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 8, 128])
+@pytest.mark.parametrize("steps", [1, 5, 64, 1088])
+@pytest.mark.parametrize("most", [0, 1, 7, 128, 264])
+def test_parts_cover_all_steps_and_fill_the_device(tiles, steps, most):
+    per_group, per_split = _parts(tiles, steps, most)
+    parts = -(-tiles // per_group) * -(-steps // per_split)
+    assert 1 <= per_group <= tiles and 1 <= per_split <= steps
+    assert parts <= max(1, most) and (parts == 1 or 4 * parts <= tiles * steps)
+    # What the busiest part does is near its share.
+    if tiles * steps >= 16 * most > 0:
+        assert per_group * per_split <= 1.35 * tiles * steps / most
