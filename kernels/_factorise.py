@@ -24,8 +24,8 @@ def factorise(A, v, c, m):
         m: how many rows are no padding.
 
     Returns:
-        log_det = sum_k log(d_k / c); vhat^T diag(1/d) vhat with vhat = L^-1 v, bounded by nothing;
-        C^-1 (0 in the padding); w = C^-1 v; q = diag(A C^-1); and whether the sample is lost, int32.
+        log_det = sum_k log(d_k / c); what v explains, v^T C^-1 v, bounded by nothing; C^-1, 0 in
+        the padding; w = C^-1 v; q = diag(A C^-1); and whether the sample is lost, int32.
     """
     EPS: tl.constexpr = 2.0**-52 if A.dtype == tl.float64 else 2.0**-23
     # The share of C_kk below which a pivot is rounding noise.
@@ -34,32 +34,38 @@ def factorise(A, v, c, m):
     HALF_EPS: tl.constexpr = 2.0**-26 if A.dtype == tl.float64 else 2.0**-11.5
     i = tl.arange(0, A.shape[0])
     diagonal = i[:, None] == i[None, :]
-    a = tl.sum(tl.where(diagonal, A, 0.0), 0)
-    floor = tl.maximum(c, (c + a) * PIVOT_EPS)
+    C_diagonal = c + tl.sum(tl.where(diagonal, A, 0.0), 0)
 
     # One tile holds both factors: after step k its columns up to k are L^-1 and the others are what
-    # is left of C. Row k of L^-1, e_k, is final at step k, which adds its share of the inverse:
-    # C^-1 = sum_k e_k e_k^T / d_k.
-    T = tl.where(diagonal, c + A, A)
+    # is left of A, without c. Row k of L^-1, e_k, is final at step k, which adds its share of the
+    # inverse: C^-1 = sum_k e_k e_k^T / d_k.
+    T = A
     C_inv = tl.zeros_like(A)
     w = tl.zeros_like(v)
+    q = tl.zeros_like(v)
     pivots = tl.zeros_like(v) + c
     lost = 0
     # The padding is never a pivot and its rows of T are 0, so it takes no part.
     for k in range(0, m):
         is_k = i == k
         row = tl.sum(tl.where(is_k[:, None], T, 0.0), 0)
-        pivot = tl.sum(tl.where(is_k, row, 0.0), 0)
-        floor_k = tl.sum(tl.where(is_k, floor, 0.0), 0)
-        floored = pivot < floor_k
-        d = tl.where(floored, floor_k, pivot)
+        left = tl.sum(tl.where(is_k, row, 0.0), 0)
+        C_kk = tl.sum(tl.where(is_k, C_diagonal, 0.0), 0)
+        floor_k = tl.maximum(c, C_kk * PIVOT_EPS)
+        floored = c + left < floor_k
+        d = tl.where(floored, floor_k, c + left)
         v_k = tl.where(floored, 0.0, tl.sum(tl.where(is_k, v, 0.0), 0))
-        lost = tl.where(floored, 1, lost)
+        # True comparisons, which a NaN fails.
+        resolved = (d >= C_kk * HALF_EPS) & (d / c < float("inf"))
+        lost = tl.where(floored | (resolved == 0), 1, lost)
         pivots = tl.where(is_k, d, pivots)
 
         e = tl.where(is_k, 1.0, tl.where(i < k, row, 0.0))
-        C_inv += (e / d)[:, None] * e[None, :]
-        w += e * (v_k / d)
+        by_d = e / d
+        C_inv += by_d[:, None] * e[None, :]
+        w += by_d * v_k
+        # q = 1 - c diag(C^-1), of which the first share is d - c: `left`, before c has rounded it.
+        q += tl.where(is_k, tl.where(floored, d - c, left) / d, -c * by_d * e)
 
         multiplier = tl.where((i > k) & (floored == 0), row / d, 0.0)
         v = tl.where(is_k, v_k, v - multiplier * v_k)
@@ -68,18 +74,10 @@ def factorise(A, v, c, m):
             - multiplier[:, None] * tl.where(is_k, 1.0, row)[None, :]
         )
 
-    ratio = pivots / c
-    # True comparisons, which a NaN fails. A padded lane has pivot c and a = 0: it is resolved.
-    resolved = (pivots >= (c + a) * HALF_EPS) & (ratio < float("inf"))
-    lost = tl.maximum(lost, tl.max((resolved == 0).to(tl.int32), 0))
     # v has become vhat, and a padded lane's pivot is c. Summed here, over lanes, rather than in the
     # loop: a tree of additions loses less than a chain.
-    log_det = tl.sum(tl.log(ratio), 0)
+    log_det = tl.sum(tl.log(pivots / c), 0)
     explained = tl.sum(v * (v / pivots), 0)
-    # Each form of q is exact where the other cancels: 1 - c (C^-1)_ii is 1 - 1 for a small A_ii.
-    q_sum = tl.sum(A * C_inv, 0)
-    q_complement = 1.0 - c * tl.sum(tl.where(diagonal, C_inv, 0.0), 0)
-    q = tl.where(a < c, q_sum, q_complement)
     return log_det, explained, C_inv, w, q, lost
 
 

@@ -93,10 +93,12 @@ def woodbury_block(m: int) -> int:
     return max(16, triton.next_power_of_2(m))
 
 
-def _num_warps(block_m: int) -> int:
+def woodbury_warps(block_m: int, rescue: bool = False) -> int:
+    """Warps of a program that factorises a system of that block, in float64 for a rescue."""
     # The m dependent steps pay for every warp that has to be synchronised, so only m = 64, whose
-    # three tiles do not fit fewer warps' registers, gets many.
-    return {16: 1, 32: 4, 64: 8}[block_m]
+    # tiles do not fit fewer warps' registers, gets many. A float64 takes two registers; at 16 warps
+    # its tiles would exceed the 128 that a thread then has.
+    return 8 if block_m == 64 else 4 if rescue or block_m == 32 else 1
 
 
 def woodbury_fwd(G: Tensor, p: Tensor, rr: Tensor, h: Tensor, c: Tensor) -> Woodbury:
@@ -156,7 +158,7 @@ def _launch(
         BLOCK_M=block_m,
         SUMS=sums is not None,
         RESCUE=False,
-        num_warps=_num_warps(block_m),
+        num_warps=woodbury_warps(block_m),
     )
     return Woodbury(log_det, explained, K, y, q, w, lost)
 
@@ -171,5 +173,5 @@ def configurations() -> Iterator[Configuration]:
             f"m={block_m}" + (" sums" if sums else ""),
             types,
             {"BLOCK_M": block_m, "SUMS": sums, "RESCUE": False},
-            num_warps=_num_warps(block_m),
+            num_warps=woodbury_warps(block_m),
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 from ._blocks import add_gram_float64, store_sums
 from ._contract import Woodbury, rows_dense
 from ._launch import Configuration, cdiv, empty_sums, launch, pointer
-from .woodbury import _woodbury_fwd_kernel, woodbury_block
+from .woodbury import _woodbury_fwd_kernel, woodbury_block, woodbury_warps
 
 # Columns of J that one program sums up, at the least; and into how many parts n is cut at most.
 _COLUMNS = 512
@@ -158,7 +158,7 @@ def solve_again(
         *(G, p, squared_error, B, m, splits),
         **_SOLVE,
         BLOCK_M=block_m,
-        num_warps=solve_warps(block_m),
+        num_warps=woodbury_warps(block_m, rescue=True),
     )
 
 
@@ -174,12 +174,6 @@ def _gram_warps(block_m: int) -> int:
     return 16 if block_m == 64 else 4
 
 
-def solve_warps(block_m: int) -> int:
-    """Warps of a program that factorises in float64."""
-    # m = 64 holds three tiles, which at 16 warps exceed the 128 registers that a thread then has.
-    return 8 if block_m == 64 else 4
-
-
 def configurations() -> Iterator[Configuration]:
     """Every compilation of either kernel: the buckets of m, even and odd sizes."""
     sums = {f"{name}_ptr": "*fp64" for name in ("g", "p", "rr")} | {"lost_ptr": "*u8"}
@@ -193,7 +187,7 @@ def configurations() -> Iterator[Configuration]:
                 _gram_warps(block_m),
                 odd=odd,
             )
-        names = "h c log_det explained k y q w".split()
+        names = "rr h c log_det explained k y q w".split()
         more = {
             "g_sum_ptr": "*fp64",
             "p_sum_ptr": "*fp64",
@@ -205,5 +199,5 @@ def configurations() -> Iterator[Configuration]:
             f"m={block_m} rescue",
             sums | more | {f"{name}_ptr": "*fp32" for name in names},
             {"BLOCK_M": block_m, **_SOLVE},
-            solve_warps(block_m),
+            woodbury_warps(block_m, rescue=True),
         )
