@@ -1,13 +1,17 @@
 """Compile every configuration that a launcher can choose, for every supported GPU, without one.
 
     python -m fastsfvae.kernels.audit [--json] [--quick] [--arch 86 ...] [--kernel gram_tail ...]
+    python -m fastsfvae.kernels.audit --code [--write-bounds] [the same]
 
 Prints one row per kernel, configuration and architecture, and exits 1 when a required architecture
 shows a spill (stack bytes) or more shared memory than its cards give a block. Arguments are
 specialised as the JIT would: without the divisibility of aligned pointers and sizes the compiler
 reports spills that no launch has, and no vector loads. Odd sizes are rows of their own.
 
-Below the table stands what a first step waits for: the CPU time that compiling its kernels takes.
+With --code, in a clone, a row is a launch of the paper's workloads at B = 64, and what is printed
+is its machine code: see `_code_gate`. It exits 1 where that is more than `bounds.json` allows; with
+--write-bounds what is counted becomes the bound. Below stands what a first step waits for: the CPU
+time that compiling its kernels takes.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import multiprocessing
 import os
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -27,7 +30,6 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -43,8 +45,18 @@ from . import (
     woodbury,
     woodbury_float64,
 )
+from ._code_gate import (
+    CARDS,
+    as_json,
+    broken,
+    code_rows,
+    code_table,
+    read_bounds,
+    recorded_step,
+    write_bounds,
+)
 from ._launch import OPTIONS, Configuration, DeviceLimits, pretend
-from ._stack_product import audited
+from ._machine_code import resource_usage
 
 # Shared memory that one block can have, in KiB, by compute capability.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
@@ -89,42 +101,22 @@ def configurations() -> list[Configuration]:
         *(tangent_conv_transpose, tangent_conv, tangent_linear),
         *(gram_tail, gram_tail_backward),
     )
-    own = chain.from_iterable(module.configurations() for module in modules)
-    return [*own, *_celeba16_first_layer(), *celeba16()]
-
-
-def celeba16() -> list[Configuration]:
-    """What celeba16's first step compiles at most: m = 16, float32 products in TF32.
-
-    Its first layer is the library's unless `fused_layers("always")` is asked for: there is no
-    activation in front of it to take in.
-    """
-    rest = (tangent_activation, gram_tail, gram_tail_backward, woodbury, woodbury_float64)
-    # Up to the first activation all samples share their tangents: it is a pass of its own.
-    labels = {"relu fp32", "m=16 Ci=16 fp32 tf32 relu", "Ci=32 fp32 tf32 relu", "m=16 sums"}
-    labels |= {"m=16 Ci=16 fp32 ieee relu rescue", "m=16 rescue"}
-    others = [c for module in rest for c in module.configurations() if c.label in labels]
-    # The last one gives the values alone.
-    channels = (64, 64), (64, 32), (32, 32), (32, 3)
-    variants = [(torch.float32, "tf32", "relu", *pair) for pair in channels]
-    doubled = audited("celeba16", tangent_conv_transpose.geometry(4, padding=1), variants)
-    return [*doubled, *others]
-
-
-def _celeba16_first_layer() -> list[Configuration]:
-    variants = [(torch.float32, "tf32", "none", 256, 16 * 64)]
-    return list(audited("celeba16 4x4", tangent_conv_transpose.geometry(4, padding=0), variants))
+    return list(chain.from_iterable(module.configurations() for module in modules))
 
 
 def first_step_seconds(arch: int) -> tuple[int, float]:
-    """How many kernels `celeba16` names, and the CPU time of compiling them anew, in seconds."""
-    with pretend(DeviceLimits(sm_count=128, capability=arch)):
-        kernels = celeba16()
+    """How many kernels celeba16's first step compiles, float32 products in TF32, and how long.
+
+    Returns:
+        The number, and the CPU time of compiling them anew, in seconds.
+    """
+    step = recorded_step("celeba16", "tf32", arch)
+    kernels = {launch.compilation: launch for _, launch in step}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True
         before = _cpu_seconds()
-        for kernel in kernels:
-            _compiled(kernel, arch)
+        for kernel in kernels.values():
+            kernel.compile(arch)
         return len(kernels), _cpu_seconds() - before
 
 
@@ -180,9 +172,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        return resource_usage(path)
 
 
 def _widest_load(ptx: str) -> int:
@@ -222,7 +212,7 @@ def audit(archs: Iterable[int], names: Sequence[str] = ("",), one_in: int = 1) -
         return list(pool.map(_compile_numbered, jobs, chunksize=4))
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     head = ("kernel", "configuration", "sm", "regs", "stack", "shared", "load", "tensor core", "")
     lines = [head]
     for row in rows:
@@ -230,11 +220,45 @@ def _table(rows: Sequence[Row]) -> str:
         numbers = (row.arch, row.registers, row.stack_bytes, row.shared_bytes, row.load_bytes)
         cells = (row.kernel, row.configuration, *map(str, (*numbers, row.tensor_core)))
         lines.append((*cells, verdict))
+    return lines
+
+
+def _print(lines: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _code(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """The command with --code."""
+    everything = not (options.quick or options.arch) and options.kernel == [""]
+    if options.write_bounds and not everything:
+        parser.error("--write-bounds counts everything: give no --arch, --kernel or --quick")
+    archs = [arch for arch in options.arch or (QUICK if options.quick else CARDS) if arch in CARDS]
+    small = {"workloads": ["celeba16"], "dtypes": ["bfloat16"]} if options.quick else {}
+    rows = code_rows(archs, options.kernel, **small)
+    if not rows:
+        parser.error("no launch of the workloads is of such a kernel or card")
+    if options.write_bounds:
+        write_bounds(rows)
+    if options.json:
+        print(as_json(rows))
+    else:
+        _print(code_table(rows))
+    lines = broken(rows, read_bounds())
+    print(*lines, sep="\n", file=sys.stderr)
+    if not options.json:
+        print(f"{len(rows)} launches, {len(lines)} bounds broken")
+    if everything:
+        for arch in archs:
+            count, seconds = first_step_seconds(arch)
+            print(
+                f"celeba16's first step, its layers fused: {count} kernels compiled for "
+                f"sm_{arch} in {seconds:.1f} s of CPU time",
+                file=sys.stderr if options.json else sys.stdout,
+            )
+    return 1 if lines else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a quarter of them, another on each of sm_{' and sm_'.join(map(str, QUICK))}",
+        help=f"a part of them, on sm_{' and sm_'.join(map(str, QUICK))}",
     )
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=sorted(SHARED_KIB), help="only these, as in 86"
@@ -254,23 +278,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kernel", nargs="+", default=[""], help="only kernels with one of these in their name"
     )
+    parser.add_argument(
+        "--code", action="store_true", help="the machine code of the paper's workloads (in a clone)"
+    )
+    parser.add_argument(
+        "--write-bounds", action="store_true", help="with --code: bound what is counted now"
+    )
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
+    if options.code or options.write_bounds:
+        return _code(options, parser)
     archs = options.arch or (QUICK if options.quick else tuple(SHARED_KIB))
     rows = audit(archs, options.kernel, one_in=4 if options.quick else 1)
     if not rows:
         parser.error(f"no kernel has {' or '.join(map(repr, options.kernel))} in its name")
-    print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else _table(rows))
     failed = [row for row in rows if not row.ok and row.arch in REQUIRED]
-    if not options.json:
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        _print(_table(rows))
         print(f"{len(rows)} configurations, {len(failed)} that spill or do not fit")
-        if options.kernel == [""]:
-            count, seconds = first_step_seconds(archs[0])
-            print(
-                f"celeba16's first step, its layers fused: {count} kernels compiled for "
-                f"sm_{archs[0]} in {seconds:.1f} s of CPU time"
-            )
     return 1 if failed else 0
 
 

@@ -1,0 +1,45 @@
+"""What the paper's workloads launch, recorded without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from unittest import mock
+
+import fastsfvae as sf
+from bench.peers import SETTINGS, loss_and_gradients
+from bench.problems import build_problem, products
+from fastsfvae import kernels
+from fastsfvae.kernels._launch import DeviceLimits
+from fastsfvae.kernels._record import Launch, recorded
+
+# The paper's workloads that run on the kernels, and a batch that stands for all sizes.
+PAPER = ("celeba16", "mnist2", "collapse200")
+BATCH = 64
+
+
+def step(workload: str, dtype: str, limits: DeviceLimits, batch: int = BATCH) -> list[Launch]:
+    """Launches of decoder and loss, forward and backward, all samples at once, every layer fused.
+
+    Args:
+        workload: one of `WORKLOADS`.
+        dtype: "bfloat16" (autocast), "tf32" or "float32".
+        limits: of the card that launchers choose for.
+        batch: samples.
+    """
+    # Kernels first: with the interpreter named, they would be the interpreter's.
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    problem = build_problem(workload, batch)
+    loss = sf.SamplingFreeLoss(
+        *(problem.decoder,), reduction="sum", backend="triton", chunk_size=batch, **SETTINGS
+    )
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        products(dtype),
+        sf.fused_layers("always"),
+        recorded(limits) as launches,
+    ):
+        loss_and_gradients(loss, problem, dtype)
+    return launches

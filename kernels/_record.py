@@ -1,0 +1,176 @@
+"""Launches recorded in place of being made: what the machine code of a step is counted on.
+
+Tensors may lie on the CPU. Each launch goes through Triton's own binder, which finds types,
+alignments and constants as it would on a device; then it is written down, and nothing runs. What
+kernels were to fill stays uninitialised, so a step that asks for values is not for this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ._launch import OPTIONS, DeviceLimits, pretend
+
+_FORMS = {"i32": "<i", "i64": "<q", "u32": "<I", "u64": "<Q", "fp32": "<f"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A tensor that a launch is given.
+
+    Attributes:
+        shape: its sizes.
+        dtype: as in "bfloat16".
+        bytes: of its elements, each once.
+        address: of its first one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    address: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, with all that its compilation depends on.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        signature: the type of each parameter by name, "constexpr" where it is compiled in.
+        constants: what is compiled in, by its position.
+        attributes: what is known of the others, by position.
+        options: num_warps and the like.
+        grid: programs along each axis.
+        values: of the arguments at run time by name: numbers, and tensors as `Memory`.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[tuple[int, ...], Any]
+    attributes: Mapping[tuple[int, ...], Any]
+    options: Mapping[str, Any]
+    grid: tuple[int, ...]
+    values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self.kernel.__name__
+
+    @property
+    def programs(self) -> int:
+        """How many run."""
+        count = 1
+        for extent in self.grid:
+            count *= extent
+        return count
+
+    @property
+    def num_warps(self) -> int:
+        """Of one program."""
+        return self.options.get("num_warps", 4)
+
+    @property
+    def compilation(self) -> tuple:
+        """Equal for two launches of the same machine code."""
+        parts = (self.signature, self.constants, self.attributes, self.options)
+        return (self.name, *(repr(sorted(part.items(), key=repr)) for part in parts))
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all tensors that it is given, each once."""
+        return sum({m.address: m.bytes for m in self.memories.values()}.values())
+
+    @property
+    def memories(self) -> dict[str, Memory]:
+        """Its tensors; of two that start at one address, as where one stands in, the first."""
+        found: dict[int, tuple[str, Memory]] = {}
+        for name, value in self.values.items():
+            if isinstance(value, Memory):
+                found.setdefault(value.address, (name, value))
+        return dict(found.values())
+
+    @property
+    def arguments(self) -> bytes:
+        """What it is given at run time, as it lies in a device's constant memory."""
+        packed = b""
+        for name, value in self.values.items():
+            kind = self.signature[name]
+            form = "<Q" if kind.startswith("*") else _FORMS[kind]
+            size = struct.calcsize(form)
+            packed += bytes(-len(packed) % size)
+            packed += struct.pack(form, value.address if isinstance(value, Memory) else value)
+        return packed
+
+    def compile(self, arch: int) -> Any:
+        """Compile for ``sm_<arch>`` as the launch would."""
+        return triton.compile(
+            ASTSource(self.kernel, self.signature, self.constants, self.attributes),
+            target=GPUTarget("cuda", arch, 32),
+            options=dict(self.options),
+        )
+
+
+class _Absent:
+    """A driver of a card that is not there."""
+
+    def __init__(self, arch: int):
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return Memory(
+        *(tuple(value.shape), str(value.dtype).removeprefix("torch.")),
+        *(value.numel() * value.element_size(), value.data_ptr()),
+    )
+
+
+@contextlib.contextmanager
+def recorded(limits: DeviceLimits) -> Iterator[list[Launch]]:
+    """Write launches down inside a block as on a device of these limits; gives the list."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        *_, backend, binder = self.create_binder()
+        bound, specialization, options = binder(*args, debug=False, **kwargs)
+        _, signature, constants, attributes = self._pack_args(
+            backend, {"debug": False, **kwargs}, bound, specialization, options
+        )
+        values = {n: _described(v) for n, v in bound.items() if signature[n] != "constexpr"}
+        chosen = {n: v for n, v in kwargs.items() if n not in signature and v is not None}
+        grid = grid(bound) if callable(grid) else grid
+        launches.append(
+            Launch(self, signature, constants, attributes, OPTIONS | chosen, tuple(grid), values)
+        )
+
+    before = driver.active if driver._active is not None else None
+    driver.set_active(_Absent(limits.capability))
+    try:
+        with pretend(limits), mock.patch.object(JITFunction, "run", run):
+            yield launches
+    finally:
+        driver._active = before
