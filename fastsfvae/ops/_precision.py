@@ -10,12 +10,17 @@ from torch import Tensor
 from fastsfvae.ops._gpu import MEASURED, Gpu
 
 
+def layer_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which the library's products take a tensor; autocast leaves float64 alone."""
+    device = t.device.type
+    if t.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return t.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def autocast(stack: Tensor) -> Tensor:
     """The stack in the dtype that the library's product would take it in."""
-    device = stack.device.type
-    if not torch.is_autocast_enabled(device):
-        return stack
-    return stack.to(torch.get_autocast_dtype(device))
+    return stack.to(layer_dtype(stack))
 
 
 def allows_tf32(operation: str) -> bool:

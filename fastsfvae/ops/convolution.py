@@ -1,7 +1,7 @@
 """A convolution without bias and its two gradients, on [N, C, *space], outside autograd.
 
 Values and tangents of a chunk come here as one batch. Each product goes to the library's own
-convolution, except where a CPU does the same work much faster in another form.
+convolution, except where another form of the same work is faster.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.ops import transposed_cpu as cpu_ends
+from fastsfvae.ops import transposed_forms as forms
 from fastsfvae.ops._geometry import Geometry as Geometry
 
 _LIBRARY = (F.conv1d, F.conv2d, F.conv3d)
@@ -19,10 +19,10 @@ _LIBRARY_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """``[N, C_in, *space] -> [N, C_out, *other space]``; autocasts as the library does."""
-    if cpu_ends.is_product(x, weight, geometry):
-        return cpu_ends.product(x, weight)
-    if cpu_ends.has_phases(x, weight, geometry):
-        return cpu_ends.by_phases(x, weight, geometry)
+    if forms.is_product(x, weight, geometry):
+        return forms.product(x, weight)
+    if forms.has_phases(x, weight, geometry):
+        return forms.by_phases(x, weight, geometry)
     stride, padding, dilation, groups, transposed, output_padding = geometry
     spatial = len(stride) - 1
     if transposed:
@@ -36,8 +36,8 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of `convolve` in x and in the weight, None where `needs` is False."""
     x, weight = x.to(grad.dtype), weight.to(grad.dtype)
-    if cpu_ends.is_product(x, weight, geometry):
-        return cpu_ends.product_backward(grad, x, weight, needs)
+    if forms.is_product(x, weight, geometry):
+        return forms.product_backward(grad, x, weight, needs)
     stride, padding, dilation, groups, transposed, output_padding = geometry
     if groups > 1 and x.is_contiguous():
         # One position may have channels-last strides as well, at which PyTorch 2.14's own fails.

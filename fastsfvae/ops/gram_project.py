@@ -125,7 +125,8 @@ def _forward(J: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with full_products(J):
         J, r = J.to(dtype), r.to(dtype)
         G = torch.bmm(J, J.mT)
-        p = torch.bmm(J, r.unsqueeze(-1)).squeeze(-1)
+        # The row in front: behind J, a CPU's library takes each column of one for a matrix.
+        p = torch.bmm(r.unsqueeze(-2), J.mT).squeeze(-2)
         return G, p, r.square().sum(-1)
 
 

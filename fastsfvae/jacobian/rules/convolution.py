@@ -24,6 +24,7 @@ from fastsfvae.jacobian.rules.jet import (
 )
 from fastsfvae.jacobian.rules.registry import adjoint, rule
 from fastsfvae.jacobian.rules.tape import once
+from fastsfvae.ops._precision import layer_dtype
 from fastsfvae.ops.convolution import Geometry, convolve, convolve_backward
 
 
@@ -60,10 +61,11 @@ def _register(name: str, spatial: int) -> None:
         if not simple or x.primal.ndim == spatial + 1 or x.tangent.shape[1] != x.primal.shape[0]:
             return forward(x, weight, bias, *args, **kwargs)
         stack = torch.cat([x.primal[None], x.tangent]) if x.stack is None else x.stack
-        moved = convolve(fold(stack), _prepared(weight), geometry(weight, *args, **kwargs))
+        kernel = _prepared(weight, layer_dtype(weight))
+        moved = convolve(fold(stack), kernel, geometry(weight, *args, **kwargs))
         y = from_stack(unfold(moved, stack.shape[0]))
         if bias is not None:
-            y.primal.add_(bias.view(-1, *[1] * spatial))
+            y.primal.add_(bias.to(moved.dtype).view(-1, *[1] * spatial))
         return y
 
     def pull(grad: Jet, out: Jet, needs: tuple, x: Any, weight: Any, *rest: Any, **kwargs: Any):
@@ -76,7 +78,7 @@ def _register(name: str, spatial: int) -> None:
             pairs = [(grad.primal, x.primal), (grad.tangent, x.tangent)]
         grads: list[tuple[Any, Any]] = [
             convolve_backward(
-                *(_batched(g, spatial), _batched(t, spatial), _prepared(weight)),
+                *(_batched(g, spatial), _batched(t, spatial), _prepared(weight, g.dtype)),
                 *(shape, needs[:2]),
             )
             for g, t in pairs
@@ -176,15 +178,15 @@ def _plus(a: Any, b: Any) -> Any:
     return a if a is None else a + b
 
 
-def _prepared(weight: Tensor) -> Tensor:
-    """The weight in channels-last order, which makes all activations follow.
+def _prepared(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in a dtype and in channels-last order, which makes all activations follow.
 
     It is what a CPU's vectors and a GPU's tensor cores take without a copy.
     """
     if weight.ndim != 4 or weight.device.type not in ("cpu", "cuda"):
         return weight
     last = torch.channels_last
-    return once(weight, "channels_last", lambda w: w.contiguous(memory_format=last))
+    return once(weight, f"last {dtype}", lambda w: w.to(dtype).contiguous(memory_format=last))
 
 
 def _batched(t: Tensor, spatial: int) -> Tensor:

@@ -1,13 +1,13 @@
-"""Transposed convolutions at a decoder's ends, in the form that a CPU does fastest.
+"""Transposed convolutions at a decoder's ends, in forms that are faster than the library's own.
 
 Where the input is 1 x 1 the layer is a matrix product, ``[N, C_in] @ [C_in, kh kw C_out]``, whose
-result already lies in channels-last order.
+result already lies in channels-last order. So it is on every device and in every dtype.
 
-Where few channels come out (the image's), the library's forward has too little to vectorise over.
 With kernel s t and stride s, output o = s P + q of the layer without padding reads the t inputs at
 P - t + 1 .. P, whatever its phase q. So the s x s phases are channels of an ordinary t x t
-convolution, which are interleaved and then cropped by the padding. The library's backward is fast
-as it is.
+convolution, which are interleaved and then cropped by the padding. A CPU takes that form where few
+channels come out (the image's), as the library's forward has too little to vectorise over. Its
+backward is fast as it is, and so is its forward in float64.
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsfvae.ops._geometry import Geometry
+from fastsfvae.ops._precision import allows_tf32, layer_dtype
 
 _FEW_CHANNELS = 4
 
 
 def _is_plain(x: Tensor, weight: Tensor, g: Geometry) -> bool:
-    plain = g.transposed and g.groups == 1 and g.dilation == (1, 1) and weight.device.type == "cpu"
-    exact = weight.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype
-    return plain and exact and not torch.is_autocast_enabled("cpu")
+    plain = g.transposed and g.groups == 1 and g.dilation == (1, 1) and weight.is_floating_point()
+    # The library says so where they differ.
+    return plain and layer_dtype(x) == layer_dtype(weight)
 
 
 def is_product(x: Tensor, weight: Tensor, g: Geometry) -> bool:
     """Whether `product` and `product_backward` apply."""
     whole = g.padding == (0, 0) and g.output_padding == (0, 0)
-    return whole and x.shape[2:] == (1, 1) and _is_plain(x, weight, g)
+    if not whole or x.shape[2:] != (1, 1) or not _is_plain(x, weight, g):
+        return False
+    if not x.is_cuda or layer_dtype(x) != torch.float32:
+        return True
+    # Products of matrices may be allowed fewer digits than convolutions are.
+    return allows_tf32("conv_transpose2d") or not allows_tf32("linear")
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -57,8 +63,10 @@ def _taps_last(weight: Tensor) -> Tensor:
 
 
 def has_phases(x: Tensor, weight: Tensor, g: Geometry) -> bool:
-    """Whether `by_phases` applies: few channels come out, the stride divides the kernel."""
-    if not _is_plain(x, weight, g) or weight.shape[1] > _FEW_CHANNELS or max(g.stride) < 2:
+    """Whether `by_phases` applies, as the stride divides the kernel, and pays."""
+    if not weight.is_cpu or not _is_plain(x, weight, g) or layer_dtype(x) == torch.float64:
+        return False
+    if weight.shape[1] > _FEW_CHANNELS or max(g.stride) < 2:
         return False
     sizes = zip(weight.shape[2:], g.stride, g.padding, g.output_padding, strict=True)
     return all(k % s == 0 and more <= p for k, s, p, more in sizes)
