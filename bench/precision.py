@@ -1,11 +1,16 @@
 """What a precision costs: values, gradients and a training run against float64, on the digits.
 
     python -m bench.precision --steps 500
+    python -m bench.precision --bias
 
 The default MLP (m = 16) is trained in each precision from the same weights on the same batches.
 Values and gradients are those of one batch at the weights that float64 ended at, rounded to
 float32, so that every precision starts from the same numbers. Writes bench/results/precision.csv
-and prints a markdown table; what needs a GPU is measured where one is.
+and prints a markdown table; what needs a GPU is measured where one is, and TF32 is emulated on a
+CPU besides (bench/tf32.py).
+
+With --bias, how far emulated TF32 products move J, the loss and its gradient one way: celeba16's
+decoder as initialised, 16 samples, against float64. Writes bench/results/tf32_bias.csv.
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ import copy
 import csv
 import io
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +29,16 @@ import torch
 from torch import Tensor, nn
 
 import fastsfvae as sf
-from bench.problems import products
+from bench import tf32
+from bench.problems import build_problem, products
 from fastsfvae import models
 from fastsfvae.data import digits
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.ground.provenance import commit, device_name
 
-RESULTS = Path(__file__).parent / "results" / "precision.csv"
+RESULTS = Path(__file__).parent / "results"
 NOISE_VAR, BATCH = 0.5, 64
+BIASED, BIASED_BATCH = "celeba16", 16
 # Steps whose mean is the final loss.
 LAST = 50
 
@@ -43,11 +50,13 @@ class Precision(NamedTuple):
         dtype: of the parameters and the data.
         autocast: of the layers' products, values and tangents; None for `dtype`.
         products: of float32 numbers in cuBLAS and cuDNN, "ieee" or "tf32".
+        cut: what emulation does to their operands.
     """
 
     dtype: torch.dtype
     autocast: torch.dtype | None = None
     products: str = "ieee"
+    cut: Callable[[Tensor], Tensor] | None = None
 
 
 EXACT = "float64"
@@ -55,6 +64,8 @@ PRECISIONS = {
     EXACT: Precision(torch.float64),
     "float32": Precision(torch.float32),
     "float32, TF32 products": Precision(torch.float32, products="tf32"),
+    "TF32 emulated, truncated": Precision(torch.float32, cut=tf32.truncated),
+    "TF32 emulated, rounded": Precision(torch.float32, cut=tf32.rounded),
     "bfloat16 autocast": Precision(torch.float32, torch.bfloat16),
     "float16 autocast": Precision(torch.float32, torch.float16),
 }
@@ -73,8 +84,10 @@ class Trained(NamedTuple):
 def held(precision: Precision, device: str) -> Iterator[None]:
     """Compute in a precision within the block."""
     enabled = precision.autocast is not None
+    emulated = nullcontext() if precision.cut is None else tf32.Emulated(precision.cut)
     with products(precision.products), torch.autocast(device, precision.autocast, enabled):
-        yield
+        with emulated:
+            yield
 
 
 def fresh_model(seed: int, precision: Precision, device: str) -> tuple[nn.Module, nn.Module]:
@@ -174,6 +187,43 @@ def measure(steps: int, seed: int, device: str, names: list[str]) -> list[dict[s
     return rows
 
 
+def measure_bias() -> list[dict[str, object]]:
+    """A row for float32 and for each emulated precision: norms over float64's, less 1."""
+    decoder, x, mean, log_var = build_problem(BIASED, BIASED_BATCH)[1:]
+    inputs = tuple(t.detach() for t in (x, mean, log_var))
+
+    def found(precision: Precision) -> dict[str, Tensor]:
+        of_dtype = copy.deepcopy(decoder).to(precision.dtype)
+        with held(precision, "cpu"):
+            J = sf.decode_with_jacobian(of_dtype, inputs[1].to(precision.dtype))[1]
+        elbo, gradient = values_and_gradients(decoder, inputs, precision)
+        return {"jacobian": J.detach().double(), "loss": -elbo, "gradient": gradient}
+
+    exact, rows = found(PRECISIONS[EXACT]), []
+    for name, precision in PRECISIONS.items():
+        if name != "float32" and precision.cut is None:
+            continue
+        row: dict[str, object] = {"precision": name, "decoder": BIASED, "batch": BIASED_BATCH}
+        for key, value in found(precision).items():
+            want = exact[key]
+            # An error across it, as of a ReLU that flips, changes its size in the second order.
+            row[f"{key}_bias"] = float(value.norm() / want.norm() - 1)
+            row[f"{key}_error"] = float((value - want).norm() / want.norm())
+        rows.append(row | {"torch": torch.__version__, "commit": commit()})
+    return rows
+
+
+def markdown_of_bias(rows: list[dict[str, object]]) -> str:
+    """A table of `measure_bias`."""
+    keys = ("jacobian", "loss", "gradient")
+    lines = ["| precision | " + " | ".join(f"{key}: bias, error" for key in keys) + " |"]
+    lines.append("|---" * (1 + len(keys)) + "|")
+    for row in rows:
+        cells = (f"{row[f'{key}_bias']:+.1e}, {row[f'{key}_error']:.1e}" for key in keys)
+        lines.append(f"| {row['precision']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def markdown(rows: list[dict[str, object]]) -> str:
     """The table of the README; what was left out is named."""
     lines = [
@@ -201,16 +251,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
+    parser.add_argument("--bias", action="store_true", help="emulated TF32's bias alone")
+    parser.add_argument("--out", type=Path, help="the CSV file")
     options = parser.parse_args()
+    if options.bias:
+        rows = measure_bias()
+        _write(options.out or RESULTS / "tf32_bias.csv", rows)
+        print(markdown_of_bias(rows))
+        return
     names = [n for n, p in PRECISIONS.items() if options.device != "cpu" or p.products == "ieee"]
     rows = measure(options.steps, options.seed, options.device, names)
+    _write(options.out or RESULTS / "precision.csv", rows)
+    print(markdown(rows))
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(options.out, text.getvalue())
-    print(markdown(rows))
+    write_text(path, text.getvalue())
 
 
 if __name__ == "__main__":
