@@ -9,12 +9,35 @@ from ._launch import INTERPRET
 
 
 @triton.jit
+def _truncated(x):
+    """What a tensor core reads of a float32 operand in TF32: its upper 19 bits."""
+    return (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr):
     """The matrix product of two tiles, added to float32 acc; PRECISION is for float32 tiles."""
     if INTERPRET:
+        if PRECISION == "tf32" and x.dtype == tl.float32:
+            x, y = _truncated(x), _truncated(y)
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """Float32 x to the nearest TF32 number, ties away from 0; as it is unless PRECISION is "tf32".
+
+    Tensor cores truncate float32 operands, which makes every product smaller on average. What
+    makes an operand rounds it, once. NaN and the infinities stay.
+    """
+    if PRECISION == "tf32":
+        # The magnitude half a unit up, before its lower 13 bits go; a NaN's might carry over.
+        up = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(x == x, up.to(tl.float32, bitcast=True), x)
+    else:
+        return x
 
 
 @triton.jit

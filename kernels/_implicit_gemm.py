@@ -1,24 +1,32 @@
-"""A layer's product on a stack of values and tangents, behind an activation, as implicit GEMMs.
+"""A layer's product on a stack of values and tangents, between activations, as an implicit GEMM.
 
     forward     y_0 = L phi(x_0) + b                 y_i = L (phi'(x_0) x_i)
     backward    g_x_i = phi'(x_0) L^T g_y_i          g_x_0 = phi'(x_0) L^T g_y_0 + phi''(x_0) d
     weight      g_L = g_y_0 phi(x_0)^T + sum_i g_y_i (phi'(x_0) x_i)^T
 
 with d = sum_i x_i * L^T g_y_i over the m tangents. L is a convolution, a transposed one or a linear
-layer; slot 0 of a stack holds the values, the others one tangent each. The activation in front is
-applied as the product loads its input and its slope as the data gradient is stored: what is kept
-for the backward is the stack itself, neither phi(x) nor a mask, and phi'' needs no pass of its own.
+layer; slot 0 of a stack holds the values, the others one tangent each.
+
+Where an activation's result tells its slope, the layer that makes the stack stores it behind that
+activation, once an output: phi(y_0), then phi'(y_0) y_i with the slope read off the values that are
+there already. Every product is then a plain one. Otherwise the activation in front is applied as
+the product loads its input. Either way the data gradient takes the slope as it is stored: what is
+kept for the backward is the stack itself, neither phi(x) nor a mask, and phi'' needs no pass of its
+own.
 
 Floor, with X and Y the bytes of the stacks of inputs and outputs: the forward moves X + Y, the data
 gradient X + Y (2 X + Y where phi'' is not 0), the weight gradient X + Y; each does 2 (1 + m) B
 FLOPs for every multiply-add of the layer on one sample. Inputs are read once for each tap that uses
-them, from L2 or nearer but for the first; x_0 rides along with each of its m tangents.
+them, from L2 or nearer but for the first.
 
 Layouts, all dense: stacks [S, B, H, W, C] with S = 1 + m, weights [outer, taps, inner], where one
 of outer and inner is summed over. An output position (y, x) of phase p reads, at its tap t, input
 row stride * y + offset + p + step * t with the weight's row first - p + stride_w * t. One phase is
 an ordinary convolution. Two phases an axis give the layer that doubles the size: outputs of the
-same parity share their taps.
+same parity share their taps, and `_doubling_gemm` has a faster kernel for it.
+
+Sizes are compiled in, so that positions, masks and addresses cost little in the loop; the numbers
+of rows, samples and slots are not.
 """
 
 from __future__ import annotations
@@ -26,37 +34,76 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._blocks import dot
-from .activations import activation
+from ._blocks import dot, rounded
+from .activations import activation, times_slope
 
 
 @triton.jit
 def moved(x, a, is_primal, inside, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
     """The activation's value, or its slope times the tangent; 0 outside, whatever phi(0)."""
-    phi, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
-    moved = tl.where(is_primal, phi, d1 * x.to(tl.float32))
-    return tl.where(inside, moved, 0.0).to(x.dtype)
+    if KIND == "relu" or KIND == "leaky_relu":
+        # The value is the slope's multiple too, and what lies outside is 0 as it was loaded.
+        return times_slope(x, a, KIND, P0, P1)
+    else:
+        phi, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
+        moved = tl.where(is_primal, phi, d1 * x.to(tl.float32))
+        return tl.where(inside, moved, 0.0).to(x.dtype)
+
+
+@triton.jit
+def sloped(acc, a_ptrs, mask, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """A product's result times the slope that slot 0 of a stack tells."""
+    return times_slope(acc, tl.load(a_ptrs, mask=mask, other=0.0), KIND, P0, P1)
+
+
+@triton.jit
+def in_values(row, lanes, values, BLOCK: tl.constexpr):
+    """(row + lanes) % values for lanes below BLOCK, by one division where the block wraps once."""
+    at = row % values + lanes
+    if values >= BLOCK:
+        wrapped = tl.where(at >= values, at - values, at)
+    else:
+        wrapped = at % values
+    return wrapped
+
+
+@triton.jit
+def position(row, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
+    """Sample, y and x of a row; unsigned, as a constant then divides in fewer instructions."""
+    row = row.to(tl.uint32, bitcast=True)
+    n, y, x = row // (GRID_H * GRID_W), row // GRID_W % GRID_H, row % GRID_W
+    return n.to(tl.int32), y.to(tl.int32), x.to(tl.int32)
+
+
+@triton.jit
+def through(ptr, at, BY_L1: tl.constexpr):
+    """Pointers to what neighbours read again: copies of 8 bytes go through L1, of 16 past it."""
+    return tl.multiple_of(ptr + at, [1, 8]) if BY_L1 else ptr + at
+
+
+@triton.jit
+def within(at, SIZE: tl.constexpr):
+    """0 <= at < SIZE, in one comparison."""
+    return at.to(tl.uint32, bitcast=True) < SIZE
 
 
 @triton.jit
 def _product_tile(
-    x_ptr,  # [S, B, H, W, C]
+    x_ptr,
     w_ptr,
-    n,  # [BLOCK_M] index into S * B
+    at_x,  # [BLOCK_M] what tap 0 reads of x [S, B, H, W, C]; the same of slot 0
+    at_a,
+    is_primal,  # [BLOCK_M]
     top,  # [BLOCK_M] input row that tap 0 reads
     left,
-    row_mask,
     cols,  # [BLOCK_N]
     first_y,  # weight's row of tap 0
     first_x,
-    B,
-    H,
-    W,
-    C,
-    N,
-    stride_w_c,
-    stride_w_n,
-    stride_w_tap,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    INNER_IS_INPUT: tl.constexpr,
     KIND: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -64,73 +111,93 @@ def _product_tile(
     TAPS: tl.constexpr,
     STEP: tl.constexpr,
     STEP_W: tl.constexpr,
+    INSIDE: tl.constexpr,
+    BY_L1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ONE_TAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_N] outputs in float32; the sum runs over (tap, channel)."""
-    image = tl.cast(H * W * C, tl.int64)
-    x_ptrs = x_ptr + (n * image)[:, None]
-    a_ptrs = x_ptr + (n % B * image)[:, None]
+    ONE_TAP: tl.constexpr = C % BLOCK_K == 0
+    STRIDE_C: tl.constexpr = 1 if INNER_IS_INPUT else KERNEL * KERNEL * N
+    STRIDE_N: tl.constexpr = KERNEL * KERNEL * C if INNER_IS_INPUT else 1
+    STRIDE_TAP: tl.constexpr = C if INNER_IS_INPUT else N
+    # Bit t of a row: whether its tap t is inside. One instruction a row tells it in the loop.
+    reach = tl.zeros([BLOCK_M], tl.int32)
+    if ONE_TAP and not INSIDE:
+        reach_x = tl.zeros([BLOCK_M], tl.int32)
+        for t in tl.static_range(TAPS):
+            reach_x |= tl.where(within(left + STEP * t, W), 1 << t, 0)
+        for t in tl.static_range(TAPS):
+            reach |= tl.where(within(top + STEP * t, H), reach_x << TAPS * t, 0)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, TAPS * TAPS * C, BLOCK_K):
-        ks = tl.arange(0, BLOCK_K)
-        if ONE_TAP:
-            # One division for the block, not one a lane.
-            tap = k // C + tl.zeros([BLOCK_K], tl.int32)
-        else:
-            tap = (k + ks) // C
-        # Not a remainder: the compiler would lose that c is consecutive, and with it wide loads.
-        c = k + ks - tap * C
+        ks = k + tl.arange(0, BLOCK_K)
+        # One division for the block, not one a lane. Not a remainder: the compiler would lose that
+        # c is consecutive, and with it wide loads.
+        tap = k // C if ONE_TAP else ks // C
+        c = ks - tap * C
         ty, tx = tap // TAPS, tap % TAPS
-        at_y, at_x = top[:, None] + STEP * ty[None, :], left[:, None] + STEP * tx[None, :]
-        inside = row_mask[:, None] & (tap < TAPS * TAPS)[None, :]
-        inside &= (at_y >= 0) & (at_y < H) & (at_x >= 0) & (at_x < W)
-        at = (at_y * W + at_x) * C + c[None, :]
-        x = tl.load(x_ptrs + at, mask=inside, other=0.0)
-        if KIND != "none":
-            a = tl.load(a_ptrs + at, mask=inside, other=0.0)
-            x = moved(x, a, (n < B)[:, None], inside, KIND, P0, P1)
         ky, kx = first_y + STEP_W * ty, first_x + STEP_W * tx
-        used = (tap < TAPS * TAPS) & (ky < KERNEL) & (kx < KERNEL)
-        at_w = (ky * KERNEL + kx) * stride_w_tap + c * stride_w_c
-        w = tl.load(
-            w_ptr + at_w[:, None] + cols[None, :] * stride_w_n,
-            mask=used[:, None] & (cols < N)[None, :],
-            other=0.0,
-        )
+        shift = STEP * (ty * W + tx) * C + c
+        at_w = (ky * KERNEL + kx) * STRIDE_TAP + c * STRIDE_C
+        # What is always true is a constant, which the compiler leaves out.
+        inside = tl.full([1, BLOCK_K], True, tl.int1)
+        used = tl.full([BLOCK_K, 1], True, tl.int1)
+        if ONE_TAP:
+            if not INSIDE:
+                inside &= ((reach & (1 << tap)) != 0)[:, None]
+        else:
+            inside &= (tap < TAPS * TAPS)[None, :]
+            used &= (tap < TAPS * TAPS)[:, None]
+            if not INSIDE:
+                inside &= within(top[:, None] + STEP * ty[None, :], H)
+                inside &= within(left[:, None] + STEP * tx[None, :], W)
+        if STEP_W * TAPS > KERNEL:
+            fits = (ky < KERNEL) & (kx < KERNEL)
+            used &= fits if ONE_TAP else fits[:, None]
+        if N % BLOCK_N:
+            used &= (cols < N)[None, :]
+        x_ptrs = through(x_ptr, at_x[:, None] + shift[None, :], BY_L1)
+        x = tl.load(x_ptrs, mask=inside, other=0.0)
+        if KIND != "none":
+            a_ptrs = through(x_ptr, at_a[:, None] + shift[None, :], BY_L1)
+            a = tl.load(a_ptrs, mask=inside, other=0.0)
+            x = moved(x, a, is_primal[:, None], inside, KIND, P0, P1)
+        w = tl.load(w_ptr + at_w[:, None] + cols[None, :] * STRIDE_N, mask=used, other=0.0)
         acc = dot(x, w, acc, PRECISION)
     return acc
 
 
-# Batch and row counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
-@triton.jit(do_not_specialize=["rows", "slots", "B", "grid_h", "grid_w", "H", "W", "OH", "OW"])
+# Row and sample counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
+@triton.jit(do_not_specialize=["first_row", "rows", "slots", "B"])
 def tangent_product_kernel(
     x_ptr,  # [S, B, H, W, C]
-    w_ptr,  # weight; strides of its input channel, its output channel and its tap follow
-    bias_ptr,  # [bias_size]; not read without HAS_BIAS
-    a_ptr,  # [S, B, OH, OW, N], what the pulled-back activation was taken at; else not read
+    w_ptr,  # [N, KERNEL * KERNEL, C] where INNER_IS_INPUT, else [C, KERNEL * KERNEL, N]
+    bias_ptr,  # [BIAS_SIZE]; not read without HAS_BIAS
+    a_ptr,  # [S, B, OH, OW, N], slot 0 of which tells the slope; not read where none is taken
     y_ptr,  # [S, B, OH, OW, N]
+    first_row,
     rows,
     slots,
     B,
-    grid_h,
-    grid_w,
-    H,
-    W,
-    C,
-    OH,
-    OW,
-    N,
-    bias_size,
-    stride_w_c,
-    stride_w_n,
-    stride_w_tap,
-    KIND: tl.constexpr,
+    GRID_H: tl.constexpr,
+    GRID_W: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    N: tl.constexpr,
+    BIAS_SIZE: tl.constexpr,
+    INNER_IS_INPUT: tl.constexpr,
+    KIND: tl.constexpr,  # of the activation that the input is in front of
     P0: tl.constexpr,
     P1: tl.constexpr,
+    RESULT_KIND: tl.constexpr,  # of the one behind the result, or with PULL in front of it
+    R0: tl.constexpr,
+    R1: tl.constexpr,
     PULL: tl.constexpr,
     CURVED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -142,49 +209,69 @@ def tangent_product_kernel(
     STEP: tl.constexpr,
     FIRST_W: tl.constexpr,
     STEP_W: tl.constexpr,
+    INSIDE: tl.constexpr,  # no tap is ever outside
+    BY_L1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ONE_TAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     # Columns and phases of the same rows are neighbours in launch order: they share x through L2.
     pid = tl.program_id(0)
-    col_tiles = tl.cdiv(N, BLOCK_N)
-    cols = pid % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    phase = pid // col_tiles % (PHASES * PHASES)
+    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    cols = pid % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    phase = pid // COL_TILES % (PHASES * PHASES)
     phase_y, phase_x = phase // PHASES, phase % PHASES
-    row = pid // (col_tiles * PHASES * PHASES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    y, x = row // grid_w % grid_h, row % grid_w
+    lanes = tl.arange(0, BLOCK_M)
+    start = first_row + pid // (COL_TILES * PHASES * PHASES) * BLOCK_M
+    row = start + lanes
+    # Rows beyond the end read what the last one does: nothing is outside for their sake.
+    first, y, x = position(tl.minimum(row, rows - 1), GRID_H, GRID_W)
+    values = B * GRID_H * GRID_W
+    primal = position(in_values(start, lanes, values, BLOCK_M), GRID_H, GRID_W)[0]
     out_y, out_x = y * PHASES + phase_y, x * PHASES + phase_x
-    row_mask = (row < rows) & (out_y < OH) & (out_x < OW)
-    mask = row_mask[:, None] & (cols < N)[None, :]
+    row_mask = row < rows
+    if OH % PHASES or OW % PHASES:
+        row_mask &= (out_y < OH) & (out_x < OW)
+    mask = row_mask[:, None]
+    if N % BLOCK_N:
+        mask &= (cols < N)[None, :]
     at = ((out_y * OW + out_x) * N)[:, None] + cols[None, :]
-    image = tl.cast(OH * OW * N, tl.int64)
+    top, left = y * STRIDE + OFFSET + phase_y, x * STRIDE + OFFSET + phase_x
+    corner = (top * W + left) * C
+    image, image_x = tl.full([], OH * OW * N, tl.int64), tl.full([], H * W * C, tl.int64)
 
-    first = row // (grid_h * grid_w)
     dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # All slots in one program where phi'' sums over them, the value's own last; else they are rows.
     for i in range(0, slots if CURVED else 1):
         n = first + (slots - 1 - i) * B if CURVED else first
         acc = _product_tile(
-            *(x_ptr, w_ptr, n, y * STRIDE + OFFSET + phase_y, x * STRIDE + OFFSET + phase_x),
-            *(row_mask, cols, FIRST_W - phase_y, FIRST_W - phase_x, B, H, W, C, N),
-            *(stride_w_c, stride_w_n, stride_w_tap, "none" if PULL else KIND, P0, P1),
-            *(KERNEL, TAPS, STEP, STEP_W, BLOCK_M, BLOCK_N, BLOCK_K, ONE_TAP, PRECISION),
+            *(x_ptr, w_ptr, n * image_x + corner, primal * image_x + corner, n < B, top, left),
+            *(cols, FIRST_W - phase_y, FIRST_W - phase_x, H, W, C, N, INNER_IS_INPUT),
+            *(KIND, P0, P1, KERNEL, TAPS, STEP, STEP_W, INSIDE, BY_L1),
+            *(BLOCK_M, BLOCK_N, BLOCK_K, PRECISION),
         )
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + cols % bias_size, mask=cols < N, other=0.0)
-            acc += tl.where((n < B)[:, None], bias.to(tl.float32)[None, :], 0.0)
         out = acc
-        if PULL:
+        a_ptrs = a_ptr + (primal * image)[:, None] + at
+        if CURVED:
             # Loaded anew for each slot, so that it takes no registers during the product.
-            a = tl.load(a_ptr + (n % B * image)[:, None] + at, mask=mask, other=0.0)
-            _, d1, d2 = activation(a.to(tl.float32), KIND, P0, P1)
-            out = d1 * acc
-            if CURVED:
-                t = tl.load(a_ptr + (n * image)[:, None] + at, mask=mask, other=0.0)
-                is_primal = i == slots - 1
-                out += tl.where(is_primal, d2 * dot, 0.0)
-                dot += tl.where(is_primal, 0.0, t.to(tl.float32) * acc)
-        tl.store(y_ptr + (n * image)[:, None] + at, out, mask=mask)
+            a = tl.load(a_ptrs, mask=mask, other=0.0)
+            _, d1, d2 = activation(a.to(tl.float32), RESULT_KIND, R0, R1)
+            t = tl.load(a_ptr + (n * image)[:, None] + at, mask=mask, other=0.0)
+            is_primal = i == slots - 1
+            out = d1 * acc + tl.where(is_primal, d2 * dot, 0.0)
+            dot += tl.where(is_primal, 0.0, t.to(tl.float32) * acc)
+        elif PULL:
+            if RESULT_KIND != "none":
+                out = sloped(acc, a_ptrs, mask, RESULT_KIND, R0, R1)
+        elif start < values:
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + cols % BIAS_SIZE, mask=cols < N, other=0.0)
+                out = acc + tl.where((n < B)[:, None], bias.to(tl.float32)[None, :], 0.0)
+            if RESULT_KIND != "none":
+                out = activation(out, RESULT_KIND, R0, R1)[0]
+        elif RESULT_KIND != "none":
+            # Tangents alone: the values were there before them.
+            out = sloped(acc, a_ptrs, mask, RESULT_KIND, R0, R1)
+        tl.store(y_ptr + (n * image)[:, None] + at, rounded(out, ROUND), mask=mask)

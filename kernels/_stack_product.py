@@ -1,75 +1,180 @@
-"""Launcher of `_implicit_gemm`'s product, and all configurations of a layer for the audit."""
+"""Launcher of a layer's product on a stack, and all configurations of a layer for the audit."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._contract import PARAMETERS
+from ._contract import PARAMETERS, reads_result
+from ._doubling_gemm import tangent_doubling_kernel
 from ._implicit_gemm import tangent_product_kernel
-from ._launch import Configuration, cdiv, pointer
+from ._launch import Configuration, cdiv, device_limits, launch, pointer
 from ._stack_geometry import POINTWISE, Front, Gather, Geometry
 from ._stack_tile import Tile, bucket, is_curved
 from ._stack_weight import weight_configuration
 from .activations import EXAMPLES, front_constexprs
 
 
-def _product_tile_of(
-    channels: int, columns: int, dtype: torch.dtype, precision: str, kind: str, pull: bool
+class Sizes(NamedTuple):
+    """Of one slot of one sample, in and out of a product."""
+
+    H: int
+    W: int
+    C: int
+    OH: int
+    OW: int
+    N: int
+
+
+class Plan(NamedTuple):
+    """How a product is launched.
+
+    Attributes:
+        doubles: whether by `tangent_doubling_kernel`; else by `tangent_product_kernel`.
+        constexprs: of the kernel.
+        tile: block sizes.
+    """
+
+    doubles: bool
+    constexprs: dict[str, Any]
+    tile: Tile
+
+    @property
+    def kernel(self) -> Any:
+        """The `triton.jit` function."""
+        return tangent_doubling_kernel if self.doubles else tangent_product_kernel
+
+    @property
+    def positions(self) -> int:
+        """Rows of the launch for one slot of one sample."""
+        return self.constexprs["GRID_H"] * self.constexprs["GRID_W"]
+
+    @property
+    def programs_a_block(self) -> int:
+        """Programs for each block of rows."""
+        parities = 2 if self.doubles else self.constexprs["PHASES"] ** 2
+        return parities * cdiv(self.constexprs["N"], self.tile.block_n)
+
+
+def _block_k(channels: int, most: int) -> int:
+    """Channels a step: as many as divide them, so that a step has one tap and needs no mask."""
+    while most > 16 and channels % most:
+        most //= 2
+    return most
+
+
+def _doubling_tile(
+    sizes: Sizes, dtype: torch.dtype, precision: str, kind: str, hopper: bool
 ) -> Tile:
-    is_full, curved = dtype == torch.float32, is_curved(kind)
-    exact = is_full and precision == "ieee"
-    block_k = 16 if exact else 128 // dtype.itemsize
-    across_taps = channels % block_k > 0
-    if across_taps:
-        block_k = max(16, block_k // 2)
+    is_full = dtype == torch.float32
+    exact, three = (is_full and precision == of for of in ("ieee", "tf32x3"))
+    # Two accumulators, and with an activation in front two tiles for each of the stack's three.
+    small = kind != "none" or exact or three
+    return Tile(
+        block_m=64 if small else 128,
+        block_n=min(bucket(sizes.N), 32),
+        # 64 bytes of a position.
+        block_k=_block_k(sizes.C, 64 // dtype.itemsize),
+        # A warp group of Hopper's multiplies 64 rows at once, whatever it has to do besides.
+        num_warps=4 if (small or hopper) and not three else 8,
+        # A Hopper SM has room for two buffers and a second program, others for one.
+        num_stages=3 if hopper and not exact else 2,
+        maxnreg=None,
+    )
+
+
+def _product_tile(
+    sizes: Sizes, dtype: torch.dtype, precision: str, kinds: tuple[str, str], hopper: bool
+) -> Tile:
+    is_full, (on_load, behind) = dtype == torch.float32, kinds
+    exact, three = (is_full and precision == of for of in ("ieee", "tf32x3"))
+    curved = is_curved(on_load) or is_curved(behind)
+    block_k = _block_k(sizes.C, 16 if exact else 128 // dtype.itemsize)
+    across_taps = sizes.C % block_k > 0
     # A curved kind has more to hold, three TF32 products split both operands, and a block that
     # crosses taps has an address a lane.
-    three = is_full and precision == "tf32x3"
     crowded = curved or across_taps or three
-    # Without a bound of its own the assembler spills a few bytes of some curved kinds for the sake
-    # of more programs an SM.
-    registers = 255 if curved else None
-    if exact and curved and not pull:
+    plain = not crowded and not exact and on_load == "none"
+    # Fewer rows where there are few of them, and else the fewest reads of the weight.
+    block_m = 128 if plain and sizes.OH * sizes.OW > 16 else 64
+    # The sum over tangents is a second accumulator.
+    block_n = min(
+        bucket(sizes.N), 32 if curved and (three or is_curved(behind) and is_full) else 64
+    )
+    wide = block_m * block_n * dtype.itemsize > 128 * 32 * 2 and block_m == 128 and not hopper
+    # Without a bound of its own the assembler spills a few bytes for the sake of more programs an
+    # SM; with one it does so where the curved kind comes after the product.
+    registers = 255 if is_curved(on_load) else None
+    if exact and is_curved(on_load):
         # Between 192, which spills on sm_90, and 224, which spills on sm_120.
         registers = 208
     return Tile(
-        block_m=64,
-        # The sum over tangents is a second accumulator.
-        block_n=min(bucket(columns), 32 if curved and (three or pull and is_full) else 64),
+        block_m=block_m,
+        block_n=block_n,
         block_k=block_k,
-        num_warps=8 if crowded and not exact else 4,
+        num_warps=8 if crowded and not exact or wide else 4,
         num_stages=2 if exact else 3,
         maxnreg=registers,
     )
 
 
-def _product_constexprs(
+def plan(
     gather: Gather,
-    channels: int,
-    columns: int,
+    sizes: Sizes,
     dtype: torch.dtype,
-    precision: str,
-    kind: dict,
+    front: Front,
+    capability: int,
+    *,
+    inner_is_input: bool,
     pull: bool,
-    has_bias: bool,
-) -> dict:
-    tile = _product_tile_of(channels, columns, dtype, precision, kind["KIND"], pull)
-    geometry = {name.upper(): value for name, value in asdict(gather).items()}
-    return {
-        **geometry,
-        **kind,
-        "PULL": pull,
-        "CURVED": pull and is_curved(kind["KIND"]),
-        "HAS_BIAS": has_bias,
+    bias_size: int = 0,
+    aligned: bool = True,
+) -> Plan:
+    """Choose kernel and blocks; `aligned` is whether stack and weight start at a multiple of 16."""
+    in_front, behind = (front.kind, front.params), (front.behind, front.behind_params)
+    on_load, result = (("none", ()), in_front) if pull else (in_front, behind)
+    if front.applied and not pull:
+        on_load = "none", ()
+    curved = pull and is_curved(result[0])
+    doubles = gather.phases == 2 and not curved and not is_curved(on_load[0])
+    is_full = dtype == torch.float32
+    hopper = capability // 10 == 9
+    if doubles:
+        tile = _doubling_tile(sizes, dtype, front.precision, on_load[0], hopper)
+    else:
+        tile = _product_tile(sizes, dtype, front.precision, (on_load[0], result[0]), hopper)
+    result_kind, R0, R1 = front_constexprs(*result).values()
+    rounds = is_full and (pull or result_kind != "none")
+    constexprs = {
+        **{"GRID_H": cdiv(sizes.OH, gather.phases), "GRID_W": cdiv(sizes.OW, gather.phases)},
+        **sizes._asdict(),
+        **front_constexprs(*on_load),
+        **{"RESULT_KIND": result_kind, "R0": R0, "R1": R1},
+        "BY_L1": aligned
+        and gather.taps > 1
+        and all(n * dtype.itemsize % 16 == 0 for n in (sizes.C, sizes.N)),
+        **{"PULL": pull, "HAS_BIAS": bias_size > 0, "KERNEL": gather.kernel},
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
-        "ONE_TAP": channels % tile.block_k == 0,
-        "PRECISION": precision,
+        **{"PRECISION": front.precision, "ROUND": front.precision if rounds else "none"},
     }
+    if not doubles:
+        taken = {name.upper(): value for name, value in asdict(gather).items()}
+        inside = all(_inside(gather, *axis) for axis in ((sizes.H, sizes.OH), (sizes.W, sizes.OW)))
+        constexprs |= taken | {"INNER_IS_INPUT": inner_is_input, "CURVED": curved}
+        constexprs |= {"BIAS_SIZE": bias_size or sizes.N, "INSIDE": inside}
+    return Plan(doubles, constexprs, tile)
+
+
+def _inside(gather: Gather, extent: int, out: int) -> bool:
+    """Whether no output along an axis has a tap outside of the input."""
+    grid, reach = cdiv(out, gather.phases), gather.step * (gather.taps - 1)
+    last = gather.stride * (grid - 1) + gather.offset + gather.phases - 1
+    return gather.offset + min(reach, 0) >= 0 and last + max(reach, 0) < extent
 
 
 def product(
@@ -93,36 +198,40 @@ def product(
         front: of the layer.
         inner_is_input: whether inner is C.
         bias: added to slot 0's columns, repeated where it is shorter than N.
-        pull: dense ``[S, B, OH, OW, N]``: the stack that the activation was applied to. Then
-            `stack` is a gradient, and its product is pulled back through the activation.
+        pull: dense ``[S, B, OH, OW, N]``: the layer's input, in front of its activation or behind
+            it. Then `stack` is a gradient, and its product is pulled back through the activation.
 
     Returns:
         ``[S, B, OH, OW, N]`` in the stack's dtype.
     """
-    (S, B, H, W, C), (OH, OW), (outer, taps, inner) = stack.shape, out_size, weight.shape
-    N = outer if inner_is_input else inner
-    # Of the input's channel and the output's.
-    strides = (1, taps * inner) if inner_is_input else (taps * inner, 1)
-    out = torch.empty((S, B, OH, OW, N), dtype=stack.dtype, device=stack.device)
-    kind, params, precision, *_ = front
-    constexprs = _product_constexprs(
-        *(gather, C, N, stack.dtype, precision, front_constexprs(kind, params)),
-        pull=pull is not None and kind != "none",
-        has_bias=bias is not None,
+    (S, B, H, W, C), (outer, _, inner) = stack.shape, weight.shape
+    sizes = Sizes(H, W, C, *out_size, outer if inner_is_input else inner)
+    chosen = plan(
+        *(gather, sizes, stack.dtype, front, device_limits(stack).capability),
+        inner_is_input=inner_is_input,
+        pull=pull is not None,
+        bias_size=0 if bias is None else bias.numel(),
+        aligned=(stack.data_ptr() | weight.data_ptr()) % 16 == 0,
     )
-    tile = _product_tile_of(C, N, stack.dtype, precision, kind, constexprs["PULL"])
-    grid_h, grid_w = cdiv(OH, gather.phases), cdiv(OW, gather.phases)
-    slots = S if constexprs["CURVED"] else 1
-    rows = S // slots * B * grid_h * grid_w
-    programs = cdiv(rows, tile.block_m) * gather.phases**2 * cdiv(N, tile.block_n)
-    with torch.cuda.device_of(stack):
-        tangent_product_kernel[(programs,)](
-            *(stack, weight, stack if bias is None else bias),
-            *(stack if pull is None else pull, out, rows, slots, B, grid_h, grid_w, H, W, C),
-            *(OH, OW, N, N if bias is None else bias.numel(), *strides, inner),
-            **constexprs,
-            **tile.launch,
-        )
+    out = torch.empty((S, B, *out_size, sizes.N), dtype=stack.dtype, device=stack.device)
+    values, tile = B * chosen.positions, chosen.tile
+    spans, slots = [(0, S * values)], ()
+    if pull is None and front.behind != "none":
+        # The tangents' slope is read off the values that lie behind the activation.
+        spans = [(0, values), (values, S * values)]
+    elif not chosen.doubles and chosen.constexprs["CURVED"]:
+        spans = [(0, values)]
+    if not chosen.doubles:
+        slots = (S,)
+    for first, last in spans:
+        if first < last:
+            launch(
+                *(chosen.kernel, (cdiv(last - first, tile.block_m) * chosen.programs_a_block,)),
+                *(stack, weight, stack if bias is None else bias, out if pull is None else pull),
+                *(out, first, last, *slots, B),
+                **chosen.constexprs,
+                **tile.launch,
+            )
     return out
 
 
@@ -161,45 +270,47 @@ def audited(
     name: str,
     geometry: Geometry,
     variants: Sequence[tuple[torch.dtype, str, str, int, int]] = TYPICAL,
+    size: int = 16,
 ) -> Iterator[Configuration]:
-    """What one operation's launchers compile, for the audit.
+    """What one operation's launchers compile on the device at hand, for the audit.
 
     Args:
         name: for the table.
         geometry: of the layer.
         variants: `TYPICAL` or `EVERY`; they differ in what does not depend on the geometry.
+        size: rows and columns of the layer's input; 1 where its positions are images.
     """
     forward, backward, inner_is_input = geometry
+    capability = device_limits(torch.empty(0)).capability
+    size = 1 if forward == POINTWISE else size
+    out = size * forward.phases // forward.stride
     for dtype, precision, kind, channels, columns in variants:
         label = f"{name} {kind} C={channels} N={columns} {pointer(dtype)[1:]}"
         label += f" {precision}" if dtype == torch.float32 else ""
-        types = {f"{pointer_name}_ptr": pointer(dtype) for pointer_name in "x w bias a y".split()}
-        sizes = ("C", "stride_w_tap", "stride_w_n", "stride_w_c") if channels % 16 else ()
-        constexprs = front_constexprs(kind, EXAMPLES.get(kind, ()))
+        types = {f"{pointer_name}_ptr": pointer(dtype) for pointer_name in "x w a y".split()}
+        types["bias_ptr"] = "*fp32"
+        params = EXAMPLES.get(kind, ())
+        applied = (True, kind, params) if reads_result(kind, params) else ()
+        front = Front(kind, params, precision, *applied)
+        into, from_ = (size, size, channels), (out, out, columns)
         for gather, pull in ((forward, False), (backward, True)):
-            options = _product_constexprs(
-                *(gather, channels, columns, dtype, precision, constexprs),
-                pull=pull and kind != "none",
-                has_bias=not pull,
+            chosen = plan(
+                *(gather, Sizes(*from_, *into) if pull else Sizes(*into, *from_), dtype, front),
+                capability,
+                inner_is_input=inner_is_input != pull,
+                pull=pull,
+                bias_size=0 if pull else columns,
             )
-            tile = _product_tile_of(channels, columns, dtype, precision, kind, options["PULL"])
-            # The JIT makes a constant of an argument that is 1.
-            one = "stride_w_c" if inner_is_input != pull else "stride_w_n"
             yield Configuration(
-                tangent_product_kernel,
+                chosen.kernel,
                 f"{label} {'back' if pull else 'forward'}",
                 types,
-                {**options, one: 1},
-                odd=tuple(size for size in sizes if size != one),
-                **tile.launch,
+                chosen.constexprs,
+                **chosen.tile.launch,
             )
-        reads, plain, windowed = backward, channels, columns
+        reads, plain, windowed = backward, (size, size, channels), (out, out, columns)
         if inner_is_input:
-            reads, plain, windowed = forward, columns, channels
-        # A window around each of 16 x 16 positions; without one each position is an image.
-        extent = 1 if reads == POINTWISE else 16
+            reads, plain, windowed = forward, windowed, plain
         yield weight_configuration(
-            *(label, reads, (extent, extent), plain),
-            (reads.stride * extent, reads.stride * extent, windowed),
-            *(dtype, Front(kind, EXAMPLES.get(kind, ()), precision), inner_is_input),
+            *(label, reads, plain[:2], plain[2], windowed, dtype, front, inner_is_input)
         )

@@ -101,6 +101,25 @@ def activation(x, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
         return phi, tl.where(linear, 1.0, s), tl.where(linear, 0.0, d1 * P0)
 
 
+@triton.jit
+def times_slope(x, a, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """phi'(a) x in x's dtype; where the slope is 0 or 1, by selection in any layout and dtype.
+
+    Where the result tells the slope (`_contract.reads_result`), `a` may be phi(a).
+    """
+    if KIND == "relu":
+        return tl.where(a <= 0.0, 0.0, x)
+    elif KIND == "leaky_relu":
+        return tl.where(a > 0.0, x, (x.to(tl.float32) * P0).to(x.dtype))
+    elif KIND == "hardtanh":
+        # In float32, where the bounds are what they were given as.
+        a = a.to(tl.float32)
+        return tl.where((a <= P0) | (a >= P1), 0.0, x)
+    else:
+        _, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
+        return (d1 * x.to(tl.float32)).to(x.dtype)
+
+
 def front_constexprs(kind: str, params: Sequence[float]) -> dict:
     """`activation_constexprs`, or KIND "none" for a layer without an activation in front."""
     if kind == "none":

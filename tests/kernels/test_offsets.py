@@ -102,8 +102,11 @@ def last_program(monkeypatch):
         return empty(shape, dtype=dtype, device=device).zero_()
 
     monkeypatch.setattr(torch, "empty", hollow_empty)
-    kernels = (_stack_product, "tangent_product_kernel"), (_stack_weight, "tangent_weight_kernel")
-    for module, name in kernels:
+    for module, name in (
+        (_stack_product, "tangent_product_kernel"),
+        (_stack_product, "tangent_doubling_kernel"),
+        (_stack_weight, "tangent_weight_kernel"),
+    ):
         monkeypatch.setattr(module, name, wrapped(getattr(module, name)))
 
 

@@ -1,0 +1,167 @@
+"""The product that doubles the size: a transposed convolution, a strided convolution's gradient.
+
+`_implicit_gemm` has the formulas, the floor, and this product beside a curved activation. Here one
+program has the outputs of one row parity and both column parities behind BLOCK_M inputs. Each
+output has two taps a row, and neighbours share them: a step loads three shifted tiles of the stack
+for four products into two accumulators, where one output parity at a time would load four.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._blocks import dot, rounded
+from ._implicit_gemm import in_values, moved, position, sloped, through, within
+from .activations import activation
+
+
+@triton.jit
+def _shifted(
+    x_ptr,
+    at,  # [BLOCK_M, BLOCK_K]
+    at_a,
+    inside,  # [BLOCK_M, 1]
+    is_primal,
+    in_channels,  # [1, BLOCK_K]
+    KIND: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    BY_L1: tl.constexpr,
+):
+    """A tile of the stack behind its activation."""
+    mask = inside & in_channels
+    x = tl.load(through(x_ptr, at, BY_L1), mask=mask, other=0.0)
+    if KIND != "none":
+        a = tl.load(through(x_ptr, at_a, BY_L1), mask=mask, other=0.0)
+        x = moved(x, a, is_primal, mask, KIND, P0, P1)
+    return x
+
+
+# Row and sample counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
+@triton.jit(do_not_specialize=["first_row", "rows", "B"])
+def tangent_doubling_kernel(
+    x_ptr,  # [S, B, H, W, C]
+    w_ptr,  # [C, KERNEL, KERNEL, N]
+    bias_ptr,  # [N]; not read without HAS_BIAS
+    a_ptr,  # [S, B, OH, OW, N], slot 0 of which tells the slope; not read where none is taken
+    y_ptr,  # [S, B, OH, OW, N]
+    first_row,
+    rows,
+    B,
+    GRID_H: tl.constexpr,
+    GRID_W: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    N: tl.constexpr,
+    KIND: tl.constexpr,  # of the activation that the input is in front of
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    RESULT_KIND: tl.constexpr,  # of the one behind the result, or with PULL in front of it
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    PULL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    BY_L1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    # Columns and parities of the same rows are neighbours in launch order: they share x through L2.
+    pid = tl.program_id(0)
+    COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    K_TILES: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    cols = pid % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    parity = pid // COL_TILES % 2
+    lanes = tl.arange(0, BLOCK_M)
+    start = first_row + pid // (COL_TILES * 2) * BLOCK_M
+    row = start + lanes
+    # Rows beyond the end read what the last one does: nothing is outside for their sake.
+    n, y, x = position(tl.minimum(row, rows - 1), GRID_H, GRID_W)
+    values = B * GRID_H * GRID_W
+    primal = position(in_values(start, lanes, values, BLOCK_M), GRID_H, GRID_W)[0]
+    base = ((n.to(tl.int64) * H + y) * W + x)[:, None] * C
+    base_a = ((primal.to(tl.int64) * H + y) * W + x)[:, None] * C
+    is_primal = (n < B)[:, None]
+
+    # Outputs in even columns and in odd ones.
+    even = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    odd = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, 2 * K_TILES):
+        ty = k // K_TILES
+        c = (k - ty * K_TILES) * BLOCK_K + tl.arange(0, BLOCK_K)
+        # A mask that is always true is a constant, which the compiler leaves out.
+        in_channels = tl.full([1, BLOCK_K], True, tl.int1)
+        used = tl.full([BLOCK_K, 1], True, tl.int1)
+        if C % BLOCK_K:
+            in_channels, used = (c < C)[None, :], (c < C)[:, None]
+        if N % BLOCK_N:
+            used &= (cols < N)[None, :]
+        if KERNEL == 3:
+            used &= 1 - parity + 2 * ty < KERNEL
+        tile = (is_primal, in_channels)
+        dy = parity - ty
+        shift = (dy * (W * C) + c)[None, :]
+        at, at_a = base + shift, base_a + shift
+        inside = within(y + dy, H)[:, None]
+        at_w = (c * KERNEL + 1 - parity + 2 * ty)[:, None] * (KERNEL * N) + cols[None, :]
+        in_middle = inside & within(x, W)[:, None] if GRID_W > W else inside
+        middle = _shifted(x_ptr, at, at_a, in_middle, *tile, KIND, P0, P1, BY_L1)
+        right = _shifted(
+            x_ptr, at + C, at_a + C, inside & (x + 1 < W)[:, None], *tile, KIND, P0, P1, BY_L1
+        )
+        even = dot(
+            middle, tl.load(through(w_ptr, at_w + N, BY_L1), mask=used, other=0.0), even, PRECISION
+        )
+        odd = dot(
+            middle,
+            tl.load(through(w_ptr, at_w + 2 * N, BY_L1), mask=used, other=0.0),
+            odd,
+            PRECISION,
+        )
+        odd = dot(right, tl.load(through(w_ptr, at_w, BY_L1), mask=used, other=0.0), odd, PRECISION)
+        if KERNEL == 4:
+            in_left = inside & within(x - 1, W)[:, None]
+            left = _shifted(x_ptr, at - C, at_a - C, in_left, *tile, KIND, P0, P1, BY_L1)
+            even = dot(
+                left,
+                tl.load(through(w_ptr, at_w + 3 * N, BY_L1), mask=used, other=0.0),
+                even,
+                PRECISION,
+            )
+
+    out_y, out_x = 2 * y + parity, 2 * x
+    at_y = ((n.to(tl.int64) * OH + out_y) * OW + out_x)[:, None] * N + cols[None, :]
+    at_values = ((primal.to(tl.int64) * OH + out_y) * OW + out_x)[:, None] * N + cols[None, :]
+    mask = (row < rows)[:, None]
+    if OH % 2:
+        mask &= (out_y < OH)[:, None]
+    if N % BLOCK_N:
+        mask &= (cols < N)[None, :]
+    mask_odd = mask & (out_x + 1 < OW)[:, None] if OW % 2 else mask
+    a_ptrs = a_ptr + at_values
+    if PULL:
+        if RESULT_KIND != "none":
+            even = sloped(even, a_ptrs, mask, RESULT_KIND, R0, R1)
+            odd = sloped(odd, a_ptrs + N, mask_odd, RESULT_KIND, R0, R1)
+    elif start < values:
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+            bias = tl.where(is_primal, bias[None, :], 0.0)
+            even += bias
+            odd += bias
+        if RESULT_KIND != "none":
+            even = activation(even, RESULT_KIND, R0, R1)[0]
+            odd = activation(odd, RESULT_KIND, R0, R1)[0]
+    elif RESULT_KIND != "none":
+        # Tangents alone: the values were there before them.
+        even = sloped(even, a_ptrs, mask, RESULT_KIND, R0, R1)
+        odd = sloped(odd, a_ptrs + N, mask_odd, RESULT_KIND, R0, R1)
+    tl.store(y_ptr + at_y, rounded(even, ROUND), mask=mask)
+    tl.store(y_ptr + at_y + N, rounded(odd, ROUND), mask=mask_odd)
