@@ -7,6 +7,7 @@
     latents      celeba16, B = 16: time per sample and tangent within 35% from m = 8 to 128
     batch        celeba16: time per sample within 20% from B = 16 to 1024
     images       celeba16, B = 16: 64x64 against 32x32 images (no claim)
+    autocast     celeba16: a training step gains by bfloat16 at least what the sampling VAE's does
 
 Every candidate is checked against float64 first. Times are medians of rounds in which all take
 turns; memory is measured in a process each. Rows go to the ledger. A claim that does not hold is
@@ -23,10 +24,11 @@ from pathlib import Path
 import torch
 
 from bench import memory
+from bench.cases_steps import training_step
 from bench.command import make_parser
 from bench.ledger import LEDGER, Recorder
-from bench.measure import Wrong, why
-from bench.peers import DECODER_LOSSES, OURS, exact_gradients, loss_and_gradients
+from bench.measure import Wrong, check, why
+from bench.peers import DECODER_LOSSES, OURS, SAMPLING, exact_gradients, loss_and_gradients
 from bench.problems import TOLERANCE, build_problem, relative_error
 from bench.timing import quantiles, take_turns
 
@@ -140,6 +142,25 @@ def images(lab: Lab) -> None:
     lab.times([("celeba16-32px", 16, None), ("celeba16", 16, None)], [OURS])
 
 
+def autocast(lab: Lab, name: str = "celeba16") -> None:
+    cases = {
+        (case.implementation, case.dtype): case
+        for case in training_step("cpu", [name], dtypes=("float32", "bfloat16"))
+        if case.implementation in (SAMPLING, OURS)
+    }
+    runs = {key: check(case, "cpu")[0][0] for key, case in cases.items()}
+    samples = take_turns(runs, lab.rounds, warmup=1)
+    for key, values in samples.items():
+        timing = quantiles(values)
+        lab.recorder.write(timing, **cases[key].labels)
+        print(f"{cases[key].shape:52s} {key[0]:22s} {timing.p50:9.1f} ms {key[1]}")
+    theirs, ours = (
+        paired(samples[who, "float32"], samples[who, "bfloat16"]) for who in (SAMPLING, OURS)
+    )
+    measured = f"{ours:.2f}x, the sampling VAE {theirs:.2f}x"
+    verdict("gains by bfloat16 at least what the sampling VAE does", ours >= theirs, measured)
+
+
 def _scaling(lab: Lab, keys: list[Key], per: str, aim: float) -> None:
     found = lab.times(keys, [OURS])
     rates = []
@@ -157,6 +178,7 @@ CLAIMS = {
     "latents": latents,
     "batch": batch,
     "images": images,
+    "autocast": autocast,
 }
 
 
@@ -167,7 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
     parser.add_argument("--ledger", type=Path, default=LEDGER, help="where the rows go")
     options = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, float32, forward and backward")
+    print(f"{torch.get_num_threads()} threads, forward and backward, float32 but where it is said")
     lab = Lab(Recorder(options.ledger, "cpu"), max(2, options.rounds))
     for name in CLAIMS if "all" in options.names else options.names:
         CLAIMS[name](lab)

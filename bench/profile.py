@@ -1,4 +1,4 @@
-"""Where a step's time goes: `python -m bench.profile [--workload celeba16] [--trace FILE]`.
+"""Where a step's time goes: `python -m bench.profile [--dtype bfloat16] [--trace FILE]`.
 
 Prints each named range's share of a training step by torch.profiler, on CUDA by the device's time.
 The library's ranges are listed in fastsfvae/_ranges.py. For Nsight Systems, on any script:
@@ -15,14 +15,19 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.command import make_parser
 from bench.peers import OURS, SAMPLING, STEPS, TRITON
-from bench.problems import WORKLOADS, build_problem
+from bench.problems import WORKLOADS, autocast, build_problem
 from fastsfvae._ranges import recording, span
 
 STEP = "step"
 
 
 def shares(
-    workload: str, implementation: str, batch: int | None, device: str, trace: Path | None = None
+    workload: str,
+    implementation: str,
+    batch: int | None,
+    device: str,
+    trace: Path | None = None,
+    dtype: str = "float32",
 ) -> dict[str, float]:
     """Each range's milliseconds of one step, with "step" for the whole of it.
 
@@ -35,7 +40,8 @@ def shares(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss = objective(problem.x)
+        with autocast(dtype, device):
+            loss = objective(problem.x)
         with span("backward"):
             loss.backward()
         with span("optimizer"):
@@ -79,12 +85,15 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, default="celeba16")
     parser.add_argument("--batch", type=int, help="default: the workload's own")
     parser.add_argument("--implementation", choices=(OURS, TRITON, SAMPLING))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--trace", type=Path, help="also write a trace for chrome://tracing")
     options = parser.parse_args()
     implementation = options.implementation or (TRITON if cuda else OURS)
     device = "cuda" if cuda else "cpu"
-    found = shares(options.workload, implementation, options.batch, device, options.trace)
-    print(f"{options.workload}, {implementation}, {device}, {torch.get_num_threads()} threads")
+    sizes = options.workload, implementation, options.batch
+    found = shares(*sizes, device, options.trace, options.dtype)
+    where = f"{device}, {torch.get_num_threads()} threads"
+    print(f"{options.workload}, {implementation}, {options.dtype}, {where}")
     print(table(found))
 
 

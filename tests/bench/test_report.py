@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import checkout, claims, compare, ledger, memory, model, report, suite
+from bench import checkout, claims, compare, ledger, memory, model, peers, report, suite
 from bench.command import ROOT
 from bench.ledger import Recorder, read_rows
 from bench.timing import Timing, quantiles, take_turns
@@ -150,6 +150,37 @@ def test_claims_record_paired_ratios_and_refuse_what_is_wrong(book, capsys, monk
     assert float(peer["ratio"]) == pytest.approx(claims.paired(times[1], times[0]), abs=6e-4)
     assert float(ours["p50_ms"]) == pytest.approx(quantiles(times[0]).p50, rel=1e-3)
     assert ours["op"] == "decoder+loss" and not ours["ratio"]
+
+
+def test_what_autocast_gains_is_set_beside_the_sampling_vae_s(book, capsys, monkeypatch):
+    times = {("sampling", "float32"): 3.0, ("sampling", "bfloat16"): 2.0}
+    times |= {("fastsfvae[torch]", "float32"): 20.0, ("fastsfvae[torch]", "bfloat16"): 16.0}
+    dtypes = []
+
+    def pretended(runs, rounds, warmup):
+        for run in runs.values():
+            run()
+        return {key: [value] * rounds for key, value in times.items() if key in runs}
+
+    def sampling_free(encoder, decoder):
+        loss = made(encoder, decoder)
+
+        def seen(x):
+            dtypes.append(decoder[0](torch.zeros(1, 2)).dtype)
+            return loss(x)
+
+        return seen
+
+    made = peers.STEPS["fastsfvae[torch]"]
+    monkeypatch.setitem(peers.STEPS, "fastsfvae[torch]", sampling_free)
+    monkeypatch.setattr(claims, "take_turns", pretended)
+    claims.autocast(claims.Lab(book, 2), "tiny")
+    assert set(dtypes) == {torch.float32, torch.bfloat16}
+    said = capsys.readouterr().out
+    assert "DOES NOT HOLD" in said and "1.25x, the sampling VAE 1.50x" in said
+    rows = read_rows(book.path)
+    found = {(row["implementation"], row["dtype"]): float(row["p50_ms"]) for row in rows}
+    assert found == times and {row["op"] for row in rows} == {"training step"}
 
 
 def test_candidates_take_turns():
