@@ -5,21 +5,37 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+from collections import Counter
+from typing import NamedTuple
 from unittest import mock
 
 import fastsfvae as sf
 from bench.peers import SETTINGS, loss_and_gradients
 from bench.problems import build_problem, products
+from fastsfvae import fused_layers as fused
 from fastsfvae import kernels
 from fastsfvae.kernels._launch import DeviceLimits
 from fastsfvae.kernels._record import Launch, recorded
+from tests.launches import counted_launches
 
 # The paper's workloads that run on the kernels, and a batch that stands for all sizes.
 PAPER = ("celeba16", "mnist2", "collapse200")
 BATCH = 64
 
 
-def step(workload: str, dtype: str, limits: DeviceLimits, batch: int = BATCH) -> list[Launch]:
+class Step(NamedTuple):
+    """What one step launches.
+
+    Attributes:
+        kernels: this library's, in order.
+        others: PyTorch's own, by name and number.
+    """
+
+    kernels: list[Launch]
+    others: Counter[str]
+
+
+def step(workload: str, dtype: str, limits: DeviceLimits, batch: int = BATCH) -> Step:
     """Launches of decoder and loss, forward and backward, all samples at once, every layer fused.
 
     Args:
@@ -33,13 +49,12 @@ def step(workload: str, dtype: str, limits: DeviceLimits, batch: int = BATCH) ->
         importlib.import_module(f"{kernels.__name__}.{module.name}")
     problem = build_problem(workload, batch)
     loss = sf.SamplingFreeLoss(
-        *(problem.decoder,), reduction="sum", backend="triton", chunk_size=batch, **SETTINGS
+        problem.decoder, reduction="sum", backend="triton", chunk_size=batch, **SETTINGS
     )
-    with (
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-        products(dtype),
-        sf.fused_layers("always"),
-        recorded(limits) as launches,
-    ):
-        loss_and_gradients(loss, problem, dtype)
-    return launches
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), products(dtype), fused("always"):
+        with recorded(limits):
+            # What is traced once, and what a plan makes once, is not a step's.
+            loss_and_gradients(loss, problem, dtype)
+        with recorded(limits) as launches, counted_launches() as others:
+            loss_and_gradients(loss, problem, dtype)
+    return Step(launches, others)

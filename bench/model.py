@@ -4,6 +4,9 @@ Prints the FLOPs, bytes and least time of decoder and loss, forward and backward
 fastsfvae/jacobian/cost.py, by data sheet; then, where the ledger has rows of this workload, how far
 the measured ones are from the same model fed with the ceilings that were measured beside them; and
 the paper's full CelebA run, projected from measured training steps.
+
+With --kernels, in their place: the time of each of this library's kernels on a card, from their
+machine code and the card's data sheet, as `bench.kernel_model` computes it; a minute a card.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import torch
 
 import fastsfvae as sf
 from bench.command import make_parser
+from bench.kernel_model import DTYPES as KERNEL_DTYPES
+from bench.kernel_model import GUESSES, MODELLED, lines_of
 from bench.ledger import LEDGER, ceiling, read_rows
 from bench.problems import WORKLOADS, build_problem
 from fastsfvae.jacobian.cost import CARDS, Card, step_floor
@@ -95,16 +100,29 @@ def projected(rows: list[dict[str, str]]) -> list[str]:
 
 
 def main() -> None:
-    """Print all three."""
+    """Print all three, or the kernels' times."""
     parser = make_parser("model", __doc__)
     parser.add_argument("--card", choices=CARDS, action="append", help="default: all")
     parser.add_argument("--workload", choices=WORKLOADS, default=PAPER_WORKLOAD)
     parser.add_argument("--batch", type=int, help="default: the workload's own")
     parser.add_argument("--ledger", type=Path, default=LEDGER, help="the measured rows")
+    parser.add_argument("--kernels", action="store_true", help="the time of each kernel instead")
     options = parser.parse_args()
+    unknown = set(options.card or ()) - set(MODELLED)
+    if options.kernels and unknown:
+        parser.error(f"--kernels knows {', '.join(MODELLED)}, not {', '.join(sorted(unknown))}")
     batch = options.batch or WORKLOADS[options.workload].batch
     torch.set_num_threads(1)
     report = report_of(options.workload)
+    if options.kernels:
+        print(f"{options.workload}, B = {batch}: decoder and loss, forward and backward, modelled")
+        print(GUESSES)
+        for card in options.card or MODELLED:
+            for dtype in KERNEL_DTYPES:
+                floor = report.floor(card, batch, dtype)[2]
+                lines = lines_of(options.workload, card, dtype, batch, floor)
+                print("", *lines, sep="\n", flush=True)
+        return
     rows = read_rows(options.ledger)
     print(f"{options.workload}, B = {batch}: decoder and loss, forward and backward, by data sheet")
     print("\n".join(floors(report, options.card or list(CARDS), batch)))

@@ -159,7 +159,7 @@ def recorded_step(workload: str, dtype: str, arch: int) -> list[tuple[str, Launc
     Raises:
         ModuleNotFoundError: outside of a clone.
     """
-    launches = importlib.import_module("bench.launches").step(workload, dtype, CARDS[arch])
+    launches = importlib.import_module("bench.launches").step(workload, dtype, CARDS[arch]).kernels
     unique: dict[tuple, Launch] = {}
     for launch in launches:
         shapes = tuple(m.shape for m in launch.memories.values())

@@ -25,8 +25,8 @@ from ._warp import Warp
 from ._warp_arithmetic import step
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;")
-_LABEL = re.compile(r"^\s*(\.L_\w+):")
-_TARGET = re.compile(r"`\((\.L_\w+)\)")
+_LABEL = re.compile(r"^\s*([.$][\w.$]+):")
+_TARGET = re.compile(r"`\(([.$][\w.$]+)\)")
 TENSOR = re.compile(r"(?:HMMA|HGMMA|IMMA|DMMA)\.")
 _GLOBAL = re.compile(r"(?:LDG|STG|LDGSTS)\.")
 _SHARED = re.compile(r"(?:LDS|STS|LDSM|STSM)(?:\.|$)")
@@ -114,18 +114,26 @@ class Code:
                     at = i.target
                     continue
             elif _GLOBAL.match(i.opcode):
-                where = warp.address(i.operands) if acts is not False else None
-                found.accesses.append(Access(at, where))
+                # A copy to shared memory is masked by a predicate behind its operands.
+                masked = warp.branch(acts, i.opcode, i.operands) is False
+                found.accesses.append(Access(at, warp.address(i.operands), masked))
             step(warp, acts, i.opcode, i.operands)
             at += 1
         raise RuntimeError(f"{launch.name}: no end after {MOST} instructions")
 
 
 class Access(NamedTuple):
-    """An instruction on device memory, by its index, and where it goes; None where unknown."""
+    """An instruction on device memory, as a thread comes by it.
+
+    Attributes:
+        instruction: its index.
+        address: where it goes, None where unknown.
+        masked: whether the thread is known to take no part.
+    """
 
     instruction: int
     address: int | None
+    masked: bool
 
 
 @dataclass(frozen=True)
@@ -268,7 +276,7 @@ def argument_at(launch: Launch, address: int | None) -> str:
 
 def _widths_of(code: Code, launch: Launch, followed: Followed) -> dict[tuple[str, str], int]:
     moved: dict[tuple[str, str], Counter[int]] = {}
-    for at, address in followed.accesses:
+    for at, address, _ in followed.accesses:
         i = code.instructions[at]
         key = argument_at(launch, address), "store" if i.opcode.startswith("ST") else "load"
         moved.setdefault(key, Counter())[i.width] += i.width

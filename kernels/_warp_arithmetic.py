@@ -272,10 +272,11 @@ def _permute(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
 
 
 def _to_float(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
-    a = warp.number(operands[1])
-    if a is None or modifiers & {"U64", "S64", "64"}:
-        return warp.set(operands[0], None, 2)
-    value = a if "U32" in modifiers else signed(a)
+    wide = bool(modifiers & {"U64", "S64"})
+    a = warp.number(operands[1], wide)
+    if a is None:
+        return warp.set(operands[0], None)
+    value = a if modifiers & {"U32", "U64"} else signed(a, 64 if wide else 32)
     bits = _float_bits(float(value))
     if "RP" in modifiers and _float_of(bits) < value:
         bits += 1
@@ -292,11 +293,11 @@ def _function(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
 
 
 def _to_integer(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
+    words = 2 if modifiers & {"U64", "S64"} else 1
     a = warp.number(operands[1])
-    if a is None or "U64" in modifiers or "S64" in modifiers or "TRUNC" not in modifiers:
-        return warp.set(operands[0], None, 2)
-    value = _float_of(a)
-    return warp.set(operands[0], int(value) & MASK if math.isfinite(value) else None)
+    value = None if a is None or "TRUNC" not in modifiers else _float_of(a)
+    known = value is not None and math.isfinite(value)
+    warp.set(operands[0], int(value) & (1 << 32 * words) - 1 if known else None, words)
 
 
 def _by_table(a: int, b: int, c: int, table: int) -> int:

@@ -1,0 +1,247 @@
+"""The time of each kernel of a step, from its machine code and a card's data sheet.
+
+A kernel takes the longest of five:
+
+    tensor    its tensor-core instructions at the card's peak, padding and all
+    issue     a warp instruction a clock on each of an SM's four schedulers
+    L2        the 32-byte sectors that its programs ask L2 for
+    DRAM      each tensor that it is given, once
+    latency   waves of programs, times the accesses of one that wait for one another
+
+and a step the sum of its kernels, and a launch each. Instructions, sectors and bytes are counted:
+the launches are recorded without a GPU and compiled, and threads of their middle programs followed.
+Guesses stand in `GUESSES` and `_L2_RATES`; no card has confirmed them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bench.launches import step
+from fastsfvae.jacobian.cost import CARDS
+from fastsfvae.kernels._code_gate import CARDS as LIMITS
+from fastsfvae.kernels._code_gate import labels, resident
+from fastsfvae.kernels._machine_code import Access, Code, Followed, count, disassemble
+from fastsfvae.kernels._record import Launch
+
+SECTOR = 32
+LAUNCH_SECONDS, LATENCY_CLOCKS = 2e-6, 600
+GUESSES = (
+    "guessed: L2's rate; every scheduler issues in every clock; what one program asks for again "
+    "through L1 is found there; nothing stays in L2 from one kernel to the next; "
+    f"{LATENCY_CLOCKS} clocks for an access; {1e6 * LAUNCH_SECONDS:g} us for a launch in a graph"
+)
+# Compute capability, clock rate by data sheet, and L2's bytes a second, a guess.
+_L2_RATES = {
+    "RTX 3090": (86, 1.695e9, 2.0e12),
+    "RTX 4090": (89, 2.52e9, 4.5e12),
+    "RTX 5090": (120, 2.41e9, 6.0e12),
+    "H100": (90, 1.755e9, 5.5e12),
+}
+MODELLED = tuple(_L2_RATES)
+DTYPES = "bfloat16", "tf32"
+_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.|HMMA\.(16)(8)(\d+)\.")
+
+
+def tensor_flops(opcode: str) -> int:
+    """Of one warp's share in a tensor-core instruction; 0 of any other."""
+    found = _SHAPE.match(opcode)
+    if not found:
+        return 0
+    if found[1]:
+        # Four warps issue it together.
+        return 2 * int(found[1]) * int(found[2]) * int(found[3]) // 4
+    return 2 * 16 * 8 * int(found[6])
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Seconds of one launch.
+
+    Attributes:
+        name: kernel and shapes.
+        tensor: at the tensor cores' peak.
+        issue: likewise, of the schedulers.
+        l2: of L2.
+        dram: of device memory.
+        latency: of waiting.
+        launch: what was recorded.
+    """
+
+    name: str
+    tensor: float
+    issue: float
+    l2: float
+    dram: float
+    latency: float
+    launch: Launch
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """All five by name."""
+        return {n: getattr(self, n) for n in ("tensor", "issue", "l2", "dram", "latency")}
+
+    @property
+    def tightest(self) -> str:
+        """What bounds it."""
+        return max(self.limits, key=self.limits.__getitem__)
+
+    @property
+    def seconds(self) -> float:
+        """The longest of the five."""
+        return max(self.limits.values())
+
+    @property
+    def floor(self) -> float:
+        """With a perfect kernel in its place: the same bytes, the same products."""
+        return max(self.dram, self.tensor)
+
+
+def sector_bytes(code: Code, launch: Launch, arch: int) -> int:
+    """Bytes that one program moves to and from L2, in whole sectors.
+
+    A thread's addresses are the first one's and a term for each bit of its number, so that eight or
+    nine threads tell all of them. What bypasses L1, and a store, counts each time; what goes
+    through L1 once a program. An access that masks keep all of those threads from counts nothing,
+    any other one in full.
+    """
+    threads = 32 * launch.num_warps
+    first = code.follow(launch, arch)
+    bits = [code.follow(launch, arch, 1 << bit) for bit in range(threads.bit_length() - 1)]
+    addresses = _addresses(first, bits, threads)
+    turns = [_by_turn(followed) for followed in (first, *bits)]
+    kept, total = [], 0
+    for (turn, access), of_threads in zip(turns[0].items(), addresses, strict=True):
+        if all(turn not in of or of[turn].masked for of in turns):
+            continue
+        i = code.instructions[access.instruction]
+        sectors = of_threads[:, None] + np.arange(0, i.width, min(i.width, SECTOR))
+        sectors = (sectors // SECTOR).reshape(launch.num_warps, -1)
+        if i.opcode.startswith("STG") or "BYPASS" in i.opcode:
+            total += sum(len(np.unique(of_warp)) for of_warp in sectors)
+        else:
+            kept.append(sectors.ravel())
+    return SECTOR * (total + (len(np.unique(np.concatenate(kept))) if kept else 0))
+
+
+def _addresses(first: Followed, bits: list[Followed], threads: int) -> np.ndarray:
+    """``[accesses, threads]``; an address that is not known is a place of its own."""
+    number = np.arange(threads)
+    columns = [_by_turn(followed) for followed in bits]
+    found = np.zeros((len(first.accesses), threads), np.int64)
+    for at, (turn, access) in enumerate(_by_turn(first).items()):
+        base = access.address
+        if base is None:
+            found[at] = 16 * (number - (at + 1) * threads)
+            continue
+        found[at] = base
+        for bit, column in enumerate(columns):
+            # A thread that does not come by here adds nothing.
+            moved = column[turn].address if turn in column else None
+            found[at] += (number >> bit & 1) * ((base if moved is None else moved) - base)
+    return found
+
+
+def _by_turn(followed: Followed) -> dict[tuple[int, int], Access]:
+    """Accesses by instruction and how often it came before."""
+    seen: Counter[int] = Counter()
+    found = {}
+    for access in followed.accesses:
+        found[access.instruction, seen[access.instruction]] = access
+        seen[access.instruction] += 1
+    return found
+
+
+def kernel_time(name: str, launch: Launch, card: str, dtype: str) -> KernelTime:
+    """Compile a launch for a card of `MODELLED` and compute its times."""
+    arch, clock, l2_rate = _L2_RATES[card]
+    sheet, sm_count = CARDS[card], LIMITS[arch].sm_count
+    compiled = launch.compile(arch)
+    code = disassemble(compiled.asm["cubin"])
+    counts = count(code, launch, arch)
+    warps = launch.programs * launch.num_warps
+    flops = sum(tensor_flops(opcode) * n for opcode, n in counts.tensor.items())
+    at_a_time = sm_count * resident(
+        arch, code.registers, compiled.metadata.shared, launch.num_warps
+    )
+    # A loop's loads are on their way `stages - 1` trips ahead; one access before it, one behind.
+    ahead = max(1, launch.options.get("num_stages", 3) - 1)
+    waits = 2 + counts.trips / ahead
+    return KernelTime(
+        name=name,
+        tensor=warps * flops / sheet.rate(dtype),
+        issue=warps * counts.issued / (4 * sm_count * clock),
+        l2=launch.programs * sector_bytes(code, launch, arch) / l2_rate,
+        dram=launch.moved / sheet.bandwidth,
+        latency=-(-launch.programs // at_a_time) * waits * LATENCY_CLOCKS / clock,
+        launch=launch,
+    )
+
+
+class StepTime(NamedTuple):
+    """A step's kernels, and how many other launches there are."""
+
+    kernels: list[KernelTime]
+    others: int
+
+    @property
+    def launches(self) -> int:
+        """All of them."""
+        return len(self.kernels) + self.others
+
+    @property
+    def seconds(self) -> float:
+        """Of kernels and launches; what the other launches do takes no more than a launch."""
+        return sum(k.seconds for k in self.kernels) + LAUNCH_SECONDS * self.launches
+
+
+def step_time(workload: str, card: str, dtype: str, batch: int) -> StepTime:
+    """Decoder and loss, forward and backward, on a card of `MODELLED`.
+
+    Args:
+        workload: one of `bench.problems.WORKLOADS`.
+        card: by name.
+        dtype: "bfloat16" or "tf32".
+        batch: samples, all in one chunk.
+    """
+    recorded = step(workload, dtype, LIMITS[_L2_RATES[card][0]], batch)
+    names = labels(recorded.kernels)
+    found: dict[tuple, KernelTime] = {}
+    kernels = []
+    for name, launch in zip(names, recorded.kernels, strict=True):
+        # Launches of the same code on as much memory take as long.
+        key = launch.compilation, launch.grid, launch.moved
+        if key not in found:
+            found[key] = kernel_time(name, launch, card, dtype)
+        kernels.append(found[key])
+    return StepTime(kernels, sum(recorded.others.values()))
+
+
+def lines_of(workload: str, card: str, dtype: str, batch: int, floor: float) -> list[str]:
+    """The table of one card and dtype, in microseconds.
+
+    Args:
+        workload: as in `step_time`.
+        card: likewise.
+        dtype: likewise.
+        batch: likewise.
+        floor: of the whole step, in seconds, whatever kernels it has.
+    """
+    found = step_time(workload, card, dtype, batch)
+    heads = "tensor", "issue", "L2", "DRAM", "latency", "us", "floor"
+    lines = [f"{card}, {dtype}: us", " ".join(f"{head:>7s}" for head in heads) + "  bound by"]
+    for k in found.kernels:
+        numbers = (*k.limits.values(), k.seconds, k.floor)
+        lines.append(" ".join(f"{1e6 * n:7.1f}" for n in numbers) + f"  {k.tightest:7s}  {k.name}")
+    kernels = sum(k.seconds for k in found.kernels)
+    lines.append(
+        f"kernels {1e3 * kernels:.3f} ms, with {found.launches} launches ({len(found.kernels)} of "
+        f"these kernels) {1e3 * found.seconds:.3f} ms; with perfect ones in their place "
+        f"{1e3 * sum(k.floor for k in found.kernels):.3f} ms; the floor of any {1e3 * floor:.3f} ms"
+    )
+    return lines
