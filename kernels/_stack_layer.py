@@ -23,15 +23,17 @@ def layer_fwd(
     Args:
         geometry: of the layer.
         stack: ``[S, B, C_in, H, W]``, slot 0 the values, float32, bfloat16 or float16; copied only
-            where its slots are not dense in channels-last order.
+            where its slots are not dense in channels-last order. In front of the activation, or
+            behind it where `front` has it applied.
         weight: ``[outer, inner, kh, kw]``; likewise, and converted to the stack's dtype.
         bias: ``[C_out]`` or None, added to the values.
         out_size: ``(OH, OW)``.
-        front: of the layer.
+        front: of the layer; where it names an activation behind, the result lies behind it.
 
     Raises:
         TypeError: another dtype.
-        ValueError: an unknown kind or a wrong number of parameters.
+        ValueError: an unknown kind, a wrong number of parameters, or a stack behind an activation
+            that does not tell its slope by its result.
     """
     check_dtypes(stack=stack)
     x, taps = _channels_last(stack), _channels_last(weight.to(stack.dtype))
@@ -56,7 +58,7 @@ def layer_bwd(
 
     Args:
         geometry: as in the forward.
-        grad: ``[S, B, C_out, OH, OW]``, of what the forward returned.
+        grad: ``[S, B, C_out, OH, OW]``, of the forward's result in front of an activation behind.
         stack: as in the forward.
         weight: as in the forward.
         front: as in the forward.

@@ -137,6 +137,9 @@ def plan(
 ) -> Plan:
     """Choose kernel and blocks; `aligned` is whether stack and weight start at a multiple of 16."""
     in_front, behind = (front.kind, front.params), (front.behind, front.behind_params)
+    for kind, params in (*([in_front] if front.applied else []), behind):
+        if kind != "none" and not reads_result(kind, params):
+            raise ValueError(f"{kind!r} does not tell its slope by its result: apply it in front")
     on_load, result = (("none", ()), in_front) if pull else (in_front, behind)
     if front.applied and not pull:
         on_load = "none", ()

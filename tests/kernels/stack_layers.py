@@ -14,6 +14,8 @@ from tests._triton import DEVICE, assert_as_good
 ACTIVATIONS = {
     "none": (lambda x: 1 * x, ()),
     "relu": (F.relu, ()),
+    # Its slope times a number is exact.
+    "leaky_relu": (lambda x: F.leaky_relu(x, 0.25), (0.25,)),
     "hardtanh": (lambda x: F.hardtanh(x, -0.75, 1.25), (-0.75, 1.25)),
     "tanh": (torch.tanh, ()),
     # phi(0) is not 0, so whatever lies outside of the input must not be activated.
@@ -67,9 +69,12 @@ def image_problem(g, m, B, C_in, C_out, H, W, kernel, dtype=torch.float32):
     return layer, (stack, weight, bias, grad)
 
 
-def run(g, kind, stack, weight, bias, grad, product="ieee"):
-    """The results of the fused layer."""
+def run(g, kind, stack, weight, bias, grad, product="ieee", behind=None):
+    """The results of the fused layer; with `behind`, of a stack stored behind its activation."""
     layer = Layer(g, kind, ACTIVATIONS[kind][1], product)
+    if behind is not None:
+        layer = layer._replace(applied=True, behind=behind, behind_params=ACTIVATIONS[behind][1])
+        stack = moved(ACTIVATIONS[kind][0], stack)
     out = stack_layer(layer, stack, weight, bias)
     assert g is None or out[0].is_contiguous(memory_format=torch.channels_last)
     return Results(out, *stack_layer_backward(layer, grad, stack, weight))
@@ -92,7 +97,13 @@ def oracle(phi, layer, stack, weight, bias, grad):
     return Results(out.detach(), *torch.autograd.grad(out, leaves, grad))
 
 
-def assert_layer(g, kind, layer, inputs, product="ieee"):
+def moved_by(phi, slopes, stack):
+    """The activation on a stack, with the slopes that the stack `slopes` tells by its values."""
+    tangents = moved(phi, torch.cat([slopes[:1], stack[1:]]))[1:]
+    return torch.cat([phi(stack[:1]), tangents])
+
+
+def assert_layer(g, kind, layer, inputs, product="ieee", behind=None):
     """Compare results with float64, and with plain PyTorch in the stack's dtype.
 
     Args:
@@ -101,14 +112,21 @@ def assert_layer(g, kind, layer, inputs, product="ieee"):
         layer: the same without bias and activation, in plain PyTorch.
         inputs: stack, weight, bias, and the gradient of the result.
         product: of float32 numbers; the library multiplies them so too.
+        behind: the activation behind which the result is stored, where stacks are stored so: the
+            layer is then given `inputs` behind `kind`, and its gradients are in front of both.
     """
     stack, weight, *_ = inputs
     assert supports(g, stack.shape, weight.shape, stack.dtype)
     phi = ACTIVATIONS[kind][0]
     with products(product):
-        got = run(g, kind, *inputs, product)
+        got = run(g, kind, *inputs, product, behind)
         plain = oracle(phi, layer, *inputs)
     want = oracle(phi, layer, *(t.double() for t in inputs))
+    if behind is not None:
+        # A value at 0 may round to either side: its tangents follow what was stored.
+        psi = ACTIVATIONS[behind][0]
+        want = want._replace(out=moved_by(psi, got.out.double(), want.out))
+        plain = plain._replace(out=moved_by(psi, got.out, plain.out))
     # The largest sum of absolute terms behind an entry: the same products of absolute values.
     h = moved(phi, stack.double().requires_grad_()).detach().abs()
     scales = oracle(lambda x: 1 * x, layer, h, *(t.double().abs() for t in inputs[1:]))

@@ -124,20 +124,24 @@ def stacks(dtype=torch.float32):
     return small, large
 
 
-@pytest.mark.parametrize("kind", ["relu", "tanh"])
+BETWEEN = Front("relu", applied=True, behind="relu")
+
+
+@pytest.mark.parametrize("front", [Front("relu"), Front("tanh"), BETWEEN])
 @pytest.mark.parametrize("pulled", [False, True])
-def test_the_last_rows_of_a_layer(kind, pulled, last_program):
+def test_the_last_rows_of_a_layer(front, pulled, last_program):
     weight = torch.randn(CHANNELS, 9, CHANNELS, generator=torch.Generator().manual_seed(1))
-    layer, results = (window(3, 1, 1), (SIZE, SIZE), Front(kind)), []
+    layer, results = (window(3, 1, 1), (SIZE, SIZE), front), []
     for stack in stacks():
         options = {"inner_is_input": True, "pull": stack if pulled else None}
         results.append(product(stack, weight, *layer, **options)[-1, -1])
     assert results[0].abs().max() > 0 and torch.equal(*results)
 
 
-def test_the_last_rows_of_a_layer_that_doubles(last_program):
+@pytest.mark.parametrize("front", [Front("relu"), BETWEEN])
+def test_the_last_rows_of_a_layer_that_doubles(front, last_program):
     weight = torch.randn(CHANNELS, 16, CHANNELS, generator=torch.Generator().manual_seed(1))
-    layer = doubling(4), (2 * SIZE, 2 * SIZE), Front("relu")
+    layer = doubling(4), (2 * SIZE, 2 * SIZE), front
     near, away = (
         product(stack, weight, *layer, inner_is_input=False)[-1, -1] for stack in stacks()
     )

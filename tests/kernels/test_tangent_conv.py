@@ -40,6 +40,19 @@ class TestKernel:
         g = geometry()
         assert_layer(g, kind, *image_problem(g, *SHAPES[0], 3, torch.bfloat16))
 
+    @pytest.mark.parametrize("kernel, stride, padding", LAYERS)
+    def test_between_activations(self, kernel, stride, padding, poisoned_empty):
+        g = geometry(stride=stride, padding=padding)
+        assert_layer(g, "relu", *image_problem(g, *SHAPES[0], kernel), behind="leaky_relu")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("kernel, stride", [(3, 1), (4, 2), (3, 2)])
+    def test_aligned_sizes(self, kernel, stride, dtype, poisoned_empty):
+        # Whole blocks of channels and columns, three blocks of rows.
+        g = geometry(stride=stride)
+        inputs = image_problem(g, 2, 2, 32, 64, 8 * stride, 8 * stride, kernel, dtype)
+        assert_layer(g, "leaky_relu", *inputs, "tf32", behind="relu")
+
     def test_two_runs_give_the_same_bits(self):
         _, inputs = image_problem(geometry(), *SHAPES[2], 3)
         runs = [run(geometry(), "tanh", *inputs) for _ in range(2)]

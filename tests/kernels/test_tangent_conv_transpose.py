@@ -46,6 +46,29 @@ class TestKernel:
         g = geometry(stride=1, padding=0)
         assert_layer(g, kind, *problem(g, *shape))
 
+    @pytest.mark.parametrize("kinds", [("relu", "leaky_relu"), ("leaky_relu", "relu")])
+    @pytest.mark.parametrize("shape", [*SHAPES, (64, 1, 2, 3, 1, 2)])
+    def test_doubling_between_activations(self, shape, kinds, poisoned_empty):
+        assert_layer(geometry(), kinds[0], *problem(geometry(), *shape), behind=kinds[1])
+
+    @pytest.mark.parametrize("shape", PIXELS)
+    def test_one_pixel_between_activations(self, shape, poisoned_empty):
+        g = geometry(stride=1, padding=0)
+        assert_layer(g, "none", *problem(g, *shape), behind="relu")
+
+    @pytest.mark.parametrize("kernel, output_padding", [(3, 0), (3, 1), (4, 1)])
+    def test_other_sizes_between_activations(self, kernel, output_padding, poisoned_empty):
+        g = geometry(output_padding=output_padding)
+        inputs = problem(g, 2, 2, 3, 2, 2, 3, kernel=kernel)
+        assert_layer(g, "relu", *inputs, behind="relu")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("channels, kernel", [((64, 32), 4), ((32, 64), 3)])
+    def test_aligned_sizes(self, channels, kernel, dtype, poisoned_empty):
+        # Whole blocks of channels and columns, three blocks of rows, four steps or more.
+        inputs = problem(geometry(), 2, 2, *channels, 8, 8, kernel=kernel, dtype=dtype)
+        assert_layer(geometry(), "relu", *inputs, "tf32", behind="leaky_relu")
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("kind", ACTIVATIONS)
     def test_activations(self, kind, dtype, poisoned_empty):
@@ -80,6 +103,23 @@ class TestKernel:
         # ReLU has no second derivative: no gradient of the stack reads a tangent.
         assert grad_stack.isfinite().all()
 
+    def test_a_nan_stays_in_its_sample_and_tangent_behind_an_activation(self):
+        _, (stack, weight, bias, grad) = problem(geometry(), 2, 3, 3, 2, 2, 2)
+        for slot, reached in ((1, [1]), (0, [0, 1, 2])):
+            spoiled = stack.clone()
+            spoiled[slot, 2, 0, 0, 0] = float("nan")
+            out, *_ = run(geometry(), "relu", spoiled, weight, bias, grad, behind="relu")
+            found = out.isnan().flatten(2).any(2)
+            assert found[slot, 2] and found.sum() == found[reached, 2].sum()
+
+    def test_two_runs_behind_an_activation_give_the_same_bits(self):
+        _, inputs = problem(geometry(), 33, 1, 3, 2, 3, 2)
+        runs = [run(geometry(), "relu", *inputs, "tf32", behind="relu") for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        # Ten bits of a mantissa are stored, so that nothing is left to truncate.
+        for stored in (runs[0].out, runs[0].stack):
+            assert not (stored.view(torch.int32) & 0x1FFF).any()
+
     def test_only_what_is_needed(self):
         layer = Layer(geometry(), "relu")
         _, (stack, weight, _, grad) = problem(geometry(), 1, 1, 2, 2, 2, 2)
@@ -104,6 +144,9 @@ class TestKernel:
             stack_layer(Layer(g), stack.double(), weight, bias)
         with pytest.raises(ValueError, match="kind='mish' is not one of"):
             stack_layer(Layer(g, "mish"), stack, weight, bias)
+        for layer in (Layer(g, "tanh", applied=True), Layer(g, behind="tanh")):
+            with pytest.raises(ValueError, match="'tanh' does not tell its slope by its result"):
+                stack_layer(layer, stack, weight, bias)
 
 
 def test_supports_names_what_the_kernels_take():

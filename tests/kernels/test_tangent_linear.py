@@ -25,6 +25,16 @@ class TestKernel:
     def test_sizes(self, shape, kind, poisoned_empty):
         assert_layer(None, kind, F.linear, problem(*shape))
 
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_between_activations(self, shape, poisoned_empty):
+        assert_layer(None, "relu", F.linear, problem(*shape), behind="leaky_relu")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_aligned_sizes(self, dtype, poisoned_empty):
+        # Whole blocks of channels and columns, three blocks of rows, four steps or more.
+        inputs = problem((15, 12), 256, 64, dtype)
+        assert_layer(None, "relu", F.linear, inputs, "tf32", behind="relu")
+
     @pytest.mark.parametrize("kind", ACTIVATIONS)
     def test_bfloat16(self, kind, poisoned_empty):
         assert_layer(None, kind, F.linear, problem((3, 4), 20, 9, torch.bfloat16))
