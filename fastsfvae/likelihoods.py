@@ -1,4 +1,4 @@
-"""The four likelihoods as scalar arithmetic on a decoder's Gram, and their gradients by hand.
+"""The objective as scalar arithmetic on a decoder's Gram, by four likelihoods; gradients by hand.
 
 With n outputs, c = noise_var and rr = |x - f(mu)|^2 (all per sample):
 
@@ -18,6 +18,10 @@ With cotangents a of log_likelihood and b_rr, b_ld, b_ex of the terms:
     dc = sum a ((rr - gamma explained) / (2 c^2) - n / (2c)) + what the primitive gives
     dgamma = sum a explained / (2c)   (- sum a log_det / 2 for "mixture")
 
+With cotangents a of the objective, log_likelihood - w_kl kl, its part of h adds up in log h:
+
+    d log h = h dh - a w_kl (h - 1) / 2        dmean = -a w_kl mean
+
 "normalized" subtracts a second log-determinant at (1 - gamma) h, through which gamma enters again.
 "expected" reads the row norms of J alone: log_det = sum h_i |J_i|^2 / c.
 """
@@ -34,6 +38,7 @@ from torch import Tensor
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
 from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
+from fastsfvae.ops.elbo import elbo_of_parts
 from fastsfvae.ops.low_rank import (
     Solved,
     gram_cotangents,
@@ -99,14 +104,21 @@ def likelihood_terms(
     return LikelihoodTerms(value, rr, log_det, explained, lost)
 
 
-class LikelihoodHead:
-    """A likelihood as what a decoder's Gram is used for (see `fastsfvae.gram.heads`).
+def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_var)) || N(0, I)) per sample, ``[B]``, in nats."""
+    return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
 
-    Its inputs are h ``[B, m]``, c and gamma, both 0-d; its outputs the fields of `LikelihoodTerms`
-    but for `lost`.
+
+class LikelihoodHead:
+    """The objective as what a decoder's Gram is used for (see `fastsfvae.gram.heads`).
+
+    Its inputs are mean and log h ``[B, m]``, c, gamma and the weight of the KL divergence, all
+    three 0-d; its outputs log_likelihood - kl_weight kl, log_likelihood, kl, and the fields of
+    `LikelihoodTerms` behind `log_likelihood` but for `lost`.
     """
 
-    along: tuple[bool, ...] = (True, False, False)
+    along: tuple[bool, ...] = (True, True, False, False, False)
+    fresh = True
 
     def __init__(self, likelihood: Likelihood):
         self._likelihood = likelihood
@@ -114,12 +126,23 @@ class LikelihoodHead:
     def shapes(
         self, batch: int, m: int, out: tuple[int, ...], dtype: torch.dtype, sums: torch.dtype
     ) -> list[Shape]:
-        """Four of ``[B]``."""
-        return [((batch,), sums)] * 4
+        """Six of ``[B]``."""
+        return [((batch,), sums)] * 6
 
-    def find(self, gram: ChunkGram, inputs: Sequence[Tensor]) -> Found:
-        """The terms of a chunk."""
-        (h, c, gamma), likelihood = inputs, self._likelihood
+    def find(
+        self,
+        gram: ChunkGram,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+    ) -> Found:
+        """The terms of a chunk; by one kernel with all that `pull` returns, if that can be."""
+        (mean, log_var, c, gamma, kl_weight), likelihood = inputs, self._likelihood
+        if cotangents is not None and len(cotangents) == 1:
+            parts = gram.parts()
+            if parts is not None:
+                kernel = elbo_of_parts(parts, inputs, cotangents[0], gram.n, likelihood)
+                return Found(kernel.terms, kernel)
+        h = log_var.exp()
         kept: Solved | Tensor
         if likelihood == "expected":
             rr, kept = gram.norms(c.dtype)
@@ -130,51 +153,94 @@ class LikelihoodHead:
             if kept.second is not None:
                 log_det = log_det - kept.second.log_det
         value = _log_likelihood(rr, log_det, explained, gram.n, c, gamma, likelihood)
-        return Found((value, rr, log_det, explained), kept)
+        kl = gaussian_kl(mean, log_var)
+        return Found((value - kl_weight * kl, value, kl, rr, log_det, explained), kept)
 
     def pull(
-        self, gram: ChunkGram, found: Found, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+        self,
+        gram: ChunkGram,
+        found: Found,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        needs: Sequence[bool] = (True,) * 5,
     ) -> Gradients:
         """The gradients of a chunk."""
-        (h, c, gamma), likelihood, kept = inputs, self._likelihood, found.kept
-        a, b_rr, b_ld, b_ex = cotangents
-        _, rr, log_det, explained = found.outputs
+        kept = found.kept
+        if isinstance(kept, (Solved, Tensor)):
+            return self._pull(gram, found, inputs, cotangents, needs)
+        of_scalars = [
+            part.sum() if need else None
+            for part, need in zip(kept.d_scalars, needs[2:], strict=True)
+        ]
+        pulled = gram.pull(kept.M, kept.u, kept.g_rr)
+        return Gradients(pulled, (kept.d_mean, kept.d_log_var, *of_scalars))
+
+    def _pull(
+        self,
+        gram: ChunkGram,
+        found: Found,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> Gradients:
+        """The same in torch, for any cotangents."""
+        (mean, log_var, c, gamma, kl_weight), likelihood = inputs, self._likelihood
+        zeros = [torch.zeros_like(cotangents[0])] * (6 - len(cotangents))
+        total, a, b_kl, b_rr, b_ld, b_ex = (*cotangents, *zeros)
+        _, _, kl, rr, log_det, explained = found.outputs
+        a, g_kl, h = a + total, b_kl - kl_weight * total, log_var.exp()
         g_ld = b_ld - 0.5 * _log_det_weight(likelihood, gamma) * a
         g_ex = b_ex + gamma / (2 * c) * a
         g_rr = b_rr - a / (2 * c)
-        dc = (a * (rr - gamma * explained)).sum() / (2 * c * c) - a.sum() * gram.n / (2 * c)
-        dgamma = (a * explained).sum() / (2 * c)
-        if likelihood == "mixture":
-            dgamma = dgamma - 0.5 * (a * log_det).sum()
+        d_mean, d_log_var = g_kl.unsqueeze(-1) * mean, 0.5 * g_kl.unsqueeze(-1) * (h - 1)
+        dc = dgamma = d_kl_weight = None
+        if needs[2]:
+            dc = (a * (rr - gamma * explained)).sum() / (2 * c * c) - a.sum() * gram.n / (2 * c)
+        if needs[3]:
+            dgamma = (a * explained).sum() / (2 * c)
+            if likelihood == "mixture":
+                dgamma = dgamma - 0.5 * (a * log_det).sum()
+        if needs[4]:
+            d_kl_weight = -(total * kl).sum()
         if likelihood == "expected":
-            rate = g_ld.unsqueeze(-1) / c
-            dc = dc - (g_ld * log_det).sum() / c
-            pulled = gram.pull_norms(rate * h, g_rr)
-            return Gradients(pulled, (rate * kept, dc, torch.zeros_like(c)))
+            rate = g_ld.unsqueeze(-1) / c * h
+            dc = None if dc is None else dc - (g_ld * log_det).sum() / c
+            dgamma = None if dgamma is None else torch.zeros_like(dgamma)
+            pulled = gram.pull_norms(rate, g_rr)
+            d_log_var += rate * found.kept
+            return Gradients(pulled, (d_mean, d_log_var, dc, dgamma, d_kl_weight))
         second_var = _second_variance(h, gamma, likelihood)
         g_second = None if second_var is None else -g_ld
         dh, dc_each, d_second = variance_gradients(
-            kept, (h, c.expand(len(h)), second_var), (g_ld, g_ex, g_second)
+            found.kept,
+            (h, c.expand(len(h)), second_var),
+            (g_ld, g_ex, g_second),
+            (True, needs[2], True),
         )
-        assert dh is not None and dc_each is not None
+        assert dh is not None
         if d_second is not None:
             dh = dh + (1 - gamma) * d_second
-            dgamma = dgamma - (d_second * h).sum()
-        pulled = gram.pull(*gram_cotangents(kept, g_ld, g_ex, g_second), g_rr)
-        return Gradients(pulled, (dh, dc + dc_each.sum(), dgamma))
+            dgamma = None if dgamma is None else dgamma - (d_second * h).sum()
+        if dc is not None and dc_each is not None:
+            dc = dc + dc_each.sum()
+        d_log_var += h * dh
+        pulled = gram.pull(*gram_cotangents(found.kept, g_ld, g_ex, g_second), g_rr)
+        return Gradients(pulled, (d_mean, d_log_var, dc, dgamma, d_kl_weight))
 
     def plain(
         self, output: Tensor, J: Tensor, r: Tensor, inputs: Sequence[Tensor], backend: str
     ) -> tuple[Tensor, ...]:
         """The terms by autograd."""
-        h, c, gamma = inputs
-        return likelihood_terms(
-            *(J, r, h),
+        mean, log_var, c, gamma, kl_weight = inputs
+        value, *terms, _ = likelihood_terms(
+            *(J, r, log_var.exp()),
             noise_var=c,
             gamma=gamma,
             likelihood=self._likelihood,
             backend=backend,
-        )[:4]
+        )
+        kl = gaussian_kl(mean, log_var)
+        return value - kl_weight * kl, value, kl, *terms
 
 
 HEADS.update({name: LikelihoodHead(name) for name in _checks.LIKELIHOODS})

@@ -15,6 +15,7 @@ from fastsfvae.gram.query import Query, head_outputs, weighted_total
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.validate import check_chunk_size, unwrap
+from fastsfvae.likelihoods import gaussian_kl as gaussian_kl
 from fastsfvae.likelihoods import likelihood_terms
 
 
@@ -38,11 +39,6 @@ class Elbo(NamedTuple):
     squared_error: Tensor
     log_det: Tensor
     explained: Tensor
-
-
-def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_var)) || N(0, I)) per sample, ``[B]``, in nats."""
-    return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
 
 
 class SamplingFreeLoss(nn.Module):
@@ -153,7 +149,7 @@ class SamplingFreeLoss(nn.Module):
         scalars = self.noise_var, self.gamma, self.kl_weight
         inputs = x, mean, log_var, args, kwargs
         elbo, total = _objective(self.decoder, *inputs, *scalars, *settings, weight)
-        loss = -elbo.elbo if total is None else -total
+        loss = -elbo.elbo if total is None else total
         if self.reduction == "none" and sample_weight is not None:
             loss = loss * sample_weight
         return (loss, Elbo(*(t.detach() for t in elbo))) if return_terms else loss
@@ -201,11 +197,11 @@ class SamplingFreeLoss(nn.Module):
             """As `forward`."""
 
     def _share(self, mean: Tensor, sample_weight: Tensor | None) -> Tensor:
-        """What each sample's loss is multiplied by before all are added up."""
+        """What each sample's objective is multiplied by before all are added up to the loss."""
         if sample_weight is not None:
             total = sample_weight.sum() if self.reduction == "mean" else 1
-            return sample_weight / total
-        share = 1 / mean.shape[0] if self.reduction == "mean" else 1.0
+            return sample_weight / -total
+        share = -1 / mean.shape[0] if self.reduction == "mean" else -1.0
         dtype = torch.promote_types(mean.dtype, torch.float32)
         return torch.full(mean.shape[:1], share, dtype=dtype, device=mean.device)
 
@@ -343,19 +339,15 @@ def _objective(
         if isinstance(t, Tensor)
         # Filled on the device: a copy from the host would wait for it, and not be captured.
         else torch.full((), t, dtype=dtype, device=mean.device)
-        for t in (noise_var, gamma)
+        for t in (noise_var, gamma, kl_weight)
     ]
-    inputs, resolved = (log_var.exp(), *scalars), resolve_backend(backend, mean)
+    # The mean again, as an alias: one tensor in two places has no gradient for each.
+    inputs, resolved = (mean.view_as(mean), log_var, *scalars), resolve_backend(backend, mean)
     query = Query(likelihood, decoder, mean, x, inputs, args, kwargs, resolved, chunk_size)
     if weight is None:
-        terms = head_outputs(query)
-    else:
-        weighted, terms = weighted_total(query, weight)
-    log_likelihood, squared_error, log_det, explained = terms
-    kl = gaussian_kl(mean, log_var)
-    objective = log_likelihood - kl_weight * kl
-    total = None if weight is None else weighted - kl_weight * (weight * kl).sum()
-    return Elbo(objective, log_likelihood, kl, squared_error, log_det, explained), total
+        return Elbo(*head_outputs(query)), None
+    total, terms = weighted_total(query, weight)
+    return Elbo(*terms), total
 
 
 def _warn_of_weak(likelihood: str, gamma: float | Tensor) -> None:

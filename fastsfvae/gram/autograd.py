@@ -129,12 +129,8 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(problem, needs, weights, *tensors):
-        cotangents = [
-            torch.zeros(shape, dtype=dtype, device=weights.device)
-            for shape, dtype in output_shapes(problem, tensors)
-        ]
-        cotangents[0] += weights
-        outputs, grads = call(problem, needs, cotangents, tensors)
+        _, dtype = output_shapes(problem, tensors)[0]
+        outputs, grads = call(problem, needs, [weights.to(dtype)], tensors)
         return weigh(outputs, weights), *outputs, *grads
 
     @staticmethod
@@ -152,8 +148,13 @@ class _Total(torch.autograd.Function):
         # Read once: a checkpoint unpacks them once.
         count, saved = sum(ctx.needs), ctx.saved_tensors
         grads, wanted = saved[:count], saved[count:]
-        grads = [g * upstream for g in grads]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _is_mapped([upstream]):
+            grads = [g * upstream for g in grads]
+        else:
+            # One launch where they are of one dtype.
+            grads = torch._foreach_mul(grads, upstream)
+        if torch.is_grad_enabled() and not compiling:
             grads = _Last.apply(count, *grads, *wanted)
         return None, None, None, *_spread(grads, ctx.needs)
 

@@ -79,6 +79,9 @@ class Contracted:
             # Its two halves are rounded apart.
             return 0.5 * (G + G.mT), p, self._r.square().sum(-1)
 
+    def parts(self) -> None:
+        """As `Written`, and never on the kernels."""
+
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
         """As `Written`."""
 
@@ -152,7 +155,8 @@ class ThroughLayer:
             J = (self._T @ W.mT).unflatten(0, T.shape[:2])
         self.output, self._shape = f, f.shape if x is None else x.shape
         self._written = flat = Written(Jet(f, J), None if x is None else x.flatten(1), "torch")
-        self.n, self.sums, self.solve, self.norms = flat.n, flat.sums, flat.solve, flat.norms
+        self.n, self.sums, self.parts = flat.n, flat.sums, flat.parts
+        self.solve, self.norms = flat.solve, flat.norms
 
     def pull(self, M: Tensor, u: Tensor, g_rr: Tensor, df: Tensor | None = None) -> Pulled:
         """As `Written`."""

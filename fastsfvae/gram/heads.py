@@ -32,10 +32,10 @@ class Found(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of a chunk's Gram, and of the head's inputs in order."""
+    """Gradients of a chunk's Gram, and of the head's inputs in order; None where none is wanted."""
 
     gram: Pulled
-    inputs: tuple[Tensor, ...] = ()
+    inputs: tuple[Tensor | None, ...] = ()
 
 
 class Head(Protocol):
@@ -43,9 +43,11 @@ class Head(Protocol):
 
     Attributes:
         along: for each of its further inputs, whether it has the batch axis.
+        fresh: whether each of its outputs is memory that nothing else refers to.
     """
 
     along: tuple[bool, ...]
+    fresh: bool
 
     def shapes(
         self, batch: int, m: int, out: tuple[int, ...], dtype: torch.dtype, sums: torch.dtype
@@ -60,13 +62,37 @@ class Head(Protocol):
             sums: of G, p and rr, float32 at least.
         """
 
-    def find(self, gram: ChunkGram, inputs: Sequence[Tensor]) -> Found:
-        """The outputs of a chunk; inputs in float32 at least."""
+    def find(
+        self,
+        gram: ChunkGram,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+    ) -> Found:
+        """The outputs of a chunk.
+
+        Args:
+            gram: of the chunk.
+            inputs: in float32 at least.
+            cotangents: those that `pull` will be given, where they are known so early.
+        """
 
     def pull(
-        self, gram: ChunkGram, found: Found, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+        self,
+        gram: ChunkGram,
+        found: Found,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        needs: Sequence[bool],
     ) -> Gradients:
-        """The gradients for cotangents of the outputs."""
+        """The gradients.
+
+        Args:
+            gram: as in `find`.
+            found: what it returned.
+            inputs: as there.
+            cotangents: of the outputs; those of the last ones may be missing, and are then 0.
+            needs: for each of the inputs, whether its gradient is wanted.
+        """
 
     def plain(
         self, output: Tensor, J: Tensor, r: Tensor, inputs: Sequence[Tensor], backend: str

@@ -97,14 +97,22 @@ class Loop:
         problem: what is evaluated.
         tensors: its tensors.
         needs: for each of them, whether its gradient is wanted.
+        cotangents: what `pull` will be given, where it is known so early.
     """
 
-    def __init__(self, problem: Problem, tensors: Sequence[Tensor], needs: Sequence[bool]):
+    def __init__(
+        self,
+        problem: Problem,
+        tensors: Sequence[Tensor],
+        needs: Sequence[bool],
+        cotangents: Sequence[Tensor] = (),
+    ):
         self._problem, self._head = problem, HEADS[problem.head]
-        self._tensors, self._needs = tensors, needs
+        self._tensors, self._needs, self._cotangents = tensors, needs, cotangents
         z, x, inputs, along, whole = problem.split(tensors)
         of_z, _, _, of_along, of_whole = problem.split(needs)
-        dtype = torch.promote_types((x or z)[0].dtype, torch.float32)
+        dtype = torch.promote_types(z[0].dtype, torch.float32)
+        dtype = torch.promote_types(x[0].dtype, dtype) if x else dtype
         self._x, self._inputs, self._device = x, [t.to(dtype) for t in inputs], z[0].device.type
         program = find_program(problem.program)
         needed = of_z[0], of_along, of_whole
@@ -140,27 +148,34 @@ class Loop:
                 gram_of_chunk = gram_of(chunk.output, x, self._problem.backend)
                 pairs = zip(self._inputs, self._head.along, strict=True)
                 inputs = [t[rows] if along else t for t, along in pairs]
-                found = self._head.find(gram_of_chunk, inputs)
+                known = [t[rows] for t in self._cotangents] or None
+                found = self._head.find(gram_of_chunk, inputs, known)
             yield Part(chunk, gram_of_chunk, inputs, found)
 
     def outputs(self, found: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
         """The head's outputs for the whole batch, in memory of their own."""
         columns, shapes = zip(*found, strict=True), output_shapes(self._problem, self._tensors)
+        lone = self._head.fresh and len(found) == 1
         return [
-            torch.cat(column).to(dtype).reshape(shape).contiguous()
+            (column[0] if lone else torch.cat(column)).to(dtype).reshape(shape).contiguous()
             for column, (shape, dtype) in zip(columns, shapes, strict=True)
         ]
 
     def pull(self, part: Part, cotangents: Sequence[Tensor]) -> None:
-        """Run the backward half of a chunk, for cotangents of the whole batch's outputs."""
+        """Run the backward half of a chunk, for cotangents of the whole batch's outputs.
+
+        Those of the last outputs may be missing, and are then 0.
+        """
         rows = slice(part.chunk.start, part.chunk.stop)
         with torch.autocast(self._device, enabled=False):
             own = [t[rows] for t in cotangents]
-            pulled = self._head.pull(part.gram, part.found, part.inputs, own)
+            _, _, needs, *_ = self._problem.split(self._needs)
+            pulled = self._head.pull(part.gram, part.found, part.inputs, own, needs)
             given = (pulled.gram.x, *pulled.inputs) if self._x else pulled.inputs
             needs = self._needs[1 : 1 + len(given)]
             for need, grads, gradient in zip(needs, self._grads, given, strict=True):
                 if need:
+                    assert gradient is not None
                     grads.append(gradient)
             part.chunk.pull(pulled.gram.jet, pulled.gram.others)
 
@@ -171,7 +186,7 @@ class Loop:
         """
         along = (True,) * len(self._x) + self._head.along
         own = [
-            torch.cat(grads) if whole else sum(grads[1:], grads[0])
+            torch.cat(grads) if whole and len(grads) > 1 else sum(grads[1:], grads[0])
             for whole, grads in zip(along, self._grads, strict=True)
             if grads
         ]
@@ -218,7 +233,7 @@ def gram(
 
     Args:
         tensors: as in `Prepared`.
-        cotangents: of the outputs; none gives the outputs alone.
+        cotangents: of the outputs, of the first ones perhaps alone; none gives the outputs alone.
         needs: for each tensor, whether its gradient is wanted.
         data: as in `Problem`, like all that follow.
         along: how many further inputs have a batch axis.
@@ -233,7 +248,7 @@ def gram(
     parts = data, along, program, chunk_size, head, backend, autocast, tuple(shape), dtype
     if not cotangents:
         needs = [False] * len(needs)
-    loop, outputs = Loop(Problem(*parts), tensors, needs), []
+    loop, outputs = Loop(Problem(*parts), tensors, needs, cotangents), []
     with torch.no_grad():
         for part in loop:
             outputs.append(part.found.outputs)

@@ -40,6 +40,8 @@ class Sums:
     """
 
     along: tuple[bool, ...] = ()
+    # The output may be what it was given.
+    fresh = False
 
     def __init__(self, count: int):
         self._count = count
@@ -51,12 +53,22 @@ class Sums:
         extents = (batch, m, m), (batch, m), (batch,)
         return [((batch, *out), dtype), *((e, sums) for e in extents)][: self._count]
 
-    def find(self, gram: ChunkGram, inputs: Sequence[Tensor]) -> Found:
+    def find(
+        self,
+        gram: ChunkGram,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+    ) -> Found:
         """Output and sums of a chunk."""
         return Found((gram.output, *gram.sums())[: self._count])
 
     def pull(
-        self, gram: ChunkGram, found: Found, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+        self,
+        gram: ChunkGram,
+        found: Found,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        needs: Sequence[bool] = (),
     ) -> Gradients:
         """The gradients of a chunk."""
         df, dG, *rest = cotangents

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsfvae.gram.written import Pulled
 from fastsfvae.jacobian.rules.jet import from_stack
+from fastsfvae.ops.elbo import Parts
 from fastsfvae.ops.gram_tail import Tail, tail_backward, tail_partials, tail_values
 from fastsfvae.ops.low_rank import Solved, low_rank_of_partials
 
@@ -37,11 +38,16 @@ class Unwritten:
         G, p, rr = self._partials()
         return G.sum(0), p.sum(0), rr.sum(0)
 
-    def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
+    def parts(self) -> Parts:
         """As `Written`."""
         # Rounded tangents cannot be rescued.
         redo = self._partials if self._tail.stack.dtype == torch.float32 else None
-        return low_rank_of_partials(self._partials(), h, c, second_var, redo)
+        return Parts(self._partials(), redo)
+
+    def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
+        """As `Written`."""
+        parts = self.parts()
+        return low_rank_of_partials(parts.sums, h, c, second_var, parts.redo)
 
     def norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As `Written`, from G's diagonal."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent
 from fastsfvae.jacobian.run.chunks import empty_gradient, flatten_in_memory_order
+from fastsfvae.ops.elbo import Parts, jacobian_parts
 from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
 from fastsfvae.ops.low_rank import Solved, low_rank_forward, squared_norms
 
@@ -49,6 +50,10 @@ class Written:
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """G ``[b, m, m]``, p ``[b, m]`` and rr ``[b]``, in float32 at least."""
         return gram_project_forward(self._J, self._r, self._backend)
+
+    def parts(self) -> Parts | None:
+        """The sums in parts, as the kernels that finish an objective take them; None without."""
+        return jacobian_parts(self._J, self._r) if self._backend == "triton" else None
 
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
         """As `low_rank_forward`, with h ``[b, m]`` and c ``[b]``."""

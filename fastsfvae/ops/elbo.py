@@ -6,12 +6,16 @@ autograd and no compiler sees these functions, so they call the launchers themse
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastsfvae._ranges import ranged
+from fastsfvae.kernels._contract import WOODBURY_MAX_M
+from fastsfvae.ops import _library
 
 if TYPE_CHECKING:
     from fastsfvae.kernels.elbo import Objective
@@ -30,6 +34,30 @@ class Parts(NamedTuple):
 
     sums: Sums
     redo: Callable[[Tensor], Sums] | None
+
+
+@ranged("gram")
+def jacobian_parts(J: Tensor, r: Tensor) -> Parts | None:
+    """The parts of a Jacobian that was written, None where m is above what the kernel holds.
+
+    Args:
+        J: ``[B, m, n]``; float32, bfloat16 or float16.
+        r: ``[B, n]``, one of the same dtypes.
+
+    Raises:
+        RuntimeError: a device that Triton cannot reach.
+        TypeError: another dtype.
+        ValueError: float64.
+    """
+    _library.require_triton(J)
+    if J.shape[1] > WOODBURY_MAX_M:
+        return None
+    from fastsfvae.kernels.gram_project import gram_project_partials
+    from fastsfvae.kernels.woodbury_float64 import gram_float64
+
+    # Rounded tangents cannot be rescued.
+    redo = functools.partial(gram_float64, J, r) if J.dtype == torch.float32 else None
+    return Parts(gram_project_partials(J, r), redo)
 
 
 @ranged("solve")

@@ -176,13 +176,13 @@ def numbers_beyond_the_range():
 
 
 def everything(gram, likelihood, W, dtype):
-    """Terms, and the gradients of a and T, of W (of which W^T W is made), of x and of h."""
-    given = torch.full((3, M), 0.5), torch.tensor(0.3), torch.tensor(0.5)
-    h, c, gamma = (t.to(dtype) for t in given)
-    cotangents = torch.linspace(-1, 1, 12, dtype=dtype).view(4, 3)
-    head, inputs = HEADS[likelihood], (h, c, gamma)
+    """Terms, and the gradients of a and T, of W (of which W^T W is made), of x and of log h."""
+    given = torch.zeros(3, M), torch.full((3, M), -0.7), *map(torch.tensor, (0.3, 0.5, 1.0))
+    inputs = [t.to(dtype) for t in given]
+    cotangents = torch.linspace(-1, 1, 18, dtype=dtype).view(6, 3)
+    head = HEADS[likelihood]
     found = head.find(gram, inputs)
-    pulled, (of_h, *_) = head.pull(gram, found, inputs, cotangents)
+    pulled, (_, of_h, *_) = head.pull(gram, found, inputs, cotangents)
     (_, of_weight), *rest = pulled.others
     for _, gradient in rest:
         of_weight = of_weight + W.to(gradient.dtype) @ (gradient + gradient.mT)

@@ -10,7 +10,6 @@ from fastsfvae.gram.tail import Unwritten
 from fastsfvae.gram.written import Written
 from fastsfvae.jacobian.plan.last_layer import stop_at
 from fastsfvae.jacobian.rules.jet import from_stack
-from fastsfvae.likelihoods import likelihood_terms
 from fastsfvae.ops.gram_tail import Tail, tail_partials, tail_values
 from fastsfvae.ops.tangent_layer import Layer
 from fastsfvae.ops.woodbury import Woodbury, woodbury_native, woodbury_triton
@@ -22,43 +21,47 @@ from tests.kernels.test_gram_tail import GEOMETRY, function, named, problem
 _ = poisoned_empty
 pytestmark = requires_triton
 LIKELIHOODS = ("precision", "mixture", "normalized", "expected")
-C, GAMMA = 0.3, 0.6
+C, GAMMA, KL_WEIGHT = 0.3, 0.6, 0.7
 
 
 def settings(m, B, dtype):
     g = torch.Generator().manual_seed(1)
-    h = (0.1 + torch.rand(B, m, generator=g)).to(DEVICE, dtype)
-    cotangents = torch.randn(4, B, generator=g).to(DEVICE, dtype)
-    return h, *(torch.tensor(v, device=DEVICE, dtype=dtype) for v in (C, GAMMA)), cotangents
+    log_var = (0.1 + torch.rand(B, m, generator=g)).log()
+    mean, cotangents = torch.randn(B, m, generator=g), torch.randn(6, B, generator=g)
+    given = mean, log_var, *map(torch.tensor, (C, GAMMA, KL_WEIGHT)), cotangents
+    return [t.to(DEVICE, dtype) for t in given]
 
 
-def plainly(tail, x, likelihood, dtype):
+def latent_variance(m, B):
+    return settings(m, B, torch.float32)[1].exp()
+
+
+def plainly(tail, x, likelihood, dtype, known):
     """Terms and gradients by autograd over J."""
-    h, c, gamma, cotangents = settings(len(tail.stack) - 1, len(x), dtype)
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (*tail[1:4], x, h, c, gamma)]
-    stack, weight, bias, x, h, c, gamma = leaves
+    *given, cotangents = settings(len(tail.stack) - 1, len(x), dtype)
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (*tail[1:4], x, *given)]
+    stack, weight, bias, x, *given = leaves
     y = moved(function(tail.layer.kind), stack)
     y = F.conv_transpose2d(y.flatten(0, 1), weight, None, 2, 1).unflatten(0, stack.shape[:2])
     y = moved(function(tail.behind), torch.cat([y[:1] + bias.view(-1, 1, 1), y[1:]]))
-    terms = torch.stack(
-        likelihood_terms(
-            *(y[1:].transpose(0, 1).flatten(2), (x - y[0]).flatten(1), h),
-            noise_var=c, gamma=gamma, likelihood=likelihood, backend="reference",
-        )[:4]
-    )  # fmt: skip
+    J, r = y[1:].transpose(0, 1).flatten(2), (x - y[0]).flatten(1)
+    terms = torch.stack(HEADS[likelihood].plain(y[0], J, r, given, "reference"))
+    if known:
+        cotangents[1:] = 0
     return [
         terms.detach(),
         *torch.autograd.grad(terms, leaves, cotangents, allow_unused=True, materialize_grads=True),
     ]
 
 
-def unwritten(tail, x, likelihood):
-    *variances, cotangents = settings(len(tail.stack) - 1, len(x), torch.float32)
+def unwritten(tail, x, likelihood, known):
+    *given, cotangents = settings(len(tail.stack) - 1, len(x), torch.float32)
     last = stop_at(Layer(GEOMETRY, *tail.layer[1:]), *tail[4:])
     chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias).tail, x)
     head = HEADS[likelihood]
-    found = head.find(chunk, variances)
-    pulled, of_inputs = head.pull(chunk, found, variances, cotangents)
+    cotangents = cotangents[:1] if known else cotangents
+    found = head.find(chunk, given, cotangents if known else None)
+    pulled, of_inputs = head.pull(chunk, found, given, cotangents)
     (weight, d_weight), (bias, d_bias) = pulled.others
     assert weight is tail.weight and bias is tail.bias
     terms = torch.stack(found.outputs)
@@ -67,11 +70,12 @@ def unwritten(tail, x, likelihood):
 
 @pytest.mark.parametrize("kind, behind", [("relu", "none"), ("silu", "sigmoid")])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_terms_and_gradients(likelihood, kind, behind):
+@pytest.mark.parametrize("known", [False, True], ids=["any cotangents", "weights"])
+def test_terms_and_gradients(likelihood, kind, behind, known):
     tail, x, _ = problem(3, 5, 6, 3, 3, 4, kind, behind)
-    got = unwritten(tail, x, likelihood)
-    want = plainly(tail, x, likelihood, torch.float64)
-    plain = plainly(tail, x, likelihood, torch.float32)
+    got = unwritten(tail, x, likelihood, known)
+    want = plainly(tail, x, likelihood, torch.float64, known)
+    plain = plainly(tail, x, likelihood, torch.float32, known)
     for g, w, p in zip(got, want, plain, strict=True):
         assert_as_good(g, w, p, 8 * w.abs().max())
 
@@ -137,7 +141,7 @@ EXACT = [
 @pytest.mark.parametrize("B, m, Ci, Co, H, W, front, behind", EXACT)
 def test_lost_samples_are_redone(B, m, Ci, Co, H, W, front, behind, poisoned_empty):
     tail, harmless, x = nearly_equal_rows(B, m, Ci, Co, H, W, front, behind)
-    h = settings(m, B, torch.float32)[0]
+    h = latent_variance(m, B)
     solved, clean = solve(tail, x, h, 0.5 * h), solve(harmless, x, h, 0.5 * h)
     assert not solved.lost.any() and not clean.lost.any()
     assert (solved.first.explained <= solved.squared_error).all()
@@ -158,7 +162,7 @@ def test_lost_samples_are_redone(B, m, Ci, Co, H, W, front, behind, poisoned_emp
 
 def test_half_precision_tangents_stay_lost():
     tail, _, x = nearly_equal_rows(*EXACT[0][:6], *EXACT[0][6:], dtype=torch.bfloat16)
-    solved = solve(tail, x, settings(3, 4, torch.float32)[0])
+    solved = solve(tail, x, latent_variance(3, 4))
     assert solved.lost.tolist() == [False, True, True, False]
     assert solved.first.log_det.isfinite().all()
     values = tail_values(tail)

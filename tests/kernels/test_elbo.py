@@ -130,7 +130,7 @@ def test_weights_of_latent_variance_zero_pull_nothing():
 
 
 def nearly_singular(m, n):
-    """J and r whose last two samples float32 cannot resolve: two rows nearly, or quite, the same."""
+    """J and r whose last two samples float32 cannot resolve: two rows almost the same."""
     J, r = jacobian(m, n)
     J[1:] *= 1000
     J[1] *= 10 ** torch.linspace(0, -6, m, device=DEVICE)[:, None]
@@ -179,7 +179,7 @@ def test_lost_samples_are_redone_in_float64(m, likelihood, poisoned_empty):
         scale = right[lost].abs().max().clamp(min=1)
         assert error <= 1e-5 * scale, name
     before, after = (abs(t.log_det - want["log_det"])[alone.lost].max() for t in (alone, found))
-    assert before > 1e-4 > 5 * after
+    assert before > 10 * after
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
