@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import (
+    elbo,
     gram_project,
     gram_tail,
     gram_tail_backward,
@@ -97,7 +98,7 @@ class Row:
 def configurations() -> list[Configuration]:
     """Every configuration of every kernel, from the modules that launch them."""
     modules = (
-        *(gram_project, woodbury, woodbury_float64, tangent_activation),
+        *(gram_project, elbo, woodbury, woodbury_float64, tangent_activation),
         *(tangent_conv_transpose, tangent_conv, tangent_linear),
         *(gram_tail, gram_tail_backward),
     )

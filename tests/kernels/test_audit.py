@@ -39,6 +39,7 @@ def test_no_configuration_spills_or_overflows():
         "_gram_project_fwd_kernel",
         "_gram_project_bwd_kernel",
         "_gram_project_sum_kernel",
+        "_elbo_kernel",
         "_woodbury_fwd_kernel",
         "_gram_float64_kernel",
         "_tangent_activation_fwd_kernel",
