@@ -116,7 +116,9 @@ class Loop:
         self._x, self._inputs, self._device = x, [t.to(dtype) for t in inputs], z[0].device.type
         program = find_program(problem.program)
         needed = of_z[0], of_along, of_whole
-        self._sweep = Sweep(program, z[0], along, whole, needed, problem.chunk_size)
+        # Parts of a divided chunk are pulled one by one.
+        given = program, z[0], along, whole, needed, problem.chunk_size
+        self._sweep = Sweep(*given, divides=bool(cotangents))
         # Of x and the head's inputs, one a chunk.
         self._grads: list[list[Tensor]] = [[] for _ in (*x, *inputs)]
 

@@ -54,6 +54,13 @@ def gpu_of(device: torch.device) -> Gpu | None:
     return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def cache_bytes(device: torch.device) -> int:
+    """A GPU's L2; 0 of any other device."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
 @functools.cache
 def _cuda_device(index: int) -> Gpu:
     found = torch.cuda.get_device_properties(index)

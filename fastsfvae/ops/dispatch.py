@@ -29,6 +29,8 @@ from fastsfvae.ops._precision import allows_tf32, product_of
 ENVIRONMENT = "FASTSFVAE_FUSED"
 FusedLayers: TypeAlias = Literal["auto", "always", "never"]
 SETTINGS: tuple[FusedLayers, ...] = get_args(FusedLayers)
+# Why a layer without an activation on either side is the library's.
+NO_ACTIVATION = "no activation to take in"
 _forced: ContextVar[str | None] = ContextVar("fused_layers", default=None)
 
 
@@ -69,6 +71,15 @@ def fused_layers(setting: FusedLayers) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def is_forced() -> bool:
+    """Whether the choice is not left to the model, so that layers take kernels for nothing saved.
+
+    Raises:
+        ValueError: an unknown $FASTSFVAE_FUSED.
+    """
+    return _setting()[0] != "auto"
 
 
 def state() -> tuple[str, bool, bool]:
@@ -115,7 +126,7 @@ def decide(
     if gpu is None:
         return Choice("library", "the interpreter is slow")
     if not activated:
-        return Choice("library", "no activation to take in")
+        return Choice("library", NO_ACTIVATION)
     used = product if is_full else "half"
     measured = MEASURED.get(gpu.name, {}).get("layers", {})
     key = layer_key(operation, x_shape, weight_shape, used)

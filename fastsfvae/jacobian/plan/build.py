@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastsfvae.jacobian.cost import Cost, tangent_cost
 from fastsfvae.jacobian.plan.calls import Calls
-from fastsfvae.jacobian.plan.ending import Ending, find_ending, find_linear_ending
+from fastsfvae.jacobian.plan.ending import Ending, find_cut, find_ending, find_linear_ending
 from fastsfvae.jacobian.plan.functionalize import functionalize
 from fastsfvae.jacobian.plan.nodes import (
     is_autocast,
@@ -24,7 +25,7 @@ from fastsfvae.jacobian.plan.nodes import (
     packet_name,
 )
 from fastsfvae.jacobian.plan.place import Placed, place_layers
-from fastsfvae.jacobian.plan.plan import Plan, Step
+from fastsfvae.jacobian.plan.plan import Halves, Plan, Step
 from fastsfvae.jacobian.plan.refuse import layer_name, refuse_training_mode
 from fastsfvae.jacobian.plan.samples import refuse_noise
 from fastsfvae.jacobian.plan.sort import Sorted, sort_nodes
@@ -147,7 +148,9 @@ class _Emitter:
         if handled is not None:
             placed = self.placed.get(node)
             if placed is not None and placed.activation is not None:
-                self._step(placed.activation, handled, Choice("fused", "in the layer behind it"))
+                assert placed.layer is not None
+                where = "in front of" if placed.layer.applied else "behind"
+                self._step(placed.activation, handled, Choice("fused", f"in the layer {where} it"))
             self._step(node, handled, None if placed is None else placed.choice)
         if node in self.jets and isinstance(value, Tensor):
             batch = int(self.z.meta["val"].shape[0])
@@ -194,10 +197,25 @@ class _Emitter:
             kept = [node for node in inputs if node is not None]
             self._tell_of_tail(ending)
             write("to_tail", parameters, before, kept, stopped, unpacked)
+            per_chunk = self.dynamic | {node for _, node in before}
+            cut = find_cut(ending, self.placed, per_chunk) if self.placed else None
+            if cut is not None:
+                node, behind = cut
+                parts = tuple(
+                    [line for line in before if (line[1] in behind) == at] for at in (0, 1)
+                )
+                write("to_cut", parameters, parts[0], [node], self.source.text(node), unpacked)
+                given = f"{node.name}, tensors, extras, statics, sides"
+                write("from_cut", given, parts[1], kept, stopped, of_statics)
         functions = self.source.run()
         if self.controls:
             functions = [_keeping_modes(function) for function in functions]
         prelude, side_of_batch, body_of_chunk, *to_tail = functions
+        halves = None
+        if len(to_tail) > 1:
+            assert ending is not None
+            shape = ending.inputs[0].meta["val"].shape
+            halves = Halves(to_tail[1], to_tail[2], math.prod(map(int, shape[1:])))
         return Plan(
             str(self.source),
             prelude,
@@ -219,6 +237,7 @@ class _Emitter:
             result.meta["val"].dtype,
             to_tail[0] if to_tail else None,
             1 if ending is None else ending.least_batch,
+            halves,
         )
 
     def _ending(self, result: fx.Node) -> Ending | None:

@@ -63,6 +63,33 @@ def find_ending(
     return Ending((source, weight, bias), stop_at(layer, *behind), replaced)
 
 
+def find_cut(
+    ending: Ending, placed: dict[fx.Node, Placed], per_chunk: set[fx.Node]
+) -> tuple[fx.Node, frozenset[fx.Node]] | None:
+    """Where a chunk may be cut into fewer samples: (what the second half reads, its nodes).
+
+    In front of the last fused layer before the ending, if that layer alone makes the ending's
+    source: the largest stacks of a decoder that doubles its images lie behind it.
+
+    Args:
+        ending: with a tail.
+        placed: how the layers run.
+        per_chunk: the nodes whose values belong to a chunk's samples.
+    """
+    node: Any = ending.inputs[0]
+    behind = {node}
+    while node not in placed and _name(node) in VIEWS and len(node.users) == 1:
+        node = node.args[0]
+        behind.add(node)
+    if node not in placed or placed[node].layer is None or len(node.users) != 1:
+        return None
+    cut = node.args[0]
+    read = {arg for inner in behind for arg in inner.all_input_nodes} - behind
+    if len(cut.users) != 1 or (read | set(ending.inputs[1:])) & per_chunk != {cut}:
+        return None
+    return cut, frozenset(behind)
+
+
 def find_linear_ending(
     result: fx.Node, jets: set[fx.Node], z: fx.Node, dynamic: set[fx.Node]
 ) -> Ending | None:

@@ -1,9 +1,11 @@
 """Which layers of a traced decoder run on the fused kernels, and what activation each takes in.
 
-A fused layer applies the activation in front of it as it loads, where no other operation reads the
-activation's result. The graph is rewritten so: the layer reads what went into the activation, which
-is gone. Views between the two stay, as an activation works on each element alone. The layer in
-front of the activation then adds its own bias.
+An activation that a fused layer alone reads needs no pass of its own. Where its slope is told by
+its result and what is in front of it is a fused layer too, that one applies it as it stores, and
+the one behind pulls gradients through it. Elsewhere the layer behind applies it as it loads. The
+graph is rewritten so: the layer reads what went into the activation, which is gone. Views between
+the two stay, as an activation works on each element alone. The layer in front of the activation
+then adds its own bias.
 
 Up to the first activation all samples have the same tangents, the columns of the first layer's
 weight. The library moves them once for all samples, and the first activation's own pass spreads
@@ -22,7 +24,8 @@ from fastsfvae.jacobian.rules.convolution import geometry_of
 from fastsfvae.jacobian.rules.jet import Jet
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.rules.triton_activation import kernel_of
-from fastsfvae.ops.dispatch import Choice, decide
+from fastsfvae.kernels._contract import reads_result
+from fastsfvae.ops.dispatch import NO_ACTIVATION, Choice, decide, is_forced
 from fastsfvae.ops.tangent_layer import Layer, largest_batch
 
 _LAYERS = frozenset({"linear", "conv2d", "conv_transpose2d"})
@@ -34,7 +37,8 @@ class Placed(NamedTuple):
     Attributes:
         choice: "fused" or "library", and why.
         layer: for the kernels; None where it is the library's.
-        activation: the node that the layer took in, no longer in the graph; or None.
+        activation: the one in front that is no longer in the graph, whichever layer applies it; or
+            None.
         largest_batch: samples of a chunk at most, where it is fused.
     """
 
@@ -62,15 +66,16 @@ def place_layers(graph: fx.Graph, z: fx.Node, jets: set[fx.Node]) -> dict[fx.Nod
         if node not in jets or node is z:
             continue
         if _name(node) in _LAYERS:
-            placed[node] = _place(graph, z, jets, apart, node)
+            placed[node] = _place(z, jets, apart, node)
         if _kernel(node) is not None or any(arg in apart for arg in node.all_input_nodes):
             apart.add(node)
-    return placed
+    for node in placed:
+        _take_in(graph, placed, apart, node)
+    return {node: _settled(found) for node, found in placed.items()}
 
 
-def _place(
-    graph: fx.Graph, z: fx.Node, jets: set[fx.Node], apart: set[fx.Node], node: fx.Node
-) -> Placed:
+def _place(z: fx.Node, jets: set[fx.Node], apart: set[fx.Node], node: fx.Node) -> Placed:
+    """The choice for a layer, taking that an activation on either side can be taken in."""
     given: Any = node.args, node.kwargs
     described: Any = fx.map_arg(given, lambda arg: _described(arg, jets))
     (args, kwargs), out = described, node.meta["val"]
@@ -89,22 +94,71 @@ def _place(
     if most < batch:
         return Placed(Choice("library", "no kernel for its geometry, dtype or size"))
     sizes = x_shape, tuple(weight.shape), tuple(map(int, out.shape[1:]))
-    activation = _activation_in_front(node, apart)
-    options: dict[str, Any] = {
-        "device": out.device,
-        "dtype": out.dtype,
-        "activated": activation is not None,
-    }
-    choice = decide(name, *sizes, **options)
+    around = _activation_in_front(node, apart) is not None or _can_apply_behind(node)
+    choice = decide(name, *sizes, device=out.device, dtype=out.dtype, activated=around)
     if choice.how == "library":
         return Placed(choice)
-    layer = Layer(geometry, product=choice.product)
+    return Placed(choice, Layer(geometry, product=choice.product), None, most)
+
+
+def _take_in(
+    graph: fx.Graph, placed: dict[fx.Node, Placed], apart: set[fx.Node], node: fx.Node
+) -> None:
+    """Give the activation in front of a fused layer to the layer before, or else to this one."""
+    layer, activation = placed[node].layer, _activation_in_front(node, apart)
     taken = None if activation is None else _kernel(activation)
-    if activation is not None and taken is not None:
-        layer = layer._replace(kind=taken[0], params=taken[1])
-        activation.replace_all_uses_with(activation.args[0])
-        graph.erase_node(activation)
-    return Placed(choice, layer, activation, most)
+    if layer is None or taken is None:
+        return
+    kind, params = taken
+    before = _layer_in_front(activation, placed) if reads_result(kind, params) else None
+    if before is not None:
+        found = placed[before]
+        assert found.layer is not None
+        applies = found.layer._replace(behind=kind, behind_params=params)
+        placed[before] = found._replace(layer=applies)
+    layer = layer._replace(kind=kind, params=params, applied=before is not None)
+    placed[node] = placed[node]._replace(layer=layer, activation=activation)
+    activation.replace_all_uses_with(activation.args[0])
+    graph.erase_node(activation)
+
+
+def _settled(found: Placed) -> Placed:
+    """A layer that has taken in nothing is the library's, unless the kernels are asked for."""
+    layer = found.layer
+    if layer is None or layer.kind != "none" or layer.behind != "none" or is_forced():
+        return found
+    return Placed(Choice("library", NO_ACTIVATION))
+
+
+def _can_apply_behind(layer: fx.Node) -> bool:
+    """Whether an activation whose result tells its slope stands between this and another layer."""
+    activation = _sole_reader(layer)
+    taken = None if activation is None else _kernel(activation)
+    if activation is None or taken is None or not reads_result(*taken):
+        return False
+    reader = _sole_reader(activation)
+    return reader is not None and _name(reader) in _LAYERS and len(activation.users) == 1
+
+
+def _sole_reader(node: fx.Node) -> fx.Node | None:
+    """The only node that reads another one, behind views; or None."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if _name(node) not in VIEWS:
+            return node
+    return None
+
+
+def _layer_in_front(activation: Any, placed: dict[fx.Node, Placed]) -> fx.Node | None:
+    """The fused layer whose result only this activation reads, through views at most; or None."""
+    reader, node = activation, activation.args[0]
+    while list(node.users) == [reader]:
+        if node in placed:
+            return node if placed[node].layer is not None else None
+        if _name(node) not in VIEWS:
+            return None
+        reader, node = node, node.args[0]
+    return None
 
 
 def _activation_in_front(layer: fx.Node, apart: set[fx.Node]) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class Step:
     choice: Choice | None = None
 
 
+class Halves(NamedTuple):
+    """`Plan.to_tail` in two, where all that its second half reads of a chunk is one Jet.
+
+    Attributes:
+        to_cut: (z, tensors, extras, statics, sides) -> that Jet.
+        from_cut: (the Jet of any of the samples, tensors, extras, statics, sides) -> `LastLayer`.
+        elements: of what the second half makes of a sample and its value, the last layer's source.
+    """
+
+    to_cut: Callable[..., Jet]
+    from_cut: Callable[..., Any]
+    elements: int
+
+
 @dataclasses.dataclass(eq=False)
 class Plan:
     """Runnable code for one decoder, one backend and one set of shapes.
@@ -65,6 +79,7 @@ class Plan:
         output_dtype: likewise, under the autocast of the trace.
         to_tail: `body` up to the last layer, giving a `LastLayer`; None where nothing can take it.
         tail_from: samples of a call from which on it is taken.
+        halves: of `to_tail`, for samples that are few enough for a cache behind the cut.
         asked: the values that it was made for.
         programs: kept for `fastsfvae.jacobian.run.sweep`.
     """
@@ -84,6 +99,7 @@ class Plan:
     output_dtype: torch.dtype
     to_tail: Callable[..., Any] | None = None
     tail_from: int = 1
+    halves: Halves | None = None
     asked: Asked = dataclasses.field(default_factory=Asked)
     programs: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.plan.last_layer import LastLayer
-from fastsfvae.jacobian.rules.jet import Jet, latent_jet
+from fastsfvae.jacobian.plan.plan import Halves
+from fastsfvae.jacobian.rules.jet import Jet, from_stack, latent_jet, stack_of
 from fastsfvae.jacobian.rules.tape import Tape
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
+from fastsfvae.ops._gpu import cache_bytes
 
 if TYPE_CHECKING:
     from fastsfvae.jacobian.plan.plan import Plan
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 # Bytes of a chunk's tangents on a CPU, each operation's counted: fewer and its calls cost more than
 # they do, more and their memory is not reused (see `_reuse_memory`).
 _CPU_BUDGET = 64 * 2**20
+
+# Bytes of a GPU's L2 from which on a few samples' last stacks are worth keeping there, and the
+# share of it that they may take: a stack, its gradient and J are alive together.
+_LARGE_CACHE, _CACHE_SHARE, _ALIVE = 72 * 10**6, 0.75, 2.5
 
 # Tensors and their gradients.
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -88,13 +94,20 @@ class Program:
         """
         plan = self.plan(z.primal.shape[0])
         run = plan.body if plan.to_tail is None or to_tail < plan.tail_from else plan.to_tail
-        used, fixed = len(plan.body_inputs), self._batched.count(False)
+        return run(z, *self.inputs(along, whole))
+
+    def inputs(
+        self, along: Sequence[Tensor], whole: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A plan's (tensors, extras, statics, sides) from what `gather` returned."""
+        body_inputs = self.plans[0].body_inputs
+        used, fixed = len(body_inputs), self._batched.count(False)
         tensors: list[Tensor | None] = [None] * self._count
-        for index, tensor in zip(plan.body_inputs, whole, strict=False):
+        for index, tensor in zip(body_inputs, whole, strict=False):
             tensors[index] = tensor
         of_batch, of_call = iter(along), iter(whole[used : used + fixed])
         extras = [next(of_batch) if batched else next(of_call) for batched in self._batched]
-        return run(z, tensors, extras, tuple(whole[used + fixed :]), tuple(of_batch))
+        return tensors, extras, tuple(whole[used + fixed :]), tuple(of_batch)
 
 
 class Gathered(NamedTuple):
@@ -130,6 +143,23 @@ def _reuse_memory() -> None:
     of a step. To free one block of nearly 32 MiB moves that bound to its largest, for the process.
     """
     torch.empty(2**25 - 2**13, dtype=torch.uint8)
+
+
+def divides_on(device: torch.device) -> bool:
+    """Whether a chunk's last layers run by few samples: more launches, which only a graph hides."""
+    return cache_bytes(device) >= _LARGE_CACHE and torch.cuda.is_current_stream_capturing()
+
+
+def samples_in_cache(stack: Tensor, elements: int) -> int:
+    """Samples whose stacks behind a cut the device's L2 holds: a power of two.
+
+    Args:
+        stack: in front of it, ``[1 + m, B, ...]``.
+        elements: of a sample's largest value behind it.
+    """
+    sample = _ALIVE * len(stack) * elements * stack.element_size()
+    fit = max(1, int(_CACHE_SHARE * cache_bytes(stack.device) / sample))
+    return 1 << (fit.bit_length() - 1)
 
 
 def default_chunk(linearizer: Linearizer) -> int:
@@ -184,6 +214,8 @@ class Sweep:
         whole: tensors without.
         needs: which gradients are wanted: z's, those of `along`, those of `whole`.
         chunk_size: at most that many samples a chunk.
+        divides: whether a chunk whose last layers' stacks a cache could hold, of fewer samples, is
+            run so behind the cut (`Halves`); each part must be pulled before the next one begins.
     """
 
     def __init__(
@@ -194,13 +226,16 @@ class Sweep:
         whole: Sequence[Tensor],
         needs: tuple[bool, Sequence[bool], Sequence[bool]],
         chunk_size: int,
+        divides: bool = False,
     ):
         self._program, self._whole = program, whole
+        self._divides = divides and divides_on(z.device)
         self._batch, self._size = (z, *along), chunk_size
         self._want(needs)
         if z.device.type == "cpu":
             _reuse_memory()
-        self._tape = Tape(self._wanted)
+        # The second one records what is behind a cut.
+        self._tape, self._inner = Tape(self._wanted), Tape(self._wanted)
         self._parts: list[list[Tensor]] = [[] for _ in self._batch]
 
     def _want(self, needs: tuple[bool, Sequence[bool], Sequence[bool]]) -> None:
@@ -210,33 +245,72 @@ class Sweep:
     def narrow(self, needs: tuple[bool, Sequence[bool], Sequence[bool]]) -> None:
         """Want no more gradients than `needs` says, before anything is pulled."""
         self._want(needs)
-        self._tape.leave(t for t, need in zip(self._whole, needs[2], strict=True) if not need)
+        others = [t for t, need in zip(self._whole, needs[2], strict=True) if not need]
+        self._tape.leave(others)
+        self._inner.leave(others)
 
     def __iter__(self) -> Iterator[Chunk]:
         """Run the forward half of each chunk in turn."""
         for start, stop in chunk_bounds(self._batch[0].shape[0], self._size):
             z, *along = (t[start:stop] for t in self._batch)
             jet = latent_jet(z)
+            sources: tuple[Any, ...] = (jet, *along)
             with self._tape:
-                sources: tuple[Any, ...] = (jet, *along)
                 for source, need in zip(sources, self._needs, strict=True):
                     if need:
                         self._tape.activate(source)
-                whole_batch = self._batch[0].shape[0]
-                output = self._program.body(jet, along, self._whole, to_tail=whole_batch)
-
+                halves = self._program.plan(len(z)).halves if self._divides else None
+                if halves is not None:
+                    given = self._program.inputs(along, self._whole)
+                    middle = halves.to_cut(jet, *given)
+                else:
+                    whole_batch = self._batch[0].shape[0]
+                    output = self._program.body(jet, along, self._whole, to_tail=whole_batch)
+            if halves is not None:
+                yield from self._divided(halves, middle, given, start, sources)
+                continue
             last = output.source if isinstance(output, LastLayer) else output
 
             def pull(grad: Jet, others: Pairs, last: Jet = last, sources: tuple = sources) -> None:
                 for tensor, gradient in others:
                     self._tape.add(tensor, gradient)
-                with self._tape:
-                    self._tape.pull(last, grad)
-                for source, need, parts in zip(sources, self._needs, self._parts, strict=True):
-                    if need:
-                        parts.append(_gradient(self._tape.take(source), source))
+                self._pull(last, grad, sources)
 
             yield Chunk(start, stop, output, pull)
+
+    def _divided(
+        self, halves: Halves, middle: Jet, given: tuple, start: int, sources: tuple
+    ) -> Iterator[Chunk]:
+        """A chunk whose first half has run, behind the cut a few samples at a time."""
+        stack, samples = stack_of(middle), middle.primal.shape[0]
+        size = samples_in_cache(stack, halves.elements)
+        grads = torch.empty_like(stack)
+        for first, end in chunk_bounds(samples, size):
+            # Dense, as the kernels take it.
+            part = from_stack(stack[:, first:end].clone())
+            with self._inner:
+                self._inner.activate(part)
+                output = halves.from_cut(part, *given)
+
+            def pull(grad: Jet, others: Pairs, output: Any = output, part: Jet = part,
+                     rows: slice = slice(first, end)) -> None:  # fmt: skip
+                for tensor, gradient in others:
+                    self._inner.add(tensor, gradient)
+                with self._inner:
+                    self._inner.pull(output.source, grad)
+                grads[:, rows] = stack_of(self._inner.take(part))
+                if rows.stop == samples:
+                    self._pull(middle, from_stack(grads), sources)
+
+            yield Chunk(start + first, start + end, output, pull)
+
+    def _pull(self, last: Jet, grad: Jet, sources: tuple) -> None:
+        """Pull back to a chunk's sources, and take their gradients."""
+        with self._tape:
+            self._tape.pull(last, grad)
+        for source, need, parts in zip(sources, self._needs, self._parts, strict=True):
+            if need:
+                parts.append(_gradient(self._tape.take(source), source))
 
     def gradients(self) -> list[Tensor]:
         """Those of all wanted tensors, in order, when every chunk has been pulled."""
@@ -246,6 +320,11 @@ class Sweep:
             if need
         ]
         self._tape.finish()
+        self._inner.finish()
+        for tensor in self._wanted:
+            behind_cut = self._inner.take(tensor)
+            if behind_cut is not None:
+                self._tape.add(tensor, behind_cut)
         return along + [_gradient(self._tape.take(t), t) for t in self._wanted]
 
 

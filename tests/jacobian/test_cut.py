@@ -1,0 +1,100 @@
+"""Behind a cut a chunk's last layers take few samples at a time: the same loss and gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastsfvae as sf
+from fastsfvae.jacobian.run import sweep
+from fastsfvae.jacobian.run.cache import Linearizer
+from tests._triton import DEVICE, requires_triton
+from tests.jacobian.test_ending import decoder
+
+pytestmark = requires_triton
+B, M = 5, 3
+
+
+def gradients(module, inputs, **settings):
+    """The loss of weighted samples, and every gradient."""
+    loss = sf.SamplingFreeLoss(
+        module, noise_var=0.3, gamma=0.6, backend="triton", reduction="mean", **settings
+    )
+    with sf.fused_layers("always"):
+        value = loss(*inputs)
+    return [value.detach(), *torch.autograd.grad(value, [*inputs, *module.parameters()])]
+
+
+def inputs_of(module):
+    g = torch.Generator().manual_seed(1)
+    shape = module(torch.zeros(B, M, device=DEVICE)).shape
+    drawn = (torch.randn(s, generator=g).to(DEVICE) for s in (shape, (B, M), (B, M)))
+    return [t.requires_grad_() for t in drawn]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A cache that is large, and holds the stacks of two samples; counts what it is asked."""
+    asked = []
+
+    def fit(stack, elements):
+        asked.append((len(stack), elements))
+        return 2
+
+    monkeypatch.setattr(sweep, "divides_on", lambda device: True)
+    monkeypatch.setattr(sweep, "samples_in_cache", fit)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "sigmoid"])
+@pytest.mark.parametrize("chunk_size, rounds", [(None, 1), (3, 2)])
+def test_the_same_loss_and_gradients(name, chunk_size, rounds, few, monkeypatch):
+    module = decoder(name).to(DEVICE)
+    inputs = inputs_of(module)
+    divided = gradients(module, inputs, chunk_size=chunk_size)
+    again = gradients(module, inputs, chunk_size=chunk_size)
+    # In front of the last layer: 5 channels of 4 x 4 pixels.
+    assert few == 2 * rounds * [(1 + M, 5 * 16)]
+    assert all(map(torch.equal, divided, again))
+    monkeypatch.setattr(sweep, "divides_on", lambda device: False)
+    for mine, whole in zip(divided, gradients(module, inputs, chunk_size=chunk_size), strict=True):
+        assert (mine - whole).abs().max() <= 16 * torch.finfo(torch.float32).eps * max(
+            1, float(whole.abs().max())
+        )
+
+
+def test_no_cut_where_another_layer_reads_what_is_in_front():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lift, self.widen = nn.Linear(M, 16), nn.ConvTranspose2d(4, 4, 4, 2, 1)
+            self.last, self.short = nn.ConvTranspose2d(4, 3, 4, 2, 1), nn.Upsample(scale_factor=2)
+
+        def forward(self, z):
+            h = torch.relu(self.lift(z)).view(-1, 4, 2, 2)
+            return self.last(torch.relu(self.widen(h) + self.short(h)))
+
+    for module, divides in ((decoder(), True), (Skip(), False)):
+        with sf.fused_layers("always"):
+            plan = Linearizer(module.to(DEVICE), torch.zeros(B, M, device=DEVICE), backend="triton")
+            assert (plan.plan(B).halves is not None) == divides
+            assert plan.plan(B).to_tail is not None
+
+
+def test_only_inside_of_a_graph_and_with_a_large_cache(monkeypatch):
+    def divides(size, captures):
+        monkeypatch.setattr(sweep, "cache_bytes", lambda device: size)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+        return sweep.divides_on(torch.device("cuda"))
+
+    assert divides(72 * 10**6, True)
+    assert not divides(72 * 10**6, False) and not divides(50 * 2**20, True)
+
+
+def test_a_power_of_two_samples_fill_three_quarters_of_the_cache(monkeypatch):
+    monkeypatch.setattr(sweep, "cache_bytes", lambda device: 72 * 10**6)
+    stack = torch.empty(17, 64, 32, 16, 16, dtype=torch.bfloat16)
+    # celeba16: 17 slots of 32 x 32 x 32 numbers, 1.1 MB, with a gradient and J beside them.
+    size = sweep.samples_in_cache(stack, 32**3)
+    assert (
+        size == 16 and 2.5 * size * 17 * 32**3 * 2 <= 0.75 * 72e6 < 2.5 * 2 * size * 17 * 2 * 32**3
+    )
