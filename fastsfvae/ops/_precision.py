@@ -56,11 +56,11 @@ def product_of(operation: str, gpu: Gpu | None) -> str:
     return max("ieee", "tf32x3", key=gpu.rate)
 
 
-def rounded_to_tf32(t: Tensor) -> Tensor:
-    """A float32 tensor's nearest numbers of ten bits behind the point, ties away from zero."""
-    # By the bits: half of the last one that is kept, carried into the exponent where it must be.
-    bits = (t.view(torch.int32) + 0x1000) & ~0x1FFF
-    return torch.where(t.isfinite(), bits.view(torch.float32), t)
+def rounded_to_tf32(weight: Tensor) -> Tensor:
+    """A dense float32 weight in the numbers that tensor cores read; they cut off all other bits."""
+    from fastsfvae.kernels.round_tf32 import round_tf32
+
+    return round_tf32(weight)
 
 
 def bias_gradient(grad: Tensor, axis: int) -> Tensor:
