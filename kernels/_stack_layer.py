@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._launch import check_dtypes
+from ._stack_back import both_gradients, takes
 from ._stack_geometry import POINTWISE, Front, Geometry
 from ._stack_product import product
 from ._stack_weight import weight_gradient
@@ -77,6 +78,12 @@ def layer_bwd(
     columns = dense.shape[0 if inner_is_input else 2]
     g = g.view(*x.shape[:2], *_grid(geometry, x, g.shape[2:4]), columns)
     grad_x = grad_w = None
+    if all(needs) and not inner_is_input and takes(backward, x, g, front):
+        grad_x, summed = both_gradients(x, g, dense, front)
+        return (
+            grad_x.permute(0, 1, 4, 2, 3),
+            summed.view(taps.shape).permute(0, 3, 1, 2),
+        )
     if needs[0]:
         grad_x = product(
             *(g, dense, backward, x.shape[2:4], front), inner_is_input=not inner_is_input, pull=x

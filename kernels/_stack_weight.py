@@ -44,18 +44,6 @@ from .activations import front_constexprs
 
 
 @triton.jit
-def _behind(x, a, is_primal, inside, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """phi(a), or phi'(a) x of a tangent, in x's dtype; 0 where not inside."""
-    if KIND == "relu":
-        # Of the values x is a itself; and the other product's operand is 0 outside.
-        return tl.where(a <= 0.0, 0.0, x)
-    elif KIND == "leaky_relu":
-        return tl.where(a > 0.0, x, (x.to(tl.float32) * P0).to(x.dtype))
-    else:
-        return moved(x, a, is_primal, inside, KIND, P0, P1)
-
-
-@triton.jit
 def _at(n, SIZE: tl.constexpr, AXIS: tl.constexpr):
     """Offset of image n of SIZE elements; of several, along the tile's axis that is not AXIS."""
     at = n.to(tl.int64) * SIZE
@@ -138,11 +126,11 @@ def tangent_weight_kernel(
             if KIND != "none" and ON_WINDOW:
                 a = tl.load(q_ptr + _at(n % B, H * W * C, 1) + q_at, mask=q_mask, other=0.0)
                 is_primal = (n < B)[:, None] if GROUPED > 1 else n < B
-                q = _behind(q, a, is_primal, q_mask, KIND, P0, P1)
+                q = moved(q, a, is_primal, q_mask, KIND, P0, P1)
             elif KIND != "none":
                 a = tl.load(p_ptr + _at(n % B, GRID * M, 0) + p_at, mask=p_mask, other=0.0)
                 is_primal = (n < B)[None, :] if GROUPED > 1 else n < B
-                p = _behind(p, a, is_primal, p_mask, KIND, P0, P1)
+                p = moved(p, a, is_primal, p_mask, KIND, P0, P1)
             if WINDOW_FIRST:
                 acc = dot(tl.trans(q), tl.trans(p), acc, PRECISION)
             else:
@@ -193,7 +181,7 @@ def _kind(front: Front) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _parts(tiles: int, steps: int, most: int) -> tuple[int, int]:
+def split_walk(tiles: int, steps: int, most: int) -> tuple[int, int]:
     """How many tiles and steps each part takes, of `tiles` times `steps` in all.
 
     Of at most so many parts, the division by which the largest is done first; a part has at least
@@ -240,7 +228,7 @@ def weight_gradient(
     # alone, so the order of summation is the same on every run.
     resident = 2**16 // (32 * tile.num_warps * cdiv(tile.maxnreg, 8) * 8)
     tiles, steps = cdiv(grid[0] * grid[1], positions), cdiv(images, together)
-    per_group, per_split = _parts(tiles, steps, resident * limits.sm_count // blocks)
+    per_group, per_split = split_walk(tiles, steps, resident * limits.sm_count // blocks)
     count = cdiv(tiles, per_group) * cdiv(steps, per_split)
     parts = torch.empty((count, M, taps, C), dtype=torch.float32, device=plain.device)
     launch(

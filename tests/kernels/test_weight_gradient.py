@@ -5,14 +5,19 @@ import torch
 import torch.nn.functional as F
 
 from bench.problems import products
+from fastsfvae.kernels import audit
 from fastsfvae.kernels._launch import DeviceLimits, pretend
+from fastsfvae.kernels._stack_back import configuration, takes
 from fastsfvae.kernels._stack_geometry import POINTWISE, Front, window
-from fastsfvae.kernels._stack_weight import _parts, weight_gradient
-from tests._triton import assert_as_good, requires_triton
+from fastsfvae.kernels._stack_layer import layer_bwd
+from fastsfvae.kernels._stack_weight import split_walk, weight_gradient
+from fastsfvae.kernels.tangent_conv_transpose import geometry
+from tests._triton import INTERPRETER, assert_as_good, requires_triton
 from tests.kernels.stack_layers import ACTIVATIONS, draw, moved
 
 # Gathers by kernel, stride and padding.
 DOUBLING, SAME, HALVING = (4, 2, 1), (3, 1, 1), (3, 2, 1)
+RELU = Front("relu", applied=True)
 
 
 def gradient(plain, windowed, kernel, stride, padding):
@@ -134,11 +139,69 @@ class TestKernel:
         assert spoiled.sum() == spoiled[:, [0, 1, 3, 4], 3].sum() == 4 * 8
 
 
+class TestBothAtOnce:
+    pytestmark = requires_triton
+
+    @pytest.mark.parametrize("kind", ["none", "relu"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("count", [1, 5])
+    def test_against_float64_and_two_kernels(self, kind, dtype, count, poisoned_empty):
+        layer = geometry(4, padding=1)
+        plain, windowed = problem(3, 2, (8, 8), 32, 32, DOUBLING, dtype)
+        (weight,) = draw(2, dtype, (32, 32, 4, 4))
+        stack, grad = (t.movedim(-1, 2) for t in (plain, windowed))
+        front = Front(kind, applied=kind != "none")
+        with pretend(DeviceLimits(count, 89)):
+            assert takes(window(*DOUBLING), plain, windowed, front)
+            got, again = (layer_bwd(layer, grad, stack, weight, front) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+        with pretend(DeviceLimits(count, 86)):
+            assert not takes(window(*DOUBLING), plain, windowed, front)
+            two = layer_bwd(layer, grad, stack, weight, front)
+        slope = torch.ones_like(plain[:1]) if kind == "none" else (plain[:1] > 0).double()
+
+        def of_data(g, w):
+            pulled = F.conv2d(g.flatten(0, 1), w, None, 2, 1)
+            return (pulled.movedim(1, -1).view(plain.shape) * slope).movedim(-1, 2)
+
+        want = of_data(grad.double(), weight.double())
+        scale = of_data(grad.double().abs(), weight.double().abs()).max()
+        assert_as_good(got[0], want, two[0], scale)
+        want, scale = (
+            gradient(*(f(t.double()) for t in (plain, windowed)), *DOUBLING).view(32, 4, 4, 32)
+            for f in (lambda t: t, torch.abs)
+        )
+        assert_as_good(got[1], want.permute(0, 3, 1, 2), two[1], scale.max())
+
+    def test_takes_nothing_else(self):
+        aligned = problem(2, 1, (8, 8), 32, 32, DOUBLING, torch.bfloat16)
+        others = [
+            problem(2, 1, (8, 8), 64, 32, DOUBLING, torch.bfloat16),
+            problem(2, 1, (6, 6), 32, 32, DOUBLING, torch.bfloat16),
+            problem(2, 1, (8, 8), 32, 32, HALVING, torch.bfloat16),
+            problem(2, 1, (8, 8), 32, 32, DOUBLING),
+        ]
+        gather = window(*DOUBLING)
+        with pretend(DeviceLimits(4, 89)):
+            assert takes(gather, *aligned, Front()) and not takes(
+                window(3, 2, 1), *aligned, Front()
+            )
+            assert not any(takes(gather, *pair, Front()) for pair in others)
+            # An activation that is not applied yet.
+            assert not takes(gather, *aligned, Front("relu"))
+
+
+@pytest.mark.skipif(INTERPRETER, reason="compiles the same in either run of the suite")
+def test_both_at_once_fits_the_card():
+    row = audit.compile_configuration(configuration(16, 16, torch.bfloat16, RELU), 89)
+    assert row.ok and row.tensor_core > 0 and row.shared_bytes <= 99 * 1024
+
+
 @pytest.mark.parametrize("tiles", [1, 3, 8, 128])
 @pytest.mark.parametrize("steps", [1, 5, 64, 1088])
 @pytest.mark.parametrize("most", [0, 1, 7, 128, 264])
 def test_parts_cover_all_steps_and_fill_the_device(tiles, steps, most):
-    per_group, per_split = _parts(tiles, steps, most)
+    per_group, per_split = split_walk(tiles, steps, most)
     parts = -(-tiles // per_group) * -(-steps // per_split)
     assert 1 <= per_group <= tiles and 1 <= per_split <= steps
     assert parts <= max(1, most) and (parts == 1 or 4 * parts <= tiles * steps)

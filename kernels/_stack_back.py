@@ -1,0 +1,152 @@
+"""Both gradients of a layer that doubles the size, in one pass over the gradient of its result.
+
+    g_x[n, k, c] = slope sum over taps and channels of g[n, k at tap, o] w[c, tap, o]
+    g_w[c, tap, o] = sum over images n and positions k of x[n, k, c] g[n, k at tap, o]
+
+The windows of g are the right operand of both products, of the first one turned. A program walks
+over images at fixed positions, as `_stack_weight` does, with all of the weight's gradient in its
+accumulators, the weight in shared memory and the next image's window on its way in registers.
+
+Floor: g and x read, g_x written, once each, and the FLOPs of both products. For 32 -> 32 channels,
+kernel 4 and stride 2, on 16 x 16 inputs, a chunk of 64 samples and 16 tangents in bfloat16: 107 MB,
+18.3 GFLOP, where two kernels move 178 MB.
+
+Counted for sm_89 (Triton 3.8 and 3.6): 5.9 instructions of the walk for each HMMA, 220 registers,
+no spill, 64 KiB of shared memory; loads of g are 16 bytes wide, those of x and the stores 8. So a
+program has a multiprocessor to itself. By data sheets an RTX 4090's tensor cores bound it at 110
+us, where memory gives two kernels 88 each. An RTX 3090's tensor cores take 256 us for both either
+way, an RTX 5090's 87 where memory gives two kernels 50 each, which is no more than one program
+alone loses by waiting; sm_90 has wgmma for two kernels. TF32 spills 1,360 bytes on sm_89, 64
+channels in 192.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._blocks import dot
+from ._launch import Configuration, cdiv, device_limits, launch, pointer
+from ._stack_geometry import Front, Gather, window
+from ._stack_weight import split_walk
+from .activations import front_constexprs, times_slope
+
+_READS = window(4, stride=2, padding=1)
+_CHANNELS, _BLOCK_K = 32, 32
+_LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
+
+
+@triton.jit(do_not_specialize=["images", "images_per_split", "tiles_per_group", "B"])
+def tangent_back_kernel(
+    x_ptr,  # [images, H, W, C], behind its activation
+    g_ptr,  # [images, 2 H, 2 W, N]
+    w_ptr,  # [C, 16 N]
+    gx_ptr,  # [images, H, W, C]
+    part_ptr,  # [parts, C, 16 N]
+    images,
+    images_per_split,
+    tiles_per_group,
+    B,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    KIND: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    IMAGE: tl.constexpr = H * W * C
+    IMAGE_G: tl.constexpr = 4 * H * W * N
+    TILES: tl.constexpr = H * W // BLOCK_K
+    pid = tl.program_id(0)
+    groups = tl.cdiv(TILES, tiles_per_group)
+    group, split = pid % groups, pid // groups
+    first = split * images_per_split
+    last = tl.minimum(first + images_per_split, images)
+    c, col, k = tl.arange(0, C), tl.arange(0, 16 * N), tl.arange(0, BLOCK_K)
+    ky, kx = col // N // 4, col // N % 4
+    weight_at = c[:, None] * (16 * N) + col[None, :]
+    w = tl.load(w_ptr + weight_at)
+
+    acc = tl.zeros([C, 16 * N], tl.float32)
+    last_tile = tl.minimum((group + 1) * tiles_per_group, TILES)
+    for tile in range(group * tiles_per_group, last_tile):
+        position = tile * BLOCK_K + k
+        top, left = 2 * (position // W) - 1, 2 * (position % W) - 1
+        y, x = top[:, None] + ky[None, :], left[:, None] + kx[None, :]
+        inside = (y >= 0) & (y < 2 * H) & (x >= 0) & (x < 2 * W)
+        at_g = ((top * 2 * W + left) * N)[:, None] + ((ky * 2 * W + kx) * N + col % N)[None, :]
+        at_x = (position * C)[None, :] + c[:, None]
+        n = first.to(tl.int64)
+        x_now = tl.load(x_ptr + n * IMAGE + at_x)
+        g_now = tl.load(g_ptr + n * IMAGE_G + at_g, mask=inside, other=0.0)
+        for start in range(first, last):
+            # The last image's is read twice, and not used.
+            ahead = tl.minimum(start + 1, last - 1).to(tl.int64)
+            x_next = tl.load(x_ptr + ahead * IMAGE + at_x)
+            g_next = tl.load(g_ptr + ahead * IMAGE_G + at_g, mask=inside, other=0.0)
+            n = tl.full([], 0, tl.int64) + start
+            acc = dot(x_now, g_now, acc, "ieee")
+            gx = dot(w, tl.trans(g_now), tl.zeros([C, BLOCK_K], tl.float32), "ieee")
+            if KIND != "none":
+                gx = times_slope(gx, tl.load(x_ptr + n % B * IMAGE + at_x), KIND, P0, P1)
+            tl.store(gx_ptr + n * IMAGE + at_x, gx)
+            x_now, g_now = x_next, g_next
+    tl.store(part_ptr + pid.to(tl.int64) * (C * 16 * N) + weight_at, acc)
+
+
+def takes(gather: Gather, plain: Tensor, windowed: Tensor, front: Front) -> bool:
+    """Whether `both_gradients` takes these, and is computed to be faster than two kernels."""
+    H, W, C = plain.shape[2:]
+    whole = windowed.shape[2:] == (2 * H, 2 * W, _CHANNELS) and C == _CHANNELS
+    fits = whole and H * W % _BLOCK_K == 0 and plain.dtype != torch.float32
+    at_hand = front.applied or front.kind == "none"
+    return device_limits(plain).capability == 89 and gather == _READS and fits and at_hand
+
+
+def both_gradients(
+    plain: Tensor, windowed: Tensor, weight: Tensor, front: Front
+) -> tuple[Tensor, Tensor]:
+    """The data's and the weight's gradient of a layer that `takes` names.
+
+    Args:
+        plain: the layer's input, dense ``[S, B, H, W, C]``, behind its activation.
+        windowed: the gradient of its result, dense ``[S, B, 2 H, 2 W, N]``.
+        weight: dense ``[C, 16, N]``, of the same dtype.
+        front: of the layer.
+
+    Returns:
+        ``[S, B, H, W, C]`` in front of the activation, and float32 ``[C, 16, N]``.
+    """
+    S, B, H, W, C = plain.shape
+    limits, tiles = device_limits(plain), H * W // _BLOCK_K
+    # One program a multiprocessor.
+    per_group, per_split = split_walk(tiles, S * B, limits.sm_count)
+    count = cdiv(tiles, per_group) * cdiv(S * B, per_split)
+    grad = torch.empty_like(plain)
+    parts = torch.empty((count, *weight.shape), dtype=torch.float32, device=plain.device)
+    launch(
+        tangent_back_kernel,
+        (count,),
+        *(plain, windowed, weight, grad, parts, S * B, per_split, per_group, B),
+        **_constexprs(H, W, front),
+        **_LAUNCH,
+    )
+    return grad, parts[0] if count == 1 else parts.sum(0)
+
+
+def _constexprs(H: int, W: int, front: Front) -> dict:
+    sizes = {"H": H, "W": W, "C": _CHANNELS, "N": _CHANNELS, "BLOCK_K": _BLOCK_K}
+    return {**sizes, **front_constexprs(front.kind, front.params)}
+
+
+def configuration(H: int, W: int, dtype: torch.dtype, front: Front) -> Configuration:
+    """What `both_gradients` compiles for inputs of H x W pixels."""
+    types = {f"{name}_ptr": pointer(dtype) for name in ("x", "g", "w", "gx")}
+    types["part_ptr"] = "*fp32"
+    return Configuration(
+        tangent_back_kernel, f"both {H} x {W}", types, _constexprs(H, W, front), **_LAUNCH
+    )
