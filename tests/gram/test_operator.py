@@ -134,6 +134,18 @@ def test_second_order_needs_reduction_none(monkeypatch):
     close(ours, second())
 
 
+def test_several_cotangents_of_a_total_at_once():
+    decoder = build("residual")
+    x, mean, log_var = batch(decoder)
+    loss = sf.SamplingFreeLoss(decoder)(x, mean, log_var)
+    leaves = [mean, log_var, *decoder.parameters()]
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    upstream = torch.tensor([1.0, -2.0], dtype=loss.dtype)
+    both = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True)
+    for each, pair in zip(once, both, strict=True):
+        assert torch.equal(pair, torch.stack([each, -2 * each]))
+
+
 def test_nothing_is_differentiated_without_need():
     decoder = build("higgins").requires_grad_(False)
     tensors = batch(decoder)
