@@ -34,6 +34,7 @@ from ._launch import (
     check_dtypes,
     device_limits,
     empty_sums,
+    launch,
     pointer,
 )
 
@@ -252,14 +253,14 @@ def gram_project_partials(
     tiles = cdiv(m, tile.block_m)
     splits, n_per_split = _splits(B, n, tiles * tiles, tile.block_n, device_limits(J))
     G, p, rr = empty_sums(splits, B, m, J.device)
-    with torch.cuda.device_of(J):
-        _gram_project_fwd_kernel[(B * splits * tiles * tiles,)](
-            *(J, r, G, p, rr, B, m, n, splits, n_per_split, tiles),
-            *(J.stride(0), J.stride(1), r.stride(0)),
-            **_fwd_constexprs(m, J.dtype, input_precision),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch(
+        *(_gram_project_fwd_kernel, (B * splits * tiles * tiles,)),
+        *(J, r, G, p, rr, B, m, n, splits, n_per_split, tiles),
+        *(J.stride(0), J.stride(1), r.stride(0)),
+        **_fwd_constexprs(m, J.dtype, input_precision),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return G, p, rr
 
 
@@ -274,10 +275,17 @@ def gram_project_fwd(
         return G.squeeze(0), p.squeeze(0), rr.squeeze(0)
     sums = tuple(torch.empty(part.shape[1:], dtype=part.dtype, device=J.device) for part in parts)
     blocks = cdiv(m * m + m + 1, _SUM_BLOCK)
-    with torch.cuda.device_of(J):
-        _gram_project_sum_kernel[(B * blocks,)](
-            *parts, *sums, B, m, splits, blocks, BLOCK=_SUM_BLOCK, num_warps=4
-        )
+    launch(
+        *(_gram_project_sum_kernel, (B * blocks,)),
+        *parts,
+        *sums,
+        B,
+        m,
+        splits,
+        blocks,
+        BLOCK=_SUM_BLOCK,
+        num_warps=4,
+    )
     return sums
 
 
@@ -317,14 +325,14 @@ def gram_project_bwd(
     tiles, n_blocks = cdiv(m, tile.block_m), cdiv(n, tile.block_n)
     dJ = torch.empty_like(J) if out is None else out
     dr = torch.empty((B, n), dtype=torch.float32, device=r.device)
-    with torch.cuda.device_of(J):
-        _gram_project_bwd_kernel[(B * tiles * n_blocks,)](
-            *(J, r32, M, u, g_rr, dJ, dr, m, n, tiles, n_blocks),
-            *(J.stride(0), J.stride(1), r32.stride(0), dJ.stride(0), dJ.stride(1)),
-            **_bwd_constexprs(m, input_precision),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch(
+        *(_gram_project_bwd_kernel, (B * tiles * n_blocks,)),
+        *(J, r32, M, u, g_rr, dJ, dr, m, n, tiles, n_blocks),
+        *(J.stride(0), J.stride(1), r32.stride(0), dJ.stride(0), dJ.stride(1)),
+        **_bwd_constexprs(m, input_precision),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return dJ, dr.to(r.dtype)
 
 

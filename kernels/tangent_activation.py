@@ -29,7 +29,7 @@ from ._contract import (
     memory_format,
     tangents_like,
 )
-from ._launch import Configuration, DeviceLimits, cdiv, check_dtypes, device_limits, pointer
+from ._launch import Configuration, DeviceLimits, cdiv, check_dtypes, device_limits, launch, pointer
 from .activations import EXAMPLES, activation, activation_constexprs
 
 # Four elements a thread: one 16-byte access in float32.
@@ -177,17 +177,17 @@ def tangent_activation_fwd(
     # A program that shares its elements with others would read a after another has overwritten it.
     in_place = out.data_ptr() == a.data_ptr()
     tangents = m if in_place else _tangents_per_program(blocks, m, device_limits(a))
-    with torch.cuda.device_of(a):
-        _tangent_activation_fwd_kernel[(blocks * cdiv(m, tangents),)](
-            *(a, a if bias is None else bias, T, out, out_T),
-            *(numel, numel // a.shape[0], m, blocks, tangents, *channels),
-            *(T.stride(0), out_T.stride(0)),
-            **constexprs,
-            HAS_BIAS=bias is not None,
-            SHARED=T.shape[1] < a.shape[0],
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-        )
+    launch(
+        *(_tangent_activation_fwd_kernel, (blocks * cdiv(m, tangents),)),
+        *(a, a if bias is None else bias, T, out, out_T),
+        *(numel, numel // a.shape[0], m, blocks, tangents, *channels),
+        *(T.stride(0), out_T.stride(0)),
+        **constexprs,
+        HAS_BIAS=bias is not None,
+        SHARED=T.shape[1] < a.shape[0],
+        BLOCK=_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
     return out, out_T
 
 
@@ -239,18 +239,18 @@ def tangent_activation_bwd(
     _check_results(a, fmt, g_a=g_a, g_T_in=g_T_in)
     bias, channels = _bias_arguments(a, bias, axis)
     m, numel = T.shape[0], a.numel()
-    with torch.cuda.device_of(a):
-        _tangent_activation_bwd_kernel[(cdiv(numel, _BLOCK),)](
-            *(a, a if bias is None else bias, T, g_out, g_T, g_a, g_T_in),
-            *(numel, numel // a.shape[0], m, *channels),
-            *(T.stride(0), g_T.stride(0), g_T_in.stride(0)),
-            **constexprs,
-            HAS_BIAS=bias is not None,
-            SHARED=T.shape[1] < a.shape[0],
-            CURVED=curved,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-        )
+    launch(
+        *(_tangent_activation_bwd_kernel, (cdiv(numel, _BLOCK),)),
+        *(a, a if bias is None else bias, T, g_out, g_T, g_a, g_T_in),
+        *(numel, numel // a.shape[0], m, *channels),
+        *(T.stride(0), g_T.stride(0), g_T_in.stride(0)),
+        **constexprs,
+        HAS_BIAS=bias is not None,
+        SHARED=T.shape[1] < a.shape[0],
+        CURVED=curved,
+        BLOCK=_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
     return g_a, g_T_in
 
 
