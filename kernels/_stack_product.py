@@ -69,12 +69,12 @@ def _block_k(channels: int, most: int) -> int:
 
 
 def _doubling_tile(
-    sizes: Sizes, dtype: torch.dtype, precision: str, kind: str, hopper: bool
+    sizes: Sizes, dtype: torch.dtype, precision: str, kind: str, capability: int
 ) -> Tile:
     is_full = dtype == torch.float32
     exact, three = (is_full and precision == of for of in ("ieee", "tf32x3"))
     # Two accumulators, and with an activation in front two tiles for each of the stack's three.
-    small = kind != "none" or exact or three
+    small, hopper = kind != "none" or exact or three, capability // 10 == 9
     return Tile(
         block_m=64 if small else 128,
         block_n=min(bucket(sizes.N), 32),
@@ -89,7 +89,7 @@ def _doubling_tile(
 
 
 def _product_tile(
-    sizes: Sizes, dtype: torch.dtype, precision: str, kinds: tuple[str, str], hopper: bool
+    sizes: Sizes, dtype: torch.dtype, precision: str, kinds: tuple[str, str], capability: int
 ) -> Tile:
     is_full, (on_load, behind) = dtype == torch.float32, kinds
     exact, three = (is_full and precision == of for of in ("ieee", "tf32x3"))
@@ -99,17 +99,19 @@ def _product_tile(
     # A curved kind has more to hold, three TF32 products split both operands, and a block that
     # crosses taps has an address a lane.
     crowded = curved or across_taps or three
-    plain = not crowded and not exact and on_load == "none"
-    # Fewer rows where there are few of them, and else the fewest reads of the weight.
-    block_m = 128 if plain and sizes.OH * sizes.OW > 16 else 64
     # The sum over tangents is a second accumulator.
-    block_n = min(
-        bucket(sizes.N), 32 if curved and (three or is_curved(behind) and is_full) else 64
-    )
+    block_n = min(bucket(sizes.N), 32 if is_curved(behind) or curved and three else 64)
+    # Fewer rows where there are few of them or much to hold, and else the fewest reads of the
+    # weight.
+    hopper, holds = capability // 10 == 9, crowded or exact or on_load != "none"
+    few = sizes.OH * sizes.OW <= 16 or (is_full and block_n == 64 and not hopper)
+    block_m = 64 if holds or few else 128
     wide = block_m * block_n * dtype.itemsize > 128 * 32 * 2 and block_m == 128 and not hopper
     # Without a bound of its own the assembler spills a few bytes for the sake of more programs an
-    # SM; with one it does so where the curved kind comes after the product.
+    # SM: on sm_120 of plain products too.
     registers = 255 if is_curved(on_load) else None
+    if capability >= 100 and few and not (holds or is_full):
+        registers = 128
     if exact and is_curved(on_load):
         # Between 192, which spills on sm_90, and 224, which spills on sm_120.
         registers = 208
@@ -146,11 +148,10 @@ def plan(
     curved = pull and is_curved(result[0])
     doubles = gather.phases == 2 and not curved and not is_curved(on_load[0])
     is_full = dtype == torch.float32
-    hopper = capability // 10 == 9
     if doubles:
-        tile = _doubling_tile(sizes, dtype, front.precision, on_load[0], hopper)
+        tile = _doubling_tile(sizes, dtype, front.precision, on_load[0], capability)
     else:
-        tile = _product_tile(sizes, dtype, front.precision, (on_load[0], result[0]), hopper)
+        tile = _product_tile(sizes, dtype, front.precision, (on_load[0], result[0]), capability)
     result_kind, R0, R1 = front_constexprs(*result).values()
     rounds = is_full and (pull or result_kind != "none")
     constexprs = {
