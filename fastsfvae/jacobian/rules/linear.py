@@ -59,8 +59,10 @@ def linear_of_latents(x: Jet, weight: Tensor, bias: Tensor | None = None) -> Jet
 def _latents_adjoint(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor, bias: Any = None):
     if weight.ndim == 1:
         return _linear_adjoint(grad, out, needs, x, weight, bias)
-    grad_x = move(grad, lambda g, _: g @ weight.to(g.dtype)) if needs[0] else None
-    grad_weight = None
+    grad_x = grad_weight = None
+    if needs[0]:
+        # Its tangents are constants, whose gradient is not read.
+        grad_x = Jet(grad.primal @ weight.to(grad.primal.dtype), x.tangent)
     if needs[1]:
         # The tangents that the samples share are the weight's columns.
         columns, values = grad.tangent.sum_to_size(out.tangent.shape).squeeze(1).t(), x.primal

@@ -166,13 +166,16 @@ class Tape:
                 )
             # An adjoint may leave out trailing arguments, and name some that were not given.
             results = (*results, *[None] * len(needs))[: len(needs)]
+            # The only one that is handed on, of memory that was the gradient's alone.
+            alone = gradient.owned and sum(result is not None for result in results) == 1
             for arg, need, result in zip(entry.args, needs, results, strict=True):
                 if isinstance(need, list):
                     result = [None] * len(need) if result is None else result
                     for item, wanted, part in zip(arg, need, result, strict=True):
-                        self._give(entry.rule, item, wanted, part)
+                        self._give(entry.rule, item, wanted, part, entry.rule.fresh)
                 else:
-                    self._give(entry.rule, arg, need, result)
+                    fresh = entry.rule.fresh or (alone and _share(result, gradient.value))
+                    self._give(entry.rule, arg, need, result, fresh)
         self._forget()
 
     def add(self, tensor: Tensor, gradient: Tensor) -> None:
@@ -206,12 +209,12 @@ class Tape:
         parts = tuple(self.take(part) for part in out)
         return None if all(part is None for part in parts) else _Gradient(parts, owned=False)
 
-    def _give(self, rule: Rule, source: Any, wanted: bool, gradient: Any) -> None:
+    def _give(self, rule: Rule, source: Any, wanted: bool, gradient: Any, fresh: bool) -> None:
         if not wanted:
             return
         if gradient is None:
             raise RuntimeError(f"the adjoint of {rule.name} lacks a gradient: please report it")
-        self._add(source, gradient, rule.fresh)
+        self._add(source, gradient, fresh)
 
     def _add(self, source: Any, gradient: Any, fresh: bool) -> None:
         given, gradient = gradient, _reduced(gradient, source)
@@ -231,6 +234,12 @@ def _copy(grad: Any) -> Any:
         stack = grad.stack.clone()
         return Jet(stack[0], stack[1:], stack)
     return Jet(grad.primal.clone(), grad.tangent.clone())
+
+
+def _share(a: Any, b: Any) -> bool:
+    """Whether two stacks lie in the same memory."""
+    stacks = [t.stack for t in (a, b) if isinstance(t, Jet) and t.stack is not None]
+    return len(stacks) == 2 and stacks[0].data_ptr() == stacks[1].data_ptr()
 
 
 def _sum(a: Any, b: Any) -> Any:
