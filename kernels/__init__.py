@@ -5,7 +5,7 @@
 | `gram_project` | G = J J^T, p = J r, rr = r^T r, and their pullback |
 | `woodbury` | log-determinant and inverse of cI + S G S, one factorisation a sample |
 | `woodbury_float64` | the same in float64 for samples that float32 lost, from J or `gram_tail` |
-| `gram_tail`, `gram_tail_backward` | `gram_project` of a last layer whose Jacobian is not written |
+| `gram_tail`, `gram_tail_backward` | `gram_project` of a last layer, together with it |
 | `tangent_activation` | phi(a) and phi'(a) T, and their pullback |
 | `tangent_conv_transpose` | a layer behind phi, on values and tangents, and its pullback |
 | `tangent_conv`, `tangent_linear` | the same for convolutions and linear layers |

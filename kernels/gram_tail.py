@@ -1,20 +1,29 @@
-"""A decoder's last transposed convolution together with the Gram of its Jacobian, J never written.
+"""A decoder's last transposed convolution together with the Gram of its Jacobian.
 
-The layer (kernel 4, stride 2, padding 1, at most 4 channels out) takes tangents T [m, B, H, W, Ci]
-through the derivative of the activation in front of it, its weight, and the slope of the activation
-behind it:
+The layer (kernel 4, stride 2, padding 1, at most 4 channels out) takes tangents T [m, B, H, W, C]
+through the derivative of the activation in front of it (unless the stack lies behind that already),
+its weight, and the slope of the activation behind it:
 
     Z_i = conv_transpose(phi'(a) T_i)      J_i = slope Z_i      G = J J^T   p = J r   rr = r^T r
 
 A program holds all m tangents of a tile of input positions. Output (2y + q, 2x + q') needs inputs
 (y + d, x + d') with d in {-1, 0, 1}, at tap k = q + 1 - 2 d: so the tile's outputs are nine
-products [m * positions, Ci] x [Ci, 16], whose columns are the four parities times up to four
+products [m * positions, C] x [C, 16], whose columns are the four parities times up to four
 channels. Taps that a parity lacks are zeros: 2.25 times the multiplications, in the width that
-tensor cores have.
+tensor cores have. The backward wants Z: it is written as it lies in the registers, [m, B, H, W,
+16] in T's dtype, a row of 16 a position, and not at all where no gradient is wanted. G, p and rr
+come from the float32 Z.
 
-Floor, in bytes through device memory: T once (2.25 times from L2, for a 4 x 4 tile's border) and r.
-What it saves is to write and read J, and a pass over T for phi'. FLOPs a sample: 72 m Ci 4 H W for
-the layer, whatever Co is, and 2 m^2 n for the Gram.
+Floor, celeba16's last layer (m = 16, B = 64, 32 -> 3 channels from 32 x 32) in bfloat16: T is 67,
+Z 34 and r 3 MB, so 104 MB through device memory, 70 without Z; 151 MB of T from L2, for a tile's
+border. 9.7 GFLOP on tensor cores, and 0.5 in float32 for the Gram.
+
+Counted there, a warp of 8 and a tile of 16 positions: 1,008 instructions on sm_86 and sm_89 (72
+HMMA), 1,026 on sm_90 (36 HGMMA), 961 on sm_120; with TF32 1,561, on sm_90 1,414. A quarter are the
+Gram's multiplications in float32, another sixth load what they multiply. T is copied 16 bytes at a
+time, Z stored likewise. 98 registers and 34 KiB (86 and 51 on sm_90): two programs an SM. So 33 M
+warp instructions, a quarter of the time that a 4090 takes for the bytes, and about as long as an
+H100 takes for them. Not measured on a GPU yet.
 
 A rescue of lost samples (`woodbury_float64`) makes their J again and sums in float64; where none is
 lost it reads B flags.
@@ -25,118 +34,95 @@ The pullback is in `gram_tail_backward`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import add_gram_float64, dot, store_sums
-from ._contract import GRAM_TAIL_MAX_CHANNELS, GRAM_TAIL_MAX_M, tangents_like
-from ._launch import (
-    Configuration,
-    DeviceLimits,
-    cdiv,
-    check_dtypes,
-    device_limits,
-    empty_sums,
-    pointer,
+from ._blocks import add_gram_float64, dot, rounded, store_sums
+from ._gram_tail_tile import (
+    COLUMNS,
+    Tile,
+    block_of,
+    of_tap,
+    packed_configurations,
+    packed_weight,
+    prepare,
+    shares,
+    variants,
 )
-from .activations import activation, activation_constexprs, front_constexprs
+from ._launch import Configuration, device_limits, empty_sums, launch, pointer
+from .activations import activation, front_constexprs
 
 
 @triton.jit
 def _tile_rows(
-    t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
-    BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
-    KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Z [BLOCK_M, POSITIONS * 16] of the input positions (y, x) of sample b."""
-    i = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, 16)
-    co = column % 4
-    Z = tl.zeros([BLOCK_M * POSITIONS, 16], tl.float32)
-    for tap in range(0, 9):
-        down, right = tap // 3 - 1, tap % 3 - 1
-        ky = column // 8 + 1 - 2 * down
-        kx = column // 4 % 2 + 1 - 2 * right
-        has_tap = (ky >= 0) & (ky < 4) & (kx >= 0) & (kx < 4) & (co < channels_out)
-        inside = (y + down >= 0) & (y + down < height) & (x + right >= 0) & (x + right < width)
-        at = (b * height + y + down) * width + x + right
-        for start in range(0, channels_in, BLOCK_C):
-            ci = start + tl.arange(0, BLOCK_C)
-            present = inside[:, None] & (ci < channels_in)[None, :]
-            at_in = at[:, None] * channels_in + ci[None, :]
-            T = tl.load(
-                t_ptr + i.to(tl.int64)[:, None, None] * stride_t_m + at_in[None, :, :],
-                mask=(i < m)[:, None, None] & present[None, :, :],
-                other=0.0,
-            )
-            if KIND != "none":
-                a = tl.load(a_ptr + at_in, mask=present, other=0.0).to(tl.float32)
-                _, d1, _ = activation(a, KIND, P0, P1)
-                T = (T.to(tl.float32) * d1[None, :, :]).to(T.dtype)
-            W = tl.load(
-                w_ptr + (ci[:, None] * channels_out + co[None, :]) * 16 + (ky * 4 + kx)[None, :],
-                mask=(ci < channels_in)[:, None] & has_tap[None, :],
-                other=0.0,
-            ).to(T.dtype)
-            Z = dot(tl.reshape(T, [BLOCK_M * POSITIONS, BLOCK_C]), W, Z, PRECISION)
-    return tl.reshape(Z, [BLOCK_M, POSITIONS * 16])
-
-
-@triton.jit
-def tile_values(
-    t_ptr, a_ptr, w_ptr, slope_ptr, r_ptr, b, tile, tiles_x,
-    m, height, width, channels_in, channels_out, stride_t_m,
+    t_ptr, a_ptr, w_ptr, at_slot, b, y0, x0, m,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    SLOPED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Z [BLOCK_M, N], slope and r [N] of a tile's N outputs of sample b; slope is r if not SLOPED.
-
-    Behind them, where the outputs lie in an image [B, 2H, 2W, Co], and which exist.
-    """
+    """Z [BLOCK_M * positions, 16] of a tile that begins at (y0, x0) of sample b."""
     POSITIONS: tl.constexpr = TILE_Y * TILE_X
-    position = tl.arange(0, POSITIONS)
-    y = tile // tiles_x * TILE_Y + position // TILE_X
-    x = tile % tiles_x * TILE_X + position % TILE_X
-    Z = _tile_rows(
-        t_ptr, a_ptr, w_ptr, b, y, x, m, height, width, channels_in, channels_out, stride_t_m,
-        BLOCK_M, POSITIONS, BLOCK_C, KIND, P0, P1, PRECISION,
-    )  # fmt: skip
+    ROWS: tl.constexpr = BLOCK_M * POSITIONS
+    C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    row = tl.arange(0, ROWS)
+    y, x = y0 + row % POSITIONS // TILE_X, x0 + row % TILE_X
+    at = at_slot + (y * W + x) * C
+    live = row // POSITIONS < m
     column = tl.arange(0, 16)
-    co = column % 4
-    rows = (b * 2 * height + 2 * y[:, None] + column[None, :] // 8) * 2 * width
-    at = (rows + 2 * x[:, None] + column[None, :] // 4 % 2) * channels_out + co[None, :]
-    present = ((y < height) & (x < width))[:, None] & (co < channels_out)[None, :]
-    at, present = tl.reshape(at, [POSITIONS * 16]), tl.reshape(present, [POSITIONS * 16])
-    # Positions outside of the image have neighbours inside.
-    Z = tl.where(present[None, :], Z, 0.0)
-    r = tl.load(r_ptr + at, mask=present, other=0.0)
-    slope = r
-    if SLOPED:
-        slope = tl.load(slope_ptr + at, mask=present, other=0.0)
-    return Z, slope, r, at, present
+    Z = tl.zeros([ROWS, 16], tl.float32)
+    for step in range(0, 9 * C_BLOCKS):
+        tap = step // C_BLOCKS
+        ci = step % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+        down, right = tap // 3 - 1, tap % 3 - 1
+        inside = live & (y + down >= 0) & (y + down < H) & (x + right >= 0) & (x + right < W)
+        T = tl.load(
+            t_ptr + at[:, None] + ((down * W + right) * C + ci)[None, :],
+            mask=inside[:, None] & (ci < C)[None, :],
+            other=0.0,
+        )
+        if KIND != "none":
+            position = tl.arange(0, POSITIONS)
+            ya, xa = y0 + position // TILE_X + down, x0 + position % TILE_X + right
+            in_a = (ya >= 0) & (ya < H) & (xa >= 0) & (xa < W)
+            a = tl.load(
+                a_ptr + b * (H * W * C) + ((ya * W + xa) * C)[:, None] + ci[None, :],
+                mask=in_a[:, None] & (ci < C)[None, :],
+                other=0.0,
+            )
+            _, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
+            moved = tl.reshape(T, [BLOCK_M, POSITIONS, BLOCK_C]).to(tl.float32) * d1[None, :, :]
+            T = rounded(tl.reshape(moved, [ROWS, BLOCK_C]), PRECISION).to(T.dtype)
+        if PACKED:
+            at_w = w_ptr + ((tap * C + ci) * 16)[:, None] + column[None, :]
+            w = tl.load(at_w, mask=(ci < C)[:, None], other=0.0)
+        else:
+            at_w, has_tap = of_tap(w_ptr, tap, ci[:, None], column[None, :], C, CO)
+            w = tl.load(at_w, mask=has_tap, other=0.0)
+        Z = dot(T, w, Z, PRECISION)
+    return Z
 
 
-@triton.jit(do_not_specialize=["B", "m", "splits", "tiles", "tiles_x", "channels_out"])
+@triton.jit(do_not_specialize=["B", "m", "splits"])
 def _gram_tail_fwd_kernel(
-    t_ptr,  # T [m, B, H, W, Ci]
-    a_ptr,  # [B, H, W, Ci]; not read without KIND
-    w_ptr,  # [Ci, Co, 4, 4]
-    slope_ptr,  # [B, 2H, 2W, Co] float32; not read without SLOPED
-    r_ptr,  # [B, 2H, 2W, Co] float32
+    t_ptr,  # T [m, B, H, W, C]
+    a_ptr,  # [B, H, W, C]; not read where KIND is "none"
+    w_ptr,  # [9, C, 16] of `packed_weight`; in a RESCUE the layer's own, [C, CO, 4, 4]
+    slope_ptr,  # [B, 2H, 2W, CO] float32; not read without SLOPED
+    r_ptr,  # [B, 2H, 2W, CO] float32
     lost_ptr,  # [B], uint8; not read without RESCUE
+    z_ptr,  # Z [m, B, H, W, 16]; not written without WRITE
     g_ptr,  # [splits, B, m, m], float64 in a RESCUE and else float32
     p_ptr,  # [splits, B, m], likewise
     rr_ptr,  # [splits, B], likewise
-    B, m, height, width, channels_in, channels_out, splits, tiles, tiles_x, stride_t_m,
+    B, m, splits, stride_t_m,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    SLOPED: tl.constexpr, PRECISION: tl.constexpr, RESCUE: tl.constexpr,
+    SLOPED: tl.constexpr, PRECISION: tl.constexpr, RESCUE: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     split = pid % splits
@@ -145,18 +131,44 @@ def _gram_tail_fwd_kernel(
         if tl.load(lost_ptr + b) == 0:
             return
     dtype: tl.constexpr = tl.float64 if RESCUE else tl.float32
+    POSITIONS: tl.constexpr = TILE_Y * TILE_X
+    TILES_X: tl.constexpr = (W + TILE_X - 1) // TILE_X
+    TILES: tl.constexpr = (H + TILE_Y - 1) // TILE_Y * TILES_X
+    row = tl.arange(0, BLOCK_M * POSITIONS)
+    slot = (row // POSITIONS).to(tl.int64)
+    at_slot = slot * stride_t_m + b * (H * W * C)
     i = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, 16)
+    # Of the tile's outputs, one a position and a column.
+    q = tl.arange(0, POSITIONS * 16)
+    q_y, q_x = 2 * (q // 16 // TILE_X) + q // 8 % 2, 2 * (q // 16 % TILE_X) + q // 4 % 2
+    image = b * (4 * H * W * CO)
     G = tl.zeros([BLOCK_M, BLOCK_M], dtype)
     p = tl.zeros([BLOCK_M], dtype)
-    rr_lanes = tl.zeros([TILE_Y * TILE_X * 16], dtype)
-    for tile in range(split, tiles, splits):
-        J, slope, r, _, _ = tile_values(
-            t_ptr, a_ptr, w_ptr, slope_ptr, r_ptr, b, tile, tiles_x,
-            m, height, width, channels_in, channels_out, stride_t_m,
-            BLOCK_M, TILE_Y, TILE_X, BLOCK_C, KIND, P0, P1, SLOPED, PRECISION,
+    rr_lanes = tl.zeros([POSITIONS * 16], dtype)
+    for tile in range(split, TILES, splits):
+        y0, x0 = tile // TILES_X * TILE_Y, tile % TILES_X * TILE_X
+        Z = _tile_rows(
+            t_ptr, a_ptr, w_ptr, at_slot, b, y0, x0, m,
+            H, W, C, CO, BLOCK_M, TILE_Y, TILE_X, BLOCK_C, KIND, P0, P1, PRECISION, not RESCUE,
         )  # fmt: skip
+        if WRITE:
+            y, x = y0 + row % POSITIONS // TILE_X, x0 + row % TILE_X
+            at_z = (slot * B + b) * (H * W * 16) + (y * W + x) * 16
+            live = (row // POSITIONS < m) & (y < H) & (x < W)
+            tl.store(
+                z_ptr + at_z[:, None] + column[None, :],
+                rounded(Z, PRECISION).to(z_ptr.dtype.element_ty),
+                mask=live[:, None],
+            )
+        at = ((2 * y0 + q_y) * (2 * W) + 2 * x0 + q_x) * CO + q % 4
+        present = (2 * y0 + q_y < 2 * H) & (2 * x0 + q_x < 2 * W)
+        # Positions outside of the image have neighbours inside.
+        J = tl.where(present[None, :], tl.reshape(Z, [BLOCK_M, POSITIONS * 16]), 0.0)
+        has = present & (q % 4 < CO)
+        r = tl.load(r_ptr + image + at, mask=has, other=0.0)
         if SLOPED:
-            J = J * slope[None, :]
+            J = J * tl.load(slope_ptr + image + at, mask=has, other=0.0)[None, :]
         J, r = J.to(dtype), r.to(dtype)
         if RESCUE:
             G = add_gram_float64(G, J, m)
@@ -168,63 +180,40 @@ def _gram_tail_fwd_kernel(
     store_sums(g_ptr, p_ptr, rr_ptr, split * B + b, m, i, i, G, p, rr, True, True)
 
 
-def launch_options(num_warps: int) -> dict:
-    """What a launch is given besides its arguments.
+def forward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool) -> Tile:
+    """For m tangents of that many channels: the rows, m * positions, stay within the registers.
 
-    Without a bound of its own the assembler spills a few bytes in programs of 8 warps for the sake
-    of more programs an SM.
+    Args:
+        m: tangents.
+        channels: of T.
+        dtype: of T.
+        precision: of float32 products.
+        plain: whether no activation is taken here, in front of the layer or behind it.
     """
-    maxnreg = 255 if num_warps == 8 else None
-    return {"num_warps": num_warps, "num_stages": 1, "maxnreg": maxnreg}
+    block_m = block_of(m)
+    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (2, 2) if plain else (1, 2)}[block_m]
+    # Of other channels no row is as long as a wide load; float32 fills the registers earlier.
+    half = dtype.itemsize == 2
+    block_c = 32 if half and channels % 32 == 0 else 16
+    stages = 3 if half or precision == "tf32" else 1 if precision == "ieee" else 2
+    # Without a bound the assembler spills a few bytes for the sake of two programs an SM.
+    crowded = not half and (block_m > 16 or precision != "tf32")
+    return Tile(
+        *(block_m, tile_y, tile_x, block_c, 8, stages),
+        programs=1 if crowded else 2,
+        maxnreg=255 if crowded else None,
+    )
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Input positions and channels of a program, and its warps."""
-
-    block_m: int
-    tile_y: int
-    tile_x: int
-    block_c: int
-    num_warps: int
-
-    def count(self, height: int, width: int) -> tuple[int, int]:
-        """Tiles of an image, and tiles of one of its rows."""
-        in_a_row = cdiv(width, self.tile_x)
-        return cdiv(height, self.tile_y) * in_a_row, in_a_row
-
-    @property
-    def constexprs(self) -> dict:
-        """Of the kernels that take a tile."""
-        return {
-            **{"BLOCK_M": self.block_m, "TILE_Y": self.tile_y, "TILE_X": self.tile_x},
-            "BLOCK_C": self.block_c,
-        }
-
-
-def tail_tile(m: int, channels_in: int, dtype: torch.dtype, backward: bool = False) -> Tile:
-    """For m tangents of that many channels: the rows, m * positions, stay within the registers."""
-    block_m = max(16, triton.next_power_of_2(m))
-    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (1, 2)}[block_m]
-    halves = dtype.itemsize == 2
-    wide = halves and channels_in > 16 and block_m < 64
-    # The backward holds Z, J and dJ.
-    num_warps = 4 if halves and block_m == 16 and not backward else 8
-    return Tile(block_m, tile_y, tile_x, 32 if wide else 16, num_warps)
-
-
-def _rescue_tile(block_m: int) -> Tile:
+def rescue_tile(block_m: int) -> Tile:
     """Small, as it is there to be compiled in every first step and to run in few."""
-    return Tile(block_m, 1, 2, 16, 8)
+    return Tile(block_m, 1, 2, 16, 8, 1, 4, 255)
 
 
-def shares(parts: int, others: int, limits: DeviceLimits) -> int:
-    """Programs that share `parts` pieces of work, about four an SM together with `others`."""
-    return min(parts, max(1, 4 * limits.sm_count // others))
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
+def empty_rows(T: Tensor) -> Tensor:
+    """Room for Z of tangents T, ``[m, B, H, W, 16]``."""
+    m, B, _, height, width = T.shape
+    return torch.empty((m, B, height, width, COLUMNS), dtype=T.dtype, device=T.device)
 
 
 def gram_tail_partials(
@@ -235,24 +224,28 @@ def gram_tail_partials(
     a: Tensor | None = None,
     kind: str = "none",
     params: Sequence[float] = (),
+    applied: bool = False,
     slope: Tensor | None = None,
     input_precision: str = "ieee",
     lost: Tensor | None = None,
+    Z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over parts of the image, in a fixed split, as `gram_project_partials` gives them.
 
     Args:
         T: ``[m, B, Ci, H, W]`` with m <= 64; copied only where T[i] is not channels-last.
         weight: ``[Ci, Co, 4, 4]`` of a transposed convolution with stride 2 and padding 1, Co <= 4.
-        r: ``[B, Co, 2H, 2W]``.
-        a: ``[B, Ci, H, W]``, where the activation in front of the layer is taken; or, for ReLU, its
-            result. None without one.
+        r: ``[B, Co, 2H, 2W]``; copied where it is not channels-last.
+        a: ``[B, Ci, H, W]``, where the activation in front of the layer is taken; or, where that is
+            told by its result, the result. None without one.
         kind: that activation, a key of `PARAMETERS`, or "none".
         params: its parameters.
+        applied: whether T lies behind it already.
         slope: the derivative of the activation behind the layer, ``[B, Co, 2H, 2W]``, or None.
         input_precision: how float32 products of the layer are formed; the Gram's are "ieee".
         lost: bool ``[B]``; then the samples that it marks are summed in float64, by "ieee" products
             of the layer, and the results of all others stay uninitialised.
+        Z: of `empty_rows`, filled for the backward; None where none is wanted.
 
     Returns:
         ``(G [S, B, m, m], p [S, B, m], rr [S, B])``, float64 with `lost` and else float32.
@@ -261,7 +254,8 @@ def gram_tail_partials(
         TypeError: a tensor that is not float32, bfloat16 or float16; T not float32 with `lost`.
         ValueError: shapes that do not fit, or m or Co above the limit.
     """
-    T, weight, r, a, slope, constexprs = prepare(T, weight, r, a, kind, params, slope)
+    given = a, kind, params, applied, slope, input_precision
+    T, a, weight, r, slope, constexprs = prepare(T, weight, r, *given)
     m, B, channels_in, height, width = T.shape
     if lost is not None and T.dtype != torch.float32:
         raise TypeError(f"T has dtype {T.dtype}: rounded tangents cannot be rescued in float64")
@@ -269,114 +263,61 @@ def gram_tail_partials(
         raise ValueError(
             f"lost {tuple(lost.shape)} does not fit: give a flag for each of {B} samples"
         )
-    tile = tail_tile(m, channels_in, T.dtype)
-    if lost is not None:
-        tile = _rescue_tile(tile.block_m)
-    tiles, tiles_x = tile.count(height, width)
-    splits = shares(tiles, B, device_limits(T))
+    if applied:
+        constexprs |= front_constexprs("none", ())
+    if lost is None:
+        plain = constexprs["KIND"] == "none" and slope is None
+        tile = forward_tile(m, channels_in, T.dtype, constexprs["PRECISION"], plain)
+        weight = packed_weight(weight, T.dtype, constexprs["PRECISION"])
+    else:
+        tile = rescue_tile(block_of(m))
+        constexprs["PRECISION"] = "ieee"
+    splits = shares(tile.count(height, width), B, tile, device_limits(T))
     sums = empty_sums(splits, B, m, T.device, torch.float32 if lost is None else torch.float64)
-    with torch.cuda.device_of(T):
-        _gram_tail_fwd_kernel[(B * splits,)](
-            *(T, T if a is None else a, weight, r if slope is None else slope, r),
-            *(r if lost is None else lost.contiguous().view(torch.uint8), *sums),
-            *(B, m, height, width, channels_in, weight.shape[1], splits, tiles, tiles_x),
-            T.stride(0),
-            **constexprs,
-            **tile.constexprs,
-            SLOPED=slope is not None,
-            PRECISION=input_precision if lost is None else "ieee",
-            RESCUE=lost is not None,
-            **launch_options(tile.num_warps),
-        )
+    launch(
+        *(_gram_tail_fwd_kernel, (B * splits,)),
+        *(T, T if a is None else a, weight, r if slope is None else slope, r),
+        *(r if lost is None else lost.contiguous().view(torch.uint8), T if Z is None else Z, *sums),
+        *(B, m, splits, T.stride(0)),
+        **constexprs,
+        **_constexprs(tile, lost is not None, Z is not None),
+        **tile.options,
+    )
     return sums
 
 
-def prepare(T, weight, r, a, kind, params, slope):
-    """Dense tensors in the kernels' order, checked, and the activation's constexprs."""
-    given = {"T": T, "weight": weight, "r": r, "a": a, "slope": slope}
-    check_dtypes(**{name: t for name, t in given.items() if t is not None})
-    m, B, channels_in, height, width = T.shape if T.dim() == 5 else (0,) * 5
-    image = (B, weight.shape[1], 2 * height, 2 * width)
-    fits = (
-        1 <= m <= GRAM_TAIL_MAX_M
-        and weight.shape == (channels_in, weight.shape[1], 4, 4)
-        and weight.shape[1] <= GRAM_TAIL_MAX_CHANNELS
-        and r.shape == image
-        and (slope is None or slope.shape == image)
-        and (a is None) == (kind == "none")
-        and (a is None or a.shape == T.shape[1:])
-    )
-    if not fits:
-        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in given.items() if t is not None)
-        raise ValueError(
-            f"{shapes}, kind={kind!r} do not fit: give T [m <= {GRAM_TAIL_MAX_M}, B, Ci, H, W], "
-            f"weight [Ci, Co <= {GRAM_TAIL_MAX_CHANNELS}, 4, 4], r and slope [B, Co, 2H, 2W], and "
-            "a [B, Ci, H, W] with a kind"
-        )
-    return (
-        tangents_like(T, torch.channels_last),
-        weight.contiguous(),
-        _channels_last(r.to(torch.float32)),
-        None if a is None else _channels_last(a),
-        None if slope is None else _channels_last(slope.to(torch.float32)),
-        front_constexprs(kind, params),
-    )
-
-
-# float16 differs from bfloat16 in the instruction's name alone.
-PRODUCTS = (
-    (torch.bfloat16, "ieee"),
-    *((torch.float32, precision) for precision in ("tf32", "tf32x3", "ieee")),
-)
-
-
-def activation_variants() -> Iterator[tuple[str, dict]]:
-    """Label and constexprs: the least in front and behind, and the most, stand for all others."""
-    yield "none", {**front_constexprs("none", ()), "SLOPED": False}
-    yield "relu", {**activation_constexprs("relu", ()), "SLOPED": False}
-    yield "tanh sloped", {**activation_constexprs("tanh", ()), "SLOPED": True}
-
-
-def tail_variants(backward: bool = False) -> Iterator[tuple[str, torch.dtype, dict, Tile]]:
-    """Label, dtype, constexprs and tile of every compilation of a kernel that takes a tile."""
-    for m, channels, (dtype, precision) in product((16, 32, 64), (16, 32), PRODUCTS):
-        tile = tail_tile(m, channels, dtype, backward)
-        if tile.block_c != channels:
-            continue
-        for name, constexprs in activation_variants():
-            exact = "" if dtype != torch.float32 else f" {precision}"
-            label = f"m={m} Ci={channels} {pointer(dtype)[1:]}{exact} {name}"
-            yield label, dtype, {**constexprs, **tile.constexprs, "PRECISION": precision}, tile
-
-
-def even_and_odd(configuration: Configuration) -> Iterator[Configuration]:
-    """It, and for one activation the same where neither sizes nor a stack's slices are aligned."""
-    yield configuration
-    if "relu" not in configuration.label:
-        return
-    given = configuration.types.keys() | configuration.constexprs.keys()
-    sizes = [
-        p.name
-        for p in configuration.kernel.params
-        if p.name not in given and not p.do_not_specialize
-    ]
-    slices = [name for name in ("t_ptr", "a_ptr", "dt_ptr") if name in configuration.types]
-    yield replace(configuration, label=f"{configuration.label} odd", odd=(*slices, *sizes))
+def _constexprs(tile: Tile, rescue: bool, write: bool) -> dict:
+    return {
+        **{"BLOCK_M": tile.block_m, "TILE_Y": tile.tile_y, "TILE_X": tile.tile_x},
+        **{"BLOCK_C": tile.block_c, "RESCUE": rescue, "WRITE": write},
+    }
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every compilation of the forward kernel, even and odd sizes."""
+    """Every compilation of the forward kernel, even and odd sizes, and of what packs its weight."""
+    yield from packed_configurations()
     sums = ("g_ptr", "p_ptr", "rr_ptr")
-    for label, dtype, constexprs, tile in tail_variants():
-        types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a")}
-        types |= dict.fromkeys(("w_ptr", "slope_ptr", "r_ptr", "lost_ptr", *sums), "*fp32")
-        given = label, types, {**constexprs, "RESCUE": False}
-        options = launch_options(tile.num_warps)
-        yield from even_and_odd(Configuration(_gram_tail_fwd_kernel, *given, **options))
-        if dtype == torch.float32 and constexprs["PRECISION"] == "ieee":
-            tile = _rescue_tile(tile.block_m)
+    for label, m, channels, dtype, constexprs, applied, odd in variants():
+        if applied:
+            constexprs |= front_constexprs("none", ())
+        types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "w", "z")}
+        types |= dict.fromkeys(("slope_ptr", "r_ptr", "lost_ptr", *sums), "*fp32")
+        plain = constexprs["KIND"] == "none" and not constexprs["SLOPED"]
+        tile = forward_tile(m, channels, dtype, constexprs["PRECISION"], plain)
+        # Where no gradient is wanted, nothing is written.
+        of_tile = _constexprs(tile, rescue=False, write=constexprs["KIND"] != "none" or applied)
+        unaligned = ("t_ptr", "a_ptr", "stride_t_m") if odd else ()
+        yield Configuration(
+            *(_gram_tail_fwd_kernel, label, types, {**constexprs, **of_tile}),
+            **tile.options,
+            odd=unaligned,
+        )
+        if dtype == torch.float32 and constexprs["PRECISION"] == "ieee" and (applied or odd):
+            tile = rescue_tile(block_of(m))
             types = types | dict.fromkeys(sums, "*fp64") | {"lost_ptr": "*u8"}
-            constexprs = {**constexprs, **tile.constexprs, "RESCUE": True}
-            given = f"{label} rescue", types, constexprs
-            options = launch_options(tile.num_warps)
-            yield from even_and_odd(Configuration(_gram_tail_fwd_kernel, *given, **options))
+            of_tile = _constexprs(tile, rescue=True, write=False)
+            yield Configuration(
+                *(_gram_tail_fwd_kernel, f"{label} rescue", types, {**constexprs, **of_tile}),
+                **tile.options,
+                odd=unaligned,
+            )

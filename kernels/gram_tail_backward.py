@@ -1,171 +1,254 @@
-"""The pullback of `gram_tail`: gradients of a last layer whose Jacobian was never written.
+"""The pullback of `gram_tail`, from the Z that its forward has written; dJ never is.
 
     dJ = M J + u r^T      dr = J^T u + 2 g_rr r      dZ = slope dJ      d slope = sum_i Z_i dJ_i
     dT_i = phi'(a) conv(dZ_i)      da = phi''(a) sum_i T_i conv(dZ_i)      dW = sum_i T'_i dZ_i
 
-with M = dG + dG^T and u = dp, as in `gram_project`, and T' = phi'(a) T. Two launches: (a) Z again,
-as in the forward, and dZ from it; (b) dT as an ordinary convolution with stride 2, K = 64: a window
-of 4 x 4 gradients of up to 4 channels. The same windows give dW, one product of K = 64 columns a
-block of positions, in partial sums that are added in a fixed order.
+with M = dG + dG^T and u = dp, as in `gram_project`, and T' = phi'(a) T, or T itself where the stack
+lies behind the activation. One launch: dT is an ordinary convolution with stride 2, so a position
+reads a window of 4 x 4 outputs of up to 4 channels, K = 64. A program holds all tangents of a few
+positions' windows, where M J + u r^T is a product from the left; dJ is made there, four times over,
+for a product that is small beside reading it. Those windows give dW as well, one product of 64
+columns, in partial sums that are added in a fixed order; and dr, as a position's own four outputs
+lie in its window. M enters as two numbers of the products' dtype, so that Z alone is rounded.
 
-Floor, in bytes through device memory: (a) T and r once, dZ written once; (b) dZ and T read, dT
-written. Against J at hand, (a) reads T instead of J and does the forward's FLOPs again: which is
-faster is for a measurement to say.
+Floor, celeba16's last layer (m = 16, B = 64, 32 -> 3 channels from 32 x 32) in bfloat16: T and dT
+are 67 MB each, Z 34, all else 12: 180 MB through device memory. 5.4 GFLOP for each of dT and dW.
+
+Counted there, a warp of 4 and 2 positions: 358 instructions on sm_86 and sm_89, 325 on sm_90, 331
+on sm_120 (24 HMMA); with TF32 503, 492 and 517 (48 HMMA). Windows are copied 8 bytes at a time, T
+loaded and dT stored 16. 128 registers and 14 KiB: four programs an SM (194 and 26 KiB with TF32:
+two). So 47 M warp instructions, a fifth of the time that a 4090 takes for the bytes, and about as
+long as an H100 takes for them. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot
+from ._blocks import dot, rounded
 from ._contract import PIECEWISE_LINEAR, empty_tangents
-from ._launch import Configuration, cdiv, device_limits, pointer
-from .activations import activation
-from .gram_tail import (
-    PRODUCTS,
-    activation_variants,
-    even_and_odd,
-    launch_options,
+from ._gram_tail_tile import (
+    COLUMNS,
+    Tile,
+    block_of,
     prepare,
     shares,
-    tail_tile,
-    tail_variants,
-    tile_values,
+    variants,
 )
+from ._launch import INTERPRET, Configuration, cdiv, device_limits, launch, pointer
+from .activations import activation
 
-# Input positions that a program of the second launch takes at a time.
-_POSITIONS = 32
+
+@triton.jit
+def _mixed(M, Z, PRECISION: tl.constexpr):
+    """M Z [BLOCK_M, N] for a float32 M, as exact as float32 but for the rounding of Z."""
+    zero = tl.zeros(Z.shape, tl.float32)
+    if INTERPRET:
+        return tl.dot(M, Z.to(tl.float32), zero, input_precision="ieee")
+    elif Z.dtype == tl.float32 and PRECISION != "tf32":
+        return tl.dot(M, Z, zero, input_precision=PRECISION)
+    elif Z.dtype == tl.bfloat16:
+        high = M.to(tl.bfloat16)
+        low = (M - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, Z, tl.dot(high, Z, zero))
+    else:
+        # TF32 holds every number of these dtypes; M may pass the range of half precision.
+        high, Z = rounded(M, "tf32"), Z.to(tl.float32)
+        MZ = tl.dot(high, Z, zero, input_precision="tf32")
+        return tl.dot(M - high, Z, MZ, input_precision="tf32")
 
 
-@triton.jit(do_not_specialize=["m", "tiles", "tiles_x", "channels_out"])
-def _gram_tail_bwd_image_kernel(
-    t_ptr,  # T [m, B, H, W, Ci]
-    a_ptr,  # [B, H, W, Ci]; not read without KIND
-    w_ptr,  # [Ci, Co, 4, 4]
-    slope_ptr,  # [B, 2H, 2W, Co] float32; not read without SLOPED
-    r_ptr,  # [B, 2H, 2W, Co] float32
+@triton.jit(do_not_specialize=["B", "m", "splits"])
+def _gram_tail_bwd_kernel(
+    t_ptr,  # T [m, B, H, W, C]
+    a_ptr,  # [B, H, W, C]; not read where KIND is "none"
+    z_ptr,  # Z [m, B, H, W, 16]
+    w_ptr,  # [C, CO, 4, 4] float32
+    slope_ptr,  # [B, 2H, 2W, CO] float32; not read without SLOPED
+    r_ptr,  # [B, 2H, 2W, CO] float32
     m_ptr,  # M [B, m, m]
     u_ptr,  # [B, m]
     g_rr_ptr,  # [B]
-    dz_ptr,  # [m, B, 2H, 2W, Co]
-    dr_ptr,  # [B, 2H, 2W, Co] float32
-    d_slope_ptr,  # [B, 2H, 2W, Co] float32; not written without SLOPED
-    m, height, width, channels_in, channels_out, tiles, tiles_x, stride_t_m, stride_dz_m,
-    BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
+    dt_ptr,  # [m, B, H, W, C]
+    da_ptr,  # [B, H, W, C] float32; not written without CURVED
+    dw_ptr,  # [programs along axis 0, C, 64] float32
+    dr_ptr,  # [B, 2H, 2W, CO] float32
+    dv_ptr,  # -dr [B, 2H, 2W, CO], in a dtype of its own
+    d_slope_ptr,  # [B, 2H, 2W, CO] float32; not written without SLOPED
+    B, m, splits, stride_t_m, stride_dt_m,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
+    BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    SLOPED: tl.constexpr, PRECISION: tl.constexpr,
+    APPLIED: tl.constexpr, CURVED: tl.constexpr, SLOPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    tile = pid % tiles
-    b = (pid // tiles).to(tl.int64)
+    split = pid % splits
+    b = (pid // splits).to(tl.int64)
+    ROWS: tl.constexpr = BLOCK_M * POSITIONS
+    BLOCKS: tl.constexpr = (H * W + POSITIONS - 1) // POSITIONS
     i = tl.arange(0, BLOCK_M)
-    Z, slope, r, at, present = tile_values(
-        t_ptr, a_ptr, w_ptr, slope_ptr, r_ptr, b, tile, tiles_x,
-        m, height, width, channels_in, channels_out, stride_t_m,
-        BLOCK_M, TILE_Y, TILE_X, BLOCK_C, KIND, P0, P1, SLOPED, PRECISION,
-    )  # fmt: skip
-    J = Z
-    if SLOPED:
-        J = Z * slope[None, :]
-    u = tl.load(u_ptr + b * m + i, mask=i < m, other=0.0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # A window's axis: rows and columns of the kernel, then channels out, padded to four.
+    k = tl.arange(0, 64)
+    at_w = (c[None, :] * CO + (k % 4)[:, None]) * 16 + (k // 4)[:, None]
+    has_w = (c < C)[None, :] & (k % 4 < CO)[:, None]
+    w = tl.load(w_ptr + at_w, mask=has_w, other=0.0).to(tl.float32)
+    w = rounded(w, PRECISION).to(z_ptr.dtype.element_ty)
     M = tl.load(
         m_ptr + b * m * m + (i[:, None] * m + i[None, :]),
         mask=(i < m)[:, None] & (i < m)[None, :],
         other=0.0,
     )
-    dr = tl.sum(u[:, None] * J, 0) + 2.0 * tl.load(g_rr_ptr + b) * r
-    tl.store(dr_ptr + at, dr, mask=present)
-    dJ = tl.dot(M, J, u[:, None] * r[None, :], input_precision="ieee")
-    if SLOPED:
-        tl.store(d_slope_ptr + at, tl.sum(Z * dJ, 0), mask=present)
-        dJ = dJ * slope[None, :]
-    dz_ptrs = dz_ptr + i.to(tl.int64)[:, None] * stride_dz_m + at[None, :]
-    tl.store(dz_ptrs, dJ, mask=(i < m)[:, None] & present[None, :])
+    u = tl.load(u_ptr + b * m + i, mask=i < m, other=0.0)
+    g_rr = tl.load(g_rr_ptr + b)
 
-
-@triton.jit(do_not_specialize=["m", "blocks", "splits", "channels_out"])
-def _gram_tail_bwd_tangent_kernel(
-    t_ptr,  # T [m, B * H * W, Ci]
-    a_ptr,  # [B * H * W, Ci]; not read without KIND
-    w_ptr,  # [Ci, Co, 4, 4]
-    dz_ptr,  # [m, B, 2H, 2W, Co]
-    dt_ptr,  # [m, B * H * W, Ci]
-    da_ptr,  # [B * H * W, Ci]; not written without CURVED
-    dw_ptr,  # [splits, Ci, 64] float32
-    numel, m, height, width, channels_in, channels_out, blocks, splits,
-    stride_t_m, stride_dz_m, stride_dt_m,
-    POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
-    KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    CURVED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    split = tl.program_id(0)
-    ci = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # A window's axis: rows and columns of the kernel, then channels out, padded to four.
-    k = tl.arange(0, 64)
-    ky, kx, co = k // 16, k // 4 % 4, k % 4
-    W = tl.load(
-        w_ptr + (ci[None, :] * channels_out + co[:, None]) * 16 + (ky * 4 + kx)[:, None],
-        mask=(ci < channels_in)[None, :] & (co < channels_out)[:, None],
-        other=0.0,
-    ).to(dz_ptr.dtype.element_ty)
+    row = tl.arange(0, ROWS)
+    slot = (row // POSITIONS).to(tl.int64)
+    at_t, at_dt = slot * stride_t_m + b * (H * W * C), slot * stride_dt_m + b * (H * W * C)
+    at_z = (i.to(tl.int64) * B + b) * (H * W * 16)
+    # Columns of the windows: window row ky of output row 2y - 1 + ky is of position
+    # y + (ky + 1) // 2 - 1, of parity (ky + 1) % 2.
+    q = tl.arange(0, POSITIONS * 64)
+    ky, kx, co = q // 16 % 4, q // 4 % 4, q % 4
+    down, right = (ky + 1) // 2 - 1, (kx + 1) // 2 - 1
+    own = (down == 0) & (right == 0) & (tl.program_id(1) == 0)
+    image = b * (4 * H * W * CO)
+    r_ptr, dr_ptr, dv_ptr = r_ptr + image, dr_ptr + image, dv_ptr + image
+    slope_ptr, d_slope_ptr = slope_ptr + image, d_slope_ptr + image
     dW = tl.zeros([BLOCK_C, 64], tl.float32)
-    for block in range(split, blocks, splits):
-        at = tl.cast(block, tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
-        b = at // (height * width)
-        Y = 2 * (at // width % height)[:, None] - 1 + ky[None, :]
-        X = 2 * (at % width)[:, None] - 1 + kx[None, :]
-        framed = (Y >= 0) & (Y < 2 * height) & (X >= 0) & (X < 2 * width)
-        framed = framed & (at < numel)[:, None] & (co < channels_out)[None, :]
-        at_z = ((b[:, None] * 2 * height + Y) * 2 * width + X) * channels_out + co[None, :]
-        present = (at < numel)[:, None] & (ci < channels_in)[None, :]
-        at_in = at[:, None] * channels_in + ci[None, :]
-        if KIND != "none":
-            a = tl.load(a_ptr + at_in, mask=present, other=0.0).to(tl.float32)
-            _, d1, d2 = activation(a, KIND, P0, P1)
-        bend = tl.zeros([POSITIONS, BLOCK_C], tl.float32)
-        for i in range(0, m):
-            tangent = tl.cast(i, tl.int64)
-            dZ = tl.load(dz_ptr + tangent * stride_dz_m + at_z, mask=framed, other=0.0)
-            T = tl.load(t_ptr + tangent * stride_t_m + at_in, mask=present, other=0.0)
-            dT = dot(dZ, W, tl.zeros([POSITIONS, BLOCK_C], tl.float32), PRECISION)
+    # Neighbours one after another, whose windows overlap.
+    share = (BLOCKS + splits - 1) // splits
+    for block in range(split * share, tl.minimum(split * share + share, BLOCKS)):
+        first = block * POSITIONS
+        position = first + row % POSITIONS
+        live = (row // POSITIONS < m) & (position < H * W)
+        live = live[:, None] & (c < C)[None, :]
+        in_t = position[:, None] * C + c[None, :]
+        T = tl.load(t_ptr + at_t[:, None] + in_t, mask=live, other=0.0)
+        at_q = first + q // 64
+        y, x = at_q // W + down, at_q % W + right
+        framed = (at_q < H * W) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        # The four channels of a sub-pixel lie behind one another.
+        framed = tl.max_constancy(framed, [4])
+        in_z = (y * W + x) * 16 + (ky + 1) % 2 * 8 + (kx + 1) % 2 * 4 + co
+        in_z = tl.max_contiguous(tl.multiple_of(in_z, [4]), [4])
+        Z = tl.load(
+            z_ptr + at_z[:, None] + in_z[None, :],
+            mask=(i < m)[:, None] & framed[None, :],
+            other=0.0,
+        )
+        at_r = ((2 * y + (ky + 1) % 2) * (2 * W) + 2 * x + (kx + 1) % 2) * CO + co
+        has_r = framed & (co < CO)
+        r = tl.load(r_ptr + at_r, mask=has_r, other=0.0)
+        of_r = tl.sum(u[:, None] * Z.to(tl.float32), 0)
+        if SLOPED:
+            slope = tl.load(slope_ptr + at_r, mask=has_r, other=0.0)
+            of_r *= slope
+        dr = of_r + 2.0 * g_rr * r
+        tl.store(dr_ptr + at_r, dr, mask=has_r & own)
+        tl.store(dv_ptr + at_r, -dr, mask=has_r & own)
+
+        dJ = _mixed(M, Z, PRECISION)
+        if SLOPED:
+            dJ = slope[None, :] * dJ + u[:, None] * r[None, :]
+            d_slope = tl.sum(Z.to(tl.float32) * dJ, 0)
+            tl.store(d_slope_ptr + at_r, d_slope, mask=has_r & own)
+            dJ *= slope[None, :]
+        else:
+            dJ += u[:, None] * r[None, :]
+        dZ = tl.reshape(rounded(dJ, PRECISION).to(Z.dtype), [ROWS, 64])
+        dT = dot(dZ, w, tl.zeros([ROWS, BLOCK_C], tl.float32), PRECISION)
+        if APPLIED:
+            # Of what has been applied the sign tells the slope.
+            a = tl.load(a_ptr + b * (H * W * C) + in_t, mask=live, other=0.0)
+            dT = tl.where(a.to(tl.float32) > 0.0, dT, dT * P0)
+        elif KIND != "none":
+            position = first + tl.arange(0, POSITIONS)
+            at_a = b * (H * W * C) + position[:, None] * C + c[None, :]
+            in_a = (position < H * W)[:, None] & (c < C)[None, :]
+            a = tl.load(a_ptr + at_a, mask=in_a, other=0.0)
+            _, d1, d2 = activation(a.to(tl.float32), KIND, P0, P1)
+            full = tl.reshape(T, [BLOCK_M, POSITIONS, BLOCK_C]).to(tl.float32)
+            dT = tl.reshape(dT, [BLOCK_M, POSITIONS, BLOCK_C])
             if CURVED:
-                bend += T.to(tl.float32) * dT
-            if KIND != "none":
-                dT = dT * d1
-                T = (T.to(tl.float32) * d1).to(T.dtype)
-            tl.store(dt_ptr + tangent * stride_dt_m + at_in, dT, mask=present)
-            dW = dot(tl.trans(T), dZ, dW, PRECISION)
-        if CURVED:
-            tl.store(da_ptr + at_in, d2 * bend, mask=present)
-    dw_ptrs = dw_ptr + (split * channels_in + ci[:, None]) * 64 + k[None, :]
-    tl.store(dw_ptrs, dW, mask=(ci < channels_in)[:, None])
+                tl.store(da_ptr + at_a, d2 * tl.sum(full * dT, 0), mask=in_a)
+            dT = tl.reshape(dT * d1[None, :, :], [ROWS, BLOCK_C])
+            T = rounded(tl.reshape(full * d1[None, :, :], [ROWS, BLOCK_C]), PRECISION).to(T.dtype)
+        dT = rounded(dT, PRECISION).to(dt_ptr.dtype.element_ty)
+        tl.store(dt_ptr + at_dt[:, None] + in_t, dT, mask=live)
+        dW = dot(tl.trans(T), dZ, dW, PRECISION)
+    at_dw = dw_ptr + (pid * C + c[:, None]) * 64 + k[None, :]
+    tl.store(at_dw, dW, mask=(c < C)[:, None])
 
 
-def _block_c(channels_in: int) -> int:
-    return min(32, max(16, triton.next_power_of_2(channels_in)))
+def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool) -> Tile:
+    """For m tangents of that many channels; registers bound it.
+
+    Args:
+        m: tangents.
+        channels: of T; block by block where registers do not hold all.
+        dtype: of T.
+        precision: `_precision`.
+        plain: whether there is no activation around the layer that is not applied to T already.
+    """
+    block_m, exact = block_of(m), dtype == torch.float32
+    block_c = 32 if channels % 32 == 0 else 16
+    if exact and precision == "ieee":
+        positions, warps = 1, 8
+        if block_m == 64:
+            block_c, warps = 16, 16
+        return Tile(block_m, 1, positions, block_c, warps, 1, 16 // warps, 2048 // warps)
+    if exact and precision == "tf32x3":
+        return Tile(block_m, 1, 1, block_c, 8, 1, 1, 255)
+    if exact:
+        block_c = min(block_c, 16 if block_m == 64 else 32)
+    positions = {16: 2, 32: 1, 64: 1}[block_m] if exact else {16: 4, 32: 2, 64: 1}[block_m]
+    warps, stages = 4 if plain and block_m < 64 else 8, 2
+    if channels % 16 or exact and block_m < 64:
+        stages = 1
+    if plain and block_m == 16 and dtype == torch.bfloat16:
+        return Tile(block_m, 1, 2, block_c, warps, stages, 4, 128)
+    return Tile(block_m, 1, positions, block_c, warps, stages, 8 // warps, 255)
 
 
-def _tangent_options(block_c: int, dtype: torch.dtype) -> dict:
-    num_warps = 4 if block_c == 16 and dtype == torch.float32 else 8
-    # Here four warps spill without a bound as well, on sm_80.
-    return launch_options(num_warps) | {"maxnreg": 255}
+def _precision(input_precision: str, block_m: int, channels: int) -> str:
+    # The parts of both operands of three products, or an address for each element of a row without
+    # alignment, do not fit into registers beside M.
+    crowded = input_precision == "tf32x3" or channels % 16 > 0
+    return "ieee" if block_m == 64 and crowded else input_precision
 
 
-def _tangent_precision(input_precision: str) -> str:
-    # Both parts of both operands of three TF32 products do not fit into registers.
-    return "ieee" if input_precision == "tf32x3" else input_precision
+class Pulled(NamedTuple):
+    """Gradients of a last layer.
+
+    Attributes:
+        T: ``[m, B, Ci, H, W]`` in T's dtype, in front of the activation.
+        weight: float32 ``[Ci, Co, 4, 4]``, a view.
+        r: float32 ``[B, Co, 2H, 2W]``.
+        output: its negative, that of what r was subtracted from, in the dtype asked for.
+        a: float32 ``[B, Ci, H, W]``, what curvature adds; None where phi'' = 0.
+        slope: float32 ``[B, Co, 2H, 2W]``; None without one.
+    """
+
+    T: Tensor
+    weight: Tensor
+    r: Tensor
+    output: Tensor
+    a: Tensor | None
+    slope: Tensor | None
 
 
 def gram_tail_bwd(
     T: Tensor,
     weight: Tensor,
     r: Tensor,
+    Z: Tensor,
     M: Tensor,
     u: Tensor,
     g_rr: Tensor,
@@ -173,103 +256,94 @@ def gram_tail_bwd(
     a: Tensor | None = None,
     kind: str = "none",
     params: Sequence[float] = (),
+    applied: bool = False,
     slope: Tensor | None = None,
     input_precision: str = "ieee",
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    output_dtype: torch.dtype = torch.float32,
+) -> Pulled:
     """Pull cotangents of G, p and rr back.
 
     Args:
         T: as in the forward.
         weight: as in the forward.
         r: as in the forward.
+        Z: as the forward has filled it.
         M: dG + dG^T, ``[B, m, m]``.
         u: dp, ``[B, m]``.
         g_rr: d rr, ``[B]``.
         a: as in the forward.
         kind: as in the forward.
         params: as in the forward.
+        applied: as in the forward.
         slope: as in the forward.
-        input_precision: as in the forward; "tf32x3" holds for the first launch alone, the second
-            is "ieee".
+        input_precision: as in the forward.
         out: where dT goes, each dT[i] in channels-last order; None for new memory.
-
-    Returns:
-        ``(dT, d weight, dr, da, d slope)`` with the inputs' shapes: dT in T's dtype, the others
-        float32; da, what curvature adds, None where phi'' = 0; d slope None without a slope.
+        output_dtype: of the gradient of the layer's output.
 
     Raises:
         TypeError, ValueError: as `gram_tail_partials`.
     """
-    T, weight, r, a, slope, constexprs = prepare(T, weight, r, a, kind, params, slope)
+    given = a, kind, params, applied, slope, input_precision
+    T, a, weight, r, slope, constexprs = prepare(T, weight, r, *given)
     M, u, g_rr = (t.to(torch.float32).contiguous() for t in (M, u, g_rr))
     m, B, channels_in, height, width = T.shape
-    channels_out = weight.shape[1]
-    tile = tail_tile(m, channels_in, T.dtype, backward=True)
-    tiles, tiles_x = tile.count(height, width)
-    dr, d_slope = torch.empty_like(r), None if slope is None else torch.empty_like(r)
-    dZ, dT = empty_tangents(r, T), empty_tangents(T[0], T) if out is None else out
-    curved = kind not in ("none", *PIECEWISE_LINEAR)
+    if Z.shape != (m, B, height, width, COLUMNS) or Z.dtype != T.dtype or not Z.is_contiguous():
+        raise ValueError(
+            f"Z {tuple(Z.shape)}, {Z.dtype} is not what the forward has filled for T "
+            f"{tuple(T.shape)}, {T.dtype}: give it what `empty_rows` makes"
+        )
+    constexprs["PRECISION"] = _precision(constexprs["PRECISION"], block_of(m), channels_in)
+    plain = (applied or kind == "none") and slope is None
+    tile = backward_tile(m, channels_in, T.dtype, constexprs["PRECISION"], plain)
+    dT = empty_tangents(T[0], T) if out is None else out
+    dr, d_output = torch.empty_like(r), torch.empty_like(r, dtype=output_dtype)
+    d_slope = None if slope is None else torch.empty_like(r)
     da = None
-    if curved:
+    if _is_curved(kind):
         da = torch.empty_like(T[0], dtype=torch.float32, memory_format=torch.channels_last)
-    numel, block_c = B * height * width, _block_c(channels_in)
-    blocks, c_blocks = cdiv(numel, _POSITIONS), cdiv(channels_in, block_c)
-    splits = shares(blocks, c_blocks, device_limits(T))
-    dW = torch.empty((splits, channels_in, 64), dtype=torch.float32, device=T.device)
-    with torch.cuda.device_of(T):
-        _gram_tail_bwd_image_kernel[(B * tiles,)](
-            *(T, T if a is None else a, weight, r if slope is None else slope, r, M, u, g_rr),
-            *(dZ, dr, dr if d_slope is None else d_slope),
-            *(m, height, width, channels_in, channels_out, tiles, tiles_x),
-            *(T.stride(0), dZ.stride(0)),
-            **constexprs,
-            **tile.constexprs,
-            SLOPED=slope is not None,
-            PRECISION=input_precision,
-            **launch_options(tile.num_warps),
-        )
-        _gram_tail_bwd_tangent_kernel[(splits, c_blocks)](
-            *(T, T if a is None else a, weight, dZ, dT, dT if da is None else da, dW),
-            *(numel, m, height, width, channels_in, channels_out, blocks, splits),
-            *(T.stride(0), dZ.stride(0), dT.stride(0)),
-            **constexprs,
-            POSITIONS=_POSITIONS,
-            BLOCK_C=block_c,
-            CURVED=curved,
-            PRECISION=_tangent_precision(input_precision),
-            **_tangent_options(block_c, T.dtype),
-        )
-    taps = dW.sum(0).view(channels_in, 4, 4, 4)[..., :channels_out]
-    return dT, taps.permute(0, 3, 1, 2).contiguous(), dr, da, d_slope
+    c_blocks = cdiv(channels_in, tile.block_c)
+    splits = shares(tile.count(1, height * width), B * c_blocks, tile, device_limits(T))
+    dW = torch.empty((B * splits, channels_in, 4, 4, 4), dtype=torch.float32, device=T.device)
+    launch(
+        *(_gram_tail_bwd_kernel, (B * splits, c_blocks)),
+        *(T, T if a is None else a, Z, weight, r if slope is None else slope, r, M, u, g_rr),
+        *(dT, r if da is None else da, dW, dr, d_output, r if d_slope is None else d_slope),
+        *(B, m, splits, T.stride(0), dT.stride(0)),
+        **constexprs,
+        **_constexprs(tile, kind, applied),
+        **tile.options,
+    )
+    d_weight = dW.sum(0)[..., : weight.shape[1]].permute(0, 3, 1, 2)
+    return Pulled(dT, d_weight, dr, d_output, da, d_slope)
+
+
+def _is_curved(kind: str) -> bool:
+    return kind not in ("none", *PIECEWISE_LINEAR)
+
+
+def _constexprs(tile: Tile, kind: str, applied: bool) -> dict:
+    return {
+        **{"BLOCK_M": tile.block_m, "POSITIONS": tile.tile_x, "BLOCK_C": tile.block_c},
+        **{"APPLIED": applied, "CURVED": _is_curved(kind)},
+    }
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every compilation of the two kernels, even and odd sizes."""
-    for label, dtype, constexprs, tile in tail_variants(backward=True):
-        types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "dz")}
-        names = "w slope r m u g_rr dr d_slope".split()
-        types |= {f"{name}_ptr": "*fp32" for name in names}
-        yield from even_and_odd(
-            Configuration(
-                *(_gram_tail_bwd_image_kernel, label, types, constexprs),
-                **launch_options(tile.num_warps),
-            )
+    """Every compilation of the kernel, even and odd sizes."""
+    names = "w slope r m u g_rr da dw dr d_slope".split()
+    for label, m, channels, dtype, constexprs, applied, odd in variants():
+        types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "z", "dt")}
+        types |= dict.fromkeys([f"{name}_ptr" for name in names], "*fp32")
+        types["dv_ptr"] = "*fp32" if constexprs["SLOPED"] else pointer(dtype)
+        precision = _precision(constexprs["PRECISION"], block_of(m), channels)
+        label += " by ieee" if precision != constexprs["PRECISION"] else ""
+        constexprs["PRECISION"] = precision
+        plain = (applied or constexprs["KIND"] == "none") and not constexprs["SLOPED"]
+        tile = backward_tile(m, channels, dtype, constexprs["PRECISION"], plain)
+        yield Configuration(
+            *(_gram_tail_bwd_kernel, label, types),
+            {**constexprs, **_constexprs(tile, constexprs["KIND"], applied)},
+            **tile.options,
+            odd=("t_ptr", "a_ptr", "dt_ptr", "stride_t_m", "stride_dt_m") if odd else (),
         )
-    of_tangents = [(d, p) for d, p in PRODUCTS if p == _tangent_precision(p)]
-    for block_c, (dtype, precision) in product((16, 32), of_tangents):
-        for name, constexprs in activation_variants():
-            kind = constexprs["KIND"]
-            exact = "" if dtype != torch.float32 else f" {precision}"
-            types = {f"{n}_ptr": pointer(dtype) for n in ("t", "a", "dz", "dt")}
-            types |= {f"{n}_ptr": "*fp32" for n in ("w", "da", "dw")}
-            options = {
-                **{n: constexprs[n] for n in ("KIND", "P0", "P1")},
-                **{"POSITIONS": _POSITIONS, "BLOCK_C": block_c, "PRECISION": precision},
-                "CURVED": kind not in ("none", *PIECEWISE_LINEAR),
-            }
-            label = f"Ci={block_c} {pointer(dtype)[1:]}{exact} {name}"
-            launch = _tangent_options(block_c, dtype)
-            yield from even_and_odd(
-                Configuration(*(_gram_tail_bwd_tangent_kernel, label, types, options), **launch)
-            )

@@ -65,20 +65,23 @@ class Prepared(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-def gram_of(result: Jet | LastLayer, x: Tensor | None, backend: str) -> ChunkGram:
+def gram_of(
+    result: Jet | LastLayer, x: Tensor | None, backend: str, pulled: bool = True
+) -> ChunkGram:
     """The Gram of a chunk.
 
     Args:
         result: what its plan returned.
         x: data ``[b, *out]``; None for the decoder's own output, so that r = 0.
         backend: "torch" or "triton".
+        pulled: whether a gradient will be wanted.
     """
     if not isinstance(result, LastLayer):
         return Written(result, x, backend)
     if isinstance(result.tail, Linear):
         contracted = Contracted(result.source, result.tail, x)
         return contracted if contracted.contracts else ThroughLayer(result.source, result.tail, x)
-    return Unwritten(result.tail, x)
+    return Unwritten(result.tail, x, pulled)
 
 
 class Part(NamedTuple):
@@ -147,7 +150,8 @@ class Loop:
             rows = slice(chunk.start, chunk.stop)
             with torch.autocast(self._device, enabled=False):
                 x = self._x[0][rows] if self._x else None
-                gram_of_chunk = gram_of(chunk.output, x, self._problem.backend)
+                pulled = any(self._needs)
+                gram_of_chunk = gram_of(chunk.output, x, self._problem.backend, pulled)
                 pairs = zip(self._inputs, self._head.along, strict=True)
                 inputs = [t[rows] if along else t for t, along in pairs]
                 known = [t[rows] for t in self._cotangents] or None

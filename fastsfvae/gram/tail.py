@@ -1,6 +1,7 @@
 """A chunk whose decoder has stopped in front of its last layer, which kernels take with the Gram.
 
-They give the same sums on the way (`fastsfvae.ops.gram_tail`); J is never written.
+They give the same sums on the way (`fastsfvae.ops.gram_tail`), and write J, in an order of their
+own, where a gradient will want it.
 """
 
 from __future__ import annotations
@@ -11,26 +12,32 @@ from torch import Tensor
 from fastsfvae.gram.written import Pulled
 from fastsfvae.jacobian.rules.jet import from_stack
 from fastsfvae.ops.elbo import Parts
-from fastsfvae.ops.gram_tail import Tail, tail_backward, tail_partials, tail_values
+from fastsfvae.ops.gram_tail import Tail, empty_rows, tail_backward, tail_partials, tail_values
 from fastsfvae.ops.low_rank import Solved, low_rank_of_partials
 
 
 class Unwritten:
-    """The same as `fastsfvae.gram.written.Written`, without a J.
+    """The same as `fastsfvae.gram.written.Written`, without a J in its order.
 
     Args:
         tail: the layer on what goes into it.
         x: data ``[b, *out]``; None for the output itself.
+        pulled: whether a gradient will be wanted, for which the kernels keep J.
     """
 
-    def __init__(self, tail: Tail, x: Tensor | None):
+    def __init__(self, tail: Tail, x: Tensor | None, pulled: bool = True):
         self._tail, self._values = tail, tail_values(tail)
         self.output = self._values.output
-        r = torch.zeros_like(self.output) if x is None else x - self.output
-        self._r = r.to(torch.float32).contiguous(memory_format=torch.channels_last)
-        self.n = r[0].numel()
+        # The kernels read it in the output's memory order.
+        r = torch.empty_like(self.output)
+        self._r = r.zero_() if x is None else torch.sub(x, self.output, out=r)
+        self._Z = empty_rows(tail) if pulled else None
+        self.n = self._r[0].numel()
 
-    def _partials(self, lost: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _partials(self) -> tuple[Tensor, Tensor, Tensor]:
+        return tail_partials(self._tail, self._values, self._r, Z=self._Z)
+
+    def _redo(self, lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tail_partials(self._tail, self._values, self._r, lost)
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +48,7 @@ class Unwritten:
     def parts(self) -> Parts:
         """As `Written`."""
         # Rounded tangents cannot be rescued.
-        redo = self._partials if self._tail.stack.dtype == torch.float32 else None
+        redo = self._redo if self._tail.stack.dtype == torch.float32 else None
         return Parts(self._partials(), redo)
 
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
@@ -57,7 +64,10 @@ class Unwritten:
     def pull(self, M: Tensor, u: Tensor, g_rr: Tensor, df: Tensor | None = None) -> Pulled:
         """As `Written`."""
         tail = self._tail
-        grads = tail_backward(tail, self._values, self._r, M, u, g_rr, df)
+        if self._Z is None:
+            self._Z = empty_rows(tail)
+            self._partials()
+        grads = tail_backward(tail, self._values, self._r, self._Z, M, u, g_rr, df)
         pairs = (tail.weight, grads.weight), (tail.bias, grads.bias)
         others = tuple((t, g) for t, g in pairs if t is not None and g is not None)
         return Pulled(from_stack(grads.stack), grads.x, others)

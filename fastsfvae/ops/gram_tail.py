@@ -1,9 +1,10 @@
-"""A decoder's last layer whose Jacobian is never written, by kernels that take it with the Gram.
+"""A decoder's last layer, by kernels that take it with the Gram of its Jacobian.
 
 The layer is a transposed convolution with kernel 4, stride 2, padding 1 and few channels out,
 between two activations of which either may be missing. Its values are a product of their own, as
-the Gram needs the residual that they leave; tangents go through `gram_tail`. No autograd and no
-compiler sees these functions, so they call the launchers themselves.
+the Gram needs the residual that they leave; tangents go through `gram_tail`, which writes the
+Jacobian for the backward alone, as it lies in its registers. No autograd and no compiler sees these
+functions, so they call the launchers themselves.
 
 Where the Jacobian is wanted, or the layer is another, `stack_layer` or `convolve` and
 `gram_project` do the same in two steps.
@@ -11,6 +12,7 @@ Where the Jacobian is wanted, or the layer is another, `stack_layer` or `convolv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,13 +29,17 @@ from fastsfvae.ops import _library, tangent_layer
 from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
+# Numbers of a position in the Jacobian's rows; a sample's are counted in int32.
+_COLUMNS, _COUNTED = 16, 2**31
+
 
 class Tail(NamedTuple):
     """A last layer, and what it is applied to.
 
     Attributes:
         layer: its geometry and the activation in front; one that `largest_batch` takes.
-        stack: value and tangents in front of that, ``[1 + m, B, Ci, H, W]``.
+        stack: value and tangents in front of that, or behind it where `layer` says that it is
+            applied, ``[1 + m, B, Ci, H, W]``.
         weight: ``[Ci, Co, 4, 4]``.
         bias: ``[Co]`` or None.
         behind: the activation behind the layer, "none" or as `Layer` has it.
@@ -87,7 +93,7 @@ def largest_batch(
         weight_shape: ``[Ci, Co, kh, kw]``.
         dtype: of the stack.
     """
-    g = layer.geometry
+    g, rows = layer.geometry, _COLUMNS * math.prod(x_shape[1:])
     fits = (
         g is not None
         and g.transposed
@@ -96,6 +102,7 @@ def largest_batch(
         and weight_shape[1] <= GRAM_TAIL_MAX_CHANNELS
         and tuple(weight_shape[2:]) == (4, 4)
         and (layer.kind == "none" or layer.kind in PARAMETERS)
+        and rows < _COUNTED
     )
     return tangent_layer.largest_batch(layer, slots, x_shape, weight_shape, dtype) if fits else 0
 
@@ -118,7 +125,11 @@ def tail_values(tail: Tail) -> Values:
 
 @ranged("gram")
 def tail_partials(
-    tail: Tail, values: Values, r: Tensor, lost: Tensor | None = None
+    tail: Tail,
+    values: Values,
+    r: Tensor,
+    lost: Tensor | None = None,
+    Z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 ``(G [S, B, m, m], p [S, B, m], rr [S, B])`` of the tail's Jacobian, in S parts.
 
@@ -128,11 +139,21 @@ def tail_partials(
         r: x - values.output, ``[B, Co, 2H, 2W]``; channels-last is not copied.
         lost: bool ``[B]``, for a float32 stack; the results are then float64, and those of samples
             that it does not mark uninitialised.
+        Z: of `empty_rows`, filled for the backward; None where none is wanted.
     """
     from fastsfvae.kernels.gram_tail import gram_tail_partials
 
     _library.require_triton(tail.stack)
-    return gram_tail_partials(tail.stack[1:], tail.weight, r, **_options(tail, values), lost=lost)
+    return gram_tail_partials(
+        *(tail.stack[1:], tail.weight, r), **_options(tail, values), lost=lost, Z=Z
+    )
+
+
+def empty_rows(tail: Tail) -> Tensor:
+    """Room for the Jacobian in front of the slope, in the kernels' order: ``[m, B, H, W, 16]``."""
+    from fastsfvae.kernels.gram_tail import empty_rows
+
+    return empty_rows(tail.stack[1:])
 
 
 @ranged("gram backward")
@@ -140,6 +161,7 @@ def tail_backward(
     tail: Tail,
     values: Values,
     r: Tensor,
+    Z: Tensor,
     M: Tensor,
     u: Tensor,
     g_rr: Tensor,
@@ -151,6 +173,7 @@ def tail_backward(
         tail: as in the forward.
         values: likewise.
         r: likewise; as r = x - output, its gradient is the data's and, negated, the output's.
+        Z: as the forward has filled it.
         M: dG + dG^T, ``[B, m, m]``.
         u: dp, ``[B, m]``.
         g_rr: d rr, ``[B]``.
@@ -164,14 +187,17 @@ def tail_backward(
     stack = tail.stack
     grad = torch.empty_like(stack.flatten(0, 1), memory_format=torch.channels_last)
     grad = grad.unflatten(0, stack.shape[:2])
-    _, d_weight, d_x, d_argument, d_slope = gram_tail_bwd(
-        *(stack[1:], tail.weight, r, M, u, g_rr), **_options(tail, values), out=grad[1:]
+    pulled = gram_tail_bwd(
+        *(stack[1:], tail.weight, r, Z, M, u, g_rr),
+        **_options(tail, values),
+        out=grad[1:],
+        output_dtype=stack.dtype if df is None and values.slope is None else torch.float32,
     )
-    d_values = -d_x if df is None else df - d_x
-    if d_slope is not None:
+    d_values = pulled.output if df is None else pulled.output.add_(df)
+    if pulled.slope is not None:
         # The slope is the derivative of the output along one tangent of ones.
         d_values = stack_activation_backward(
-            *(values.argument, _ones(d_values), d_values, d_slope[None]),
+            *(values.argument, _ones(d_values), d_values, pulled.slope[None]),
             *(tail.behind, tail.behind_params),
         )[0]
     of_value, of_weight, d_bias = stack_layer_backward(
@@ -179,8 +205,14 @@ def tail_backward(
         needs=(True, True, tail.bias is not None),
     )
     assert of_value is not None and of_weight is not None
-    grad[0] = of_value[0] if d_argument is None else of_value[0] + d_argument
-    return TailGradients(grad, d_weight + of_weight, d_bias, d_x)
+    if pulled.a is None:
+        grad[0] = of_value[0]
+    else:
+        torch.add(of_value[0], pulled.a, out=grad[0])
+    d_weight = torch.add(
+        pulled.weight, of_weight, out=torch.empty_like(tail.weight, dtype=of_weight.dtype)
+    )
+    return TailGradients(grad, d_weight, d_bias, pulled.r)
 
 
 def _ones(y: Tensor) -> Tensor:
@@ -194,6 +226,7 @@ def _options(tail: Tail, values: Values) -> dict:
         "a": None if kind == "none" else tail.stack[0],
         "kind": kind,
         "params": tail.layer.params,
+        "applied": tail.layer.applied,
         "slope": values.slope,
         "input_precision": tail.layer.product,
     }

@@ -1,0 +1,243 @@
+"""What both halves of `gram_tail` share: tiles, packed weights, what they accept and compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._blocks import rounded
+from ._contract import GRAM_TAIL_MAX_CHANNELS, GRAM_TAIL_MAX_M, reads_result, tangents_like
+from ._launch import Configuration, DeviceLimits, cdiv, check_dtypes, launch, pointer
+from .activations import EXAMPLES, front_constexprs
+
+# A position's share of Z: four sub-pixels of four channels, those beyond the layer's own zeros.
+COLUMNS = 16
+_PACK_BLOCK = 256
+
+
+@triton.jit
+def of_tap(w_ptr, tap, ci, column, C: tl.constexpr, CO: tl.constexpr):
+    """Where the layer's weight lies that a tap has in a column, and whether there is one."""
+    ky = column // 8 + 1 - 2 * (tap // 3 - 1)
+    kx = column // 4 % 2 + 1 - 2 * (tap % 3 - 1)
+    co = column % 4
+    has_tap = (ky >= 0) & (ky < 4) & (kx >= 0) & (kx < 4) & (co < CO) & (ci < C)
+    return w_ptr + (ci * CO + co) * 16 + ky * 4 + kx, has_tap
+
+
+@triton.jit
+def _gram_tail_pack_kernel(
+    w_ptr,  # [C, CO, 4, 4]
+    packed_ptr,  # [9, C, 16]
+    C: tl.constexpr,
+    CO: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < 9 * C * 16
+    at_w, has_tap = of_tap(w_ptr, at // (16 * C), at // 16 % C, at % 16, C, CO)
+    w = tl.load(at_w, mask=has_tap & inside, other=0.0).to(tl.float32)
+    tl.store(packed_ptr + at, rounded(w, PRECISION), mask=inside)
+
+
+def packed_weight(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
+    """Nine products' weights ``[9, C, 16]`` in `dtype`, zeros where a parity lacks the tap.
+
+    Args:
+        weight: dense ``[C, CO, 4, 4]``.
+        dtype: of the tangents.
+        precision: of float32 products.
+    """
+    C, CO = weight.shape[:2]
+    packed = torch.empty((9, C, COLUMNS), dtype=dtype, device=weight.device)
+    launch(
+        *(_gram_tail_pack_kernel, (cdiv(packed.numel(), _PACK_BLOCK),), weight, packed),
+        **{"C": C, "CO": CO, "PRECISION": precision, "BLOCK": _PACK_BLOCK, "num_warps": 4},
+    )
+    return packed
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes at a time, and how it is launched.
+
+    Attributes:
+        block_m: tangents, of which it holds all.
+        tile_y: rows of positions; the backward's are in a line.
+        tile_x: positions of a row.
+        block_c: channels.
+        num_warps: of a program.
+        num_stages: of its software pipeline.
+        programs: that an SM holds, by registers and shared memory.
+        maxnreg: as in `Configuration`.
+    """
+
+    block_m: int
+    tile_y: int
+    tile_x: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    maxnreg: int | None = None
+
+    def count(self, height: int, width: int) -> int:
+        """Tiles of an image."""
+        return cdiv(height, self.tile_y) * cdiv(width, self.tile_x)
+
+    @property
+    def options(self) -> dict:
+        """What a launch is given besides arguments and constexprs."""
+        return {n: getattr(self, n) for n in ("num_warps", "num_stages", "maxnreg")}
+
+
+def block_of(m: int) -> int:
+    """The bucket of m tangents."""
+    return max(16, triton.next_power_of_2(m))
+
+
+def shares(parts: int, others: int, tile: Tile, limits: DeviceLimits) -> int:
+    """Into how many shares `parts` pieces of work are cut.
+
+    Args:
+        parts: pieces.
+        others: programs that each share has.
+        tile: of a program.
+        limits: of the device, whose SMs then hold all programs at once if others allow.
+    """
+    return min(parts, max(1, tile.programs * limits.sm_count // others))
+
+
+class Prepared(NamedTuple):
+    """Dense tensors in the kernels' order, and the constexprs that both halves have."""
+
+    T: Tensor
+    a: Tensor | None
+    weight: Tensor
+    r: Tensor
+    slope: Tensor | None
+    constexprs: dict[str, Any]
+
+
+def prepare(
+    T: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    a: Tensor | None,
+    kind: str,
+    params: Sequence[float],
+    applied: bool,
+    slope: Tensor | None,
+    input_precision: str,
+) -> Prepared:
+    """Check a launcher's arguments and lay them out.
+
+    Raises:
+        TypeError, ValueError: as `gram_tail_partials` says.
+    """
+    given = {"T": T, "weight": weight, "r": r, "a": a, "slope": slope}
+    check_dtypes(**{name: t for name, t in given.items() if t is not None})
+    m, B, channels_in, height, width = T.shape if T.dim() == 5 else (0,) * 5
+    image = (B, weight.shape[1], 2 * height, 2 * width)
+    fits = (
+        1 <= m <= GRAM_TAIL_MAX_M
+        and weight.shape == (channels_in, weight.shape[1], 4, 4)
+        and weight.shape[1] <= GRAM_TAIL_MAX_CHANNELS
+        and r.shape == image
+        and (slope is None or slope.shape == image)
+        and (a is None) == (kind == "none")
+        and (a is None or a.shape == T.shape[1:])
+        and (not applied or reads_result(kind, params))
+    )
+    if not fits:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in given.items() if t is not None)
+        raise ValueError(
+            f"{shapes}, kind={kind!r}, applied={applied} do not fit: give "
+            f"T [m <= {GRAM_TAIL_MAX_M}, B, Ci, H, W], "
+            f"weight [Ci, Co <= {GRAM_TAIL_MAX_CHANNELS}, 4, 4], r and slope [B, Co, 2H, 2W], and "
+            "a [B, Ci, H, W] with a kind, whose result tells its slope where it is applied"
+        )
+    return Prepared(
+        tangents_like(T, torch.channels_last),
+        None if a is None else _channels_last(a.to(T.dtype)),
+        weight.contiguous(),
+        _channels_last(r.to(torch.float32)),
+        None if slope is None else _channels_last(slope.to(torch.float32)),
+        {
+            **front_constexprs(kind, params),
+            **_sizes(height, width, channels_in, weight.shape[1]),
+            "SLOPED": slope is not None,
+            "PRECISION": input_precision if T.dtype == torch.float32 else "ieee",
+        },
+    )
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _sizes(height: int, width: int, channels_in: int, channels_out: int) -> dict[str, int]:
+    return {"H": height, "W": width, "C": channels_in, "CO": channels_out}
+
+
+class Variant(NamedTuple):
+    """One compilation of a kernel, as `variants` gives it; `odd` names what is not aligned."""
+
+    label: str
+    m: int
+    channels: int
+    dtype: torch.dtype
+    constexprs: dict[str, Any]
+    applied: bool
+    odd: bool
+
+
+# float16 differs from bfloat16 in the instructions' names, and where the backward mixes tangents.
+PRODUCTS = (
+    (torch.bfloat16, "ieee"),
+    *((torch.float32, precision) for precision in ("tf32", "tf32x3", "ieee")),
+)
+# Channels, whether the activation is applied, its kind, whether there is a slope, odd sizes: what
+# is compiled most, each block of channels, the least and the most that a program has to do.
+_CASES = (
+    (32, True, "relu", False, False),
+    (32, False, "none", False, False),
+    (64, False, "tanh", True, False),
+    (16, False, "relu", False, False),
+    (17, False, "tanh", False, True),
+)
+
+
+def variants(cases: Sequence[tuple] = _CASES, products: Sequence = PRODUCTS) -> Iterator[Variant]:
+    """Every compilation of a kernel: of celeba16's last layer, and of an image of 7 x 5."""
+    for m, (dtype, precision), case in product((16, 32, 64), products, cases):
+        channels, applied, kind, sloped, odd = case
+        exact = f" {precision}" if dtype == torch.float32 else ""
+        words = [f"m={m} Ci={channels} {pointer(dtype)[1:]}{exact} {kind}"]
+        words += ["applied"] * applied + ["sloped"] * sloped + ["odd"] * odd
+        constexprs = {
+            **front_constexprs(kind, EXAMPLES.get(kind, ())),
+            **_sizes(*((7, 5) if odd else (32, 32)), channels, 3),
+            **{"SLOPED": sloped, "PRECISION": precision},
+        }
+        yield Variant(" ".join(words), m, channels, dtype, constexprs, applied, odd)
+
+
+def packed_configurations() -> Iterator[Configuration]:
+    """Every compilation of the kernel that packs weights."""
+    for dtype, precision in PRODUCTS[:2]:
+        yield Configuration(
+            _gram_tail_pack_kernel,
+            f"Ci=32 {pointer(dtype)[1:]}" + (" tf32" if dtype == torch.float32 else ""),
+            {"w_ptr": "*fp32", "packed_ptr": pointer(dtype)},
+            {"C": 32, "CO": 3, "PRECISION": precision, "BLOCK": _PACK_BLOCK},
+            num_warps=4,
+        )
