@@ -6,7 +6,7 @@ output has two taps a row, and neighbours share them: a step loads three shifted
 for four products into two accumulators, where one output parity at a time would load four.
 
 Counted in machine code (Triton 3.8; 3.6 within an eighth), the tangents of 32 -> 32 channels from
-16 x 16 with kernel 4 between ReLUs, instructions of a warp for each tensor-core instruction of its:
+16 x 16 with kernel 4 between ReLUs, a warp's instructions for each of its tensor-core instructions:
 
     bfloat16    sm_86, 89    3.9 in the loop, 10.4 in all    102 registers, 32 KiB
     bfloat16    sm_120       4.1 in the loop                 100 registers, 32 KiB
