@@ -207,7 +207,7 @@ PRODUCTS = (
 )
 # Channels, whether the activation is applied, its kind, whether there is a slope, odd sizes: what
 # is compiled most, each block of channels, the least and the most that a program has to do.
-_CASES = (
+CASES = (
     (32, True, "relu", False, False),
     (32, False, "none", False, False),
     (64, False, "tanh", True, False),
@@ -216,7 +216,7 @@ _CASES = (
 )
 
 
-def variants(cases: Sequence[tuple] = _CASES, products: Sequence = PRODUCTS) -> Iterator[Variant]:
+def variants(cases: Sequence[tuple] = CASES, products: Sequence = PRODUCTS) -> Iterator[Variant]:
     """Every compilation of a kernel: of celeba16's last layer, and of an image of 7 x 5."""
     for m, (dtype, precision), case in product((16, 32, 64), products, cases):
         channels, applied, kind, sloped, odd = case

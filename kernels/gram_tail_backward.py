@@ -34,6 +34,7 @@ from torch import Tensor
 from ._blocks import dot, rounded
 from ._contract import PIECEWISE_LINEAR, empty_tangents
 from ._gram_tail_tile import (
+    CASES,
     COLUMNS,
     Tile,
     block_of,
@@ -332,7 +333,8 @@ def _constexprs(tile: Tile, kind: str, applied: bool) -> dict:
 def configurations() -> Iterator[Configuration]:
     """Every compilation of the kernel, even and odd sizes."""
     names = "w slope r m u g_rr da dw dr d_slope".split()
-    for label, m, channels, dtype, constexprs, applied, odd in variants():
+    half = variants(CASES[:1], ((torch.float16, "ieee"),))
+    for label, m, channels, dtype, constexprs, applied, odd in (*variants(), *half):
         types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "z", "dt")}
         types |= dict.fromkeys([f"{name}_ptr" for name in names], "*fp32")
         types["dv_ptr"] = "*fp32" if constexprs["SLOPED"] else pointer(dtype)
