@@ -23,7 +23,9 @@ h dh, and not dh, is what log h needs: nothing is divided by h or s, which may b
 
 Floor: G and p are read and M and u written once, 8 m (m + 1) bytes a sample and 4 m (m + 1) more
 for each further part of G; 2 m^3 FLOPs, 4 m^3 for "normalized". What bounds it is neither, but the
-m steps of a factorisation, of which each waits for the one before it; "expected" has none.
+m steps of a factorisation, of which each waits for the one before it; "expected" has none. A step
+takes 145 instructions with 2 barriers of one warp for m <= 16, 161 with 8 of four warps to 32, and
+at most 229 with 14 of eight warps to 64 (counted for sm_89 and sm_90, float32).
 """
 
 from __future__ import annotations
