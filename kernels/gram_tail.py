@@ -19,7 +19,7 @@ Z 34 and r 3 MB, so 104 MB through device memory, 70 without Z; 151 MB of T from
 border. 9.7 GFLOP on tensor cores, and 0.5 in float32 for the Gram.
 
 Counted there, a warp of 8 and a tile of 16 positions: 1,008 instructions on sm_86 and sm_89 (72
-HMMA), 1,026 on sm_90 (36 HGMMA), 961 on sm_120; with TF32 1,561, on sm_90 1,414. A quarter are the
+HMMA), 1,026 on sm_90 (36 HGMMA), 961 on sm_120; with TF32 1,561, 1,414 and 1,521. A quarter are the
 Gram's multiplications in float32, another sixth load what they multiply. T is copied 16 bytes at a
 time, Z stored likewise. 98 registers and 34 KiB (86 and 51 on sm_90): two programs an SM. So 33 M
 warp instructions, a quarter of the time that a 4090 takes for the bytes, and about as long as an
@@ -191,9 +191,9 @@ def forward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plai
         plain: whether no activation is taken here, in front of the layer or behind it.
     """
     block_m = block_of(m)
-    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (2, 2) if plain else (1, 2)}[block_m]
     # Of other channels no row is as long as a wide load; float32 fills the registers earlier.
     half = dtype.itemsize == 2
+    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (2, 2) if half and plain else (1, 2)}[block_m]
     block_c = 32 if half and channels % 32 == 0 else 16
     stages = 3 if half or precision == "tf32" else 1 if precision == "ieee" else 2
     # Without a bound the assembler spills a few bytes for the sake of two programs an SM.

@@ -219,10 +219,11 @@ def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, pla
 
 
 def _precision(input_precision: str, block_m: int, channels: int) -> str:
-    # The parts of both operands of three products, or an address for each element of a row without
-    # alignment, do not fit into registers beside M.
-    crowded = input_precision == "tf32x3" or channels % 16 > 0
-    return "ieee" if block_m == 64 and crowded else input_precision
+    # The parts of both operands of three products, and an address for each element of a row without
+    # alignment, find no room in the registers beside M.
+    three, odd = input_precision == "tf32x3", channels % 16 > 0
+    crowded = {16: False, 32: three and odd, 64: three or odd}[block_m]
+    return "ieee" if crowded else input_precision
 
 
 class Pulled(NamedTuple):
