@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from fastsfvae import _checks
+from fastsfvae import _checks, _constants
 from fastsfvae._checks import Backend, Likelihood, Reduction
 from fastsfvae.gram.query import Query, head_outputs, weighted_total
 from fastsfvae.jacobian.backend import resolve_backend
@@ -203,7 +203,7 @@ class SamplingFreeLoss(nn.Module):
             return sample_weight / -total
         share = -1 / mean.shape[0] if self.reduction == "mean" else -1.0
         dtype = torch.promote_types(mean.dtype, torch.float32)
-        return torch.full(mean.shape[:1], share, dtype=dtype, device=mean.device)
+        return _constants.full(mean.shape[:1], share, dtype, mean.device)
 
     def __setstate__(self, state: dict) -> None:
         """Take up the state of a copy or of a pickle."""
@@ -338,7 +338,7 @@ def _objective(
         t.to(mean.device)
         if isinstance(t, Tensor)
         # Filled on the device: a copy from the host would wait for it, and not be captured.
-        else torch.full((), t, dtype=dtype, device=mean.device)
+        else _constants.full((), t, dtype, mean.device)
         for t in (noise_var, gamma, kl_weight)
     ]
     # The mean again, as an alias: one tensor in two places has no gradient for each.

@@ -59,5 +59,8 @@ def counted_launches(*, skip_kernels: bool = True):
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch))
+        # Constants are kept outside of such modes only.
+        kept = "fastsfvae._constants._get_current_dispatch_mode"
+        stack.enter_context(mock.patch(kept, return_value=None))
         stack.enter_context(_Calls(counts))
         yield counts

@@ -52,8 +52,11 @@ def outputs_of(prepared: Prepared) -> Sequence[Tensor]:
 
 def weigh(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
     """The sum of weights * the first output."""
-    # Not a dot product, which autocast would round to half precision.
-    return (outputs[0] * weights).sum()
+    values = outputs[0]
+    # Autocast would round a dot product to half precision.
+    with torch.autocast(values.device.type, enabled=False):
+        dtype = torch.promote_types(values.dtype, weights.dtype)
+        return torch.dot(values.to(dtype), weights.to(dtype))
 
 
 def transforms() -> list[TransformType]:

@@ -33,7 +33,7 @@ LAYERS = """
     jacobian.cost | jacobian.validate
     ops
     kernels | reference | models | data
-    ground | _checks | _ranges
+    ground | _checks | _constants | _ranges
 """
 # What a decoder and its loss do without.
 LATE = {"training", "data", "results", "reproduce", "cli"}

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsfvae._constants import eye
+
 
 class Jet(NamedTuple):
     """A value and its derivatives along m directions of z.
@@ -30,7 +32,7 @@ class Jet(NamedTuple):
 
 def latent_jet(z: Tensor) -> Jet:
     """Latents with the unit vectors as its tangents."""
-    return Jet(z, torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[:, None, :])
+    return Jet(z, eye(z.shape[1], z.dtype, z.device)[:, None, :])
 
 
 def from_stack(stack: Tensor) -> Jet:
