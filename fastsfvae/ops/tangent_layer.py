@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsfvae.kernels._stack_geometry import Front
 from fastsfvae.ops import _library, _precision
 from fastsfvae.ops._geometry import Geometry
+
+if TYPE_CHECKING:
+    from fastsfvae.kernels._stack_geometry import Front
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Positions of a stack, and elements of a sample, are counted in int32 up to a block beyond the end.
@@ -49,6 +51,8 @@ class Layer(NamedTuple):
     @property
     def front(self) -> Front:
         """All but the geometry, as the launchers take it."""
+        from fastsfvae.kernels._stack_geometry import Front
+
         return Front(
             *(self.kind, self.params, self.product),
             *(self.applied, self.behind, self.behind_params),

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.plan.last_layer import LastLayer
-from fastsfvae.jacobian.plan.plan import Halves
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, latent_jet, stack_of
 from fastsfvae.jacobian.rules.tape import Tape
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.ops._gpu import cache_bytes
 
 if TYPE_CHECKING:
-    from fastsfvae.jacobian.plan.plan import Plan
+    from fastsfvae.jacobian.plan.plan import Halves, Plan
 
 # Bytes of a chunk's tangents on a CPU, each operation's counted: fewer and its calls cost more than
 # they do, more and their memory is not reused (see `_reuse_memory`).
