@@ -15,7 +15,6 @@ Guesses stand in `GUESSES` and `_L2_RATES`; no card has confirmed them.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,18 +44,6 @@ _L2_RATES = {
 }
 MODELLED = tuple(_L2_RATES)
 DTYPES = "bfloat16", "tf32"
-_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.|HMMA\.(16)(8)(\d+)\.")
-
-
-def tensor_flops(opcode: str) -> int:
-    """Of one warp's share in a tensor-core instruction; 0 of any other."""
-    found = _SHAPE.match(opcode)
-    if not found:
-        return 0
-    if found[1]:
-        # Four warps issue it together.
-        return 2 * int(found[1]) * int(found[2]) * int(found[3]) // 4
-    return 2 * 16 * 8 * int(found[6])
 
 
 @dataclass(frozen=True)
@@ -165,7 +152,6 @@ def kernel_time(name: str, launch: Launch, card: str, dtype: str) -> KernelTime:
     code = disassemble(compiled.asm["cubin"])
     counts = count(code, launch, arch)
     warps = launch.programs * launch.num_warps
-    flops = sum(tensor_flops(opcode) * n for opcode, n in counts.tensor.items())
     at_a_time = sm_count * resident(
         arch, code.registers, compiled.metadata.shared, launch.num_warps
     )
@@ -174,7 +160,7 @@ def kernel_time(name: str, launch: Launch, card: str, dtype: str) -> KernelTime:
     waits = 2 + counts.trips / ahead
     return KernelTime(
         name=name,
-        tensor=warps * flops / sheet.rate(dtype),
+        tensor=warps * (counts.flops if counts.tensor else 0) / sheet.rate(dtype),
         issue=warps * counts.issued / (4 * sm_count * clock),
         l2=launch.programs * sector_bytes(code, launch, arch) / l2_rate,
         dram=launch.moved / sheet.bandwidth,
@@ -209,7 +195,7 @@ def step_time(workload: str, card: str, dtype: str, batch: int) -> StepTime:
         dtype: "bfloat16" or "tf32".
         batch: samples, all in one chunk.
     """
-    recorded = step(workload, dtype, LIMITS[_L2_RATES[card][0]], batch)
+    recorded = step(workload, dtype, LIMITS[_L2_RATES[card][0]], batch, others=True)
     names = labels(recorded.kernels)
     found: dict[tuple, KernelTime] = {}
     kernels = []

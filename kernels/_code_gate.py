@@ -26,6 +26,8 @@ BOUNDS = Path(__file__).with_name("bounds.json")
 CARDS = {arch: DeviceLimits(n, arch) for arch, n in
          {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}.items()}  # fmt: skip
 DTYPES = ("bfloat16", "tf32")
+# What a layer's product is called where each is the dtype.
+PRODUCTS = {"bfloat16": "half", "tf32": "tf32", "float32": "ieee"}
 # Tensors of at least so many bytes are stacks; weights and sums are smaller.
 _STACK = 2**19
 
@@ -69,7 +71,9 @@ class CodeRow:
         shared: bytes of a program.
         stack: bytes of spills of a thread.
         resident: programs that an SM holds at a time.
-        followed: whether all of its branches could be followed.
+        followed: whether all of its branches could be followed; else `whole` is 0, not known.
+        issued: instructions of a warp.
+        flops: of them, of products.
     """
 
     name: str
@@ -88,6 +92,8 @@ class CodeRow:
     stack: int
     resident: int
     followed: bool
+    issued: int
+    flops: int
 
     @property
     def bound(self) -> list[float]:
@@ -141,7 +147,7 @@ def code_row(name: str, launch: Launch, arch: int) -> CodeRow:
         warps=launch.num_warps,
         tensor=max(counts.tensor, key=counts.tensor.__getitem__, default=""),
         loop=round(counts.loop / counts.loop_tensor, 2) if counts.loop_tensor else 0.0,
-        whole=round(counts.issued / (tensor or 1), 2),
+        whole=0.0 if counts.unknown else round(counts.issued / (tensor or 1), 2),
         **narrowest,
         accesses=counts.accesses,
         round_trips=counts.round_trips,
@@ -150,6 +156,8 @@ def code_row(name: str, launch: Launch, arch: int) -> CodeRow:
         stack=code.stack,
         resident=resident(arch, code.registers, compiled.metadata.shared, launch.num_warps),
         followed=not counts.unknown,
+        issued=counts.issued,
+        flops=counts.flops,
     )
 
 
@@ -208,18 +216,51 @@ def read_bounds() -> dict[str, dict[str, Any]]:
 
 
 def write_bounds(rows: Sequence[CodeRow]) -> None:
-    """Make what was counted the bound, and drop what those workloads no longer launch."""
-    bounds: dict[str, dict[str, Any]] = {}
+    """Make what was counted the bound of those steps on those cards; others keep theirs."""
+    counted = {(row.arch, _step_of(row.name)) for row in rows}
+    bounds: dict[str, dict[str, Any]] = {str(arch): {} for arch in CARDS}
+    for arch, of in read_bounds().items():
+        # What these steps no longer launch is dropped.
+        kept = {n: b for n, b in of.items() if (int(arch), _step_of(n)) not in counted}
+        bounds[arch].update(kept)
     for row in rows:
-        bounds.setdefault(str(row.arch), {})[row.name] = [row.tensor, *row.bound]
+        bounds[str(row.arch)][row.name] = [row.tensor, *row.bound]
     # One launch a line, for whoever reads what a change has changed.
     parts = [
         f'"{arch}": {{\n'
-        + ",\n".join(f"  {json.dumps(name)}: {json.dumps(bound)}" for name, bound in of.items())
+        + ",\n".join(f"  {json.dumps(name)}: {json.dumps(of[name])}" for name in sorted(of))
         + "\n}"
         for arch, of in bounds.items()
+        if of
     ]
     BOUNDS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _step_of(name: str) -> str:
+    """Workload and dtype of a row's name."""
+    return " ".join(name.split()[:2])
+
+
+def write_issued(rows: Sequence[CodeRow], path: Path) -> None:
+    """What the model of a layer's time knows of these kernels: FLOPs of one issued instruction.
+
+    Args:
+        rows: of celeba16, its dtypes among `PRODUCTS`.
+        path: a JSON file, by architecture and product; what was not counted keeps its number.
+    """
+    sums: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        workload, dtype, kernel, *_ = row.name.split()
+        if workload == "celeba16" and kernel.startswith("tangent_") and row.followed:
+            total = sums.setdefault((str(row.arch), PRODUCTS[dtype]), [0, 0])
+            total[0] += row.programs * row.warps * row.flops
+            total[1] += row.programs * row.warps * row.issued
+    found = json.loads(path.read_text())
+    for (arch, product), (flops, issued) in sums.items():
+        found.setdefault(arch, {})[product] = round(flops / issued, 1)
+    path.write_text(
+        json.dumps(dict(sorted(found.items(), key=lambda i: int(i[0]))), indent=1) + "\n"
+    )
 
 
 def broken(rows: Sequence[CodeRow], bounds: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -230,8 +271,6 @@ def broken(rows: Sequence[CodeRow], bounds: Mapping[str, Mapping[str, Any]]) -> 
         known = bounds.get(str(row.arch), {}).get(row.name)
         if row.stack:
             lines.append(f"{where}: {row.stack} bytes of spills")
-        if not row.followed:
-            lines.append(f"{where}: a branch could not be followed")
         if known is None:
             lines.append(f"{where}: has no bounds yet: run --write-bounds")
             continue
@@ -255,7 +294,13 @@ def code_table(rows: Sequence[CodeRow]) -> list[tuple[str, ...]]:
     for row in rows:
         lines.append(
             (
-                *(row.name, str(row.arch), row.tensor, f"{row.loop:g}", f"{row.whole:g}"),
+                *(
+                    row.name,
+                    str(row.arch),
+                    row.tensor,
+                    f"{row.loop:g}",
+                    f"{row.whole:g}" if row.followed else "?",
+                ),
                 *(str(row.load), str(row.store), listed(row.accesses), listed(row.round_trips)),
                 *map(str, (row.registers, row.shared, row.stack, row.resident)),
             )

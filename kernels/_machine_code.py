@@ -27,13 +27,15 @@ from ._warp_arithmetic import step
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^\s*([.$][\w.$]+):")
 _TARGET = re.compile(r"`\(([.$][\w.$]+)\)")
+_PLAIN = re.compile(r"FFMA(?:\.|$)")
 TENSOR = re.compile(r"(?:HMMA|HGMMA|IMMA|DMMA)\.")
+_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.|HMMA\.168(\d+)\.")
 _GLOBAL = re.compile(r"(?:LDG|STG|LDGSTS)\.")
 _SHARED = re.compile(r"(?:LDS|STS|LDSM|STSM)(?:\.|$)")
 # Bytes that one thread moves by each modifier; 4 without one.
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 # A program that is not done by then runs in a circle.
-MOST = 5_000_000
+MOST = 500_000
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,9 @@ class Code:
                 found.accesses.append(Access(at, warp.address(i.operands), masked))
             step(warp, acts, i.opcode, i.operands)
             at += 1
+        if found.unknown:
+            # One of those branches was the way out.
+            return found
         raise RuntimeError(f"{launch.name}: no end after {MOST} instructions")
 
 
@@ -162,6 +167,7 @@ class Counts:
         loop_tensor: tensor-core instructions in it.
         trips: how often it runs.
         round_trips: instructions on shared memory in it, by opcode.
+        flops: of tensor-core instructions, or without any of plain ones.
         accesses: of device memory in the whole program, by opcode.
         widths: bytes that a thread moves at once in most of its accesses, by (argument, "load" or
             "store").
@@ -174,6 +180,7 @@ class Counts:
     loop_tensor: int
     trips: int
     round_trips: Mapping[str, int]
+    flops: int
     accesses: Mapping[str, int]
     widths: Mapping[tuple[str, str], int]
     unknown: int
@@ -248,17 +255,33 @@ def count(code: Code, launch: Launch, arch: int) -> Counts:
     def inside(at: int) -> int:
         return first <= at <= last
 
+    tensor = by_opcode(TENSOR, issued.__getitem__)
+    products = tensor or by_opcode(_PLAIN, issued.__getitem__)
     return Counts(
         issued=sum(issued.values()),
-        tensor=by_opcode(TENSOR, issued.__getitem__),
+        tensor=tensor,
         loop=last - first + 1,
         loop_tensor=sum(by_opcode(TENSOR, inside).values()),
         trips=issued[last],
         round_trips=by_opcode(_SHARED, inside),
+        flops=sum(flops_of(opcode) * n for opcode, n in products.items()),
         accesses=by_opcode(_GLOBAL, issued.__getitem__),
         widths=_widths_of(code, launch, followed),
         unknown=len(followed.unknown),
     )
+
+
+def flops_of(opcode: str) -> int:
+    """Of one warp's share in a tensor-core instruction, or in one of plain float32; 0 of others."""
+    if opcode.split(".")[0] == "FFMA":
+        return 2 * 32
+    found = _SHAPE.match(opcode)
+    if not found:
+        return 0
+    if found[1]:
+        # Four warps issue it together.
+        return 2 * int(found[1]) * int(found[2]) * int(found[3]) // 4
+    return 2 * 16 * 8 * int(found[4])
 
 
 def argument_at(launch: Launch, address: int | None) -> str:

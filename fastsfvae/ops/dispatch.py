@@ -1,10 +1,9 @@
 """Which implementation a layer's tangents take: a fused Triton kernel, or the library's product.
 
-A fused kernel saves the pass of the activation in front, which reads and writes all that goes into
-the layer; the library's product is the better one where there is none, and where arithmetic and not
-memory sets the time. Where a layer was measured on the device at hand, the faster one is taken.
-Elsewhere a model decides, and says so: fused where the layer's FLOPs take less time at the device's
-peak than its bytes at its bandwidth.
+A fused kernel saves the pass of an activation, which reads and writes all that goes through it; the
+library's product is the better one where there is none, and where a kernel's instructions and not
+memory set the time. Where a layer was measured on the device at hand, the faster one is taken.
+Elsewhere a model decides, and says so: see `_layer_model`.
 
 The choice does not depend on the batch size: a decoder's plan serves all of them, whichever came
 first, and gives the same bits.
@@ -24,6 +23,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 
 from fastsfvae.ops._gpu import MEASURED, Gpu, gpu_of
+from fastsfvae.ops._layer_model import fused_times, library_seconds
 from fastsfvae.ops._precision import allows_tf32, product_of
 
 ENVIRONMENT = "FASTSFVAE_FUSED"
@@ -110,7 +110,7 @@ def decide(
         out_shape: of one sample's result.
         device: where it runs, on the Triton backend.
         dtype: of values and tangents.
-        activated: whether there is an activation in front for the kernel to take in.
+        activated: whether there is an activation for the kernel to take in, in front or behind.
 
     Raises:
         ValueError: an unknown $FASTSFVAE_FUSED.
@@ -139,10 +139,12 @@ def decide(
     per_first = x if operation.startswith("conv_transpose") else out
     flops = 2 * per_first * math.prod(weight_shape[1:])
     # The weight is read once for all values and tangents of a batch.
-    intensity = flops / ((x + out) * dtype.itemsize)
-    ridge = gpu.rate(used) / gpu.bandwidth
-    how, relation = ("fused", "below") if intensity < ridge else ("library", "above")
-    why = f"model: {intensity:.0f} FLOP/byte, {relation} {ridge:.0f} of {used}; not measured"
+    sizes = flops, x * dtype.itemsize, out * dtype.itemsize
+    limits = fused_times(gpu, used, *sizes)
+    limit = max(limits, key=limits.__getitem__)
+    share = limits[limit] / library_seconds(gpu, used, *sizes)
+    how = "fused" if share < 1 else "library"
+    why = f"model: fused {share:.2f} of the library's time, bound by {limit}; not measured"
     return Choice(how, why, product)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import kernel_model
-from bench.kernel_model import KernelTime, StepTime, kernel_time, sector_bytes, tensor_flops
+from bench.kernel_model import KernelTime, StepTime, kernel_time, sector_bytes
 from fastsfvae.kernels import _record
 from fastsfvae.kernels._launch import DeviceLimits, launch
 from fastsfvae.kernels._machine_code import disassemble
@@ -23,14 +23,6 @@ def product(arch):
         sizes = {"BLOCK": BLOCK, "COLUMNS": COLUMNS, "num_warps": 4, "num_stages": 3}
         launch(plain.product_kernel, (ROWS // BLOCK,), x, w, y, INNER, **sizes)
     return launches[0]
-
-
-def test_flops_of_tensor_instructions():
-    assert tensor_flops("HMMA.16816.F32.BF16") == 4096
-    assert tensor_flops("HMMA.1688.F32.TF32") == 2048
-    assert tensor_flops("HGMMA.64x32x16.F32.BF16") == 2 * 64 * 32 * 16 / 4
-    assert tensor_flops("HGMMA.64x128x8.F32.TF32") == 2 * 64 * 128 * 8 / 4
-    assert tensor_flops("FFMA") == 0
 
 
 @compiles

@@ -72,6 +72,23 @@ def test_no_configuration_spills_or_overflows():
             assert row["load_bytes"] >= least or "C=3" in label, row
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETER, reason="compiles the same in either run of the suite")
+@pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.8"), reason="the bounds are of Triton 3.8's code"
+)
+def test_the_papers_workloads_keep_their_bounds():
+    done = run("--code", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["arch"] for row in rows} == {86, 90}
+    for row in rows:
+        assert row["stack"] == 0 and row["followed"], row
+        assert row["shared"] <= (99 if row["arch"] == 86 else 227) * 1024, row
+    # Every product of two stacks, or of a stack and a weight, is on the tensor cores.
+    assert all(row["tensor"] for row in rows if " tangent_" in row["name"])
+
+
 @pytest.mark.skipif(INTERPRETER, reason="compiles the same in either run of the suite")
 def test_a_spill_is_found(monkeypatch):
     from dataclasses import replace

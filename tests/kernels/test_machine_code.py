@@ -1,5 +1,6 @@
 """Machine code is read and followed as a warp would run it, and its bounds are held to."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import triton
 from fastsfvae.kernels import _code_gate, _record
 from fastsfvae.kernels._code_gate import CARDS, CodeRow, broken, resident
 from fastsfvae.kernels._launch import DeviceLimits, launch
-from fastsfvae.kernels._machine_code import Code, count, disassemble, parse
+from fastsfvae.kernels._machine_code import Code, count, disassemble, flops_of, parse
 from fastsfvae.kernels._record import Launch, Memory
 from fastsfvae.kernels._warp import Warp, signed
 from fastsfvae.kernels._warp_arithmetic import step
@@ -74,6 +75,15 @@ def test_a_listing_is_followed_by_hand():
     assert counts.widths == {("x_ptr", "load"): 16, ("x_ptr", "store"): 8, ("?", "load"): 1}
     # Program 3 of 6.
     assert code.follow(recorded(5), 89).accesses[0].address == 0x7F0000000000 + 3 * 256 + 16
+
+
+def test_flops_of_products():
+    assert flops_of("HMMA.16816.F32.BF16") == 4096
+    assert flops_of("HMMA.1688.F32.TF32") == 2048
+    assert flops_of("HGMMA.64x32x16.F32.BF16") == 2 * 64 * 32 * 16 / 4
+    assert flops_of("HGMMA.64x128x8.F32.TF32") == 2 * 64 * 128 * 8 / 4
+    assert flops_of("FFMA") == flops_of("FFMA.FTZ") == 64
+    assert flops_of("FADD") == 0
 
 
 WORD = 2**32 - 1
@@ -165,6 +175,7 @@ def test_a_matrix_product_issues_the_tensor_instructions_that_it_needs(arch, siz
     counts = count(code, recorded_launch, arch)
     # Of a program's four warps one.
     assert sum(counts.tensor.values()) * size * 4 == 2 * 64 * columns * inner
+    assert counts.flops * 4 == 2 * 64 * columns * inner
     assert counts.unknown == 0 and counts.trips == inner // 64 or arch == 90
     assert counts.widths["x_ptr", "load"] == 16
 
@@ -172,7 +183,7 @@ def test_a_matrix_product_issues_the_tensor_instructions_that_it_needs(arch, siz
 def row(**changes):
     plain = CodeRow(
         *("celeba16 bfloat16 kernel", 89, 10, 4, "HMMA.16816.F32.BF16", 5.0, 12.0, 8, 16),
-        *({"LDG.E.64": 3}, {"LDS": 2}, 80, 1024, 0, 6, True),
+        *({"LDG.E.64": 3}, {"LDS": 2}, 80, 1024, 0, 6, True, 120, 4096),
     )
     return replace(plain, **changes)
 
@@ -192,7 +203,6 @@ BOUNDS = {"89": {row().name: [row().tensor, *row().bound]}}
         ({"round_trips": {"LDS": 2, "STS": 1}}, "round_trips 3 where 2 was counted"),
         ({"stack": 8}, "8 bytes of spills"),
         ({"tensor": ""}, "no tensor-core instruction in place of HMMA.16816.F32.BF16"),
-        ({"followed": False}, "a branch could not be followed"),
         ({"name": "another"}, "has no bounds yet: run --write-bounds"),
         ({"arch": 90}, "has no bounds yet: run --write-bounds"),
     ],
@@ -207,10 +217,37 @@ def test_what_is_within_its_bounds_passes():
     assert broken([row(), row(**better)], BOUNDS) == []
 
 
-def test_written_bounds_are_read_again(tmp_path, monkeypatch):
+def test_bounds_are_written_a_step_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(_code_gate, "BOUNDS", tmp_path / "bounds.json")
-    _code_gate.write_bounds([row(), row(arch=90)])
-    assert _code_gate.read_bounds() == {"89": BOUNDS["89"], "90": BOUNDS["89"]}
+    _code_gate.BOUNDS.write_text("{}")
+    other, gone = "mnist2 bfloat16 kernel", "celeba16 bfloat16 gone"
+    _code_gate.write_bounds([row(), row(name=other), row(name=gone), row(arch=90)])
+    assert set(_code_gate.read_bounds()["89"]) == {row().name, other, gone}
+    # The step of celeba16 was counted again, and has one launch less; mnist2's was not.
+    _code_gate.write_bounds([row(loop=4.0)])
+    bounds = _code_gate.read_bounds()
+    assert set(bounds["89"]) == {row().name, other} and bounds["90"] == BOUNDS["89"]
+    assert bounds["89"][row().name][1] == 4.0 and broken([row(loop=4.0)], bounds) == []
+
+
+def test_flops_of_an_issued_instruction_are_those_of_all_layers_together(tmp_path):
+    path = tmp_path / "issued.json"
+    path.write_text('{"90": {"half": 1.0, "tf32": 2.0}}')
+    name = "celeba16 bfloat16 tangent_product_kernel"
+    rows = [
+        row(name=name, arch=90, programs=10, flops=600, issued=3),
+        row(name=name, arch=90, programs=30, flops=200, issued=2),
+        row(name=name.replace("bfloat16", "float32"), flops=90, issued=9),
+        row(name=name.replace("celeba16", "mnist2"), arch=90, flops=1, issued=1),
+        row(arch=90, flops=1, issued=1),
+        row(name=name, arch=90, flops=1, issued=1, followed=False),
+    ]
+    _code_gate.write_issued(rows, path)
+    half = (10 * 600 + 30 * 200) / (10 * 3 + 30 * 2)
+    assert json.loads(path.read_text()) == {
+        "89": {"ieee": 10.0},
+        "90": {"half": round(half, 1), "tf32": 2.0},
+    }
 
 
 def test_programs_of_an_sm_by_each_of_its_limits():

@@ -5,8 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from fastsfvae.ops import _gpu
+from fastsfvae.ops import _gpu, _layer_model
 from fastsfvae.ops._gpu import Gpu
+from fastsfvae.ops._layer_model import fused_times, library_seconds
 from fastsfvae.ops.dispatch import decide, fused_layers, layer_key, state
 
 # Round numbers: 100 multiprocessors at 1 GHz, 1 TB/s.
@@ -36,30 +37,74 @@ def no_setting(monkeypatch):
     monkeypatch.delenv("FASTSFVAE_FUSED", raising=False)
 
 
-def test_the_model_compares_the_layer_with_the_ridge_by_hand():
-    # 2 * (32 * 256) * (3 * 16) FLOPs over 2 bytes each of x and the result: 35 a byte.
-    flops = 2 * 32 * 256 * 3 * 16
-    size = 2 * (32 * 256 + 3 * 1024)
-    assert round(flops / size) == 35
-    # bfloat16: 512 FLOPs a clock * 1e11 clocks over 1e12 bytes a second.
-    assert layer(ADA)[:2] == ("fused", "model: 35 FLOP/byte, below 51 of half; not measured")
-    # float32 has half of the ridge, and half of the intensity.
+@pytest.fixture
+def issued(monkeypatch):
+    """Round numbers of FLOPs an instruction."""
+    table = {
+        "80": {"half": 100.0, "tf32": 60.0, "ieee": 10.0},
+        "90": {"half": 50.0, "tf32": 60.0, "ieee": 10.0},
+    }
+    monkeypatch.setattr(_layer_model, "ISSUED", table)
+
+
+# 2 * (32 * 256) * (3 * 16) FLOPs, over 2 bytes each of x and the result.
+FLOPS, X, OUT = 2 * 32 * 256 * 3 * 16, 2 * 32 * 256, 2 * 3 * 1024
+
+
+def test_a_fused_kernel_is_bound_by_the_slowest_of_four(issued):
+    assert fused_times(ADA, "half", FLOPS, X, OUT) == pytest.approx(
+        {
+            # bfloat16: 512 FLOPs a clock of a multiprocessor, at 1e11 clocks.
+            "arithmetic": FLOPS / (512 * 1e11),
+            # Four instructions a clock, of 100 FLOPs each.
+            "issue": FLOPS / (400 * 1e11),
+            "L2": 3 * (X + OUT) / (14 * 1e11),
+            "memory": (X + OUT) / 1e12,
+        }
+    )
+    # Three TF32 products for one, at a third of the FLOPs an instruction.
+    times = fused_times(ADA, "tf32x3", FLOPS, X, OUT)
+    assert times["arithmetic"] == pytest.approx(FLOPS / (512 / 6 * 1e11))
+    assert times["issue"] == pytest.approx(FLOPS / (4 * 20 * 1e11))
+    # A card between two that are known is as the one before it; data centres' have a faster L2.
+    assert fused_times(ADA, "half", FLOPS, X, OUT)["issue"] == FLOPS / (4 * 100 * 1e11)
+    hopper = ADA._replace(capability=90)
+    assert fused_times(hopper, "half", FLOPS, X, OUT)["issue"] == FLOPS / (4 * 50 * 1e11)
+    assert fused_times(hopper, "half", FLOPS, X, OUT)["L2"] == 3 * (X + OUT) / (24 * 1e11)
+
+
+def test_the_library_pays_for_the_activations_pass_and_for_its_share_of_the_peak(issued):
+    # Bound by L2: 3 / 1.4 of memory's time.
+    library = library_seconds(ADA, "half", FLOPS, X, OUT)
+    assert library == pytest.approx(3 * (X + OUT) / 1.4e12 + 2 * X / 1e12)
+    library = library_seconds(ADA, "half", 10 * FLOPS, X, OUT)
+    assert library == pytest.approx(10 * FLOPS / (0.6 * 512 * 1e11) + 2 * X / 1e12)
+    # It has no products of three TF32 ones.
+    exact = library_seconds(ADA, "ieee", 10 * FLOPS, X, OUT)
+    assert library_seconds(ADA, "tf32x3", 10 * FLOPS, X, OUT) == exact
+
+
+def test_the_model_takes_the_faster_one(issued):
+    times = fused_times(ADA, "half", FLOPS, X, OUT)
+    share = times["L2"] / library_seconds(ADA, "half", FLOPS, X, OUT)
+    why = f"model: fused {share:.2f} of the library's time, bound by L2; not measured"
+    assert layer(ADA)[:2] == ("fused", why)
+    # More instructions for as many FLOPs, and the library is faster.
+    _layer_model.ISSUED["80"]["half"] = 5.0
+    assert layer(ADA).how == "library" and "bound by issue" in layer(ADA).why
+    # A slow memory makes the activation's pass dear again.
+    assert layer(ADA._replace(bandwidth=1e11)).how == "fused"
     with cudnn("tf32"):
-        why = "model: 17 FLOP/byte, below 26 of tf32; not measured"
-        assert layer(ADA, torch.float32) == ("fused", why, "tf32")
-    assert layer(ADA, channels=(64, 64)).how == "library"
-    # Ten times the memory: the same layer is bound by arithmetic.
-    assert layer(ADA._replace(bandwidth=1e13)).how == "library"
-    # A device with eight times the tensor cores is bound by memory for longer.
-    assert layer(ADA._replace(capability=90), channels=(64, 64)).how == "fused"
+        assert (
+            layer(ADA, torch.float32).why.startswith("model")
+            and layer(ADA, torch.float32).product == "tf32"
+        )
 
 
 def test_exact_float32_products_are_the_faster_of_two_by_the_peaks():
     hopper = ADA._replace(capability=90)
     with cudnn("ieee"):
         # 4096 / 2 / 3 FLOPs a clock by three TF32 products against 256; on RTX cards 512 / 2 / 3.
-        assert "below 68 of tf32x3" in layer(hopper, torch.float32).why
-        assert "below 26 of ieee" in layer(ADA, torch.float32).why
         products = [
             layer(ADA._replace(capability=c), torch.float32).product for c in (80, 86, 89, 90, 120)
         ]
@@ -70,6 +115,14 @@ def test_exact_float32_products_are_the_faster_of_two_by_the_peaks():
             assert layer(hopper, torch.bfloat16).product == "ieee"
     with cudnn("tf32"):
         assert layer(hopper, torch.float32).product == "tf32"
+
+
+def test_the_packages_table_knows_every_supported_card():
+    assert set(_layer_model.ISSUED) == {"80", "86", "89", "90", "120"}
+    for of in _layer_model.ISSUED.values():
+        # No instruction of plain float32 does more than 64, nor a tensor-core one of these cards
+        # more than 64 x 256 x 16 products a warpgroup.
+        assert 0 < of["ieee"] < 64 < of["tf32"] < of["half"] < 2 * 64 * 256 * 16 / 4
 
 
 def test_linear_layers_follow_cublas_and_not_cudnn():
@@ -85,10 +138,14 @@ def test_linear_layers_follow_cublas_and_not_cudnn():
         matmul.fp32_precision = before
 
 
-def test_linear_counts_outputs_by_its_second_axis():
-    choice = decide("linear", (7, 256), (512, 256), (7, 512), device=ADA, dtype=torch.bfloat16)
-    flops, size = 2 * 7 * 512 * 256, 2 * (7 * 256 + 7 * 512)
-    assert choice.why.startswith(f"model: {flops / size:.0f} FLOP/byte")
+def test_linear_counts_outputs_by_its_second_axis(issued):
+    sizes = (7, 256), (512, 256), (7, 512)
+    counted = 2 * 7 * 512 * 256, 2 * 7 * 256, 2 * 7 * 512
+    share = max(fused_times(ADA, "half", *counted).values()) / library_seconds(
+        ADA, "half", *counted
+    )
+    choice = decide("linear", *sizes, device=ADA, dtype=torch.bfloat16)
+    assert choice.why.startswith(f"model: fused {share:.2f} of the library's time")
 
 
 @pytest.mark.parametrize("setting, how", [("always", "fused"), ("never", "library")])
