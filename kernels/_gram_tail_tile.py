@@ -23,13 +23,19 @@ _PACK_BLOCK = 256
 
 
 @triton.jit
-def of_tap(w_ptr, tap, ci, column, C: tl.constexpr, CO: tl.constexpr):
+def at_weight(ci, co, tap, CO: tl.constexpr, LAST: tl.constexpr):
+    """Where a weight [C, CO, 4, 4] lies; with LAST, channels-last in memory."""
+    return ci * (16 * CO) + (tap * CO + co if LAST else co * 16 + tap)
+
+
+@triton.jit
+def of_tap(w_ptr, tap, ci, column, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr):
     """Where the layer's weight lies that a tap has in a column, and whether there is one."""
     ky = column // 8 + 1 - 2 * (tap // 3 - 1)
     kx = column // 4 % 2 + 1 - 2 * (tap % 3 - 1)
     co = column % 4
     has_tap = (ky >= 0) & (ky < 4) & (kx >= 0) & (kx < 4) & (co < CO) & (ci < C)
-    return w_ptr + (ci * CO + co) * 16 + ky * 4 + kx, has_tap
+    return w_ptr + at_weight(ci, co, ky * 4 + kx, CO, LAST), has_tap
 
 
 @triton.jit
@@ -38,12 +44,13 @@ def _gram_tail_pack_kernel(
     packed_ptr,  # [9, C, 16]
     C: tl.constexpr,
     CO: tl.constexpr,
+    LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < 9 * C * 16
-    at_w, has_tap = of_tap(w_ptr, at // (16 * C), at // 16 % C, at % 16, C, CO)
+    at_w, has_tap = of_tap(w_ptr, at // (16 * C), at // 16 % C, at % 16, C, CO, LAST)
     w = tl.load(at_w, mask=has_tap & inside, other=0.0).to(tl.float32)
     tl.store(packed_ptr + at, rounded(w, PRECISION), mask=inside)
 
@@ -52,7 +59,7 @@ def packed_weight(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
     """Nine products' weights ``[9, C, 16]`` in `dtype`, zeros where a parity lacks the tap.
 
     Args:
-        weight: dense ``[C, CO, 4, 4]``.
+        weight: dense ``[C, CO, 4, 4]``, contiguous or channels-last.
         dtype: of the tangents.
         precision: of float32 products.
     """
@@ -60,7 +67,8 @@ def packed_weight(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
     packed = torch.empty((9, C, COLUMNS), dtype=dtype, device=weight.device)
     launch(
         *(_gram_tail_pack_kernel, (cdiv(packed.numel(), _PACK_BLOCK),), weight, packed),
-        **{"C": C, "CO": CO, "PRECISION": precision, "BLOCK": _PACK_BLOCK, "num_warps": 4},
+        **{"C": C, "CO": CO, "LAST": not weight.is_contiguous(), "PRECISION": precision},
+        **{"BLOCK": _PACK_BLOCK, "num_warps": 4},
     )
     return packed
 
@@ -165,15 +173,18 @@ def prepare(
             f"weight [Ci, Co <= {GRAM_TAIL_MAX_CHANNELS}, 4, 4], r and slope [B, Co, 2H, 2W], and "
             "a [B, Ci, H, W] with a kind, whose result tells its slope where it is applied"
         )
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.contiguous()
     return Prepared(
         tangents_like(T, torch.channels_last),
         None if a is None else _channels_last(a.to(T.dtype)),
-        weight.contiguous(),
+        weight,
         _channels_last(r.to(torch.float32)),
         None if slope is None else _channels_last(slope.to(torch.float32)),
         {
             **front_constexprs(kind, params),
             **_sizes(height, width, channels_in, weight.shape[1]),
+            "LAST": not weight.is_contiguous(),
             "SLOPED": slope is not None,
             "PRECISION": input_precision if T.dtype == torch.float32 else "ieee",
         },
@@ -226,7 +237,7 @@ def variants(cases: Sequence[tuple] = CASES, products: Sequence = PRODUCTS) -> I
         constexprs = {
             **front_constexprs(kind, EXAMPLES.get(kind, ())),
             **_sizes(*((7, 5) if odd else (32, 32)), channels, 3),
-            **{"SLOPED": sloped, "PRECISION": precision},
+            **{"LAST": True, "SLOPED": sloped, "PRECISION": precision},
         }
         yield Variant(" ".join(words), m, channels, dtype, constexprs, applied, odd)
 
@@ -238,6 +249,6 @@ def packed_configurations() -> Iterator[Configuration]:
             _gram_tail_pack_kernel,
             f"Ci=32 {pointer(dtype)[1:]}" + (" tf32" if dtype == torch.float32 else ""),
             {"w_ptr": "*fp32", "packed_ptr": pointer(dtype)},
-            {"C": 32, "CO": 3, "PRECISION": precision, "BLOCK": _PACK_BLOCK},
+            {"C": 32, "CO": 3, "LAST": True, "PRECISION": precision, "BLOCK": _PACK_BLOCK},
             num_warps=4,
         )

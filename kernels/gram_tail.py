@@ -59,7 +59,7 @@ from .activations import activation, front_constexprs
 @triton.jit
 def _tile_rows(
     t_ptr, a_ptr, w_ptr, at_slot, b, y0, x0, m,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -100,7 +100,7 @@ def _tile_rows(
             at_w = w_ptr + ((tap * C + ci) * 16)[:, None] + column[None, :]
             w = tl.load(at_w, mask=(ci < C)[:, None], other=0.0)
         else:
-            at_w, has_tap = of_tap(w_ptr, tap, ci[:, None], column[None, :], C, CO)
+            at_w, has_tap = of_tap(w_ptr, tap, ci[:, None], column[None, :], C, CO, LAST)
             w = tl.load(at_w, mask=has_tap, other=0.0)
         Z = dot(T, w, Z, PRECISION)
     return Z
@@ -119,7 +119,7 @@ def _gram_tail_fwd_kernel(
     p_ptr,  # [splits, B, m], likewise
     rr_ptr,  # [splits, B], likewise
     B, m, splits, stride_t_m,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     SLOPED: tl.constexpr, PRECISION: tl.constexpr, RESCUE: tl.constexpr, WRITE: tl.constexpr,
@@ -150,7 +150,8 @@ def _gram_tail_fwd_kernel(
         y0, x0 = tile // TILES_X * TILE_Y, tile % TILES_X * TILE_X
         Z = _tile_rows(
             t_ptr, a_ptr, w_ptr, at_slot, b, y0, x0, m,
-            H, W, C, CO, BLOCK_M, TILE_Y, TILE_X, BLOCK_C, KIND, P0, P1, PRECISION, not RESCUE,
+            H, W, C, CO, LAST, BLOCK_M, TILE_Y, TILE_X, BLOCK_C,
+            KIND, P0, P1, PRECISION, not RESCUE,
         )  # fmt: skip
         if WRITE:
             y, x = y0 + row % POSITIONS // TILE_X, x0 + row % TILE_X

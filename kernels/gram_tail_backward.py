@@ -37,6 +37,7 @@ from ._gram_tail_tile import (
     CASES,
     COLUMNS,
     Tile,
+    at_weight,
     block_of,
     prepare,
     shares,
@@ -83,7 +84,7 @@ def _gram_tail_bwd_kernel(
     dv_ptr,  # -dr [B, 2H, 2W, CO], in a dtype of its own
     d_slope_ptr,  # [B, 2H, 2W, CO] float32; not written without SLOPED
     B, m, splits, stride_t_m, stride_dt_m,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     APPLIED: tl.constexpr, CURVED: tl.constexpr, SLOPED: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,7 +98,7 @@ def _gram_tail_bwd_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     # A window's axis: rows and columns of the kernel, then channels out, padded to four.
     k = tl.arange(0, 64)
-    at_w = (c[None, :] * CO + (k % 4)[:, None]) * 16 + (k // 4)[:, None]
+    at_w = at_weight(c[None, :], (k % 4)[:, None], (k // 4)[:, None], CO, LAST)
     has_w = (c < C)[None, :] & (k % 4 < CO)[:, None]
     w = tl.load(w_ptr + at_w, mask=has_w, other=0.0).to(tl.float32)
     w = rounded(w, PRECISION).to(z_ptr.dtype.element_ty)
