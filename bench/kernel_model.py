@@ -5,7 +5,7 @@ A kernel takes the longest of five:
     tensor    its tensor-core instructions at the card's peak, padding and all
     issue     a warp instruction a clock on each of an SM's four schedulers
     L2        the 32-byte sectors that its programs ask L2 for
-    DRAM      each tensor that it is given, once
+    DRAM      each tensor that it is given, once; of a launch on a part of them, what it asks for
     latency   waves of programs, times the accesses of one that wait for one another
 
 and a step the sum of its kernels, and a launch each. Instructions, sectors and bytes are counted:
@@ -158,12 +158,13 @@ def kernel_time(name: str, launch: Launch, card: str, dtype: str) -> KernelTime:
     # A loop's loads are on their way `stages - 1` trips ahead; one access before it, one behind.
     ahead = max(1, launch.options.get("num_stages", 3) - 1)
     waits = 2 + counts.trips / ahead
+    asked = launch.programs * sector_bytes(code, launch, arch)
     return KernelTime(
         name=name,
         tensor=warps * (counts.flops if counts.tensor else 0) / sheet.rate(dtype),
         issue=warps * counts.issued / (4 * sm_count * clock),
-        l2=launch.programs * sector_bytes(code, launch, arch) / l2_rate,
-        dram=launch.moved / sheet.bandwidth,
+        l2=asked / l2_rate,
+        dram=min(launch.moved, asked) / sheet.bandwidth,
         latency=-(-launch.programs // at_a_time) * waits * LATENCY_CLOCKS / clock,
         launch=launch,
     )
