@@ -16,7 +16,7 @@ from fastsfvae import fused_layers as fused
 from fastsfvae import kernels
 from fastsfvae.kernels._launch import DeviceLimits
 from fastsfvae.kernels._record import Launch, recorded
-from tests.launches import counted_launches
+from bench.counting import counted_launches
 
 # The paper's workloads that run on the kernels, and a batch that stands for all sizes.
 PAPER = ("celeba16", "mnist2", "collapse200")

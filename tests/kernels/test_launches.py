@@ -1,0 +1,28 @@
+"""How many kernels a step of decoder and loss launches, forward and backward, every layer fused."""
+
+import pytest
+
+from bench.launches import step
+from fastsfvae.kernels._launch import DeviceLimits
+from tests._triton import INTERPRETER
+
+H100, RTX_4090 = DeviceLimits(132, 90), DeviceLimits(128, 89)
+
+pytestmark = pytest.mark.skipif(INTERPRETER, reason="launches are recorded, not interpreted")
+
+
+# What was counted: the layers' own kernels, and PyTorch's. Under autocast 14 of those cast a weight,
+# a bias or latents; float32 has three launches of a rescue more, TF32 four that round a weight.
+@pytest.mark.parametrize(
+    "dtype, limits, kernels, others",
+    [
+        ("bfloat16", H100, 25, 39),
+        ("bfloat16", RTX_4090, 24, 39),
+        ("tf32", H100, 31, 25),
+        ("float32", H100, 27, 25),
+    ],
+)
+def test_a_step_of_celeba16(dtype, limits, kernels, others):
+    found = step("celeba16", dtype, limits, others=True)
+    assert 0 < len(found.kernels) <= kernels, [launch.kernel for launch in found.kernels]
+    assert 0 < sum(found.others.values()) <= others, found.others
