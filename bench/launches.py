@@ -10,13 +10,13 @@ from typing import NamedTuple
 from unittest import mock
 
 import fastsfvae as sf
+from bench.counting import counted_launches
 from bench.peers import SETTINGS, loss_and_gradients
 from bench.problems import build_problem, products
 from fastsfvae import fused_layers as fused
 from fastsfvae import kernels
 from fastsfvae.kernels._launch import DeviceLimits
 from fastsfvae.kernels._record import Launch, recorded
-from bench.counting import counted_launches
 
 # The paper's workloads that run on the kernels, and a batch that stands for all sizes.
 PAPER = ("celeba16", "mnist2", "collapse200")

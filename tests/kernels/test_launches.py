@@ -11,8 +11,8 @@ H100, RTX_4090 = DeviceLimits(132, 90), DeviceLimits(128, 89)
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="launches are recorded, not interpreted")
 
 
-# What was counted: the layers' own kernels, and PyTorch's. Under autocast 14 of those cast a weight,
-# a bias or latents; float32 has three launches of a rescue more, TF32 four that round a weight.
+# What was counted: this library's kernels, and PyTorch's. Under autocast 14 of those cast a weight,
+# a bias or latents; float32 has two launches of a rescue more, TF32 four that round a weight.
 @pytest.mark.parametrize(
     "dtype, limits, kernels, others",
     [
