@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 
 from fastsfvae.ops._gpu import MEASURED, Gpu, gpu_of
-from fastsfvae.ops._layer_model import fused_times, library_seconds
 from fastsfvae.ops._precision import allows_tf32, product_of
 
 ENVIRONMENT = "FASTSFVAE_FUSED"
@@ -139,6 +138,9 @@ def decide(
     per_first = x if operation.startswith("conv_transpose") else out
     flops = 2 * per_first * math.prod(weight_shape[1:])
     # The weight is read once for all values and tangents of a batch.
+    # Late: where it is measured, or no GPU is there, nobody asks the model.
+    from fastsfvae.ops._layer_model import fused_times, library_seconds
+
     sizes = flops, x * dtype.itemsize, out * dtype.itemsize
     limits = fused_times(gpu, used, *sizes)
     limit = max(limits, key=limits.__getitem__)
