@@ -52,6 +52,7 @@ from ._gram_tail_tile import (
     shares,
     variants,
 )
+from ._implicit_gemm import through
 from ._launch import Configuration, device_limits, empty_sums, launch, pointer
 from .activations import activation, front_constexprs
 
@@ -62,7 +63,7 @@ def _tile_rows(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, BY_L1: tl.constexpr,
 ):  # fmt: skip
     """Z [BLOCK_M * positions, 16] of a tile that begins at (y0, x0) of sample b."""
     POSITIONS: tl.constexpr = TILE_Y * TILE_X
@@ -80,7 +81,7 @@ def _tile_rows(
         down, right = tap // 3 - 1, tap % 3 - 1
         inside = live & (y + down >= 0) & (y + down < H) & (x + right >= 0) & (x + right < W)
         T = tl.load(
-            t_ptr + at[:, None] + ((down * W + right) * C + ci)[None, :],
+            through(t_ptr, at[:, None] + ((down * W + right) * C + ci)[None, :], BY_L1),
             mask=inside[:, None] & (ci < C)[None, :],
             other=0.0,
         )
@@ -123,6 +124,7 @@ def _gram_tail_fwd_kernel(
     BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     SLOPED: tl.constexpr, PRECISION: tl.constexpr, RESCUE: tl.constexpr, WRITE: tl.constexpr,
+    BY_L1: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     split = pid % splits
@@ -151,7 +153,7 @@ def _gram_tail_fwd_kernel(
         Z = _tile_rows(
             t_ptr, a_ptr, w_ptr, at_slot, b, y0, x0, m,
             H, W, C, CO, LAST, BLOCK_M, TILE_Y, TILE_X, BLOCK_C,
-            KIND, P0, P1, PRECISION, not RESCUE,
+            KIND, P0, P1, PRECISION, not RESCUE, BY_L1,
         )  # fmt: skip
         if WRITE:
             y, x = y0 + row % POSITIONS // TILE_X, x0 + row % TILE_X
@@ -282,9 +284,16 @@ def gram_tail_partials(
         *(B, m, splits, T.stride(0)),
         **constexprs,
         **_constexprs(tile, lost is not None, Z is not None),
+        BY_L1=lost is None and _is_aligned(T),
         **tile.options,
     )
     return sums
+
+
+def _is_aligned(T: Tensor) -> bool:
+    """Whether each position's channels begin at 16 bytes."""
+    strides = T.data_ptr(), *(T.element_size() * n for n in (T.stride(0), T.shape[2]))
+    return all(n % 16 == 0 for n in strides)
 
 
 def _constexprs(tile: Tile, rescue: bool, write: bool) -> dict:
@@ -307,6 +316,7 @@ def configurations() -> Iterator[Configuration]:
         tile = forward_tile(m, channels, dtype, constexprs["PRECISION"], plain)
         # Where no gradient is wanted, nothing is written.
         of_tile = _constexprs(tile, rescue=False, write=constexprs["KIND"] != "none" or applied)
+        of_tile["BY_L1"] = not odd
         unaligned = ("t_ptr", "a_ptr", "stride_t_m") if odd else ()
         yield Configuration(
             *(_gram_tail_fwd_kernel, label, types, {**constexprs, **of_tile}),
@@ -316,7 +326,7 @@ def configurations() -> Iterator[Configuration]:
         if dtype == torch.float32 and constexprs["PRECISION"] == "ieee" and (applied or odd):
             tile = rescue_tile(block_of(m))
             types = types | dict.fromkeys(sums, "*fp64") | {"lost_ptr": "*u8"}
-            of_tile = _constexprs(tile, rescue=True, write=False)
+            of_tile = _constexprs(tile, rescue=True, write=False) | {"BY_L1": False}
             yield Configuration(
                 *(_gram_tail_fwd_kernel, f"{label} rescue", types, {**constexprs, **of_tile}),
                 **tile.options,
