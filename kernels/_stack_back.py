@@ -30,6 +30,7 @@ from torch import Tensor
 from ._blocks import dot
 from ._launch import Configuration, cdiv, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather, window
+from ._stack_sums import column_sums, parts_of, sum_parts, tile_of
 from ._stack_weight import split_walk
 from .activations import front_constexprs, times_slope
 
@@ -38,17 +39,26 @@ _CHANNELS, _BLOCK_K = 32, 32
 _LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
 
 
-@triton.jit(do_not_specialize=["images", "images_per_split", "tiles_per_group", "B"])
+@triton.jit(
+    do_not_specialize=[
+        *("images", "images_per_split", "tiles_per_group", "B"),
+        *("programs", "bias_parts", "bias_rows"),
+    ]
+)
 def tangent_back_kernel(
     x_ptr,  # [images, H, W, C], behind its activation
     g_ptr,  # [images, 2 H, 2 W, N]
     w_ptr,  # [C, 16 N]
     gx_ptr,  # [images, H, W, C]
     part_ptr,  # [parts, C, 16 N]
+    bias_ptr,  # [bias_parts, COLUMNS]; not written without COLUMNS
     images,
     images_per_split,
     tiles_per_group,
     B,
+    programs,
+    bias_parts,
+    bias_rows,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -57,11 +67,20 @@ def tangent_back_kernel(
     P0: tl.constexpr,
     P1: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     IMAGE: tl.constexpr = H * W * C
     IMAGE_G: tl.constexpr = 4 * H * W * N
     TILES: tl.constexpr = H * W // BLOCK_K
     pid = tl.program_id(0)
+    if COLUMNS > 0:
+        if pid >= programs:
+            column_sums(
+                g_ptr, bias_ptr, pid - programs, bias_parts, bias_rows, COLUMNS, ROWS, WIDTH
+            )
+            return
     groups = tl.cdiv(TILES, tiles_per_group)
     group, split = pid % groups, pid // groups
     first = split * images_per_split
@@ -108,18 +127,19 @@ def takes(gather: Gather, plain: Tensor, windowed: Tensor, front: Front) -> bool
 
 
 def both_gradients(
-    plain: Tensor, windowed: Tensor, weight: Tensor, front: Front
-) -> tuple[Tensor, Tensor]:
-    """The data's and the weight's gradient of a layer that `takes` names.
+    plain: Tensor, windowed: Tensor, weight: Tensor, front: Front, *, bias_size: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The data's, the weight's and the bias's gradient of a layer that `takes` names.
 
     Args:
         plain: the layer's input, dense ``[S, B, H, W, C]``, behind its activation.
         windowed: the gradient of its result, dense ``[S, B, 2 H, 2 W, N]``.
         weight: dense ``[C, 16, N]``, of the same dtype.
         front: of the layer.
+        bias_size: N where the bias's gradient is wanted, else 0.
 
     Returns:
-        ``[S, B, H, W, C]`` in front of the activation, and float32 ``[C, 16, N]``.
+        ``[S, B, H, W, C]`` in front of the activation, float32 ``[C, 16, N]``, and ``[N]`` or None.
     """
     S, B, H, W, C = plain.shape
     limits, tiles = device_limits(plain), H * W // _BLOCK_K
@@ -128,14 +148,19 @@ def both_gradients(
     count = cdiv(tiles, per_group) * cdiv(S * B, per_split)
     grad = torch.empty_like(plain)
     parts = torch.empty((count, *weight.shape), dtype=torch.float32, device=plain.device)
+    bias_rows = 4 * B * H * W if bias_size else 0
+    sums = parts.new_empty((parts_of(bias_rows, bias_size), bias_size)) if bias_size else None
+    more = 0 if sums is None else len(sums)
     launch(
         tangent_back_kernel,
-        (count,),
-        *(plain, windowed, weight, grad, parts, S * B, per_split, per_group, B),
+        (count + more,),
+        *(plain, windowed, weight, grad, parts, parts if sums is None else sums),
+        *(S * B, per_split, per_group, B, count, more, bias_rows),
         **_constexprs(H, W, front),
+        **tile_of(bias_size),
         **_LAUNCH,
     )
-    return grad, parts[0] if count == 1 else parts.sum(0)
+    return grad, *sum_parts(parts, sums)
 
 
 def _constexprs(H: int, W: int, front: Front) -> dict:
@@ -146,7 +171,6 @@ def _constexprs(H: int, W: int, front: Front) -> dict:
 def configuration(H: int, W: int, dtype: torch.dtype, front: Front) -> Configuration:
     """What `both_gradients` compiles for inputs of H x W pixels."""
     types = {f"{name}_ptr": pointer(dtype) for name in ("x", "g", "w", "gx")}
-    types["part_ptr"] = "*fp32"
-    return Configuration(
-        tangent_back_kernel, f"both {H} x {W}", types, _constexprs(H, W, front), **_LAUNCH
-    )
+    types |= {"part_ptr": "*fp32", "bias_ptr": "*fp32"}
+    constexprs = _constexprs(H, W, front) | tile_of(_CHANNELS)
+    return Configuration(tangent_back_kernel, f"both {H} x {W}", types, constexprs, **_LAUNCH)

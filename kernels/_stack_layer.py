@@ -53,9 +53,9 @@ def layer_bwd(
     stack: Tensor,
     weight: Tensor,
     front: Front,
-    needs: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the stack in front of the activation, and of the weight.
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the stack in front of the activation, of the weight and of the bias.
 
     Args:
         geometry: as in the forward.
@@ -63,11 +63,11 @@ def layer_bwd(
         stack: as in the forward.
         weight: as in the forward.
         front: as in the forward.
-        needs: which of the two are wanted; the other is None.
+        needs: which of the three are wanted; the others are None.
 
     Returns:
-        The stack's in the gradient's dtype and the weight's in float32, both in channels-last
-        order.
+        The stack's in the gradient's dtype, the weight's and the bias's in float32; the first two
+        in channels-last order.
 
     Raises:
         TypeError, ValueError: as the forward.
@@ -75,24 +75,27 @@ def layer_bwd(
     check_dtypes(grad=grad)
     x, taps, g = (_channels_last(t.to(grad.dtype)) for t in (stack, weight, grad))
     (forward, backward, inner_is_input), dense = geometry, _dense(geometry, taps)
-    columns = dense.shape[0 if inner_is_input else 2]
+    columns, bias = dense.shape[0 if inner_is_input else 2], grad.shape[2]
     g = g.view(*x.shape[:2], *_grid(geometry, x, g.shape[2:4]), columns)
-    grad_x = grad_w = None
-    if all(needs) and not inner_is_input and takes(backward, x, g, front):
-        grad_x, summed = both_gradients(x, g, dense, front)
-        return (
-            grad_x.permute(0, 1, 4, 2, 3),
-            summed.view(taps.shape).permute(0, 3, 1, 2),
+    grad_x = grad_w = grad_b = None
+    if all(needs[:2]) and not inner_is_input and takes(backward, x, g, front):
+        grad_x, summed, grad_b = both_gradients(
+            x, g, dense, front, bias_size=bias if needs[2] else 0
         )
+        grad_w = summed.view(taps.shape).permute(0, 3, 1, 2)
+        return grad_x.permute(0, 1, 4, 2, 3), grad_w, grad_b
     if needs[0]:
         grad_x = product(
             *(g, dense, backward, x.shape[2:4], front), inner_is_input=not inner_is_input, pull=x
         ).permute(0, 1, 4, 2, 3)
-    if needs[1]:
+    if needs[1] or needs[2]:
+        # The bias's gradient is summed beside the weight's, which is seldom not wanted with it.
         pair = (g, x, forward) if inner_is_input else (x, g, backward)
-        summed = weight_gradient(*pair, front, on_window=inner_is_input)
-        grad_w = summed.view(taps.shape).permute(0, 3, 1, 2)
-    return grad_x, grad_w
+        summed, grad_b = weight_gradient(
+            *pair, front, on_window=inner_is_input, bias_size=bias if needs[2] else 0
+        )
+        grad_w = summed.view(taps.shape).permute(0, 3, 1, 2) if needs[1] else None
+    return grad_x, grad_w, grad_b
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -316,5 +316,5 @@ def audited(
         if inner_is_input:
             reads, plain, windowed = forward, windowed, plain
         yield weight_configuration(
-            *(label, reads, plain[:2], plain[2], windowed, dtype, front, inner_is_input)
+            *(label, reads, plain[:2], plain[2], windowed, dtype, front, inner_is_input, columns)
         )

@@ -29,6 +29,7 @@ cores take 55 and its schedulers 13; an H100 27 us, 10 and 16.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 import triton
@@ -39,6 +40,7 @@ from ._blocks import dot
 from ._implicit_gemm import moved
 from ._launch import Configuration, DeviceLimits, cdiv, device_limits, launch, pointer
 from ._stack_geometry import POINTWISE, Front, Gather
+from ._stack_sums import column_sums, parts_of, sum_parts, tile_of
 from ._stack_tile import Tile
 from .activations import front_constexprs
 
@@ -50,15 +52,24 @@ def _at(n, SIZE: tl.constexpr, AXIS: tl.constexpr):
     return at if len(n.shape) == 0 else tl.expand_dims(at, AXIS)
 
 
-@triton.jit(do_not_specialize=["images", "images_per_split", "tiles_per_group", "B"])
+@triton.jit(
+    do_not_specialize=[
+        *("images", "images_per_split", "tiles_per_group", "B"),
+        *("programs", "bias_parts", "bias_rows"),
+    ]
+)
 def tangent_weight_kernel(
     p_ptr,  # [images, GRID_H, GRID_W, M], one row a position
     q_ptr,  # [images, H, W, C], read in a window around each position
     part_ptr,  # [parts, M, KERNEL * KERNEL * C]
+    bias_ptr,  # [bias_parts, COLUMNS]; not written without COLUMNS
     images,
     images_per_split,
     tiles_per_group,
     B,
+    programs,
+    bias_parts,
+    bias_rows,
     GRID_H: tl.constexpr,
     GRID_W: tl.constexpr,
     M: tl.constexpr,
@@ -79,6 +90,9 @@ def tangent_weight_kernel(
     VECTOR: tl.constexpr,
     WINDOW_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     N: tl.constexpr = KERNEL * KERNEL * C
     COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -88,6 +102,14 @@ def tangent_weight_kernel(
     GROUPED: tl.constexpr = BLOCK_K // POSITIONS
     # The tiles of one part are neighbours in launch order: they share its rows through L2.
     pid = tl.program_id(0)
+    if COLUMNS > 0:
+        # Beside the walks: the gradient of the result, whose first slot is the values'.
+        if pid >= programs:
+            g_ptr = p_ptr if ON_WINDOW else q_ptr
+            column_sums(
+                g_ptr, bias_ptr, pid - programs, bias_parts, bias_rows, COLUMNS, ROWS, WIDTH
+            )
+            return
     col = pid % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     out = pid // COL_TILES % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     part = pid // (COL_TILES * ROW_TILES)
@@ -198,8 +220,14 @@ def split_walk(tiles: int, steps: int, most: int) -> tuple[int, int]:
 
 
 def weight_gradient(
-    plain: Tensor, windowed: Tensor, gather: Gather, front: Front, *, on_window: bool
-) -> Tensor:
+    plain: Tensor,
+    windowed: Tensor,
+    gather: Gather,
+    front: Front,
+    *,
+    on_window: bool,
+    bias_size: int = 0,
+) -> tuple[Tensor, Tensor | None]:
     """Sum over slots, samples and positions of plain (x) its window in the other stack.
 
     Args:
@@ -209,9 +237,11 @@ def weight_gradient(
         front: of the layer.
         on_window: whether `windowed` is the layer's input, which the activation is in front of;
             else `plain` is.
+        bias_size: of the layer's bias whose gradient is wanted as well; 0 for none.
 
     Returns:
-        Float32 ``[M, taps, C]``; its sums are split and added up in a fixed order.
+        Float32 ``[M, taps, C]``, and ``[bias_size]`` or None; their sums are split and added up in
+        a fixed order.
     """
     (S, B, *grid, M), (_, _, H, W, C) = plain.shape, windowed.shape
     if gather == POINTWISE:
@@ -231,14 +261,21 @@ def weight_gradient(
     per_group, per_split = split_walk(tiles, steps, resident * limits.sm_count // blocks)
     count = cdiv(tiles, per_group) * cdiv(steps, per_split)
     parts = torch.empty((count, M, taps, C), dtype=torch.float32, device=plain.device)
+    sums, bias_rows = None, 0
+    if bias_size:
+        bias_rows = (plain if on_window else windowed)[0].numel() // bias_size
+        sums = parts.new_empty((parts_of(bias_rows, bias_size), bias_size))
+    more = 0 if sums is None else len(sums)
     launch(
         tangent_weight_kernel,
-        (count * blocks,),
-        *(plain, windowed, parts, images, per_split * together, per_group, B),
+        (count * blocks + more,),
+        *(plain, windowed, parts, parts if sums is None else sums),
+        *(images, per_split * together, per_group, B, count * blocks, more, bias_rows),
         **constexprs,
+        **tile_of(bias_size),
         **tile.launch,
     )
-    return parts[0] if count == 1 else parts.sum(0)
+    return sum_parts(parts, sums)
 
 
 def weight_constexprs(
@@ -266,6 +303,10 @@ def weight_constexprs(
     (H, W, C), kind = size, _kind(front)
     tile = weight_tile_of(outer, gather.kernel**2 * C, dtype, front, limits)
     half, eight_bytes = dtype != torch.float32, 8 // dtype.itemsize
+    single = C % eight_bytes > 0 or outer % eight_bytes > 0
+    if tile.maxnreg == 128 and (single or (not half and on_window and limits.capability >= 120)):
+        # Single elements have a mask each; and on sm_120 TF32 windows of a layer's input spill.
+        tile = replace(tile, maxnreg=168)
     constexprs = {
         **{"GRID_H": grid[0], "GRID_W": grid[1], "M": outer, "H": H, "W": W, "C": C},
         **front_constexprs(kind, front.params if kind != "none" else ()),
@@ -290,9 +331,12 @@ def weight_configuration(
     dtype: torch.dtype,
     front: Front,
     on_window: bool,
+    bias_size: int,
 ) -> Configuration:
     """What `weight_gradient` compiles on the device that is pretended, under a label."""
     limits = device_limits(torch.empty(0))
     constexprs, tile = weight_constexprs(gather, grid, outer, size, dtype, front, on_window, limits)
-    types = {"p_ptr": pointer(dtype), "q_ptr": pointer(dtype), "part_ptr": "*fp32"}
+    types = {"p_ptr": pointer(dtype), "q_ptr": pointer(dtype)}
+    types |= {"part_ptr": "*fp32", "bias_ptr": "*fp32"}
+    constexprs |= tile_of(bias_size)
     return Configuration(tangent_weight_kernel, label, types, constexprs, **tile.launch)

@@ -35,10 +35,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import (
+    _stack_sums,
     elbo,
     gram_project,
     gram_tail,
     gram_tail_backward,
+    round_tf32,
     tangent_activation,
     tangent_conv,
     tangent_conv_transpose,
@@ -100,7 +102,7 @@ def configurations() -> list[Configuration]:
     """Every configuration of every kernel, from the modules that launch them."""
     modules = (
         *(gram_project, elbo, woodbury, woodbury_float64, tangent_activation),
-        *(tangent_conv_transpose, tangent_conv, tangent_linear),
+        *(tangent_conv_transpose, tangent_conv, tangent_linear, round_tf32, _stack_sums),
         *(gram_tail, gram_tail_backward),
     )
     return list(chain.from_iterable(module.configurations() for module in modules))

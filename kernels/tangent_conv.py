@@ -48,8 +48,8 @@ def tangent_conv_bwd(
     *,
     stride: int = 1,
     padding: int = 0,
-    needs: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor | None, Tensor | None]:
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`layer_bwd` of the same."""
     of = geometry(weight.shape[-1], stride, padding)
     return layer_bwd(of, grad, stack, weight, front, needs)

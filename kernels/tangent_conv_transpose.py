@@ -61,8 +61,8 @@ def tangent_conv_transpose_bwd(
     front: Front,
     *,
     padding: int = 1,
-    needs: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor | None, Tensor | None]:
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`layer_bwd` of the same."""
     return layer_bwd(geometry(weight.shape[-1], padding), grad, stack, weight, front, needs)
 

@@ -36,15 +36,15 @@ def tangent_linear_bwd(
     weight: Tensor,
     front: Front,
     *,
-    needs: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor | None, Tensor | None]:
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`layer_bwd` of the same, each gradient in its tensor's shape."""
     images = _pixels(grad), _pixels(stack), _one_tap(weight)
-    found = layer_bwd(_GEOMETRY, *images, front, needs)
+    *found, grad_b = layer_bwd(_GEOMETRY, *images, front, needs)
     grad_x, grad_w = (
         None if g is None else g.view(t.shape) for g, t in zip(found, (stack, weight), strict=True)
     )
-    return grad_x, grad_w
+    return grad_x, grad_w, grad_b
 
 
 def _pixels(stack: Tensor) -> Tensor:

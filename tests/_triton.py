@@ -8,9 +8,10 @@ import torch
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETER
 DEVICE = "cuda" if CUDA else "cpu"
-# By default cuDNN rounds float32 operands to TF32, and so do kernels in the interpreter: no bound
-# here, in float32's eps, allows it.
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+if CUDA or INTERPRETER:
+    # By default cuDNN rounds float32 operands to TF32, and so do kernels in the interpreter: no
+    # bound here, in float32's eps, allows it.
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 requires_triton = [
     pytest.mark.interpreter,

@@ -61,10 +61,3 @@ def rounded_to_tf32(weight: Tensor) -> Tensor:
     from fastsfvae.kernels.round_tf32 import round_tf32
 
     return round_tf32(weight)
-
-
-def bias_gradient(grad: Tensor, axis: int) -> Tensor:
-    """The sum of the values' gradient, slot 0, over all axes but `axis`; float32."""
-    value = grad[0]
-    others = [i for i in range(value.ndim) if i != axis % value.ndim]
-    return value.sum(others, dtype=torch.float32)

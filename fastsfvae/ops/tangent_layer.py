@@ -152,11 +152,7 @@ def stack_layer_backward(
     _library.require_triton(grad)
     _, backward = _launchers(layer.geometry)
     options = _options(layer.geometry)
-    grad_stack, grad_weight = backward(
-        *(grad, stack, weight, layer.front), needs=needs[:2], **options
-    )
-    axis = -1 if layer.geometry is None else 1
-    return grad_stack, grad_weight, _precision.bias_gradient(grad, axis) if needs[2] else None
+    return backward(*(grad, stack, weight, layer.front), needs=needs, **options)
 
 
 def _launchers(g: Geometry | None) -> tuple[Callable[..., Any], Callable[..., Any]]:

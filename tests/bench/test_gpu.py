@@ -187,8 +187,9 @@ def test_every_module_with_a_test_for_a_device_is_a_suite():
     chosen = set(gpu_correctness.suites())
     folder = Path(__file__).parents[1] / "kernels"
     kernels = {f"kernels/{path.stem}" for path in folder.glob("test_*.py")}
-    # The interpreter's alone.
-    assert kernels - chosen == {"kernels/test_offsets", "kernels/test_audit"}
+    # The interpreter's and the compiler's alone.
+    names = "test_offsets", "test_audit", "test_machine_code", "test_launches"
+    assert kernels - chosen == {f"kernels/{name}" for name in names}
     loss = {"loss/test_graphed", "loss/test_compose", "loss/test_elbo_triton"}
     assert loss | {"gram/test_sources"} <= chosen
     assert "cli/test_train" not in chosen

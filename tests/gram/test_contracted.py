@@ -74,9 +74,8 @@ def problem(name, batch=7, dtype=torch.float64):
 
 
 def stops_at_linear(decoder, tensors):
-    prepared = prepare(query(decoder, tensors))
-    problem, (z, _, _, _, _, *rest) = prepared
-    along, whole = rest[: problem.along], rest[problem.along :]
+    problem, given = prepare(query(decoder, tensors))
+    (z,), _, _, along, whole = problem.split(given)
     latents = Jet(z, torch.eye(M)[:, None])
     output = find_program(problem.program).body(latents, along, whole, to_tail=len(z))
     return isinstance(output, LastLayer) and isinstance(output.tail, Linear)

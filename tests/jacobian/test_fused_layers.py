@@ -242,7 +242,7 @@ def test_no_gradients_for_what_is_frozen(monkeypatch):
     module = build("frozen")
     with sf.fused_layers("always"):
         gradients(module, tensors(module))
-    assert wanted == [(True, True), (True, False)]
+    assert wanted == [(True, True, True), (True, False, False)]
 
 
 def test_a_weight_is_laid_out_once_for_all_chunks(monkeypatch):

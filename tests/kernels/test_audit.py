@@ -41,6 +41,8 @@ def test_no_configuration_spills_or_overflows():
         "_gram_project_sum_kernel",
         "_elbo_kernel",
         "_woodbury_fwd_kernel",
+        "_round_tf32_kernel",
+        "_sum_parts_kernel",
         "_gram_float64_kernel",
         "_tangent_activation_fwd_kernel",
         "_tangent_activation_bwd_kernel",

@@ -43,7 +43,18 @@ def check(plain, windowed, of, kind="none", on_window=False, product="ieee", app
     phi, params = ACTIVATIONS[kind]
     front = Front(kind, params, product, applied)
     gather = POINTWISE if of == (1, 1, 0) else window(*of)
-    got = weight_gradient(plain, windowed, gather, front, on_window=on_window)
+    result = plain if on_window else windowed
+    columns = result.shape[-1]
+    got, of_bias = weight_gradient(
+        plain, windowed, gather, front, on_window=on_window, bias_size=columns
+    )
+    rows = result[0].reshape(-1, columns)
+    assert_as_good(
+        of_bias,
+        rows.double().sum(0),
+        rows.float().sum(0),
+        rows.double().abs().sum(0).max(),
+    )
 
     def expected(p, q):
         if kind != "none" and not applied:
@@ -124,6 +135,12 @@ class TestKernel:
     def test_float32_products(self, product):
         check(*problem(2, 2, (8, 8), 64, 32, DOUBLING), DOUBLING, product=product)
 
+    @pytest.mark.parametrize("on_window", [False, True])
+    def test_without_a_bias(self, on_window):
+        pair = problem(2, 3, (4, 4), 8, 12, SAME)
+        got, of_bias = weight_gradient(*pair, window(*SAME), Front(), on_window=on_window)
+        assert of_bias is None and torch.equal(got, check(*pair, SAME, on_window=on_window))
+
     def test_two_runs_give_the_same_bits_on_any_number_of_multiprocessors(self):
         pair = problem(3, 2, (8, 8), 32, 32, DOUBLING, torch.bfloat16)
         for count in (1, 8, 132):
@@ -134,7 +151,8 @@ class TestKernel:
     def test_a_nan_stays_in_its_channel_and_taps(self):
         plain, windowed = problem(2, 2, (4, 4), 8, 12, SAME)
         windowed[1, 0, 0, 0, 3] = float("nan")
-        spoiled = weight_gradient(plain, windowed, window(*SAME), Front(), on_window=False).isnan()
+        spoiled, _ = weight_gradient(plain, windowed, window(*SAME), Front(), on_window=False)
+        spoiled = spoiled.isnan()
         # The corner's pixel lies in the windows of four positions.
         assert spoiled.sum() == spoiled[:, [0, 1, 3, 4], 3].sum() == 4 * 8
 
