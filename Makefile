@@ -51,8 +51,9 @@ lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastsfvae
 
-audit: $(INSTALLED) ## Compile every kernel configuration for sm_75 to sm_120 and print its resources
+audit: $(INSTALLED) ## Compile every kernel configuration for sm_75 to sm_120; hold the machine code to its bounds
 	$(BIN)/python -m fastsfvae.kernels.audit
+	$(BIN)/python -m fastsfvae.kernels.audit --code
 
 bench: $(INSTALLED) ## Time every operation against its peers here, in about five minutes; rows go to the ledger
 	$(BIN)/python -m pytest bench --benchmark-only -rs --ledger bench/results/ledger.csv
