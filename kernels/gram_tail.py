@@ -183,7 +183,7 @@ def _gram_tail_fwd_kernel(
     store_sums(g_ptr, p_ptr, rr_ptr, split * B + b, m, i, i, G, p, rr, True, True)
 
 
-def forward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool) -> Tile:
+def forward_tile(m: int, channels: int, dtype: torch.dtype, precision: str) -> Tile:
     """For m tangents of that many channels: the rows, m * positions, stay within the registers.
 
     Args:
@@ -191,16 +191,16 @@ def forward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plai
         channels: of T.
         dtype: of T.
         precision: of float32 products.
-        plain: whether no activation is taken here, in front of the layer or behind it.
     """
     block_m = block_of(m)
     # Of other channels no row is as long as a wide load; float32 fills the registers earlier.
     half = dtype.itemsize == 2
-    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (2, 2) if half and plain else (1, 2)}[block_m]
+    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (1, 2)}[block_m]
     block_c = 32 if half and channels % 32 == 0 else 16
     stages = 3 if half or precision == "tf32" else 1 if precision == "ieee" else 2
     # Without a bound the assembler spills a few bytes for the sake of two programs an SM.
-    crowded = not half and (block_m > 16 or precision != "tf32")
+    odd = channels % 4 > 0
+    crowded = not half and (block_m > 16 or precision != "tf32" or odd)
     return Tile(
         *(block_m, tile_y, tile_x, block_c, 8, stages),
         programs=1 if crowded else 2,
@@ -269,8 +269,7 @@ def gram_tail_partials(
     if applied:
         constexprs |= front_constexprs("none", ())
     if lost is None:
-        plain = constexprs["KIND"] == "none" and slope is None
-        tile = forward_tile(m, channels_in, T.dtype, constexprs["PRECISION"], plain)
+        tile = forward_tile(m, channels_in, T.dtype, constexprs["PRECISION"])
         weight = packed_weight(weight, T.dtype, constexprs["PRECISION"])
     else:
         tile = rescue_tile(block_of(m))
@@ -284,16 +283,16 @@ def gram_tail_partials(
         *(B, m, splits, T.stride(0)),
         **constexprs,
         **_constexprs(tile, lost is not None, Z is not None),
-        BY_L1=lost is None and _is_aligned(T),
+        BY_L1=lost is None and _by_l1(T, tile),
         **tile.options,
     )
     return sums
 
 
-def _is_aligned(T: Tensor) -> bool:
-    """Whether each position's channels begin at 16 bytes."""
+def _by_l1(T: Tensor, tile: Tile) -> bool:
+    """Whether T is copied by 8 bytes: positions begin at 16, and addresses fit the registers."""
     strides = T.data_ptr(), *(T.element_size() * n for n in (T.stride(0), T.shape[2]))
-    return all(n % 16 == 0 for n in strides)
+    return tile.block_m == 16 and all(n % 16 == 0 for n in strides)
 
 
 def _constexprs(tile: Tile, rescue: bool, write: bool) -> dict:
@@ -312,11 +311,10 @@ def configurations() -> Iterator[Configuration]:
             constexprs |= front_constexprs("none", ())
         types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "w", "z")}
         types |= dict.fromkeys(("slope_ptr", "r_ptr", "lost_ptr", *sums), "*fp32")
-        plain = constexprs["KIND"] == "none" and not constexprs["SLOPED"]
-        tile = forward_tile(m, channels, dtype, constexprs["PRECISION"], plain)
+        tile = forward_tile(m, channels, dtype, constexprs["PRECISION"])
         # Where no gradient is wanted, nothing is written.
         of_tile = _constexprs(tile, rescue=False, write=constexprs["KIND"] != "none" or applied)
-        of_tile["BY_L1"] = not odd
+        of_tile["BY_L1"] = not odd and tile.block_m == 16
         unaligned = ("t_ptr", "a_ptr", "stride_t_m") if odd else ()
         yield Configuration(
             *(_gram_tail_fwd_kernel, label, types, {**constexprs, **of_tile}),
