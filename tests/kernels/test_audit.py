@@ -47,8 +47,8 @@ def test_no_configuration_spills_or_overflows():
         "_tangent_activation_fwd_kernel",
         "_tangent_activation_bwd_kernel",
         "_gram_tail_fwd_kernel",
-        "_gram_tail_bwd_image_kernel",
-        "_gram_tail_bwd_tangent_kernel",
+        "_gram_tail_bwd_kernel",
+        "_gram_tail_pack_kernel",
         "tangent_doubling_kernel",
         "tangent_product_kernel",
         "tangent_weight_kernel",
@@ -59,13 +59,11 @@ def test_no_configuration_spills_or_overflows():
             assert row["tensor_core"] > 0, row
         if "gram_project" in name and "J " in label and "odd" not in label:
             assert row["load_bytes"] == 16, row
-        if "gram_tail" in name:
+        if name in ("_gram_tail_fwd_kernel", "_gram_tail_bwd_kernel"):
             assert row["tensor_core"] > 0 or "ieee" in label, row
-            # In half precision, and in a rescue, a tile of T has fewer elements than wide loads of
-            # all threads.
-            small = "rescue" in label or ("bwd_tangent" in name and "bf16" in label)
-            narrow = "odd" in label or small
-            assert row["load_bytes"] == 16 or narrow, row
+            # Of few tangents the forward copies eight bytes at a time, which go through L1.
+            least = 8 if "fwd" in name and "m=16 " in label else 16
+            assert row["load_bytes"] >= least or "odd" in label, row
         if name in ("tangent_doubling_kernel", "tangent_product_kernel", "tangent_weight_kernel"):
             assert row["tensor_core"] > 0 or "ieee" in label, row
             # Windows and neighbours eight bytes at a time, which go through L1; the weight of a
