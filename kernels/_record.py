@@ -8,6 +8,7 @@ kernels were to fill stays uninitialised, so a step that asks for values is not 
 from __future__ import annotations
 
 import contextlib
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,11 +73,8 @@ class Launch:
 
     @property
     def programs(self) -> int:
-        """How many run."""
-        count = 1
-        for extent in self.grid:
-            count *= extent
-        return count
+        """How many run; of a kernel that is told how many do its work, `programs`, those."""
+        return self.values.get("programs", math.prod(self.grid))
 
     @property
     def num_warps(self) -> int:
