@@ -18,12 +18,13 @@ Floor, celeba16's last layer (m = 16, B = 64, 32 -> 3 channels from 32 x 32) in 
 Z 34 and r 3 MB, so 104 MB through device memory, 70 without Z; 151 MB of T from L2, for a tile's
 border. 9.7 GFLOP on tensor cores, and 0.5 in float32 for the Gram.
 
-Counted there, a warp of 8 and a tile of 16 positions: 1,008 instructions on sm_86 and sm_89 (72
-HMMA), 1,026 on sm_90 (36 HGMMA), 961 on sm_120; with TF32 1,561, 1,414 and 1,521. A quarter are the
-Gram's multiplications in float32, another sixth load what they multiply. T is copied 16 bytes at a
-time, Z stored likewise. 98 registers and 34 KiB (86 and 51 on sm_90): two programs an SM. So 33 M
-warp instructions, a quarter of the time that a 4090 takes for the bytes, and about as long as an
-H100 takes for them. Not measured on a GPU yet.
+Counted there, a warp of 8 and a tile of 16 positions: 1,230 instructions on sm_86, sm_89 (72 HMMA)
+and sm_90 (36 HGMMA), 1,175 on sm_120. A fifth are the Gram's multiplications in float32. Of few
+tangents T is copied 8 bytes at a time, through L1, where the nine taps find it again: past L1, by
+16 bytes in 1,008 instructions, an H100's L2 would take 116 us and not 27, and the issue of
+instructions 44 (computed). Z is stored 16 bytes at a time. Two programs share an SM, on sm_120 one
+has it alone (138 registers). Device memory
+bounds it on a 4090, issue on an H100. Not measured on a GPU yet.
 
 A rescue of lost samples (`woodbury_float64`) makes their J again and sums in float64; where none is
 lost it reads B flags.
