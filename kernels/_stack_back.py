@@ -30,7 +30,7 @@ from torch import Tensor
 from ._blocks import dot
 from ._launch import Configuration, cdiv, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather, window
-from ._stack_sums import column_sums, parts_of, sum_parts, tile_of
+from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
 from ._stack_weight import split_walk
 from .activations import front_constexprs, times_slope
 
@@ -148,19 +148,17 @@ def both_gradients(
     count = cdiv(tiles, per_group) * cdiv(S * B, per_split)
     grad = torch.empty_like(plain)
     parts = torch.empty((count, *weight.shape), dtype=torch.float32, device=plain.device)
-    bias_rows = 4 * B * H * W if bias_size else 0
-    sums = parts.new_empty((parts_of(bias_rows, bias_size), bias_size)) if bias_size else None
-    more = 0 if sums is None else len(sums)
+    bias = bias_of(windowed, bias_size)
     launch(
         tangent_back_kernel,
-        (count + more,),
-        *(plain, windowed, weight, grad, parts, parts if sums is None else sums),
-        *(S * B, per_split, per_group, B, count, more, bias_rows),
+        (count + bias.count,),
+        *(plain, windowed, weight, grad, parts, parts if bias.parts is None else bias.parts),
+        *(S * B, per_split, per_group, B, count, bias.count, bias.rows),
         **_constexprs(H, W, front),
         **tile_of(bias_size),
         **_LAUNCH,
     )
-    return grad, *sum_parts(parts, sums)
+    return grad, *sum_parts(parts, bias.parts)
 
 
 def _constexprs(H: int, W: int, front: Front) -> dict:

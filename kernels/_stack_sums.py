@@ -13,6 +13,7 @@ Floor: the parts once, from L2; slot 0 once, 4 MB of bfloat16 for 32 channels, 3
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -49,9 +50,33 @@ def tile_of(columns: int) -> dict[str, int]:
     return {"COLUMNS": columns, "ROWS": max(1, _TILE // width), "WIDTH": width}
 
 
-def parts_of(rows: int, columns: int) -> int:
-    """Programs that sum so many rows, of four tiles at least."""
-    return max(1, min(_MOST_PARTS, rows // (4 * tile_of(columns)["ROWS"])))
+class Bias(NamedTuple):
+    """What a launch is told of the bias's gradient.
+
+    Attributes:
+        parts: room for its parts ``[Q, columns]``, float32; None where it is not wanted.
+        count: Q, the programs that fill it, of four tiles of rows at least.
+        rows: of the result's gradient in slot 0.
+    """
+
+    parts: Tensor | None
+    count: int
+    rows: int
+
+
+def bias_of(result: Tensor, columns: int) -> Bias:
+    """The bias's part in a launch.
+
+    Args:
+        result: the gradient of the layer's result, a dense stack.
+        columns: of the bias; 0 where its gradient is not wanted.
+    """
+    if not columns:
+        return Bias(None, 0, 0)
+    rows = result[0].numel() // columns
+    count = max(1, min(_MOST_PARTS, rows // (4 * tile_of(columns)["ROWS"])))
+    parts = torch.empty((count, columns), dtype=torch.float32, device=result.device)
+    return Bias(parts, count, rows)
 
 
 @triton.jit

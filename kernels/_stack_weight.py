@@ -40,7 +40,7 @@ from ._blocks import dot
 from ._implicit_gemm import moved
 from ._launch import Configuration, DeviceLimits, cdiv, device_limits, launch, pointer
 from ._stack_geometry import POINTWISE, Front, Gather
-from ._stack_sums import column_sums, parts_of, sum_parts, tile_of
+from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
 from ._stack_tile import Tile
 from .activations import front_constexprs
 
@@ -261,21 +261,17 @@ def weight_gradient(
     per_group, per_split = split_walk(tiles, steps, resident * limits.sm_count // blocks)
     count = cdiv(tiles, per_group) * cdiv(steps, per_split)
     parts = torch.empty((count, M, taps, C), dtype=torch.float32, device=plain.device)
-    sums, bias_rows = None, 0
-    if bias_size:
-        bias_rows = (plain if on_window else windowed)[0].numel() // bias_size
-        sums = parts.new_empty((parts_of(bias_rows, bias_size), bias_size))
-    more = 0 if sums is None else len(sums)
+    bias = bias_of(plain if on_window else windowed, bias_size)
     launch(
         tangent_weight_kernel,
-        (count * blocks + more,),
-        *(plain, windowed, parts, parts if sums is None else sums),
-        *(images, per_split * together, per_group, B, count * blocks, more, bias_rows),
+        (count * blocks + bias.count,),
+        *(plain, windowed, parts, parts if bias.parts is None else bias.parts),
+        *(images, per_split * together, per_group, B, count * blocks, bias.count, bias.rows),
         **constexprs,
         **tile_of(bias_size),
         **tile.launch,
     )
-    return sum_parts(parts, sums)
+    return sum_parts(parts, bias.parts)
 
 
 def weight_constexprs(

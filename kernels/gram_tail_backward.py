@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._blocks import dot, rounded
-from ._contract import PIECEWISE_LINEAR, empty_tangents
+from ._contract import empty_tangents
 from ._gram_tail_tile import (
     CASES,
     COLUMNS,
@@ -44,6 +44,7 @@ from ._gram_tail_tile import (
     variants,
 )
 from ._launch import INTERPRET, Configuration, cdiv, device_limits, launch, pointer
+from ._stack_tile import is_curved
 from .activations import activation
 
 
@@ -303,7 +304,7 @@ def gram_tail_bwd(
     dr, d_output = torch.empty_like(r), torch.empty_like(r, dtype=output_dtype)
     d_slope = None if slope is None else torch.empty_like(r)
     da = None
-    if _is_curved(kind):
+    if is_curved(kind):
         da = torch.empty_like(T[0], dtype=torch.float32, memory_format=torch.channels_last)
     c_blocks = cdiv(channels_in, tile.block_c)
     splits = shares(tile.count(1, height * width), B * c_blocks, tile, device_limits(T))
@@ -321,14 +322,10 @@ def gram_tail_bwd(
     return Pulled(dT, d_weight, dr, d_output, da, d_slope)
 
 
-def _is_curved(kind: str) -> bool:
-    return kind not in ("none", *PIECEWISE_LINEAR)
-
-
 def _constexprs(tile: Tile, kind: str, applied: bool) -> dict:
     return {
         **{"BLOCK_M": tile.block_m, "POSITIONS": tile.tile_x, "BLOCK_C": tile.block_c},
-        **{"APPLIED": applied, "CURVED": _is_curved(kind)},
+        **{"APPLIED": applied, "CURVED": is_curved(kind)},
     }
 
 
