@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._launch import check_dtypes
@@ -18,6 +19,7 @@ def layer_fwd(
     bias: Tensor | None,
     out_size: tuple[int, ...],
     front: Front,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Values and tangents of a layer: ``[S, B, C_out, OH, OW]`` in channels-last order.
 
@@ -30,6 +32,7 @@ def layer_fwd(
         bias: ``[C_out]`` or None, added to the values.
         out_size: ``(OH, OW)``.
         front: of the layer; where it names an activation behind, the result lies behind it.
+        out_dtype: of the result: float32 or, like None, the stack's.
 
     Raises:
         TypeError: another dtype.
@@ -38,10 +41,16 @@ def layer_fwd(
     """
     check_dtypes(stack=stack)
     x, taps = _channels_last(stack), _channels_last(weight.to(stack.dtype))
+    grid, dense = _grid(geometry, x, out_size), _dense(geometry, taps)
+    out = None
+    if out_dtype is not None:
+        columns = dense.shape[0 if geometry.inner_is_input else 2]
+        out = x.new_empty((*x.shape[:2], *grid, columns), dtype=out_dtype)
     y = product(
-        *(x, _dense(geometry, taps), geometry.forward, _grid(geometry, x, out_size), front),
+        *(x, dense, geometry.forward, grid, front),
         inner_is_input=geometry.inner_is_input,
         bias=bias,
+        out=out,
     )
     C_out = weight.shape[0 if geometry.inner_is_input else 1]
     return y.view(*x.shape[:2], *out_size, C_out).permute(0, 1, 4, 2, 3)
@@ -54,6 +63,7 @@ def layer_bwd(
     weight: Tensor,
     front: Front,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the stack in front of the activation, of the weight and of the bias.
 
@@ -64,13 +74,15 @@ def layer_bwd(
         weight: as in the forward.
         front: as in the forward.
         needs: which of the three are wanted; the others are None.
+        out: where the stack's goes, of its shape, slots dense in channels-last order, in the
+            gradient's dtype or float32; None for new memory.
 
     Returns:
-        The stack's in the gradient's dtype, the weight's and the bias's in float32; the first two
-        in channels-last order.
+        The stack's in the gradient's dtype or `out`, the weight's and the bias's in float32; the
+        first two in channels-last order.
 
     Raises:
-        TypeError, ValueError: as the forward.
+        TypeError, ValueError: as the forward; also of an `out` of another shape, dtype or order.
     """
     check_dtypes(grad=grad)
     x, taps, g = (_channels_last(t.to(grad.dtype)) for t in (stack, weight, grad))
@@ -78,7 +90,7 @@ def layer_bwd(
     columns, bias = dense.shape[0 if inner_is_input else 2], grad.shape[2]
     g = g.view(*x.shape[:2], *_grid(geometry, x, g.shape[2:4]), columns)
     grad_x = grad_w = grad_b = None
-    if all(needs[:2]) and not inner_is_input and takes(backward, x, g, front):
+    if all(needs[:2]) and not inner_is_input and out is None and takes(backward, x, g, front):
         grad_x, summed, grad_b = both_gradients(
             x, g, dense, front, bias_size=bias if needs[2] else 0
         )
@@ -86,7 +98,10 @@ def layer_bwd(
         return grad_x.permute(0, 1, 4, 2, 3), grad_w, grad_b
     if needs[0]:
         grad_x = product(
-            *(g, dense, backward, x.shape[2:4], front), inner_is_input=not inner_is_input, pull=x
+            *(g, dense, backward, x.shape[2:4], front),
+            inner_is_input=not inner_is_input,
+            pull=x,
+            out=None if out is None else out.permute(0, 1, 3, 4, 2),
         ).permute(0, 1, 4, 2, 3)
     if needs[1] or needs[2]:
         # The bias's gradient is summed beside the weight's, which is seldom not wanted with it.

@@ -191,6 +191,7 @@ def product(
     inner_is_input: bool,
     bias: Tensor | None = None,
     pull: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Apply a layer, or its transpose, to a stack.
 
@@ -204,9 +205,13 @@ def product(
         bias: added to slot 0's columns, repeated where it is shorter than N.
         pull: dense ``[S, B, OH, OW, N]``: the layer's input, in front of its activation or behind
             it. Then `stack` is a gradient, and its product is pulled back through the activation.
+        out: where the result goes, dense, in the stack's dtype or in float32; None for new memory.
 
     Returns:
-        ``[S, B, OH, OW, N]`` in the stack's dtype.
+        ``[S, B, OH, OW, N]`` in the stack's dtype or, where it is given, `out`.
+
+    Raises:
+        ValueError: an `out` of another shape, dtype or order.
     """
     (S, B, H, W, C), (outer, _, inner) = stack.shape, weight.shape
     sizes = Sizes(H, W, C, *out_size, outer if inner_is_input else inner)
@@ -217,7 +222,15 @@ def product(
         bias_size=0 if bias is None else bias.numel(),
         aligned=(stack.data_ptr() | weight.data_ptr()) % 16 == 0,
     )
-    out = torch.empty((S, B, *out_size, sizes.N), dtype=stack.dtype, device=stack.device)
+    shape = S, B, *out_size, sizes.N
+    if out is None:
+        out = torch.empty(shape, dtype=stack.dtype, device=stack.device)
+    elif out.shape != shape or out.dtype not in (stack.dtype, torch.float32):
+        raise ValueError(
+            f"out {tuple(out.shape)}, {out.dtype}: give {shape}, {stack.dtype} or float32"
+        )
+    elif not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}: give it dense, channels last")
     values, tile = B * chosen.positions, chosen.tile
     spans, slots = [(0, S * values)], ()
     if pull is None and front.behind != "none":
@@ -275,6 +288,7 @@ def audited(
     geometry: Geometry,
     variants: Sequence[tuple[torch.dtype, str, str, int, int]] = TYPICAL,
     size: int = 16,
+    out: torch.dtype | None = None,
 ) -> Iterator[Configuration]:
     """What one operation's launchers compile on the device at hand, for the audit.
 
@@ -283,6 +297,7 @@ def audited(
         geometry: of the layer.
         variants: `TYPICAL` or `EVERY`; they differ in what does not depend on the geometry.
         size: rows and columns of the layer's input; 1 where its positions are images.
+        out: of the forward's results, where it is not the stack's.
     """
     forward, backward, inner_is_input = geometry
     capability = device_limits(torch.empty(0)).capability
@@ -305,10 +320,12 @@ def audited(
                 pull=pull,
                 bias_size=0 if pull else columns,
             )
+            # A forward without a gradient reads slopes where it writes.
+            written = {} if out is None else dict.fromkeys(("a_ptr", "y_ptr"), pointer(out))
             yield Configuration(
                 chosen.kernel,
                 f"{label} {'back' if pull else 'forward'}",
-                types,
+                types if pull else types | written,
                 chosen.constexprs,
                 **chosen.tile.launch,
             )

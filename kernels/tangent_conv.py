@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ._launch import Configuration
@@ -33,11 +34,13 @@ def tangent_conv_fwd(
     *,
     stride: int = 1,
     padding: int = 0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`layer_fwd` of a stack ``[S, B, C_in, H, W]`` and a weight ``[C_out, C_in, k, k]``."""
     k = weight.shape[-1]
     size = tuple((extent + 2 * padding - k) // stride + 1 for extent in stack.shape[3:])
-    return layer_fwd(geometry(k, stride, padding), stack, weight, bias, size, front)
+    of = geometry(k, stride, padding)
+    return layer_fwd(of, stack, weight, bias, size, front, out_dtype)
 
 
 def tangent_conv_bwd(
@@ -49,10 +52,11 @@ def tangent_conv_bwd(
     stride: int = 1,
     padding: int = 0,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`layer_bwd` of the same."""
     of = geometry(weight.shape[-1], stride, padding)
-    return layer_bwd(of, grad, stack, weight, front, needs)
+    return layer_bwd(of, grad, stack, weight, front, needs, out)
 
 
 def configurations() -> Iterator[Configuration]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ._launch import Configuration
@@ -36,6 +37,7 @@ def tangent_conv_transpose_fwd(
     *,
     padding: int = 1,
     output_padding: tuple[int, int] = (0, 0),
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`layer_fwd` of a stack ``[S, B, C_in, H, W]`` and a weight ``[C_in, C_out, kh, kw]``.
 
@@ -46,12 +48,13 @@ def tangent_conv_transpose_fwd(
         front: of the layer.
         padding: 1, where the stride is 2; or 0, where the input is 1 x 1.
         output_padding: rows and columns that the layer adds at the end; none with padding 0.
+        out_dtype: of the result: float32 or, like None, the stack's.
     """
     axes = zip(stack.shape[3:], weight.shape[2:], output_padding, strict=True)
     # The stride does not count where the input is 1 x 1.
     size = tuple(2 * (extent - 1) - 2 * padding + k + more for extent, k, more in axes)
     of = geometry(weight.shape[-1], padding)
-    return layer_fwd(of, stack, weight, bias, size, front)
+    return layer_fwd(of, stack, weight, bias, size, front, out_dtype)
 
 
 def tangent_conv_transpose_bwd(
@@ -62,11 +65,14 @@ def tangent_conv_transpose_bwd(
     *,
     padding: int = 1,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`layer_bwd` of the same."""
-    return layer_bwd(geometry(weight.shape[-1], padding), grad, stack, weight, front, needs)
+    return layer_bwd(geometry(weight.shape[-1], padding), grad, stack, weight, front, needs, out)
 
 
 def configurations() -> Iterator[Configuration]:
     """Every compilation of kernel 4, stride 2: blocks, dtypes and precisions, example kinds."""
     yield from audited("deconv 4/2", geometry(4, padding=1), variants=EVERY)
+    last = [(dtype, "tf32", "relu", 32, 3) for dtype in (torch.bfloat16, torch.float16)]
+    yield from audited("last 4/2", geometry(4, padding=1), variants=last, out=torch.float32)

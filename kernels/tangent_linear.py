@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ._launch import Configuration
@@ -20,13 +21,21 @@ from ._stack_product import audited
 _GEOMETRY = Geometry(POINTWISE, POINTWISE, inner_is_input=True)
 
 
-def tangent_linear_fwd(stack: Tensor, weight: Tensor, bias: Tensor | None, front: Front) -> Tensor:
+def tangent_linear_fwd(
+    stack: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    front: Front,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """`layer_fwd` of a stack ``[S, B, *, C_in]`` and a weight ``[C_out, C_in]``.
 
     Returns:
         ``[S, B, *, C_out]``.
     """
-    y = layer_fwd(_GEOMETRY, _pixels(stack), _one_tap(weight), bias, (1, 1), front)
+    images = _pixels(stack), _one_tap(weight)
+    y = layer_fwd(_GEOMETRY, *images, bias, (1, 1), front, out_dtype)
     return y.view(*stack.shape[:-1], len(weight))
 
 
@@ -37,10 +46,12 @@ def tangent_linear_bwd(
     front: Front,
     *,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`layer_bwd` of the same, each gradient in its tensor's shape."""
+    """`layer_bwd` of the same, each gradient in its tensor's shape; a contiguous `out`."""
     images = _pixels(grad), _pixels(stack), _one_tap(weight)
-    *found, grad_b = layer_bwd(_GEOMETRY, *images, front, needs)
+    into = None if out is None else out.view(images[1].shape)
+    *found, grad_b = layer_bwd(_GEOMETRY, *images, front, needs, into)
     grad_x, grad_w = (
         None if g is None else g.view(t.shape) for g, t in zip(found, (stack, weight), strict=True)
     )

@@ -101,7 +101,13 @@ def _positions(g: Geometry | None, x_shape: tuple[int, ...], weight_shape: tuple
     return height * width if (plain or halves) and min(height, width) >= kernel[0] else 0
 
 
-def stack_layer(layer: Layer, stack: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def stack_layer(
+    layer: Layer,
+    stack: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """The layer on phi(stack[0]), and on the tangents that phi makes of stack[1:].
 
     Args:
@@ -111,10 +117,11 @@ def stack_layer(layer: Layer, stack: Tensor, weight: Tensor, bias: Tensor | None
         weight: ``[C_out, C_in]``, ``[C_out, C_in, k, k]`` of a convolution or
             ``[C_in, C_out, kh, kw]`` of a transposed one.
         bias: ``[C_out]`` or None.
+        out_dtype: of the result: float32, or None for that of the products.
 
     Returns:
         ``[1 + m, B, *, C_out]``, or ``[1 + m, B, C_out, OH, OW]`` in channels-last order; in the
-        stack's dtype or autocast's.
+        stack's dtype or autocast's unless `out_dtype` says otherwise.
 
     Raises:
         RuntimeError: a device that Triton cannot reach.
@@ -126,7 +133,8 @@ def stack_layer(layer: Layer, stack: Tensor, weight: Tensor, bias: Tensor | None
     options = _options(layer.geometry)
     if layer.geometry is not None and layer.geometry.transposed:
         options["output_padding"] = layer.geometry.output_padding
-    return forward(_precision.autocast(stack), weight, bias, layer.front, **options)
+    stack = _precision.autocast(stack)
+    return forward(stack, weight, bias, layer.front, out_dtype=out_dtype, **options)
 
 
 def stack_layer_backward(
@@ -135,6 +143,7 @@ def stack_layer_backward(
     stack: Tensor,
     weight: Tensor,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Pullback of `stack_layer`: gradients of the stack, the weight and the bias.
 
@@ -144,15 +153,17 @@ def stack_layer_backward(
         stack: as in the forward.
         weight: likewise.
         needs: which of the three are wanted; the others are None.
+        out: where the stack's goes, of its shape and order, in the dtype of `grad` or float32;
+            None for new memory.
 
     Returns:
-        The stack's gradient, in front of the activation and in the dtype of `grad`, then the
-        weight's and the bias's in float32.
+        The stack's gradient, in front of the activation and in the dtype of `grad` or of `out`,
+        then the weight's and the bias's in float32.
     """
     _library.require_triton(grad)
     _, backward = _launchers(layer.geometry)
     options = _options(layer.geometry)
-    return backward(*(grad, stack, weight, layer.front), needs=needs, **options)
+    return backward(*(grad, stack, weight, layer.front), needs=needs, out=out, **options)
 
 
 def _launchers(g: Geometry | None) -> tuple[Callable[..., Any], Callable[..., Any]]:

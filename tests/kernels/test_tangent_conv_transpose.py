@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
-from tests._triton import requires_triton
+from tests._triton import assert_as_good, requires_triton
 from tests.kernels.stack_layers import (
     ACTIVATIONS,
     assert_layer,
     image_problem,
+    moved,
+    oracle,
     run,
     square,
     supports,
@@ -129,6 +131,35 @@ class TestKernel:
             parts = stack_layer_backward(layer, grad, stack, weight, needs)
             assert [part is not None for part in parts] == list(needs)
             assert torch.equal(parts[i], whole[i])
+
+    @pytest.mark.parametrize("shape", [(2, 3, 5, 3, 2, 3), (1, 2, 32, 3, 4, 4)])
+    def test_float32_of_a_half_stack(self, shape, poisoned_empty):
+        layer = Layer(geometry(), "relu", applied=True)
+        plain, inputs = problem(geometry(), *shape, dtype=torch.bfloat16)
+        inputs = moved(torch.relu, inputs[0]), *inputs[1:]
+        stack, weight, bias, grad = inputs
+        out = stack_layer(layer, stack, weight, bias, torch.float32)
+        room = torch.full_like(stack.movedim(2, -1).contiguous(), torch.nan, dtype=torch.float32)
+        room = room.movedim(-1, 2)
+        assert stack_layer_backward(layer, grad, stack, weight, out=room)[0].is_set_to(room)
+        want = oracle(lambda x: 1 * x, plain, *(t.double() for t in inputs))
+        scale = oracle(lambda x: 1 * x, plain, *(t.double().abs() for t in inputs))
+        pulled = torch.where(stack[:1] > 0, want.stack, 0)
+        for got, exact, of in ((out, want.out, scale.out), (room, pulled, scale.stack)):
+            assert_as_good(got, exact, exact.float(), of.max())
+
+    def test_a_gradient_goes_where_it_is_wanted(self, poisoned_empty):
+        layer = Layer(geometry(), "relu", applied=True)
+        _, (stack, weight, _, grad) = problem(geometry(), 2, 2, 3, 2, 2, 3)
+        want = stack_layer_backward(layer, grad[:1], stack[:1], weight)[0]
+        room = torch.full_like(stack.movedim(2, -1).contiguous(), 7.0).movedim(-1, 2)
+        stack_layer_backward(layer, grad[:1], stack[:1], weight, out=room[:1])
+        assert torch.equal(room[:1], want) and (room[1:] == 7).all()
+        with pytest.raises(ValueError, match="out has strides"):
+            stack_layer_backward(layer, grad, stack, weight, out=torch.empty_like(stack))
+        for wrong in (room[:1], room.double()):
+            with pytest.raises(ValueError, match="or float32"):
+                stack_layer_backward(layer, grad, stack, weight, out=wrong)
 
     def test_autocast_takes_its_dtype(self):
         layer = Layer(geometry(), "relu")

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests._triton import requires_triton
+from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
+from tests._triton import assert_as_good, requires_triton
 from tests.kernels.stack_layers import ACTIVATIONS, assert_layer, draw, run, supports
 
 # ((m, B, *), C_in, C_out)
@@ -42,6 +43,18 @@ class TestKernel:
     @pytest.mark.parametrize("product", ["ieee", "tf32x3", "tf32"])
     def test_float32_products(self, product):
         assert_layer(None, "tanh", F.linear, problem((3, 20), 40, 24), product)
+
+    def test_float32_of_a_half_stack(self, poisoned_empty):
+        stack, weight, bias, grad = problem((2, 3, 4), 20, 9, torch.bfloat16)
+        room = torch.full_like(stack, torch.nan, dtype=torch.float32)
+        out = stack_layer(Layer(), stack, weight, bias, torch.float32)
+        stack_layer_backward(Layer(), grad, stack, weight, out=room)
+        double = [t.double() for t in (stack, weight, bias, grad)]
+        of_slot = F.pad(bias.double()[None], (0, 0, 0, len(stack) - 1)).view(len(stack), 1, 1, -1)
+        for got, (x, w) in ((out, double[:2]), (room, (double[3], double[1].mT))):
+            want = F.linear(x, w) + (of_slot if got is out else 0)
+            scale = F.linear(x.abs(), w.abs()).max() + bias.abs().max()
+            assert_as_good(got, want, want.float(), scale)
 
     def test_any_layout_gives_the_same_bits_twice(self):
         stack, weight, bias, grad = problem((33, 3), 20, 5)
