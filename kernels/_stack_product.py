@@ -288,7 +288,7 @@ def audited(
     geometry: Geometry,
     variants: Sequence[tuple[torch.dtype, str, str, int, int]] = TYPICAL,
     size: int = 16,
-    out: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Iterator[Configuration]:
     """What one operation's launchers compile on the device at hand, for the audit.
 
@@ -297,7 +297,7 @@ def audited(
         geometry: of the layer.
         variants: `TYPICAL` or `EVERY`; they differ in what does not depend on the geometry.
         size: rows and columns of the layer's input; 1 where its positions are images.
-        out: of the forward's results, where it is not the stack's.
+        out_dtype: of the forward's results, where it is not the stack's.
     """
     forward, backward, inner_is_input = geometry
     capability = device_limits(torch.empty(0)).capability
@@ -321,7 +321,9 @@ def audited(
                 bias_size=0 if pull else columns,
             )
             # A forward without a gradient reads slopes where it writes.
-            written = {} if out is None else dict.fromkeys(("a_ptr", "y_ptr"), pointer(out))
+            written = (
+                {} if out_dtype is None else dict.fromkeys(("a_ptr", "y_ptr"), pointer(out_dtype))
+            )
             yield Configuration(
                 chosen.kernel,
                 f"{label} {'back' if pull else 'forward'}",

@@ -75,4 +75,4 @@ def configurations() -> Iterator[Configuration]:
     """Every compilation of kernel 4, stride 2: blocks, dtypes and precisions, example kinds."""
     yield from audited("deconv 4/2", geometry(4, padding=1), variants=EVERY)
     last = [(dtype, "tf32", "relu", 32, 3) for dtype in (torch.bfloat16, torch.float16)]
-    yield from audited("last 4/2", geometry(4, padding=1), variants=last, out=torch.float32)
+    yield from audited("last 4/2", geometry(4, padding=1), variants=last, out_dtype=torch.float32)
