@@ -62,6 +62,22 @@ def test_the_same_loss_and_gradients(name, chunk_size, rounds, few, monkeypatch)
         )
 
 
+def test_autocast_casts_the_weights_of_both_halves_at_once(few, monkeypatch):
+    cast, copy = [], torch._foreach_copy_
+
+    def counted(results, weights):
+        cast.append((*{r.dtype for r in results}, *{w.dtype for w in weights}, len(weights)))
+        copy(results, weights)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", counted)
+    module = decoder().to(DEVICE)
+    inputs = inputs_of(module)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        gradients(module, inputs, chunk_size=3)
+    layers = sum(isinstance(layer, nn.ConvTranspose2d) for layer in module)
+    assert cast == [(torch.bfloat16, torch.float32, layers)]
+
+
 def test_no_cut_where_another_layer_reads_what_is_in_front():
     class Skip(nn.Module):
         def __init__(self):

@@ -238,7 +238,13 @@ class _Emitter:
             to_tail[0] if to_tail else None,
             1 if ending is None else ending.least_batch,
             halves,
+            self._fused_weights(),
         )
+
+    def _fused_weights(self) -> tuple[int, ...]:
+        """Those that no mode of the decoder's own casts otherwise."""
+        fused = {node.args[1] for node, placed in self.placed.items() if placed.layer is not None}
+        return tuple(i for i, node in enumerate(self.params) if node in fused and not self.controls)
 
     def _ending(self, result: fx.Node) -> Ending | None:
         """What a sweep need not run itself; its modes must not change on the way."""

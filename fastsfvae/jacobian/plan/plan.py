@@ -80,6 +80,7 @@ class Plan:
         to_tail: `body` up to the last layer, giving a `LastLayer`; None where nothing can take it.
         tail_from: samples of a call from which on it is taken.
         halves: of `to_tail`, for samples that are few enough for a cache behind the cut.
+        fused_weights: which of `tensors` are weights of fused layers.
         asked: the values that it was made for.
         programs: kept for `fastsfvae.jacobian.run.sweep`.
     """
@@ -100,6 +101,7 @@ class Plan:
     to_tail: Callable[..., Any] | None = None
     tail_from: int = 1
     halves: Halves | None = None
+    fused_weights: tuple[int, ...] = ()
     asked: Asked = dataclasses.field(default_factory=Asked)
     programs: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 

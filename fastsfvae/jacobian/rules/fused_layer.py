@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, stack_of
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.rules.rule import Rule
-from fastsfvae.jacobian.rules.tape import once
-from fastsfvae.ops._precision import autocast, rounded_to_tf32
+from fastsfvae.jacobian.rules.tape import once, provide
+from fastsfvae.ops._precision import autocast, layer_dtype, rounded_to_tf32
 from fastsfvae.ops.tangent_activation import tangent_activation
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
@@ -40,26 +41,49 @@ def fused_layer(name: str, layer: Layer) -> Rule:
 
     def lean(private: bool, x: Jet, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any):
         stack = autocast(stack_of(x))
-        return from_stack(stack_layer(layer, stack, _dense(weight, stack, layer), bias))
+        return from_stack(stack_layer(layer, stack, dense_weight(weight, stack, layer), bias))
 
     def pull(grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor, *_: Any, **__: Any):
         g = stack_of(grad)
         wanted = needs[0], needs[1], any(needs[2:3])
-        dense = _dense(weight, g, layer)
+        dense = dense_weight(weight, g, layer)
         pulled, *others = stack_layer_backward(layer, g, stack_of(x), dense, wanted)
         return None if pulled is None else from_stack(pulled), *others
 
     return Rule(name, forward, adjoint=pull, lean=lean, fresh=True)
 
 
-def _dense(weight: Tensor, stack: Tensor, layer: Layer) -> Tensor:
+def dense_weight(weight: Tensor, stack: Tensor, layer: Layer) -> Tensor:
     """The weight in the stack's dtype and the kernels' order, made once for all of a sweep."""
     # Products in TF32 cut their operands off.
     rounds = layer.product == "tf32" and stack.dtype == torch.float32
 
     def make(weight: Tensor) -> Tensor:
-        order = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-        dense = weight.to(stack.dtype).contiguous(memory_format=order)
+        dense = weight.to(stack.dtype).contiguous(memory_format=_order(weight))
         return rounded_to_tf32(dense) if rounds else dense
 
-    return once(weight, f"dense {stack.dtype} {layer.product}", make)
+    return once(weight, _name(stack.dtype, rounds), make)
+
+
+def cast_weights(weights: Sequence[Tensor]) -> None:
+    """Make `dense_weight`'s results for the weights that autocast casts, all in one launch.
+
+    One launch on a GPU where the weights are in the kernels' order; a launch each elsewhere.
+    """
+    cast = [weight for weight in weights if layer_dtype(weight) != weight.dtype]
+    for dtype in {layer_dtype(weight) for weight in cast}:
+
+        def make(weights: Sequence[Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
+            results = [torch.empty_like(w, dtype=dtype, memory_format=_order(w)) for w in weights]
+            torch._foreach_copy_(results, list(weights))
+            return results
+
+        provide([w for w in cast if layer_dtype(w) == dtype], _name(dtype), make)
+
+
+def _order(weight: Tensor) -> torch.memory_format:
+    return torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+
+
+def _name(dtype: torch.dtype, rounds: bool = False) -> str:
+    return f"dense {dtype}{' rounded' if rounds else ''}"

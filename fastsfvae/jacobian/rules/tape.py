@@ -8,7 +8,7 @@ which cannot run inside a torch.library operator.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,18 @@ def once(
     return function(tensor) if tape is None else tape.once(tensor, name, function, adjoint)
 
 
+def provide(
+    tensors: Sequence[Tensor], name: str, function: Callable[[Sequence[Tensor]], list[Tensor]]
+) -> None:
+    """Compute for several tensors together what `once` is going to be asked for of each.
+
+    Nothing outside of a tape, nor where the tape has it.
+    """
+    tape = getattr(_running, "tape", None)
+    if tape is not None:
+        tape.provide(tensors, name, function)
+
+
 class _Entry(NamedTuple):
     rule: Rule
     args: tuple
@@ -61,13 +73,16 @@ class Tape:
 
     Args:
         wanted: the tensors whose gradients are wanted; they must outlive the tape.
+        beside: another tape of the same sweep: what either has computed once, the other need not.
     """
 
-    def __init__(self, wanted: Iterable[Tensor]):
+    def __init__(self, wanted: Iterable[Tensor], beside: Tape | None = None):
         self._wanted = list(wanted)
         self._entries: list[_Entry] = []
         self._gradients: dict[int, _Gradient] = {}
-        self._once: dict[Any, Tensor] = {}
+        # By tensor and name; the tensor is kept beside its result, so that its id stays its own.
+        self._fixed: dict[Any, tuple[Tensor, Tensor]] = {} if beside is None else beside._fixed
+        self._once: dict[Any, tuple[Tensor, Tensor]] = {}
         self._derived: list[tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = []
         # Whether a rule runs, which may call others.
         self.busy = False
@@ -102,14 +117,27 @@ class Tape:
     ) -> Tensor:
         """See the function of that name."""
         key = id(tensor), name
-        if key not in self._once:
-            # The source is kept, so that its id stays its own.
-            self._once[key], self._once[key, "source"] = function(tensor), tensor
+        # Gradients of a result are this tape's own.
+        known = self._fixed if adjoint is None else self._once
+        if key not in known:
+            known[key] = function(tensor), tensor
             if adjoint is not None and self._needs(tensor):
-                self._wanted.append(self._once[key])
-                self._active.add(id(self._once[key]))
-                self._derived.append((tensor, self._once[key], adjoint))
-        return self._once[key]
+                result = known[key][0]
+                self._wanted.append(result)
+                self._active.add(id(result))
+                self._derived.append((tensor, result, adjoint))
+        return known[key][0]
+
+    def provide(
+        self,
+        tensors: Sequence[Tensor],
+        name: str,
+        function: Callable[[Sequence[Tensor]], list[Tensor]],
+    ) -> None:
+        """See the function of that name."""
+        new = [t for t in tensors if (id(t), name) not in self._fixed]
+        for tensor, result in zip(new, function(new) if new else [], strict=True):
+            self._fixed[id(tensor), name] = result, tensor
 
     def record(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.plan.last_layer import LastLayer
+from fastsfvae.jacobian.rules.fused_layer import cast_weights
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, latent_jet, stack_of
 from fastsfvae.jacobian.rules.tape import Tape
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
@@ -94,6 +95,12 @@ class Program:
         plan = self.plan(z.primal.shape[0])
         run = plan.body if plan.to_tail is None or to_tail < plan.tail_from else plan.to_tail
         return run(z, *self.inputs(along, whole))
+
+    def cast_weights(self, whole: Sequence[Tensor]) -> None:
+        """Cast the fused layers' weights for the tape that records, as autocast asks for."""
+        plan = self.plans[0]
+        used = dict(zip(plan.body_inputs, whole, strict=False))
+        cast_weights([used[index] for index in plan.fused_weights])
 
     def inputs(
         self, along: Sequence[Tensor], whole: Sequence[Tensor]
@@ -234,7 +241,8 @@ class Sweep:
         if z.device.type == "cpu":
             _reuse_memory()
         # The second one records what is behind a cut.
-        self._tape, self._inner = Tape(self._wanted), Tape(self._wanted)
+        self._tape = Tape(self._wanted)
+        self._inner = Tape(self._wanted, beside=self._tape)
         self._parts: list[list[Tensor]] = [[] for _ in self._batch]
 
     def _want(self, needs: tuple[bool, Sequence[bool], Sequence[bool]]) -> None:
@@ -258,6 +266,7 @@ class Sweep:
                 for source, need in zip(sources, self._needs, strict=True):
                     if need:
                         self._tape.activate(source)
+                self._program.cast_weights(self._whole)
                 halves = self._program.plan(len(z)).halves if self._divides else None
                 if halves is not None:
                     given = self._program.inputs(along, self._whole)
