@@ -31,7 +31,7 @@ from ._blocks import dot
 from ._launch import Configuration, cdiv, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather, window
 from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
-from ._stack_weight import split_walk
+from ._stack_walk import split_walk
 from .activations import front_constexprs, times_slope
 
 _READS = window(4, stride=2, padding=1)

@@ -7,11 +7,13 @@ programs of the weight's kernel sum its rows in parts (`column_sums`), and one l
 both kinds of parts, in a fixed order.
 
 Floor: the parts once, from L2; slot 0 once, 4 MB of bfloat16 for 32 channels, 32 x 32 pixels and
-64 samples. Latency bounds the sums of small layers.
+64 samples. Latency bounds the sums of small layers: of many parts a program takes more at a time,
+and fewer columns, so that a small weight has programs enough and each few loads in turn.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,10 +24,12 @@ from torch import Tensor
 
 from ._launch import Configuration, cdiv, launch
 
-# Elements of a tile of rows, and rows of parts and columns that a program adds up at a time.
-_TILE, _PARTS, _BLOCK = 2048, 16, 64
-_NUM_WARPS = 4
+_TILE = 2048
 _MOST_PARTS = 64
+# Parts and columns that a program adds up at a time; the second of more than so many parts.
+_FEW = {"PARTS": 16, "BLOCK": 64}, {"num_warps": 4}
+_MANY = {"PARTS": 256, "BLOCK": 16}, {"num_warps": 8}
+_MOST_FEW = 128
 
 
 @triton.jit
@@ -80,20 +84,27 @@ def bias_of(result: Tensor, columns: int) -> Bias:
 
 
 @triton.jit
-def _total(part_ptr, out_ptr, first, count, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _total(
+    part_ptr, out_ptr, first, count, size, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    TAPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     at, i = first + tl.arange(0, BLOCK), tl.arange(0, PARTS)
     acc = tl.zeros([PARTS, BLOCK], tl.float32)
     for start in range(0, count, PARTS):
         part = (start + i).to(tl.int64)[:, None] * size
         inside = (start + i < count)[:, None] & (at < size)[None, :]
         acc += tl.load(part_ptr + part + at[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + at, tl.sum(acc, 0), mask=at < size)
+    to = at
+    if TAPS > 1:
+        row, tap, c = at // (TAPS * CHANNELS), at // CHANNELS % TAPS, at % CHANNELS
+        to = (row * CHANNELS + c) * TAPS + tap
+    tl.store(out_ptr + to, tl.sum(acc, 0), mask=at < size)
 
 
 @triton.jit(do_not_specialize=["count", "bias_count", "columns"])
 def _sum_parts_kernel(
     part_ptr,  # [count, size]
-    out_ptr,  # [size]
+    out_ptr,  # [size]; with TAPS, of each [TAPS, CHANNELS] the transpose
     bias_part_ptr,  # [bias_count, columns]
     bias_ptr,  # [columns]
     count,
@@ -102,38 +113,62 @@ def _sum_parts_kernel(
     columns,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     blocks = tl.cdiv(size, BLOCK)
     if pid < blocks:
-        _total(part_ptr, out_ptr, pid * BLOCK, count, size, PARTS, BLOCK)
+        _total(part_ptr, out_ptr, pid * BLOCK, count, size, PARTS, BLOCK, TAPS, CHANNELS)
     else:
         first = (pid - blocks) * BLOCK
-        _total(bias_part_ptr, bias_ptr, first, bias_count, columns, PARTS, BLOCK)
+        _total(bias_part_ptr, bias_ptr, first, bias_count, columns, PARTS, BLOCK, 1, 1)
 
 
-def sum_parts(parts: Tensor, bias_parts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Add up float32 parts ``[P, *]`` of a weight's gradient, and ``[Q, C]`` of a bias's if any."""
-    if bias_parts is None:
-        return (parts[0] if len(parts) == 1 else parts.sum(0)), None
-    total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-    bias = torch.empty(bias_parts.shape[1:], dtype=parts.dtype, device=parts.device)
-    programs = cdiv(total.numel(), _BLOCK) + cdiv(bias.numel(), _BLOCK)
+def sum_parts(
+    parts: Tensor, bias_parts: Tensor | None, out: Tensor | None = None, *, turned: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Add up the parts of a weight's gradient, and of a bias's if there are any.
+
+    Args:
+        parts: dense float32 ``[P, M, taps, C]``.
+        bias_parts: ``[Q, columns]``, likewise, or None.
+        out: dense float32 room for the weight's sum; None for new memory.
+        turned: whether the sum is stored as ``[M, C, taps]``.
+
+    Returns:
+        `out`, or ``[M, taps, C]`` where it is None; and ``[columns]`` or None.
+    """
+    if out is None:
+        if bias_parts is None and len(parts) == 1:
+            return parts[0], None
+        out = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
+    bias, bias_count, columns = None, 0, 0
+    if bias_parts is not None:
+        bias_count, columns = bias_parts.shape
+        bias = torch.empty(columns, dtype=parts.dtype, device=parts.device)
+    tile, options = _FEW if len(parts) <= _MOST_FEW else _MANY
+    programs = cdiv(out.numel(), tile["BLOCK"]) + cdiv(columns, tile["BLOCK"])
     launch(
-        *(_sum_parts_kernel, (programs,), parts, total, bias_parts, bias),
-        *(len(parts), total.numel(), len(bias_parts), bias.numel()),
-        **{"PARTS": _PARTS, "BLOCK": _BLOCK, "num_warps": _NUM_WARPS},
+        *(_sum_parts_kernel, (programs,), parts, out),
+        *(parts if bias_parts is None else bias_parts, out if bias is None else bias),
+        *(len(parts), out.numel(), bias_count, columns),
+        **tile,
+        **_order(*(parts.shape[2:] if turned else (1, 1))),
+        **options,
     )
-    return total, bias
+    return out, bias
+
+
+def _order(taps: int, channels: int) -> dict[str, int]:
+    return {"TAPS": taps, "CHANNELS": channels}
 
 
 def configurations() -> Iterator[Configuration]:
-    """Both compilations: sizes that are a multiple of 16, and others."""
+    """Few parts and many: of sizes that are a multiple of 16, of others, and stored turned."""
     types = {f"{name}_ptr": "*fp32" for name in ("part", "out", "bias_part", "bias")}
-    for odd in ((), ("size",)):
-        yield Configuration(
-            *(_sum_parts_kernel, "odd" if odd else "", types),
-            {"PARTS": _PARTS, "BLOCK": _BLOCK},
-            _NUM_WARPS,
-            odd=odd,
-        )
+    kinds = ("", (), (1, 1)), ("odd", ("size",), (1, 1)), ("turned", (), (16, 3))
+    for parts, (kind, odd, order) in itertools.product(("few", "many"), kinds):
+        tile, options = _FEW if parts == "few" else _MANY
+        label, constexprs = f"{parts} {kind}".strip(), tile | _order(*order)
+        yield Configuration(_sum_parts_kernel, label, types, constexprs, **options, odd=odd)

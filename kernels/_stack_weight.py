@@ -28,9 +28,6 @@ cores take 55 and its schedulers 13; an H100 27 us, 10 and 16.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -38,11 +35,10 @@ from torch import Tensor
 
 from ._blocks import dot
 from ._implicit_gemm import moved
-from ._launch import Configuration, DeviceLimits, cdiv, device_limits, launch, pointer
-from ._stack_geometry import POINTWISE, Front, Gather
+from ._launch import Configuration, device_limits, launch, pointer
+from ._stack_geometry import Front, Gather
 from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
-from ._stack_tile import Tile
-from .activations import front_constexprs
+from ._stack_walk import walk_of, weight_constexprs
 
 
 @triton.jit
@@ -166,57 +162,50 @@ def tangent_weight_kernel(
     tl.store(part_ptr + at_part + at, acc, mask=mask)
 
 
-def weight_tile_of(
-    outer: int, columns: int, dtype: torch.dtype, front: Front, limits: DeviceLimits
-) -> Tile:
-    """Block sizes for `outer` channels and `columns`, a window's taps times its channels."""
-    full = dtype == torch.float32
-    exact, three = (full and front.precision == name for name in ("ieee", "tf32x3"))
-    block_m = min(_power(outer), 64)
-    if full and not exact and limits.capability // 10 == 9:
-        # From 64 rows on sm_90 takes TF32 operands from shared memory the other way round, where
-        # nothing but single elements, far apart, can be copied.
-        block_m = min(block_m, 32)
-    # Columns in tiles as wide as the accumulators allow, of which a quarter may go to waste.
-    block_n = min(_power(columns), 256, 8192 // block_m)
-    while block_n > 64 and 3 * cdiv(columns, block_n) * block_n > 4 * columns:
-        block_n //= 2
-    return Tile(
-        block_m=block_m,
-        block_n=block_n,
-        block_k=16 if full else 32,
-        num_warps=8 if block_m * block_n == 8192 else 4,
-        num_stages=2 if exact else 3,
-        # An activation and the parts of an operand want registers; else two programs of eight warps
-        # share a multiprocessor.
-        maxnreg=255 if three or _kind(front) != "none" else 128,
-    )
+def weight_parts(
+    plain: Tensor,
+    windowed: Tensor,
+    gather: Gather,
+    front: Front,
+    *,
+    on_window: bool,
+    bias_size: int = 0,
+    room: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `weight_gradient`, but the parts of both sums, for `sum_parts`.
 
+    Args:
+        plain: as there.
+        windowed: as there.
+        gather: as there.
+        front: as there.
+        on_window: as there.
+        bias_size: as there.
+        room: dense, where the weight's go, as many as `walk_of` says; None for new memory.
 
-def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
-def _kind(front: Front) -> str:
-    """Of the activation that is still to be applied."""
-    return "none" if front.applied else front.kind
-
-
-@functools.lru_cache(maxsize=4096)
-def split_walk(tiles: int, steps: int, most: int) -> tuple[int, int]:
-    """How many tiles and steps each part takes, of `tiles` times `steps` in all.
-
-    Of at most so many parts, the division by which the largest is done first; a part has at least
-    four steps, as its sum costs as much to write as one or two of them to read, and a tile costs
-    about three to begin.
+    Returns:
+        Float32 ``[P, M, taps, C]``, and ``[Q, bias_size]`` or None.
     """
-    most = max(1, min(most, tiles * steps // 4))
-    found = []
-    for groups in range(1, min(tiles, most) + 1):
-        per_group, per_split = cdiv(tiles, groups), cdiv(steps, min(steps, most // groups))
-        count = cdiv(tiles, per_group) * cdiv(steps, per_split)
-        found.append((per_group * (per_split + 3), count, per_group, per_split))
-    return min(found)[2:]
+    walk = walk_of(
+        *(plain.shape, windowed.shape, plain.dtype, gather, front, device_limits(plain)),
+        on_window=on_window,
+    )
+    shape = walk.parts, plain.shape[4], gather.kernel**2, windowed.shape[4]
+    if room is None:
+        room = torch.empty(shape, dtype=torch.float32, device=plain.device)
+    bias = bias_of(plain if on_window else windowed, bias_size)
+    programs = walk.parts * walk.blocks
+    launch(
+        tangent_weight_kernel,
+        (programs + bias.count,),
+        *(plain, windowed, room, room if bias.parts is None else bias.parts),
+        *(walk.images, walk.per_split, walk.per_group, walk.batch),
+        *(programs, bias.count, bias.rows),
+        **walk.constexprs,
+        **tile_of(bias_size),
+        **walk.tile.launch,
+    )
+    return room, bias.parts
 
 
 def weight_gradient(
@@ -243,79 +232,9 @@ def weight_gradient(
         Float32 ``[M, taps, C]``, and ``[bias_size]`` or None; their sums are split and added up in
         a fixed order.
     """
-    (S, B, *grid, M), (_, _, H, W, C) = plain.shape, windowed.shape
-    if gather == POINTWISE:
-        # No position meets another one: each is an image.
-        B, grid, H, W = B * grid[0] * grid[1], [1, 1], 1, 1
-    limits = device_limits(plain)
-    constexprs, tile = weight_constexprs(
-        gather, (grid[0], grid[1]), M, (H, W, C), plain.dtype, front, on_window, limits
+    return sum_parts(
+        *weight_parts(plain, windowed, gather, front, on_window=on_window, bias_size=bias_size)
     )
-    taps, images, positions = gather.kernel**2, S * B, constexprs["POSITIONS"]
-    together = tile.block_k // positions
-    blocks = cdiv(M, tile.block_m) * cdiv(taps * C, tile.block_n)
-    # What registers let a multiprocessor hold: one wave. It depends on the device and the shapes
-    # alone, so the order of summation is the same on every run.
-    resident = 2**16 // (32 * tile.num_warps * cdiv(tile.maxnreg, 8) * 8)
-    tiles, steps = cdiv(grid[0] * grid[1], positions), cdiv(images, together)
-    per_group, per_split = split_walk(tiles, steps, resident * limits.sm_count // blocks)
-    count = cdiv(tiles, per_group) * cdiv(steps, per_split)
-    parts = torch.empty((count, M, taps, C), dtype=torch.float32, device=plain.device)
-    bias = bias_of(plain if on_window else windowed, bias_size)
-    launch(
-        tangent_weight_kernel,
-        (count * blocks + bias.count,),
-        *(plain, windowed, parts, parts if bias.parts is None else bias.parts),
-        *(images, per_split * together, per_group, B, count * blocks, bias.count, bias.rows),
-        **constexprs,
-        **tile_of(bias_size),
-        **tile.launch,
-    )
-    return sum_parts(parts, bias.parts)
-
-
-def weight_constexprs(
-    gather: Gather,
-    grid: tuple[int, int],
-    outer: int,
-    size: tuple[int, int, int],
-    dtype: torch.dtype,
-    front: Front,
-    on_window: bool,
-    limits: DeviceLimits,
-) -> tuple[dict, Tile]:
-    """What is compiled in, and the tile.
-
-    Args:
-        gather: as in `weight_gradient`, as the others.
-        grid: ``(h, w)``.
-        outer: M.
-        size: ``(H, W, C)``.
-        dtype: of both stacks.
-        front: of the layer.
-        on_window: as there.
-        limits: of the device.
-    """
-    (H, W, C), kind = size, _kind(front)
-    tile = weight_tile_of(outer, gather.kernel**2 * C, dtype, front, limits)
-    half, eight_bytes = dtype != torch.float32, 8 // dtype.itemsize
-    single = C % eight_bytes > 0 or outer % eight_bytes > 0
-    if tile.maxnreg == 128 and (single or (not half and on_window and limits.capability >= 120)):
-        # Single elements have a mask each; and on sm_120 TF32 windows of a layer's input spill.
-        tile = replace(tile, maxnreg=168)
-    constexprs = {
-        **{"GRID_H": grid[0], "GRID_W": grid[1], "M": outer, "H": H, "W": W, "C": C},
-        **front_constexprs(kind, front.params if kind != "none" else ()),
-        "ON_WINDOW": on_window,
-        **{"KERNEL": gather.kernel, "STRIDE": gather.stride, "PADDING": -gather.offset},
-        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
-        "POSITIONS": min(tile.block_k, triton.next_power_of_2(grid[0] * grid[1])),
-        "VECTOR": eight_bytes if C % eight_bytes == 0 else 1,
-        # wgmma takes 64 rows at least: there are as many columns.
-        "WINDOW_FIRST": half and limits.capability // 10 == 9 and tile.block_n >= 64,
-        "PRECISION": front.precision,
-    }
-    return constexprs, tile
 
 
 def weight_configuration(

@@ -10,7 +10,7 @@ import mmap
 import pytest
 import torch
 
-from fastsfvae.kernels import _stack_product, _stack_weight
+from fastsfvae.kernels import _stack_product, _stack_walk, _stack_weight
 from fastsfvae.kernels._stack_geometry import Front, doubling, window
 from fastsfvae.kernels._stack_product import product
 from fastsfvae.kernels._stack_weight import weight_gradient
@@ -151,7 +151,7 @@ def test_the_last_rows_of_a_layer_that_doubles(front, last_program):
 @pytest.mark.parametrize("on_window", [False, True])
 def test_the_last_rows_of_a_weights_gradient(on_window, last_program, monkeypatch):
     # The second of two parts is the last sample.
-    monkeypatch.setattr(_stack_weight, "split_walk", lambda tiles, steps, _: (tiles, steps - 1))
+    monkeypatch.setattr(_stack_walk, "split_walk", lambda tiles, steps, _: (tiles, steps - 1))
     near, away = (
         weight_gradient(stack, stack, window(3, 1, 1), Front("tanh"), on_window=on_window)[0]
         for stack in stacks()

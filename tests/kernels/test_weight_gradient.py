@@ -10,7 +10,8 @@ from fastsfvae.kernels._launch import DeviceLimits, pretend
 from fastsfvae.kernels._stack_back import configuration, takes
 from fastsfvae.kernels._stack_geometry import POINTWISE, Front, window
 from fastsfvae.kernels._stack_layer import layer_bwd
-from fastsfvae.kernels._stack_weight import split_walk, weight_gradient
+from fastsfvae.kernels._stack_walk import split_walk
+from fastsfvae.kernels._stack_weight import weight_gradient
 from fastsfvae.kernels.tangent_conv_transpose import geometry
 from tests._triton import INTERPRETER, assert_as_good, requires_triton
 from tests.kernels.stack_layers import ACTIVATIONS, draw, moved
