@@ -2,7 +2,7 @@
 
 Counting needs trips, and trips need no GPU: one thread of one program of a recorded launch is
 followed through the code, its integers and predicates computed from the launch's own arguments and
-the program's number. All else (what is loaded, floats, votes) is unknown, and no loop of a product
+the program's number. All else (what is loaded, floats) is unknown, and no loop of a product
 or a sum ends on it. So "whole program" means: all instructions that this thread's warp issues from
 the first to its exit, whether their predicate holds or not.
 """

@@ -63,6 +63,8 @@ class Warp:
         self.special["SR_LANEID"] = thread % 32
         self.special |= {f"SR_CTAID.{axis}": n for axis, n in zip("XYZ", program, strict=True)}
         self.registers: dict[str, Number] = {}
+        # Of those that are unknown: what is known of their bits, and which those are.
+        self._bits: dict[str, tuple[int, int]] = {}
         self.predicates: dict[str, bool | None] = {}
 
     def predicate(self, text: str) -> bool | None:
@@ -141,8 +143,28 @@ class Warp:
         if not found or found[3] == "Z":
             return
         for word in range(words):
-            part = None if value is None else value >> 32 * word & MASK
-            self.registers[f"{found[2]}{int(found[3]) + word}"] = part
+            name = f"{found[2]}{int(found[3]) + word}"
+            self.registers[name] = None if value is None else value >> 32 * word & MASK
+            self._bits.pop(name, None)
+
+    def bits(self, text: str) -> tuple[int, int]:
+        """What is known of an operand's 32 bits, and which those are."""
+        value = self.number(text)
+        if value is not None:
+            return value, MASK
+        found = REGISTER.match(text)
+        value, known = self._bits.get(found[2] + found[3], (0, 0)) if found else (0, 0)
+        if found and found[1]:
+            return (~value & known, known) if found[1] == "~" else (0, 0)
+        return value, known
+
+    def set_bits(self, text: str, value: int, known: int) -> None:
+        """Write a register of which some bits are known."""
+        known &= MASK
+        self.set(text, value & MASK if known == MASK else None)
+        found = REGISTER.match(text)
+        if found and found[3] != "Z" and known != MASK:
+            self._bits[found[2] + found[3]] = value & known, known
 
     def set_predicate(self, text: str, value: bool | None) -> None:
         """Write a predicate."""

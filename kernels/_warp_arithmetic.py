@@ -29,6 +29,16 @@ def step(warp: Warp, acts: bool | None, opcode: str, operands: Sequence[str]) ->
     base, *modifiers = opcode.split(".")
     plain = base[1:] if base[:1] == "U" and base[1:] in _SEMANTICS else base
     handler = _SEMANTICS.get(plain)
+    if acts is None and plain == "LOP3":
+        # What it would change is no longer known; the other bits are.
+        result, written, *_ = warp.split(list(operands))
+        old, known_before = warp.bits(result)
+        handler(warp, set(modifiers), list(operands))
+        new, known = warp.bits(result)
+        warp.set_bits(result, old, known & known_before & ~(old ^ new))
+        for text in written:
+            warp.set_predicate(text, None)
+        return
     if acts is None or handler is None:
         _forget(warp, operands, _words(base, modifiers))
         return
@@ -148,20 +158,23 @@ def _shift(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
 
 def _logic(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
     result, written, inputs, _ = warp.split(operands)
-    a, b, c, table = (warp.number(text) for text in inputs[:4])
-    # A table may not depend on some of its inputs.
-    value: Number = None
-    if table is not None:
-        tried = {
-            _by_table(a if a is not None else x, b if b is not None else y, c, table)
-            for x in (0, MASK)
-            for y in (0, MASK)
-            if c is not None
-        }
-        value = tried.pop() if len(tried) == 1 else None
-    warp.set(result, value)
+    table = warp.number(inputs[3])
+    pairs = [warp.bits(text) for text in inputs[:3]]
+    # Bits that may be one, and that may be zero, in each input and then in the result: predicates
+    # that found no register are kept as bits of one, of which some are known and some not.
+    may = [(~known | value, ~known | ~value) for value, known in pairs]
+    ones = zeros = 0
+    for index in range(8):
+        here = MASK
+        for at, (one, zero) in enumerate(may):
+            here &= one if index & 4 >> at else zero
+        if table is None or table >> index & 1:
+            ones |= here
+        if table is None or not table >> index & 1:
+            zeros |= here
+    warp.set_bits(result, ones, ones ^ zeros)
     for text in written:
-        warp.set_predicate(text, None if value is None else value != 0)
+        warp.set_predicate(text, True if ones & ~zeros else None if ones else False)
 
 
 def _predicate_logic(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
@@ -170,6 +183,13 @@ def _predicate_logic(warp: Warp, modifiers: set[str], operands: list[str]) -> No
         known = None not in values
         index = sum(bool(v) << 2 - at for at, v in enumerate(values))
         warp.set_predicate(text, bool(int(table, 16) >> index & 1) if known else None)
+
+
+def _vote(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
+    # No kernel votes: the compiler does, to give the uniform registers a predicate that is equal in
+    # all threads of a warp.
+    moves = "ANY" in modifiers and len(operands) == 2
+    warp.set_predicate(operands[0], warp.predicate(operands[1]) if moves else None)
 
 
 def _compare(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
@@ -300,14 +320,6 @@ def _to_integer(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
     warp.set(operands[0], int(value) & (1 << 32 * words) - 1 if known else None, words)
 
 
-def _by_table(a: int, b: int, c: int, table: int) -> int:
-    value = 0
-    for index in range(8):
-        if table >> index & 1:
-            value |= (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
-    return value & MASK
-
-
 def _float_bits(value: float) -> int:
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
@@ -323,7 +335,7 @@ _SEMANTICS: dict[str, Callable[[Warp, set[str], list[str]], None]] = {
     **dict.fromkeys(("S2R", "S2UR", "CS2R", "CS2UR"), _special_register),
     **dict.fromkeys(("IADD", "IADD3", "VIADD"), _add),
     **{"IMAD": _multiply, "LEA": _shifted_add, "SHF": _shift},
-    **{"LOP3": _logic, "PLOP3": _predicate_logic, "ISETP": _compare},
+    **{"LOP3": _logic, "PLOP3": _predicate_logic, "ISETP": _compare, "VOTEU": _vote},
     **{"SEL": _select, "IABS": _absolute, "SGXT": _extend, "PRMT": _permute},
     **dict.fromkeys(("IMNMX", "VIMNMX"), _extremum),
     **{"P2R": _pack, "R2P": _unpack},

@@ -156,6 +156,35 @@ def test_what_is_not_known_stays_unknown():
     assert warp.predicate("P0") is False
 
 
+def test_predicates_that_are_kept_as_bits_of_an_unknown_register():
+    warp = Warp(89, b"", (0, 0, 0), 32)
+    warp.predicates |= {"P0": True, "P1": False}
+    for predicate, bit in ((True, 1), (False, 2), (None, 4)):
+        # Cleared, and set where the predicate holds.
+        cleared = ("R2", "R2", hex(~bit & WORD), "RZ", "0xc0", "!PT")
+        step(warp, True, "LOP3.LUT", cleared)
+        step(warp, predicate, "LOP3.LUT", ("R2", "R2", hex(bit), "RZ", "0xfc", "!PT"))
+    assert warp.number("R2") is None
+    for bit, known in ((1, True), (2, False), (4, None), (8, None), (3, True), (6, None)):
+        step(warp, True, "LOP3.LUT", ("P2", "RZ", "R2", hex(bit), "RZ", "0xc0", "!PT"))
+        assert warp.predicate("P2") is known, bit
+    step(warp, None, "LOP3.LUT", ("P2", "RZ", "R2", "0x1", "RZ", "0xc0", "!PT"))
+    assert warp.predicate("P2") is None
+    # All of them at once become a number; whatever is written next leaves no bit behind.
+    step(warp, True, "LOP3.LUT", ("R3", "R2", "0x3", "RZ", "0xc0", "!PT"))
+    assert warp.number("R3") == 1
+    step(warp, True, "LDG.E", ("R2", "[R4.64]"))
+    assert warp.bits("R2") == (0, 0)
+
+
+def test_a_predicate_goes_to_the_uniform_ones_by_a_vote():
+    warp = Warp(90, b"", (0, 0, 0), 32)
+    for value in (True, False, None):
+        warp.predicates = {"P0": value}
+        step(warp, True, "VOTEU.ANY", ("UP1", "P0"))
+        assert warp.predicate("UP1") is value
+
+
 @compiles
 @pytest.mark.parametrize("arch, size", [(80, 4096), (89, 4096), (90, 2 * 64 * 32 * 16 / 4)])
 def test_a_matrix_product_issues_the_tensor_instructions_that_it_needs(arch, size):
