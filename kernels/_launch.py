@@ -1,9 +1,16 @@
-"""What every launcher shares: device limits, and the description of a compilation for the audit."""
+"""What every launcher shares: device limits, and the description of a compilation for the audit.
+
+Launches may overlap (programmatic dependent launch): from compute capability 9.0 on a kernel can be
+put on the chip while the one in front of it ends, and wait there, which hides most of the time
+between the two. `FASTSFVAE_PDL=1` asks for it; without, every kernel begins when the one in front
+has ended, as no card has confirmed the other yet.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +19,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 # The interpreter computes tl.dot on bf16 operands from their bit patterns; kernels upcast there.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -19,6 +27,9 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 # Said at every compilation, as what Triton does unasked is about to change: a product and a sum are
 # one instruction.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+# Names the environment variable, and the first compute capability where it counts.
+OVERLAP, _OVERLAPPING = "FASTSFVAE_PDL", 90
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -65,8 +76,40 @@ def pretend(limits: DeviceLimits) -> Iterator[None]:
         _pretended.reset(token)
 
 
+@tl.core.builtin
+def _take_turns(_semantic: Any = None) -> None:
+    if getattr(_semantic.builder.options, "launch_pdl", False):
+        gdc_wait(_semantic=_semantic)
+        gdc_launch_dependents(_semantic=_semantic)
+
+
+@triton.jit
+def begin():
+    """The first statement of every kernel; no instruction where its launch does not overlap.
+
+    It waits until the kernel in front has ended and what that wrote can be read, and so for all in
+    front of that one, which has waited likewise. Then it lets the next one come.
+    """
+    if not INTERPRET:
+        _take_turns()
+
+
+def overlaps(capability: int) -> bool:
+    """Whether launches overlap on a device of that compute capability.
+
+    Raises:
+        ValueError: an unknown $FASTSFVAE_PDL.
+    """
+    setting = os.environ.get(OVERLAP, "0")
+    if setting not in ("0", "1"):
+        raise ValueError(f"{OVERLAP}={setting} is not one of 0, 1")
+    return setting == "1" and capability >= _OVERLAPPING
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch a kernel on the device of its first argument, a tensor, with `OPTIONS`.
+
+    Where launches overlap, it may be put there before the one in front has ended (see `begin`).
 
     Args:
         kernel: the `triton.jit` function.
@@ -74,6 +117,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         args: the kernel's runtime arguments, in order.
         options: its constexprs by name, and num_warps, num_stages, maxnreg.
     """
+    if overlaps(device_limits(args[0]).capability):
+        options["launch_pdl"] = True
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **OPTIONS, **options)
 

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ._contract import WOODBURY_MAX_M
 from ._factorise import bounded, factorise
-from ._launch import Configuration, launch
+from ._launch import Configuration, begin, launch
 from .woodbury import woodbury_block, woodbury_warps
 
 LIKELIHOODS = ("precision", "mixture", "normalized", "expected")
@@ -91,6 +91,7 @@ def _elbo_kernel(
     LIKELIHOOD: tl.constexpr,
     RESCUE: tl.constexpr,
 ):
+    begin()
     # A rescue computes lost samples again, in float64, and leaves the others alone.
     dtype: tl.constexpr = tl.float64 if RESCUE else tl.float32
     b = tl.program_id(0).to(tl.int64)

@@ -30,6 +30,7 @@ from ._launch import (
     INTERPRET,
     Configuration,
     DeviceLimits,
+    begin,
     cdiv,
     check_dtypes,
     device_limits,
@@ -64,6 +65,7 @@ def _gram_project_fwd_kernel(
     ONE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    begin()
     # Tile pairs of one part of one sample are neighbours in launch order: they share J through L2.
     pid = tl.program_id(0)
     row_tile = pid % tiles
@@ -118,6 +120,7 @@ def _gram_project_sum_kernel(
     blocks,
     BLOCK: tl.constexpr,
 ):
+    begin()
     pid = tl.program_id(0)
     b = (pid // blocks).to(tl.int64)
     # The lanes of a sample run over G, then p, then rr.
@@ -159,6 +162,7 @@ def _gram_project_bwd_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    begin()
     pid = tl.program_id(0)
     row_tile = pid % tiles
     n_block = (pid // tiles) % n_blocks

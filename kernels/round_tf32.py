@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._blocks import rounded
-from ._launch import Configuration, cdiv, launch
+from ._launch import Configuration, begin, cdiv, launch
 
 # Four elements a thread: one 16-byte access.
 _BLOCK, _NUM_WARPS = 512, 4
@@ -22,6 +22,7 @@ _BLOCK, _NUM_WARPS = 512, 4
 
 @triton.jit(do_not_specialize=["numel"])
 def _round_tf32_kernel(x_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+    begin()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < numel)
     tl.store(out_ptr + at, rounded(x, "tf32"), mask=at < numel)

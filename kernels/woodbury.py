@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._contract import WOODBURY_MAX_M, Woodbury
 from ._factorise import bounded, factorise
-from ._launch import Configuration, launch
+from ._launch import Configuration, begin, launch
 
 
 @triton.jit(do_not_specialize=["B", "m", "splits"])
@@ -50,6 +50,7 @@ def _woodbury_fwd_kernel(
     SUMS: tl.constexpr,
     RESCUE: tl.constexpr,
 ):
+    begin()
     # A rescue computes lost samples again, in float64, and leaves the others alone.
     dtype: tl.constexpr = tl.float64 if RESCUE else tl.float32
     b = tl.program_id(0).to(tl.int64)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._blocks import add_gram_float64, store_sums
 from ._contract import Woodbury, rows_dense
-from ._launch import Configuration, cdiv, empty_sums, launch, pointer
+from ._launch import Configuration, begin, cdiv, empty_sums, launch, pointer
 from .woodbury import _woodbury_fwd_kernel, woodbury_block, woodbury_warps
 
 # Columns of J that one program sums up, at the least; and into how many parts n is cut at most.
@@ -48,6 +48,7 @@ def _gram_float64_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    begin()
     pid = tl.program_id(0)
     split = pid % splits
     b = (pid // splits).to(tl.int64)
