@@ -80,7 +80,7 @@ def _gram_tail_bwd_kernel(
     g_rr_ptr,  # [B]
     dt_ptr,  # [m, B, H, W, C]
     da_ptr,  # [B, H, W, C] float32; not written without CURVED
-    dw_ptr,  # [programs along axis 0, C, 64] float32
+    dw_ptr,  # [programs along axis 0, C, 16, CO] float32
     dr_ptr,  # [B, 2H, 2W, CO] float32
     dv_ptr,  # -dr [B, 2H, 2W, CO], in a dtype of its own
     d_slope_ptr,  # [B, 2H, 2W, CO] float32; not written without SLOPED
@@ -186,8 +186,9 @@ def _gram_tail_bwd_kernel(
         dT = rounded(dT, PRECISION).to(dt_ptr.dtype.element_ty)
         tl.store(dt_ptr + at_dt[:, None] + in_t, dT, mask=live)
         dW = dot(tl.trans(T), dZ, dW, PRECISION)
-    at_dw = dw_ptr + (pid * C + c[:, None]) * 64 + k[None, :]
-    tl.store(at_dw, dW, mask=(c < C)[:, None])
+    at_dw = c[:, None] * (16 * CO) + (k // 4 * CO + k % 4)[None, :]
+    dw_ptr += pid.to(tl.int64) * (C * 16 * CO)
+    tl.store(dw_ptr + at_dw, dW, mask=(c < C)[:, None] & (k % 4 < CO)[None, :])
 
 
 def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool) -> Tile:
@@ -233,7 +234,7 @@ class Pulled(NamedTuple):
 
     Attributes:
         T: ``[m, B, Ci, H, W]`` in T's dtype, in front of the activation.
-        weight: float32 ``[Ci, Co, 4, 4]``, a view.
+        parts: float32 ``[P, Ci, 16, Co]``, whose sum is the weight's, and room for others behind.
         r: float32 ``[B, Co, 2H, 2W]``.
         output: its negative, that of what r was subtracted from, in the dtype asked for.
         a: float32 ``[B, Ci, H, W]``, what curvature adds; None where phi'' = 0.
@@ -241,7 +242,7 @@ class Pulled(NamedTuple):
     """
 
     T: Tensor
-    weight: Tensor
+    parts: Tensor
     r: Tensor
     output: Tensor
     a: Tensor | None
@@ -265,6 +266,7 @@ def gram_tail_bwd(
     input_precision: str = "ieee",
     out: Tensor | None = None,
     output_dtype: torch.dtype = torch.float32,
+    spare: int = 0,
 ) -> Pulled:
     """Pull cotangents of G, p and rr back.
 
@@ -284,6 +286,7 @@ def gram_tail_bwd(
         input_precision: as in the forward.
         out: where dT goes, each dT[i] in channels-last order; None for new memory.
         output_dtype: of the gradient of the layer's output.
+        spare: parts of the weight's gradient that others will add behind those from here.
 
     Raises:
         TypeError, ValueError: as `gram_tail_partials`.
@@ -308,18 +311,18 @@ def gram_tail_bwd(
         da = torch.empty_like(T[0], dtype=torch.float32, memory_format=torch.channels_last)
     c_blocks = cdiv(channels_in, tile.block_c)
     splits = shares(tile.count(1, height * width), B * c_blocks, tile, device_limits(T))
-    dW = torch.empty((B * splits, channels_in, 4, 4, 4), dtype=torch.float32, device=T.device)
+    shape = B * splits + spare, channels_in, 16, weight.shape[1]
+    parts = torch.empty(shape, dtype=torch.float32, device=T.device)
     launch(
         *(_gram_tail_bwd_kernel, (B * splits, c_blocks)),
         *(T, T if a is None else a, Z, weight, r if slope is None else slope, r, M, u, g_rr),
-        *(dT, r if da is None else da, dW, dr, d_output, r if d_slope is None else d_slope),
+        *(dT, r if da is None else da, parts, dr, d_output, r if d_slope is None else d_slope),
         *(B, m, splits, T.stride(0), dT.stride(0)),
         **constexprs,
         **_constexprs(tile, kind, applied),
         **tile.options,
     )
-    d_weight = dW.sum(0)[..., : weight.shape[1]].permute(0, 3, 1, 2)
-    return Pulled(dT, d_weight, dr, d_output, da, d_slope)
+    return Pulled(dT, parts, dr, d_output, da, d_slope)
 
 
 def _constexprs(tile: Tile, kind: str, applied: bool) -> dict:

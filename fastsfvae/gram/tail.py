@@ -12,7 +12,14 @@ from torch import Tensor
 from fastsfvae.gram.written import Pulled
 from fastsfvae.jacobian.rules.jet import from_stack
 from fastsfvae.ops.elbo import Parts
-from fastsfvae.ops.gram_tail import Tail, empty_rows, tail_backward, tail_partials, tail_values
+from fastsfvae.ops.gram_tail import (
+    Tail,
+    empty_rows,
+    tail_backward,
+    tail_partials,
+    tail_values,
+    with_dense,
+)
 from fastsfvae.ops.low_rank import Solved, low_rank_of_partials
 
 
@@ -26,7 +33,8 @@ class Unwritten:
     """
 
     def __init__(self, tail: Tail, x: Tensor | None, pulled: bool = True):
-        self._tail, self._values = tail, tail_values(tail)
+        self._tail = tail = with_dense(tail)
+        self._values = tail_values(tail)
         self.output = self._values.output
         # The kernels read it in the output's memory order.
         r = torch.empty_like(self.output)

@@ -44,6 +44,8 @@ class Tail(NamedTuple):
         bias: ``[Co]`` or None.
         behind: the activation behind the layer, "none" or as `Layer` has it.
         behind_params: its parameters.
+        dense: the weight as products take it: channels-last, in the stack's dtype, and rounded to
+            TF32 where they are TF32's; None where nobody has made it (`with_dense`).
     """
 
     layer: Layer
@@ -52,6 +54,7 @@ class Tail(NamedTuple):
     bias: Tensor | None = None
     behind: str = "none"
     behind_params: tuple[float, ...] = ()
+    dense: Tensor | None = None
 
 
 class Values(NamedTuple):
@@ -107,6 +110,14 @@ def largest_batch(
     return tangent_layer.largest_batch(layer, slots, x_shape, weight_shape, dtype) if fits else 0
 
 
+def with_dense(tail: Tail) -> Tail:
+    """The same tail, with a dense weight if it has none."""
+    if tail.dense is not None:
+        return tail
+    last = torch.channels_last
+    return tail._replace(dense=tail.weight.to(tail.stack.dtype, memory_format=last))
+
+
 @ranged("last layer")
 def tail_values(tail: Tail) -> Values:
     """Run the layer and the activation behind it on the value alone; float32.
@@ -116,7 +127,8 @@ def tail_values(tail: Tail) -> Values:
         TypeError: a dtype that the kernels do not take.
         ValueError: float64, an unknown kind or a wrong number of parameters.
     """
-    y = stack_layer(tail.layer, tail.stack[:1], tail.weight, tail.bias)[0].float()
+    given = tail.layer, tail.stack[:1], _dense(tail), tail.bias
+    y = stack_layer(*given, out_dtype=torch.float32)[0]
     if tail.behind == "none":
         return Values(y, y, None)
     output, slope = stack_activation(y, _ones(y), tail.behind, tail.behind_params)
@@ -144,8 +156,10 @@ def tail_partials(
     from fastsfvae.kernels.gram_tail import gram_tail_partials
 
     _library.require_triton(tail.stack)
+    # What is rescued takes no weight that has been rounded.
+    weight = _dense(tail) if lost is None else tail.weight
     return gram_tail_partials(
-        *(tail.stack[1:], tail.weight, r), **_options(tail, values), lost=lost, Z=Z
+        *(tail.stack[1:], weight, r), **_options(tail, values), lost=lost, Z=Z
     )
 
 
@@ -182,16 +196,18 @@ def tail_backward(
     Returns:
         The stack's gradient in its dtype, in channels-last order, and the others in float32.
     """
+    from fastsfvae.kernels._gram_tail_weight import parts_of_values, weight_and_bias
     from fastsfvae.kernels.gram_tail_backward import gram_tail_bwd
 
-    stack = tail.stack
+    stack, weight, front = tail.stack, _dense(tail), tail.layer.front
     grad = torch.empty_like(stack.flatten(0, 1), memory_format=torch.channels_last)
     grad = grad.unflatten(0, stack.shape[:2])
     pulled = gram_tail_bwd(
-        *(stack[1:], tail.weight, r, Z, M, u, g_rr),
+        *(stack[1:], weight, r, Z, M, u, g_rr),
         **_options(tail, values),
         out=grad[1:],
         output_dtype=stack.dtype if df is None and values.slope is None else torch.float32,
+        spare=parts_of_values(stack[0], weight.shape[1], front),
     )
     d_values = pulled.output if df is None else pulled.output.add_(df)
     if pulled.slope is not None:
@@ -200,19 +216,24 @@ def tail_backward(
             *(values.argument, _ones(d_values), d_values, pulled.slope[None]),
             *(tail.behind, tail.behind_params),
         )[0]
-    of_value, of_weight, d_bias = stack_layer_backward(
-        *(tail.layer, d_values[None].to(stack.dtype), stack[:1], tail.weight),
-        needs=(True, True, tail.bias is not None),
+    d_values = d_values.to(stack.dtype)
+    stack_layer_backward(
+        *(tail.layer, d_values[None], stack[:1], weight),
+        needs=(True, False, False),
+        out=grad[:1],
     )
-    assert of_value is not None and of_weight is not None
-    if pulled.a is None:
-        grad[0] = of_value[0]
-    else:
-        torch.add(of_value[0], pulled.a, out=grad[0])
-    d_weight = torch.add(
-        pulled.weight, of_weight, out=torch.empty_like(tail.weight, dtype=of_weight.dtype)
+    if pulled.a is not None:
+        grad[0].add_(pulled.a)
+    d_weight, d_bias = weight_and_bias(
+        *(pulled.parts, stack[0], d_values, tail.weight, front), has_bias=tail.bias is not None
     )
     return TailGradients(grad, d_weight, d_bias, pulled.r)
+
+
+def _dense(tail: Tail) -> Tensor:
+    dense = with_dense(tail).dense
+    assert dense is not None
+    return dense
 
 
 def _ones(y: Tensor) -> Tensor:
