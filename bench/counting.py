@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -19,10 +20,14 @@ _FREE = frozenset(
 )
 
 
+# Told of each of PyTorch's launches: the operation, its arguments and its result.
+Told = Callable[[Any, Any, Any], None]
+
+
 class _Calls(TorchDispatchMode):
-    def __init__(self, counts: Counter[str]):
+    def __init__(self, counts: Counter[str], told: Told | None):
         super().__init__()
-        self._counts = counts
+        self._counts, self._told = counts, told
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastsfvae":
@@ -36,19 +41,22 @@ class _Calls(TorchDispatchMode):
             parts = func.decompose(*args, **(kwargs or {}))
         if parts is not NotImplemented:
             return parts
-        name = func.overloadpacket.__name__
+        name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
         if name not in _FREE:
             self._counts[name] += 1
-        return func(*args, **(kwargs or {}))
+            if self._told is not None:
+                self._told(func, (args, kwargs or {}), result)
+        return result
 
 
 @contextmanager
-def counted_launches(*, skip_kernels: bool = True):
+def counted_launches(*, skip_kernels: bool = True, told: Told | None = None):
     """Count by name, inside, what autograd's and PyTorch's calls and Triton's kernels launch.
 
     Args:
         skip_kernels: do not run the Triton kernels, whose results are then whatever memory held: at
             a workload's size the interpreter takes hours.
+        told: called for each of PyTorch's.
     """
     counts: Counter[str] = Counter()
     run = interpreter.GridExecutor.__call__
@@ -62,5 +70,5 @@ def counted_launches(*, skip_kernels: bool = True):
         # Constants are kept outside of such modes only.
         kept = "fastsfvae._constants._get_current_dispatch_mode"
         stack.enter_context(mock.patch(kept, return_value=None))
-        stack.enter_context(_Calls(counts))
+        stack.enter_context(_Calls(counts, told))
         yield counts

@@ -5,23 +5,27 @@ A kernel takes the longest of five:
     tensor    its tensor-core instructions at the card's peak, padding and all
     issue     a warp instruction a clock on each of an SM's four schedulers
     L2        the 32-byte sectors that its programs ask L2 for
-    DRAM      each tensor that it is given, once; of a launch on a part of them, what it asks for
+    DRAM      each tensor that it is given, once; of a launch on a part of them, what it asks for;
+              nothing of what it reads and L2 has kept (`bench.l2_cache`)
     latency   waves of programs, times the accesses of one that wait for one another
 
-and a step the sum of its kernels, and a launch each. Instructions, sectors and bytes are counted:
+the first two of the SM that has most programs, and a step the sum of its kernels, and a launch
+each. Of PyTorch's own launches the bytes are counted. Instructions, sectors and bytes are counted:
 the launches are recorded without a GPU and compiled, and threads of their middle programs followed.
-Guesses stand in `GUESSES` and `_L2_RATES`; no card has confirmed them.
+Guesses stand in `GUESSES` and `_L2_RATES`; no card has confirmed them. What a step takes where
+nothing stays in L2 from one launch to the next is printed beside it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from bench.launches import step
+from bench.l2_cache import L2_BYTES, L2_SHARE, L2Cache, Span
+from bench.launches import Other, divides_with, step
 from fastsfvae.jacobian.cost import CARDS
 from fastsfvae.kernels._code_gate import CARDS as LIMITS
 from fastsfvae.kernels._code_gate import labels, resident
@@ -32,7 +36,8 @@ SECTOR = 32
 LAUNCH_SECONDS, LATENCY_CLOCKS = 2e-6, 600
 GUESSES = (
     "guessed: L2's rate; every scheduler issues in every clock; what one program asks for again "
-    "through L1 is found there; nothing stays in L2 from one kernel to the next; "
+    f"through L1 is found there; {L2_SHARE:.0%} of L2 keep what was last used, all of a launch's "
+    "tensors from front to back; "
     f"{LATENCY_CLOCKS} clocks for an access; {1e6 * LAUNCH_SECONDS:g} us for a launch in a graph"
 )
 # Compute capability, clock rate by data sheet, and L2's bytes a second, a guess.
@@ -55,9 +60,12 @@ class KernelTime:
         tensor: at the tensor cores' peak.
         issue: likewise, of the schedulers.
         l2: of L2.
-        dram: of device memory.
+        dram: of device memory, nothing kept in L2.
         latency: of waiting.
         launch: what was recorded.
+        asked: bytes that its programs ask L2 for.
+        written: its arguments that it writes.
+        spared: seconds of `dram` that L2 spares, where it has kept what is read.
     """
 
     name: str
@@ -67,11 +75,15 @@ class KernelTime:
     dram: float
     latency: float
     launch: Launch
+    asked: int = 0
+    written: frozenset[str] = frozenset()
+    spared: float = 0.0
 
     @property
     def limits(self) -> dict[str, float]:
         """All five by name."""
-        return {n: getattr(self, n) for n in ("tensor", "issue", "l2", "dram", "latency")}
+        found = {n: getattr(self, n) for n in ("tensor", "issue", "l2", "dram", "latency")}
+        return found | {"dram": self.dram - self.spared}
 
     @property
     def tightest(self) -> str:
@@ -86,7 +98,15 @@ class KernelTime:
     @property
     def floor(self) -> float:
         """With a perfect kernel in its place: the same bytes, the same products."""
-        return max(self.dram, self.tensor)
+        return max(self.limits["dram"], self.tensor)
+
+    def spans(self, launch: Launch) -> list[Span]:
+        """The memory of a launch of the same kernel, of one on a part of it the front."""
+        part = min(1.0, self.asked / max(1, launch.moved))
+        return [
+            Span(m.address, int(part * m.bytes), name in self.written)
+            for name, m in launch.memories.items()
+        ]
 
 
 def sector_bytes(code: Code, launch: Launch, arch: int) -> int:
@@ -151,7 +171,8 @@ def kernel_time(name: str, launch: Launch, card: str, dtype: str) -> KernelTime:
     compiled = launch.compile(arch)
     code = disassemble(compiled.asm["cubin"])
     counts = count(code, launch, arch)
-    warps = launch.programs * launch.num_warps
+    # Warps of the SM that has most programs, times all SMs.
+    warps = -(-launch.programs // sm_count) * sm_count * launch.num_warps
     at_a_time = sm_count * resident(
         arch, code.registers, compiled.metadata.shared, launch.num_warps
     )
@@ -167,27 +188,58 @@ def kernel_time(name: str, launch: Launch, card: str, dtype: str) -> KernelTime:
         dram=min(launch.moved, asked) / sheet.bandwidth,
         latency=-(-launch.programs // at_a_time) * waits * LATENCY_CLOCKS / clock,
         launch=launch,
+        asked=asked,
+        written=frozenset(argument for argument, kind in counts.widths if kind == "store"),
     )
 
 
+@dataclass(frozen=True)
+class OtherTime:
+    """Seconds of one of PyTorch's launches, of its bytes.
+
+    Attributes:
+        name: of the operation.
+        l2: of L2.
+        dram: of device memory, nothing kept in L2.
+        spared: of `dram`, as in `KernelTime`.
+    """
+
+    name: str
+    l2: float
+    dram: float
+    spared: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The longer of the two."""
+        return max(self.l2, self.dram - self.spared)
+
+
 class StepTime(NamedTuple):
-    """A step's kernels, and how many other launches there are."""
+    """A step's kernels, and PyTorch's other launches."""
 
     kernels: list[KernelTime]
-    others: int
+    others: list[OtherTime]
 
     @property
     def launches(self) -> int:
         """All of them."""
-        return len(self.kernels) + self.others
+        return len(self.kernels) + len(self.others)
 
     @property
     def seconds(self) -> float:
-        """Of kernels and launches; what the other launches do takes no more than a launch."""
-        return sum(k.seconds for k in self.kernels) + LAUNCH_SECONDS * self.launches
+        """Of all, and a launch each."""
+        of_each = (x.seconds for x in (*self.kernels, *self.others))
+        return sum(of_each) + LAUNCH_SECONDS * self.launches
+
+    def forgetful(self) -> StepTime:
+        """Nothing stays in L2 from one launch to the next."""
+        return StepTime(*([replace(x, spared=0.0) for x in part] for part in self))
 
 
-def step_time(workload: str, card: str, dtype: str, batch: int) -> StepTime:
+def step_time(
+    workload: str, card: str, dtype: str, batch: int, *, divided: bool = False
+) -> StepTime:
     """Decoder and loss, forward and backward, on a card of `MODELLED`.
 
     Args:
@@ -195,18 +247,29 @@ def step_time(workload: str, card: str, dtype: str, batch: int) -> StepTime:
         card: by name.
         dtype: "bfloat16" or "tf32".
         batch: samples, all in one chunk.
+        divided: whether the last layers run on as few samples at a time as L2 holds.
     """
-    recorded = step(workload, dtype, LIMITS[_L2_RATES[card][0]], batch, others=True)
-    names = labels(recorded.kernels)
+    arch, _, l2_rate = _L2_RATES[card]
+    divides = L2_BYTES[card] if divided else 0
+    recorded = step(workload, dtype, LIMITS[arch], batch, others=True, divides=divides)
+    names = iter(labels(recorded.kernels))
     found: dict[tuple, KernelTime] = {}
-    kernels = []
-    for name, launch in zip(names, recorded.kernels, strict=True):
+    cache, bandwidth = L2Cache(L2_SHARE * L2_BYTES[card]), CARDS[card].bandwidth
+    result = StepTime([], [])
+    for launch in recorded.order:
+        if isinstance(launch, Other):
+            kept = cache.found(launch.spans) / bandwidth
+            moved = launch.moved
+            result.others.append(OtherTime(launch.name, moved / l2_rate, moved / bandwidth, kept))
+            continue
         # Launches of the same code on as much memory take as long.
-        key = launch.compilation, launch.grid, launch.moved
+        name, key = next(names), (launch.compilation, launch.grid, launch.moved)
         if key not in found:
             found[key] = kernel_time(name, launch, card, dtype)
-        kernels.append(found[key])
-    return StepTime(kernels, sum(recorded.others.values()))
+        time = found[key]
+        kept = cache.found(time.spans(launch)) / bandwidth
+        result.kernels.append(replace(time, name=name, launch=launch, spared=min(kept, time.dram)))
+    return result
 
 
 def lines_of(workload: str, card: str, dtype: str, batch: int, floor: float) -> list[str]:
@@ -220,15 +283,41 @@ def lines_of(workload: str, card: str, dtype: str, batch: int, floor: float) -> 
         floor: of the whole step, in seconds, whatever kernels it has.
     """
     found = step_time(workload, card, dtype, batch)
-    heads = "tensor", "issue", "L2", "DRAM", "latency", "us", "floor"
+    heads = "tensor", "issue", "L2", "DRAM", "latency", "us", "floor", "spared"
     lines = [f"{card}, {dtype}: us", " ".join(f"{head:>7s}" for head in heads) + "  bound by"]
     for k in found.kernels:
-        numbers = (*k.limits.values(), k.seconds, k.floor)
+        numbers = (*k.limits.values(), k.seconds, k.floor, k.spared)
         lines.append(" ".join(f"{1e6 * n:7.1f}" for n in numbers) + f"  {k.tightest:7s}  {k.name}")
-    kernels = sum(k.seconds for k in found.kernels)
-    lines.append(
-        f"kernels {1e3 * kernels:.3f} ms, with {found.launches} launches ({len(found.kernels)} of "
-        f"these kernels) {1e3 * found.seconds:.3f} ms; with perfect ones in their place "
-        f"{1e3 * sum(k.floor for k in found.kernels):.3f} ms; the floor of any {1e3 * floor:.3f} ms"
+    lines += _sums(found)
+    lines.append(f"the floor of any {1e3 * floor:.3f} ms")
+    if divides_with(L2_BYTES[card]):
+        parts = step_time(workload, card, dtype, batch, divided=True)
+        lines += ["the last layers a few samples at a time, as in a captured step:", *_sums(parts)]
+        lines.append(_pays(found, parts))
+    return lines
+
+
+def _pays(whole: StepTime, parts: StepTime) -> str:
+    """Whether the second of two steps, of more launches, is the faster one."""
+    gained, more = whole.seconds - parts.seconds, parts.launches - whole.launches
+    even = LAUNCH_SECONDS + gained / more
+    return (
+        f"that {'pays' if gained > 0 else 'does not pay'}: {1e6 * gained:+.0f} us gained, by {more}"
+        f" more launches; it pays below {1e6 * even:.1f} us a launch"
     )
+
+
+def _sums(found: StepTime) -> list[str]:
+    """Of a step, L2 keeping what it can, and nothing."""
+    lines = []
+    for says, step_of in (("L2 keeps", found), ("nothing stays in L2", found.forgetful())):
+        kernels, others = (1e3 * sum(x.seconds for x in part) for part in step_of)
+        floor = 1e3 * sum(k.floor for k in step_of.kernels)
+        read = 1e6 * sum(x.spared for part in step_of for x in part)
+        says += f" {read:.0f} us of DRAM" if read else ""
+        lines.append(
+            f"{says}: kernels {kernels:.3f} ms, PyTorch's {others:.3f} ms, with {found.launches} "
+            f"launches ({len(found.kernels)} of these kernels) {1e3 * step_of.seconds:.3f} ms; with"
+            f" perfect kernels in their place {floor:.3f} ms"
+        )
     return lines
