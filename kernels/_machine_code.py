@@ -25,6 +25,8 @@ from ._warp import Warp
 from ._warp_arithmetic import step
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;")
+# What some disassemblers print behind the operands: what an instruction waits for.
+_WAITS = re.compile(r"(?:^|\s+)[&?][A-Za-z].*")
 _LABEL = re.compile(r"^\s*([.$][\w.$]+):")
 _TARGET = re.compile(r"`\(([.$][\w.$]+)\)")
 _PLAIN = re.compile(r"FFMA(?:\.|$)")
@@ -214,7 +216,7 @@ def parse(text: str) -> tuple[Instruction, ...]:
         if label := _LABEL.match(line):
             labels[label[1]] = len(lines)
         elif found := _INSTRUCTION.match(line):
-            lines.append((found[2] or "", found[3], found[4]))
+            lines.append((found[2] or "", found[3], _WAITS.sub("", found[4])))
     return tuple(
         Instruction(predicate, opcode, _operands(rest), _target(rest, labels))
         for predicate, opcode, rest in lines

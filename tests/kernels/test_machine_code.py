@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,6 +76,11 @@ def test_a_listing_is_followed_by_hand():
     assert counts.widths == {("x_ptr", "load"): 16, ("x_ptr", "store"): 8, ("?", "load"): 1}
     # Program 3 of 6.
     assert code.follow(recorded(5), 89).accesses[0].address == 0x7F0000000000 + 3 * 256 + 16
+
+
+def test_what_an_instruction_waits_for_is_no_operand():
+    told = re.sub(r" ;$", "        &req={1,2} &wr=0x0 ?WAIT5_END_GROUP;", LISTING, flags=re.M)
+    assert told.count("?WAIT5") == 17 and parse(told) == parse(LISTING)
 
 
 def test_flops_of_products():
