@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsfvae.jacobian.rules.fused_layer import dense_weight
 from fastsfvae.jacobian.rules.jet import Jet, stack_of
 from fastsfvae.jacobian.rules.tape import once
 from fastsfvae.kernels._contract import tangents_like
@@ -57,7 +58,8 @@ def stop_at(
     def stop(x: Jet, weight: Tensor, bias: Tensor | None = None) -> LastLayer:
         # Dense once, for the kernels of the forward, its rescue and the backward.
         stack = tangents_like(autocast(stack_of(x)), torch.channels_last)
-        return LastLayer(x, Tail(layer, stack, weight, bias, behind, behind_params))
+        dense = dense_weight(weight, stack, layer)
+        return LastLayer(x, Tail(layer, stack, weight, bias, behind, behind_params, dense))
 
     return stop
 
