@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._blocks import dot
-from ._launch import Configuration, cdiv, device_limits, launch, pointer
+from ._launch import Configuration, begin, cdiv, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather, window
 from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
 from ._stack_walk import split_walk
@@ -71,6 +71,7 @@ def tangent_back_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    begin()
     IMAGE: tl.constexpr = H * W * C
     IMAGE_G: tl.constexpr = 4 * H * W * N
     TILES: tl.constexpr = H * W // BLOCK_K

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Configuration, cdiv, launch
+from ._launch import Configuration, begin, cdiv, launch
 
 _TILE = 2048
 _MOST_PARTS = 64
@@ -116,6 +116,7 @@ def _sum_parts_kernel(
     TAPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    begin()
     pid = tl.program_id(0)
     blocks = tl.cdiv(size, BLOCK)
     if pid < blocks:

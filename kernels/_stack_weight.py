@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ._blocks import dot
 from ._implicit_gemm import moved
-from ._launch import Configuration, device_limits, launch, pointer
+from ._launch import Configuration, begin, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather
 from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
 from ._stack_walk import walk_of, weight_constexprs
@@ -90,6 +90,7 @@ def tangent_weight_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    begin()
     N: tl.constexpr = KERNEL * KERNEL * C
     COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     ROW_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M

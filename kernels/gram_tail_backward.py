@@ -43,7 +43,7 @@ from ._gram_tail_tile import (
     shares,
     variants,
 )
-from ._launch import INTERPRET, Configuration, cdiv, device_limits, launch, pointer
+from ._launch import INTERPRET, Configuration, begin, cdiv, device_limits, launch, pointer
 from ._stack_tile import is_curved
 from .activations import activation
 
@@ -90,6 +90,7 @@ def _gram_tail_bwd_kernel(
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     APPLIED: tl.constexpr, CURVED: tl.constexpr, SLOPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    begin()
     pid = tl.program_id(0)
     split = pid % splits
     b = (pid // splits).to(tl.int64)
