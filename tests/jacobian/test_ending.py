@@ -149,10 +149,10 @@ def test_the_pullback(launches, name, chunk_size, given):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
-def test_only_the_last_layers_gradient(launches):
-    module = decoder().to(DEVICE)
-    last = [*module[-1].parameters()]
-    module.requires_grad_(False)[-1].requires_grad_(True)
+@pytest.mark.parametrize("trained", ["weight", "bias", "weight and bias"])
+def test_only_the_last_layers_gradient(trained, launches):
+    module = decoder().to(DEVICE).requires_grad_(False)
+    last = [getattr(module[-1], name).requires_grad_() for name in trained.split(" and ")]
     inputs = [t.detach() for t in tensors(module)]
     found = []
     for backend in ("triton", "torch"):

@@ -14,6 +14,7 @@ from fastsfvae.ops.gram_tail import (
     tail_backward,
     tail_partials,
     tail_values,
+    with_dense,
 )
 from fastsfvae.ops.tangent_layer import Layer
 from tests._triton import DEVICE, assert_as_good, requires_triton
@@ -88,9 +89,10 @@ def applied(tail):
 
 
 def check(tail, x, cotangents, eps=None, behind=False):
-    """Compare with float64; operands are rounded to `eps`, float32 ones not at all by default.
+    """Compare with float64, and return the results by name.
 
-    `behind`: the kernels are given what lies behind the activation.
+    Operands are rounded to `eps`, float32 ones not at all by default; `behind`: the kernels are
+    given what lies behind the activation.
     """
     got = run(applied(tail) if behind else tail, x, cotangents)
     want = oracle(tail, x, cotangents, torch.float64)
@@ -105,6 +107,7 @@ def check(tail, x, cotangents, eps=None, behind=False):
             # Rounded by half an eps each: phi' T, the values (which reach all but G through r,
             # and there behind a cancelling difference), and dZ.
             assert (g.double() - w).abs().max() <= 8 * eps * scale, name
+    return dict(zip(NAMES, got, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,6 +154,41 @@ class TestKernel:
             other = tail._replace(stack=changed, weight=weight)
             pairs = zip(run(tail, x, cotangents), run(other, x, cotangents), strict=True)
             assert all(torch.equal(first, again) for first, again in pairs)
+
+    @pytest.mark.parametrize("behind", ["none", "sigmoid"])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_a_weights_gradient_lies_as_the_weight_does(self, channels, behind, poisoned_empty):
+        tail, *given = problem(2, 2, 4, channels, 2, 3, "relu", behind, torch.bfloat16)
+        found = []
+        for order in (torch.contiguous_format, torch.channels_last):
+            weight = tail.weight.contiguous(memory_format=order)
+            one = tail._replace(weight=weight, bias=torch.zeros_like(tail.bias))
+            found.append(check(one, *given, behind=True))
+            assert found[-1]["weight"].stride() == torch.empty_like(weight).stride()
+            # Without a bias the same.
+            without = run(applied(one._replace(bias=None)), *given)
+            assert without[NAMES.index("bias")] is None
+            for name, got in zip(NAMES, without, strict=True):
+                assert name == "bias" or torch.equal(got, found[-1][name])
+        assert all(torch.equal(found[0][name], found[1][name]) for name in NAMES)
+
+    @pytest.mark.parametrize("dtype", DTYPES[:2])
+    def test_the_weight_is_read_where_it_is_dense(self, dtype):
+        tail, x, cotangents = problem(2, 2, 4, 3, 2, 2, dtype=dtype)
+        want = run(tail, x, cotangents)
+        of_nothing = tail._replace(dense=torch.zeros_like(with_dense(tail).dense))
+        for given, found in (
+            (with_dense(tail), want),
+            (of_nothing._replace(dense=None), want),
+            (of_nothing, run(tail._replace(weight=torch.zeros_like(tail.weight)), x, cotangents)),
+        ):
+            pairs = zip(run(given, x, cotangents), found, strict=True)
+            assert all(torch.equal(first, again) for first, again in pairs)
+        if dtype == torch.float32:
+            # But not where lost samples are rescued.
+            values, lost = tail_values(tail), torch.ones(2, dtype=torch.bool, device=DEVICE)
+            pair = (tail_partials(t, values, x, lost)[0] for t in (tail, of_nothing))
+            assert torch.equal(*pair)
 
     @pytest.mark.parametrize("dtype", DTYPES[:2])
     def test_two_runs_give_the_same_bits(self, dtype):
