@@ -81,14 +81,15 @@ def _gram_tail_bwd_kernel(
     dt_ptr,  # [m, B, H, W, C]
     da_ptr,  # [B, H, W, C] float32; not written without CURVED
     dw_ptr,  # [programs along axis 0, C, 16, CO] float32
-    dr_ptr,  # [B, 2H, 2W, CO] float32
+    dr_ptr,  # [B, 2H, 2W, CO] float32; not written without DATA
     dv_ptr,  # -dr [B, 2H, 2W, CO], in a dtype of its own
     d_slope_ptr,  # [B, 2H, 2W, CO] float32; not written without SLOPED
     B, m, splits, stride_t_m, stride_dt_m,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    APPLIED: tl.constexpr, CURVED: tl.constexpr, SLOPED: tl.constexpr, PRECISION: tl.constexpr,
+    APPLIED: tl.constexpr, CURVED: tl.constexpr, SLOPED: tl.constexpr, DATA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     begin()
     pid = tl.program_id(0)
@@ -155,7 +156,8 @@ def _gram_tail_bwd_kernel(
             slope = tl.load(slope_ptr + at_r, mask=has_r, other=0.0)
             of_r *= slope
         dr = of_r + 2.0 * g_rr * r
-        tl.store(dr_ptr + at_r, dr, mask=has_r & own)
+        if DATA:
+            tl.store(dr_ptr + at_r, dr, mask=has_r & own)
         tl.store(dv_ptr + at_r, -dr, mask=has_r & own)
 
         dJ = _mixed(M, Z, PRECISION)
@@ -236,7 +238,7 @@ class Pulled(NamedTuple):
     Attributes:
         T: ``[m, B, Ci, H, W]`` in T's dtype, in front of the activation.
         parts: float32 ``[P, Ci, 16, Co]``, whose sum is the weight's, and room for others behind.
-        r: float32 ``[B, Co, 2H, 2W]``.
+        r: float32 ``[B, Co, 2H, 2W]``; None where it is not wanted.
         output: its negative, that of what r was subtracted from, in the dtype asked for.
         a: float32 ``[B, Ci, H, W]``, what curvature adds; None where phi'' = 0.
         slope: float32 ``[B, Co, 2H, 2W]``; None without one.
@@ -244,7 +246,7 @@ class Pulled(NamedTuple):
 
     T: Tensor
     parts: Tensor
-    r: Tensor
+    r: Tensor | None
     output: Tensor
     a: Tensor | None
     slope: Tensor | None
@@ -268,6 +270,7 @@ def gram_tail_bwd(
     out: Tensor | None = None,
     output_dtype: torch.dtype = torch.float32,
     spare: int = 0,
+    of_data: bool = True,
 ) -> Pulled:
     """Pull cotangents of G, p and rr back.
 
@@ -288,6 +291,7 @@ def gram_tail_bwd(
         out: where dT goes, each dT[i] in channels-last order; None for new memory.
         output_dtype: of the gradient of the layer's output.
         spare: parts of the weight's gradient that others will add behind those from here.
+        of_data: whether the gradient of r itself is wanted.
 
     Raises:
         TypeError, ValueError: as `gram_tail_partials`.
@@ -305,7 +309,7 @@ def gram_tail_bwd(
     plain = (applied or kind == "none") and slope is None
     tile = backward_tile(m, channels_in, T.dtype, constexprs["PRECISION"], plain)
     dT = empty_tangents(T[0], T) if out is None else out
-    dr, d_output = torch.empty_like(r), torch.empty_like(r, dtype=output_dtype)
+    dr, d_output = torch.empty_like(r) if of_data else None, torch.empty_like(r, dtype=output_dtype)
     d_slope = None if slope is None else torch.empty_like(r)
     da = None
     if is_curved(kind):
@@ -317,19 +321,20 @@ def gram_tail_bwd(
     launch(
         *(_gram_tail_bwd_kernel, (B * splits, c_blocks)),
         *(T, T if a is None else a, Z, weight, r if slope is None else slope, r, M, u, g_rr),
-        *(dT, r if da is None else da, parts, dr, d_output, r if d_slope is None else d_slope),
+        *(dT, r if da is None else da, parts[: B * splits]),
+        *(r if dr is None else dr, d_output, r if d_slope is None else d_slope),
         *(B, m, splits, T.stride(0), dT.stride(0)),
         **constexprs,
-        **_constexprs(tile, kind, applied),
+        **_constexprs(tile, kind, applied, of_data),
         **tile.options,
     )
     return Pulled(dT, parts, dr, d_output, da, d_slope)
 
 
-def _constexprs(tile: Tile, kind: str, applied: bool) -> dict:
+def _constexprs(tile: Tile, kind: str, applied: bool, of_data: bool) -> dict:
     return {
         **{"BLOCK_M": tile.block_m, "POSITIONS": tile.tile_x, "BLOCK_C": tile.block_c},
-        **{"APPLIED": applied, "CURVED": is_curved(kind)},
+        **{"APPLIED": applied, "CURVED": is_curved(kind), "DATA": of_data},
     }
 
 
@@ -346,9 +351,11 @@ def configurations() -> Iterator[Configuration]:
         constexprs["PRECISION"] = precision
         plain = (applied or constexprs["KIND"] == "none") and not constexprs["SLOPED"]
         tile = backward_tile(m, channels, dtype, constexprs["PRECISION"], plain)
+        # As where a decoder is trained, and as where the data's gradient is wanted as well.
+        of_tile = _constexprs(tile, constexprs["KIND"], applied, of_data=not applied)
         yield Configuration(
             *(_gram_tail_bwd_kernel, label, types),
-            {**constexprs, **_constexprs(tile, constexprs["KIND"], applied)},
+            {**constexprs, **of_tile},
             **tile.options,
             odd=("t_ptr", "a_ptr", "dt_ptr", "stride_t_m", "stride_dt_m") if odd else (),
         )

@@ -173,6 +173,7 @@ class ThroughLayer:
             dT = (dJ @ W).unflatten(0, (-1, len(df))).transpose(0, 1)
             grad = _gradient(self._source, dT, df @ W)
         others = (self._tail.weight, d_weight), *_of_bias(self._tail, df)
+        assert pulled.x is not None
         return Pulled(grad, pulled.x.view(self._shape), others)
 
 

@@ -66,7 +66,11 @@ class Prepared(NamedTuple):
 
 
 def gram_of(
-    result: Jet | LastLayer, x: Tensor | None, backend: str, pulled: bool = True
+    result: Jet | LastLayer,
+    x: Tensor | None,
+    backend: str,
+    pulled: bool = True,
+    of_data: bool = True,
 ) -> ChunkGram:
     """The Gram of a chunk.
 
@@ -75,13 +79,14 @@ def gram_of(
         x: data ``[b, *out]``; None for the decoder's own output, so that r = 0.
         backend: "torch" or "triton".
         pulled: whether a gradient will be wanted.
+        of_data: whether x's will be; without, it may be missing.
     """
     if not isinstance(result, LastLayer):
         return Written(result, x, backend)
     if isinstance(result.tail, Linear):
         contracted = Contracted(result.source, result.tail, x)
         return contracted if contracted.contracts else ThroughLayer(result.source, result.tail, x)
-    return Unwritten(result.tail, x, pulled)
+    return Unwritten(result.tail, x, pulled, of_data)
 
 
 class Part(NamedTuple):
@@ -150,8 +155,8 @@ class Loop:
             rows = slice(chunk.start, chunk.stop)
             with torch.autocast(self._device, enabled=False):
                 x = self._x[0][rows] if self._x else None
-                pulled = any(self._needs)
-                gram_of_chunk = gram_of(chunk.output, x, self._problem.backend, pulled)
+                wanted = any(self._needs), bool(self._x) and self._needs[1]
+                gram_of_chunk = gram_of(chunk.output, x, self._problem.backend, *wanted)
                 pairs = zip(self._inputs, self._head.along, strict=True)
                 inputs = [t[rows] if along else t for t, along in pairs]
                 known = [t[rows] for t in self._cotangents] or None

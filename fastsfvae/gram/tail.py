@@ -30,11 +30,12 @@ class Unwritten:
         tail: the layer on what goes into it.
         x: data ``[b, *out]``; None for the output itself.
         pulled: whether a gradient will be wanted, for which the kernels keep J.
+        of_data: whether the data's will be, too.
     """
 
-    def __init__(self, tail: Tail, x: Tensor | None, pulled: bool = True):
+    def __init__(self, tail: Tail, x: Tensor | None, pulled: bool = True, of_data: bool = True):
         self._tail = tail = with_dense(tail)
-        self._values = tail_values(tail)
+        self._values, self._of_data = tail_values(tail), of_data
         self.output = self._values.output
         # The kernels read it in the output's memory order.
         r = torch.empty_like(self.output)
@@ -75,7 +76,8 @@ class Unwritten:
         if self._Z is None:
             self._Z = empty_rows(tail)
             self._partials()
-        grads = tail_backward(tail, self._values, self._r, self._Z, M, u, g_rr, df)
+        given = self._values, self._r, self._Z, M, u, g_rr, df
+        grads = tail_backward(tail, *given, self._of_data)
         pairs = (tail.weight, grads.weight), (tail.bias, grads.bias)
         others = tuple((t, g) for t, g in pairs if t is not None and g is not None)
         return Pulled(from_stack(grads.stack), grads.x, others)

@@ -19,12 +19,12 @@ class Pulled(NamedTuple):
 
     Attributes:
         jet: of the decoder's output and its tangents, or of the last layer's input.
-        x: of the data, ``[b, *out]``.
+        x: of the data, ``[b, *out]``; None where it was said that it is not wanted.
         others: of the last layer's own tensors, as pairs (tensor, gradient).
     """
 
     jet: Jet
-    x: Tensor
+    x: Tensor | None
     others: tuple[tuple[Tensor, Tensor], ...] = ()
 
 

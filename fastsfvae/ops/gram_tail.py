@@ -72,12 +72,12 @@ class Values(NamedTuple):
 
 
 class TailGradients(NamedTuple):
-    """Gradients of a tail's stack, weight and bias, and of the data."""
+    """Gradients of a tail's stack, weight and bias, and of the data where it is wanted."""
 
     stack: Tensor
     weight: Tensor
     bias: Tensor | None
-    x: Tensor
+    x: Tensor | None
 
 
 def largest_batch(
@@ -180,6 +180,7 @@ def tail_backward(
     u: Tensor,
     g_rr: Tensor,
     df: Tensor | None = None,
+    of_data: bool = True,
 ) -> TailGradients:
     """Pull cotangents of G, p and rr back to the data and to all that the tail was made of.
 
@@ -192,6 +193,7 @@ def tail_backward(
         u: dp, ``[B, m]``.
         g_rr: d rr, ``[B]``.
         df: of the output, ``[B, Co, 2H, 2W]``, besides; None for nothing.
+        of_data: whether the data's gradient is wanted.
 
     Returns:
         The stack's gradient in its dtype, in channels-last order, and the others in float32.
@@ -208,6 +210,7 @@ def tail_backward(
         out=grad[1:],
         output_dtype=stack.dtype if df is None and values.slope is None else torch.float32,
         spare=parts_of_values(stack[0], weight.shape[1], front),
+        of_data=of_data,
     )
     d_values = pulled.output if df is None else pulled.output.add_(df)
     if pulled.slope is not None:

@@ -172,6 +172,17 @@ class TestKernel:
                 assert name == "bias" or torch.equal(got, found[-1][name])
         assert all(torch.equal(found[0][name], found[1][name]) for name in NAMES)
 
+    def test_without_the_datas_gradient(self, poisoned_empty):
+        tail, x, (M, u, g_rr) = problem(2, 3, 4, 3, 3, 3)
+        pulled = []
+        for of_data in (True, False):
+            chunk = Unwritten(tail, x, of_data=of_data)
+            chunk.sums()
+            pulled.append(chunk.pull(M, u, g_rr))
+        assert pulled[1].x is None and torch.equal(*(p.jet.stack for p in pulled))
+        pairs = zip(*(p.others for p in pulled), strict=True)
+        assert all(torch.equal(first[1], again[1]) for first, again in pairs)
+
     @pytest.mark.parametrize("dtype", DTYPES[:2])
     def test_the_weight_is_read_where_it_is_dense(self, dtype):
         tail, x, cotangents = problem(2, 2, 4, 3, 2, 2, dtype=dtype)
