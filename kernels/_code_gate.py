@@ -263,14 +263,19 @@ def write_issued(rows: Sequence[CodeRow], path: Path) -> None:
     )
 
 
-def broken(rows: Sequence[CodeRow], bounds: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each bound that a row does not keep, and for each row without bounds."""
+def broken(rows: Sequence[CodeRow], bounds: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    """A line for each bound that a row does not keep, and for each row without bounds.
+
+    Without `bounds`, a line for each row that spills.
+    """
     lines = []
     for row in rows:
         where = f"sm_{row.arch} {row.name}"
-        known = bounds.get(str(row.arch), {}).get(row.name)
         if row.stack:
             lines.append(f"{where}: {row.stack} bytes of spills")
+        if bounds is None:
+            continue
+        known = bounds.get(str(row.arch), {}).get(row.name)
         if known is None:
             lines.append(f"{where}: has no bounds yet: run --write-bounds")
             continue

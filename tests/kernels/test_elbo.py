@@ -14,7 +14,7 @@ from tests._triton import DEVICE, assert_as_good, poisoned_empty, requires_trito
 _ = poisoned_empty
 pytestmark = requires_triton
 LIKELIHOODS = ("precision", "mixture", "normalized", "expected")
-SIZES = (1, 2, 15, 16, 17, 33, 64)
+SIZES = (1, 15, 16, 17, 64)
 NAMES = "elbo log_likelihood kl squared_error log_det explained".split()
 NAMES += "M u g_rr d_mean d_log_var d_scalars".split()
 B, C, GAMMA, KL_WEIGHT = 3, 0.3, 0.6, 0.8
@@ -182,7 +182,8 @@ def test_lost_samples_are_redone_in_float64(m, likelihood, poisoned_empty):
     assert before > 10 * after
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+# The other two factorise the same matrix as "normalized" does first.
+@pytest.mark.parametrize("likelihood", ["normalized", "expected"])
 @pytest.mark.parametrize("index", range(6))
 def test_what_is_not_finite_spoils_its_own_sample_only(index, likelihood):
     n, given = 20, latents(4)

@@ -252,6 +252,11 @@ def test_what_is_within_its_bounds_passes():
     assert broken([row(), row(**better)], BOUNDS) == []
 
 
+def test_without_bounds_a_spill_alone_is_an_error():
+    (line,) = broken([row(loop=99.0), row(stack=8, name="another")], None)
+    assert line == "sm_89 another: 8 bytes of spills"
+
+
 def test_bounds_are_written_a_step_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(_code_gate, "BOUNDS", tmp_path / "bounds.json")
     _code_gate.BOUNDS.write_text("{}")
