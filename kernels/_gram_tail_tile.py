@@ -1,4 +1,4 @@
-"""What both halves of `gram_tail` share: tiles, packed weights, what they accept and compile."""
+"""What both halves of `gram_tail` share: tiles, what they accept and compile."""
 
 from __future__ import annotations
 
@@ -12,65 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import rounded
 from ._contract import GRAM_TAIL_MAX_CHANNELS, GRAM_TAIL_MAX_M, reads_result, tangents_like
-from ._launch import Configuration, DeviceLimits, cdiv, check_dtypes, launch, pointer
+from ._launch import DeviceLimits, cdiv, check_dtypes, pointer
 from .activations import EXAMPLES, front_constexprs
 
-# A position's share of Z: four sub-pixels of four channels, those beyond the layer's own zeros.
+# A cell's share of Z: four outputs of four channels, those beyond the layer's own zeros.
 COLUMNS = 16
-_PACK_BLOCK = 256
 
 
 @triton.jit
 def at_weight(ci, co, tap, CO: tl.constexpr, LAST: tl.constexpr):
     """Where a weight [C, CO, 4, 4] lies; with LAST, channels-last in memory."""
     return ci * (16 * CO) + (tap * CO + co if LAST else co * 16 + tap)
-
-
-@triton.jit
-def of_tap(w_ptr, tap, ci, column, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr):
-    """Where the layer's weight lies that a tap has in a column, and whether there is one."""
-    ky = column // 8 + 1 - 2 * (tap // 3 - 1)
-    kx = column // 4 % 2 + 1 - 2 * (tap % 3 - 1)
-    co = column % 4
-    has_tap = (ky >= 0) & (ky < 4) & (kx >= 0) & (kx < 4) & (co < CO) & (ci < C)
-    return w_ptr + at_weight(ci, co, ky * 4 + kx, CO, LAST), has_tap
-
-
-@triton.jit
-def _gram_tail_pack_kernel(
-    w_ptr,  # [C, CO, 4, 4]
-    packed_ptr,  # [9, C, 16]
-    C: tl.constexpr,
-    CO: tl.constexpr,
-    LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < 9 * C * 16
-    at_w, has_tap = of_tap(w_ptr, at // (16 * C), at // 16 % C, at % 16, C, CO, LAST)
-    w = tl.load(at_w, mask=has_tap & inside, other=0.0).to(tl.float32)
-    tl.store(packed_ptr + at, rounded(w, PRECISION), mask=inside)
-
-
-def packed_weight(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
-    """Nine products' weights ``[9, C, 16]`` in `dtype`, zeros where a parity lacks the tap.
-
-    Args:
-        weight: dense ``[C, CO, 4, 4]``, contiguous or channels-last.
-        dtype: of the tangents.
-        precision: of float32 products.
-    """
-    C, CO = weight.shape[:2]
-    packed = torch.empty((9, C, COLUMNS), dtype=dtype, device=weight.device)
-    launch(
-        *(_gram_tail_pack_kernel, (cdiv(packed.numel(), _PACK_BLOCK),), weight, packed),
-        **{"C": C, "CO": CO, "LAST": not weight.is_contiguous(), "PRECISION": precision},
-        **{"BLOCK": _PACK_BLOCK, "num_warps": 4},
-    )
-    return packed
 
 
 @dataclass(frozen=True)
@@ -240,15 +193,3 @@ def variants(cases: Sequence[tuple] = CASES, products: Sequence = PRODUCTS) -> I
             **{"LAST": True, "SLOPED": sloped, "PRECISION": precision},
         }
         yield Variant(" ".join(words), m, channels, dtype, constexprs, applied, odd)
-
-
-def packed_configurations() -> Iterator[Configuration]:
-    """Every compilation of the kernel that packs weights."""
-    for dtype, precision in PRODUCTS[:2]:
-        yield Configuration(
-            _gram_tail_pack_kernel,
-            f"Ci=32 {pointer(dtype)[1:]}" + (" tf32" if dtype == torch.float32 else ""),
-            {"w_ptr": "*fp32", "packed_ptr": pointer(dtype)},
-            {"C": 32, "CO": 3, "LAST": True, "PRECISION": precision, "BLOCK": _PACK_BLOCK},
-            num_warps=4,
-        )

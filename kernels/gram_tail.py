@@ -6,25 +6,31 @@ its weight, and the slope of the activation behind it:
 
     Z_i = conv_transpose(phi'(a) T_i)      J_i = slope Z_i      G = J J^T   p = J r   rr = r^T r
 
-A program holds all m tangents of a tile of input positions. Output (2y + q, 2x + q') needs inputs
-(y + d, x + d') with d in {-1, 0, 1}, at tap k = q + 1 - 2 d: so the tile's outputs are nine
-products [m * positions, C] x [C, 16], whose columns are the four parities times up to four
-channels. Taps that a parity lacks are zeros: 2.25 times the multiplications, in the width that
-tensor cores have. The backward wants Z: it is written as it lies in the registers, [m, B, H, W,
-16] in T's dtype, a row of 16 a position, and not at all where no gradient is wanted. G, p and rr
-come from the float32 Z.
+Outputs are taken by cells of four, (2y - 1 + q, 2x - 1 + q'), which four inputs make: two products
+[m * cells, 2 C] x [2 C, 16], of the inputs on the left and on the right, whose columns are the four
+outputs times up to four channels (`_gram_tail_cells`). A program holds all m tangents of a few
+cells at a time and walks along a row of them. The backward wants Z: it is written as it lies in the
+registers, [m, B, H, W, 16] in T's dtype, a row of 16 a cell, and not at all where no gradient is
+wanted. Cell row H is stored as what row 0 has no use for, so that there are no more rows than
+inputs. G, p and rr come from the float32 Z. Where its operands were rounded, tensor cores form G of
+three bfloat16 parts of Z, as exactly as float32 would: of 16 tangents each warp multiplies the
+cells that it has made, which never leave its registers.
 
 Floor, celeba16's last layer (m = 16, B = 64, 32 -> 3 channels from 32 x 32) in bfloat16: T is 67,
-Z 34 and r 3 MB, so 104 MB through device memory, 70 without Z; 151 MB of T from L2, for a tile's
-border. 9.7 GFLOP on tensor cores, and 0.5 in float32 for the Gram.
+Z 34 and r 3 MB, so 104 MB through device memory, 70 without Z. 4.4 GFLOP for Z on tensor cores, and
+0.5 for the Gram, four times in parts.
 
-Counted there, a warp of 8 and a tile of 16 positions: 1,230 instructions on sm_86, sm_89 (72 HMMA)
-and sm_90 (36 HGMMA), 1,175 on sm_120. A fifth are the Gram's multiplications in float32. Of few
-tangents T is copied 8 bytes at a time, through L1, where the nine taps find it again: past L1, by
-16 bytes in 1,008 instructions, an H100's L2 would take 116 us and not 27, and the issue of
-instructions 44 (computed). Z is stored 16 bytes at a time. Two programs share an SM, on sm_120 one
-has it alone (138 registers). Device memory
-bounds it on a 4090, issue on an H100. Not measured on a GPU yet.
+Counted there, a warp of 4 and 4 cells of 16 tangents, instructions of the loop:
+
+                bfloat16               registers, KiB     TF32                  registers, KiB
+    sm_86, 89   277 (24 HMMA)          126, 22            410 (40 HMMA)         128, 44
+    sm_90       324 (8 HGMMA, 8 HMMA)  80, 54             437 (16 HGMMA, 8)     110, 108
+    sm_120      259 (24 HMMA)          120, 22            418 (40 HMMA)         120, 44
+
+With bfloat16 four programs share an SM, with TF32 two. T is copied 8 bytes at a time, through L1,
+where a cell finds what its neighbour has read; Z is stored 16 bytes at a time. Device memory bounds
+it on every card, computed: on an H100 32 us (64 with TF32), where issuing its instructions takes 26
+(35), on a 4090 108 (212) and 15 (23). Not measured on a GPU yet.
 
 A rescue of lost samples (`woodbury_float64`) makes their J again and sums in float64; where none is
 lost it reads B flags.
@@ -41,78 +47,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import add_gram_float64, dot, rounded, store_sums
+from ._blocks import add_gram_float64, rounded, store_sums
+from ._gram_tail_cells import add_gram_in_parts, add_side, place, side_weight
 from ._gram_tail_tile import (
     COLUMNS,
     Tile,
     block_of,
-    of_tap,
-    packed_configurations,
-    packed_weight,
     prepare,
     shares,
     variants,
 )
-from ._implicit_gemm import through
-from ._launch import Configuration, device_limits, empty_sums, launch, pointer
-from .activations import activation, front_constexprs
-
-
-@triton.jit
-def _tile_rows(
-    t_ptr, a_ptr, w_ptr, at_slot, b, y0, x0, m,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
-    KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, BY_L1: tl.constexpr,
-):  # fmt: skip
-    """Z [BLOCK_M * positions, 16] of a tile that begins at (y0, x0) of sample b."""
-    POSITIONS: tl.constexpr = TILE_Y * TILE_X
-    ROWS: tl.constexpr = BLOCK_M * POSITIONS
-    C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    row = tl.arange(0, ROWS)
-    y, x = y0 + row % POSITIONS // TILE_X, x0 + row % TILE_X
-    at = at_slot + (y * W + x) * C
-    live = row // POSITIONS < m
-    column = tl.arange(0, 16)
-    Z = tl.zeros([ROWS, 16], tl.float32)
-    for step in range(0, 9 * C_BLOCKS):
-        tap = step // C_BLOCKS
-        ci = step % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-        down, right = tap // 3 - 1, tap % 3 - 1
-        inside = live & (y + down >= 0) & (y + down < H) & (x + right >= 0) & (x + right < W)
-        T = tl.load(
-            through(t_ptr, at[:, None] + ((down * W + right) * C + ci)[None, :], BY_L1),
-            mask=inside[:, None] & (ci < C)[None, :],
-            other=0.0,
-        )
-        if KIND != "none":
-            position = tl.arange(0, POSITIONS)
-            ya, xa = y0 + position // TILE_X + down, x0 + position % TILE_X + right
-            in_a = (ya >= 0) & (ya < H) & (xa >= 0) & (xa < W)
-            a = tl.load(
-                a_ptr + b * (H * W * C) + ((ya * W + xa) * C)[:, None] + ci[None, :],
-                mask=in_a[:, None] & (ci < C)[None, :],
-                other=0.0,
-            )
-            _, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
-            moved = tl.reshape(T, [BLOCK_M, POSITIONS, BLOCK_C]).to(tl.float32) * d1[None, :, :]
-            T = rounded(tl.reshape(moved, [ROWS, BLOCK_C]), PRECISION).to(T.dtype)
-        if PACKED:
-            at_w = w_ptr + ((tap * C + ci) * 16)[:, None] + column[None, :]
-            w = tl.load(at_w, mask=(ci < C)[:, None], other=0.0)
-        else:
-            at_w, has_tap = of_tap(w_ptr, tap, ci[:, None], column[None, :], C, CO, LAST)
-            w = tl.load(at_w, mask=has_tap, other=0.0)
-        Z = dot(T, w, Z, PRECISION)
-    return Z
+from ._implicit_gemm import within
+from ._launch import (
+    Configuration,
+    DeviceLimits,
+    begin,
+    device_limits,
+    empty_sums,
+    launch,
+    pointer,
+)
+from .activations import front_constexprs
 
 
 @triton.jit(do_not_specialize=["B", "m", "splits"])
 def _gram_tail_fwd_kernel(
     t_ptr,  # T [m, B, H, W, C]
     a_ptr,  # [B, H, W, C]; not read where KIND is "none"
-    w_ptr,  # [9, C, 16] of `packed_weight`; in a RESCUE the layer's own, [C, CO, 4, 4]
+    w_ptr,  # [C, CO, 4, 4]
     slope_ptr,  # [B, 2H, 2W, CO] float32; not read without SLOPED
     r_ptr,  # [B, 2H, 2W, CO] float32
     lost_ptr,  # [B], uint8; not read without RESCUE
@@ -122,11 +84,12 @@ def _gram_tail_fwd_kernel(
     rr_ptr,  # [splits, B], likewise
     B, m, splits, stride_t_m,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     SLOPED: tl.constexpr, PRECISION: tl.constexpr, RESCUE: tl.constexpr, WRITE: tl.constexpr,
-    BY_L1: tl.constexpr,
+    IN_PARTS: tl.constexpr, GROUPS: tl.constexpr, BY_L1: tl.constexpr,
 ):  # fmt: skip
+    begin()
     pid = tl.program_id(0)
     split = pid % splits
     b = (pid // splits).to(tl.int64)
@@ -134,78 +97,128 @@ def _gram_tail_fwd_kernel(
         if tl.load(lost_ptr + b) == 0:
             return
     dtype: tl.constexpr = tl.float64 if RESCUE else tl.float32
-    POSITIONS: tl.constexpr = TILE_Y * TILE_X
-    TILES_X: tl.constexpr = (W + TILE_X - 1) // TILE_X
-    TILES: tl.constexpr = (H + TILE_Y - 1) // TILE_Y * TILES_X
-    row = tl.arange(0, BLOCK_M * POSITIONS)
-    slot = (row // POSITIONS).to(tl.int64)
-    at_slot = slot * stride_t_m + b * (H * W * C)
-    i = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, 16)
-    # Of the tile's outputs, one a position and a column.
-    q = tl.arange(0, POSITIONS * 16)
-    q_y, q_x = 2 * (q // 16 // TILE_X) + q // 8 % 2, 2 * (q // 16 % TILE_X) + q // 4 % 2
-    image = b * (4 * H * W * CO)
-    G = tl.zeros([BLOCK_M, BLOCK_M], dtype)
-    p = tl.zeros([BLOCK_M], dtype)
-    rr_lanes = tl.zeros([POSITIONS * 16], dtype)
-    for tile in range(split, TILES, splits):
-        y0, x0 = tile // TILES_X * TILE_Y, tile % TILES_X * TILE_X
-        Z = _tile_rows(
-            t_ptr, a_ptr, w_ptr, at_slot, b, y0, x0, m,
-            H, W, C, CO, LAST, BLOCK_M, TILE_Y, TILE_X, BLOCK_C,
-            KIND, P0, P1, PRECISION, not RESCUE, BY_L1,
-        )  # fmt: skip
+    element: tl.constexpr = t_ptr.dtype.element_ty
+    ALL: tl.constexpr = (H + 1) * W
+    TILES: tl.constexpr = (ALL + CELLS - 1) // CELLS
+    ROWS: tl.constexpr = BLOCK_M * CELLS
+    row = tl.arange(0, ROWS)
+    i, column, k = tl.arange(0, BLOCK_M), tl.arange(0, 16), tl.arange(0, 2 * BLOCK_C)
+    # Rows beyond m read what the last one does, and nobody reads them: they need no mask.
+    slot = (row % BLOCK_M).to(tl.int64)
+    at_slot = tl.minimum(slot, m - 1) * stride_t_m + b * (H * W * C)
+    at_k = (k // BLOCK_C - 1) * (W * C) + k % BLOCK_C
+    t_ptrs = t_ptr + (at_slot[:, None] + at_k[None, :])
+    z_ptrs = z_ptr + ((slot * B + b) * (H * W * 16))[:, None] + column[None, :]
+    a_ptr += b * (H * W * C)
+    r_ptr += b * (4 * H * W * CO)
+    slope_ptr += b * (4 * H * W * CO)
+    if C <= BLOCK_C:
+        w_l = side_weight(w_ptr, 0, False, C, CO, LAST, BLOCK_C, PRECISION, element)
+        w_r = side_weight(w_ptr, 0, True, C, CO, LAST, BLOCK_C, PRECISION, element)
+    G = tl.zeros([GROUPS, BLOCK_M, BLOCK_M] if GROUPS > 1 else [BLOCK_M, BLOCK_M], dtype)
+    half = tl.zeros(G.shape, dtype)
+    p_lanes = tl.zeros([CELLS, BLOCK_M, 16], dtype)
+    rr_lanes = tl.zeros([CELLS, 16], dtype)
+    q_y, q_x = (column // 8)[None, :], (column // 4 % 2)[None, :]
+    # Neighbours one after another: what two of them read is at hand in L1.
+    share = (TILES + splits - 1) // splits
+    for tile in range(split * share, tl.minimum(split * share + share, TILES)):
+        cell = tile * CELLS
+        y, x = place((cell + tl.arange(0, CELLS))[:, None], W)
+        out_y, out_x = 2 * y - 1 + q_y, 2 * x - 1 + q_x
+        present = within(out_y, 2 * H)
+        at = (out_y * (2 * W) + tl.where(out_x < 0, 2 * W - 1, out_x)) * CO + (column % 4)[None, :]
+        has = present & (column % 4 < CO)[None, :]
+        r = tl.load(r_ptr + at, mask=has, other=0.0)
+        left, right = tl.zeros([ROWS, 16], tl.float32), tl.zeros([ROWS, 16], tl.float32)
+        if C <= BLOCK_C:
+            left = add_side(
+                left, t_ptrs, a_ptr, w_l, cell, 0, False, H, W, C, BLOCK_M, CELLS, BLOCK_C,
+                KIND, P0, P1, PRECISION, BY_L1,
+            )  # fmt: skip
+            right = add_side(
+                right, t_ptrs, a_ptr, w_r, cell, 0, True, H, W, C, BLOCK_M, CELLS, BLOCK_C,
+                KIND, P0, P1, PRECISION, BY_L1,
+            )  # fmt: skip
+        else:
+            for first in range(0, C, BLOCK_C):
+                w_l = side_weight(w_ptr, first, False, C, CO, LAST, BLOCK_C, PRECISION, element)
+                w_r = side_weight(w_ptr, first, True, C, CO, LAST, BLOCK_C, PRECISION, element)
+                left = add_side(
+                    left, t_ptrs + first, a_ptr, w_l, cell, first, False, H, W, C, BLOCK_M, CELLS,
+                    BLOCK_C, KIND, P0, P1, PRECISION, BY_L1,
+                )  # fmt: skip
+                right = add_side(
+                    right, t_ptrs + first, a_ptr, w_r, cell, first, True, H, W, C, BLOCK_M, CELLS,
+                    BLOCK_C, KIND, P0, P1, PRECISION, BY_L1,
+                )  # fmt: skip
+        # In column 0 the sides share nothing; outputs beyond the image have inputs within.
+        of_left, of_right = present & ((x > 0) | (q_x == 0)), present & ((x > 0) | (q_x == 1))
+        J = tl.where(of_left[:, None, :], tl.reshape(left, [CELLS, BLOCK_M, 16]), 0.0)
+        J += tl.where(of_right[:, None, :], tl.reshape(right, [CELLS, BLOCK_M, 16]), 0.0)
         if WRITE:
-            y, x = y0 + row % POSITIONS // TILE_X, x0 + row % TILE_X
-            at_z = (slot * B + b) * (H * W * 16) + (y * W + x) * 16
-            live = (row // POSITIONS < m) & (y < H) & (x < W)
-            tl.store(
-                z_ptr + at_z[:, None] + column[None, :],
-                rounded(Z, PRECISION).to(z_ptr.dtype.element_ty),
-                mask=live[:, None],
+            Z = rounded(tl.reshape(J, [ROWS, 16]), PRECISION).to(z_ptr.dtype.element_ty)
+            n = cell + row // BLOCK_M
+            live = (row % BLOCK_M < m)[:, None] & within(
+                2 * place(n, W)[0][:, None] - 1 + q_y, 2 * H
             )
-        at = ((2 * y0 + q_y) * (2 * W) + 2 * x0 + q_x) * CO + q % 4
-        present = (2 * y0 + q_y < 2 * H) & (2 * x0 + q_x < 2 * W)
-        # Positions outside of the image have neighbours inside.
-        J = tl.where(present[None, :], tl.reshape(Z, [BLOCK_M, POSITIONS * 16]), 0.0)
-        has = present & (q % 4 < CO)
-        r = tl.load(r_ptr + image + at, mask=has, other=0.0)
+            at_z = tl.where(n < H * W, n, n - H * W) * 16
+            tl.store(z_ptrs + at_z[:, None], Z, mask=tl.max_constancy(live, [1, 8]))
         if SLOPED:
-            J = J * tl.load(slope_ptr + image + at, mask=has, other=0.0)[None, :]
+            J = J * tl.load(slope_ptr + at, mask=has, other=0.0)[:, None, :]
         J, r = J.to(dtype), r.to(dtype)
+        p_lanes += J * r[:, None, :]
+        rr_lanes += r * r
+        if GROUPS > 1:
+            # Each warp adds up what it has made.
+            J = tl.permute(tl.reshape(J, [CELLS // GROUPS, GROUPS, BLOCK_M, 16]), [1, 2, 0, 3])
+            J = tl.reshape(J, [GROUPS, BLOCK_M, CELLS // GROUPS * 16])
+        else:
+            J = tl.reshape(tl.permute(J, [1, 0, 2]), [BLOCK_M, CELLS * 16])
         if RESCUE:
             G = add_gram_float64(G, J, m)
+        elif IN_PARTS:
+            G, half = add_gram_in_parts(G, half, J)
         else:
             G = tl.dot(J, tl.trans(J), G, input_precision="ieee")
-        p += tl.sum(J * r[None, :], 1)
-        rr_lanes += r * r
-    rr = tl.sum(rr_lanes, 0)
+    if GROUPS > 1:
+        G, half = tl.sum(G, 0), tl.sum(half, 0)
+    if IN_PARTS:
+        G += half + tl.trans(half)
+    p = tl.sum(tl.sum(p_lanes, 2), 0)
+    rr = tl.sum(tl.sum(rr_lanes, 1), 0)
     store_sums(g_ptr, p_ptr, rr_ptr, split * B + b, m, i, i, G, p, rr, True, True)
 
 
-def forward_tile(m: int, channels: int, dtype: torch.dtype, precision: str) -> Tile:
-    """For m tangents of that many channels: the rows, m * positions, stay within the registers.
+def forward_tile(
+    m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool, limits: DeviceLimits
+) -> Tile:
+    """For m tangents of that many channels: 64 rows, which fill one tensor-core tile a warp.
 
     Args:
         m: tangents.
         channels: of T.
         dtype: of T.
         precision: of float32 products.
+        plain: whether T is multiplied as it is.
+        limits: of the device.
     """
-    block_m = block_of(m)
-    # Of other channels no row is as long as a wide load; float32 fills the registers earlier.
-    half = dtype.itemsize == 2
-    tile_y, tile_x = {16: (4, 4), 32: (2, 4), 64: (1, 2)}[block_m]
-    block_c = 32 if half and channels % 32 == 0 else 16
-    stages = 3 if half or precision == "tf32" else 1 if precision == "ieee" else 2
-    # Without a bound the assembler spills a few bytes for the sake of two programs an SM.
-    odd = channels % 4 > 0
-    crowded = not half and (block_m > 16 or precision != "tf32" or odd)
+    block_m, half, odd = block_of(m), dtype.itemsize == 2, channels % 4 > 0
+    parts = half or precision == "tf32"
+    simple = parts and plain and not odd
+    wide = channels % 32 == 0 and simple
+    narrow = not parts and (block_m == 64 or not plain)
+    # Where there is room, two tiles are on their way while one is multiplied.
+    roomy = limits.capability == 80 or limits.capability // 10 in (9, 10)
     return Tile(
-        *(block_m, tile_y, tile_x, block_c, 8, stages),
-        programs=1 if crowded else 2,
-        maxnreg=255 if crowded else None,
+        *(block_m, 1, 64 // block_m),
+        block_c=8 if narrow else 32 if wide else 16,
+        num_warps=4 if simple or half and plain else 8,
+        num_stages=1 if not parts else 3 if roomy else 2,
+        # With TF32 in two waves: 82 SMs share 320 programs more evenly than 128.
+        programs=4 if parts and plain else 2,
+        # Without a bound the assembler spills a few bytes for the sake of more programs an SM.
+        maxnreg=None if simple and block_m < 64 else 255,
     )
 
 
@@ -269,13 +282,16 @@ def gram_tail_partials(
         )
     if applied:
         constexprs |= front_constexprs("none", ())
+    limits = device_limits(T)
     if lost is None:
-        tile = forward_tile(m, channels_in, T.dtype, constexprs["PRECISION"])
-        weight = packed_weight(weight, T.dtype, constexprs["PRECISION"])
+        tile = forward_tile(
+            *(m, channels_in, T.dtype, constexprs["PRECISION"]),
+            *(constexprs["KIND"] == "none", limits),
+        )
     else:
         tile = rescue_tile(block_of(m))
         constexprs["PRECISION"] = "ieee"
-    splits = shares(tile.count(height, width), B, tile, device_limits(T))
+    splits = shares(tile.count(1, (height + 1) * width), B, tile, limits)
     sums = empty_sums(splits, B, m, T.device, torch.float32 if lost is None else torch.float64)
     launch(
         *(_gram_tail_fwd_kernel, (B * splits,)),
@@ -283,39 +299,48 @@ def gram_tail_partials(
         *(r if lost is None else lost.contiguous().view(torch.uint8), T if Z is None else Z, *sums),
         *(B, m, splits, T.stride(0)),
         **constexprs,
-        **_constexprs(tile, lost is not None, Z is not None),
-        BY_L1=lost is None and _by_l1(T, tile),
+        **_constexprs(tile, T.dtype, constexprs["PRECISION"], lost is not None, Z is not None),
+        BY_L1=lost is None and _by_l1(T),
         **tile.options,
     )
     return sums
 
 
-def _by_l1(T: Tensor, tile: Tile) -> bool:
-    """Whether T is copied by 8 bytes: positions begin at 16, and addresses fit the registers."""
+def _by_l1(T: Tensor) -> bool:
+    """Whether T is copied by 8 bytes: positions begin at 16."""
     strides = T.data_ptr(), *(T.element_size() * n for n in (T.stride(0), T.shape[2]))
-    return tile.block_m == 16 and all(n % 16 == 0 for n in strides)
+    return all(n % 16 == 0 for n in strides)
 
 
-def _constexprs(tile: Tile, rescue: bool, write: bool) -> dict:
+def _constexprs(tile: Tile, dtype: torch.dtype, precision: str, rescue: bool, write: bool) -> dict:
+    # What J's operands were rounded to is less than its parts hold.
+    in_parts = dtype.itemsize == 2 or precision == "tf32"
     return {
-        **{"BLOCK_M": tile.block_m, "TILE_Y": tile.tile_y, "TILE_X": tile.tile_x},
-        **{"BLOCK_C": tile.block_c, "RESCUE": rescue, "WRITE": write},
+        **{"BLOCK_M": tile.block_m, "CELLS": tile.tile_x, "BLOCK_C": tile.block_c},
+        **{"RESCUE": rescue, "WRITE": write, "IN_PARTS": in_parts},
+        "GROUPS": tile.tile_x if in_parts and tile.block_m == 16 else 1,
     }
 
 
 def configurations() -> Iterator[Configuration]:
     """Every compilation of the forward kernel, even and odd sizes, and of what packs its weight."""
-    yield from packed_configurations()
-    sums = ("g_ptr", "p_ptr", "rr_ptr")
+    sums, limits = ("g_ptr", "p_ptr", "rr_ptr"), device_limits(torch.empty(0))
     for label, m, channels, dtype, constexprs, applied, odd in variants():
         if applied:
             constexprs |= front_constexprs("none", ())
         types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "w", "z")}
         types |= dict.fromkeys(("slope_ptr", "r_ptr", "lost_ptr", *sums), "*fp32")
-        tile = forward_tile(m, channels, dtype, constexprs["PRECISION"])
+        tile = forward_tile(
+            *(m, channels, dtype, constexprs["PRECISION"]),
+            *(constexprs["KIND"] == "none", limits),
+        )
         # Where no gradient is wanted, nothing is written.
-        of_tile = _constexprs(tile, rescue=False, write=constexprs["KIND"] != "none" or applied)
-        of_tile["BY_L1"] = not odd and tile.block_m == 16
+        of_tile = _constexprs(
+            *(tile, dtype, constexprs["PRECISION"]),
+            rescue=False,
+            write=constexprs["KIND"] != "none" or applied,
+        )
+        of_tile["BY_L1"] = not odd
         unaligned = ("t_ptr", "a_ptr", "stride_t_m") if odd else ()
         yield Configuration(
             *(_gram_tail_fwd_kernel, label, types, {**constexprs, **of_tile}),
@@ -325,7 +350,7 @@ def configurations() -> Iterator[Configuration]:
         if dtype == torch.float32 and constexprs["PRECISION"] == "ieee" and (applied or odd):
             tile = rescue_tile(block_of(m))
             types = types | dict.fromkeys(sums, "*fp64") | {"lost_ptr": "*u8"}
-            of_tile = _constexprs(tile, rescue=True, write=False) | {"BY_L1": False}
+            of_tile = _constexprs(tile, dtype, "ieee", rescue=True, write=False) | {"BY_L1": False}
             yield Configuration(
                 *(_gram_tail_fwd_kernel, f"{label} rescue", types, {**constexprs, **of_tile}),
                 **tile.options,

@@ -71,7 +71,7 @@ def _mixed(M, Z, PRECISION: tl.constexpr):
 def _gram_tail_bwd_kernel(
     t_ptr,  # T [m, B, H, W, C]
     a_ptr,  # [B, H, W, C]; not read where KIND is "none"
-    z_ptr,  # Z [m, B, H, W, 16]
+    z_ptr,  # Z [m, B, H, W, 16], by cells
     w_ptr,  # [C, CO, 4, 4] float32
     slope_ptr,  # [B, 2H, 2W, CO] float32; not read without SLOPED
     r_ptr,  # [B, 2H, 2W, CO] float32
@@ -141,7 +141,10 @@ def _gram_tail_bwd_kernel(
         framed = (at_q < H * W) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
         # The four channels of a sub-pixel lie behind one another.
         framed = tl.max_constancy(framed, [4])
-        in_z = (y * W + x) * 16 + (ky + 1) % 2 * 8 + (kx + 1) % 2 * 4 + co
+        # Cell row H is row 0, as in `_gram_tail_cells`, and so are columns.
+        of_y, of_x = at_q // W + ky // 2, at_q % W + kx // 2
+        cell = tl.where(of_y < H, of_y, 0) * W + tl.where(of_x < W, of_x, 0)
+        in_z = cell * 16 + ky % 2 * 8 + kx % 2 * 4 + co
         in_z = tl.max_contiguous(tl.multiple_of(in_z, [4]), [4])
         Z = tl.load(
             z_ptr + at_z[:, None] + in_z[None, :],

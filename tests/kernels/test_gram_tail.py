@@ -153,6 +153,13 @@ class TestKernel:
         # Ten bits behind the point; of T, which nobody has rounded, the rest is cut off.
         check(tail, *given, eps=2.0**-9)
 
+    def test_the_gram_is_as_exact_as_float32_where_tangents_are_rounded(self):
+        # Nothing in front rounds them again: all of J's 24 bits count.
+        tail, x, cotangents = problem(2, 16, 8, 3, 5, 4, "none", dtype=torch.bfloat16)
+        G = run(tail, x, cotangents)[0]
+        want, plain = (oracle(tail, x, cotangents, t)[0] for t in (torch.float64, torch.float32))
+        assert_as_good(G, want, plain, want.abs().max())
+
     def test_any_strides(self):
         tail, x, cotangents = problem(2, 3, 8, 3, 4, 4, "tanh", "sigmoid")
         last = torch.channels_last
