@@ -7,6 +7,7 @@
 | `woodbury_float64` | the same in float64 for samples that float32 lost, from J or `gram_tail` |
 | `gram_tail`, `gram_tail_backward` | `gram_project` of a last layer, together with it |
 | `tangent_activation` | phi(a) and phi'(a) T, and their pullback |
+| `latent_layer` | a linear layer of the latents, phi behind it and the tangents, and the pullback |
 | `tangent_conv_transpose` | a layer behind phi, on values and tangents, and its pullback |
 | `tangent_conv`, `tangent_linear` | the same for convolutions and linear layers |
 | `activations` | phi, phi' and phi'' of each kind, for any kernel that applies one |

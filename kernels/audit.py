@@ -50,6 +50,7 @@ from . import (
     gram_project,
     gram_tail,
     gram_tail_backward,
+    latent_layer,
     round_tf32,
     tangent_activation,
     tangent_conv,
@@ -113,7 +114,7 @@ def configurations() -> list[Configuration]:
     modules = (
         *(gram_project, elbo, woodbury, woodbury_float64, tangent_activation),
         *(tangent_conv_transpose, tangent_conv, tangent_linear, round_tf32, _stack_sums),
-        *(gram_tail, gram_tail_backward),
+        *(gram_tail, gram_tail_backward, latent_layer),
     )
     return list(chain.from_iterable(module.configurations() for module in modules))
 

@@ -29,7 +29,16 @@ from ._contract import (
     memory_format,
     tangents_like,
 )
-from ._launch import Configuration, DeviceLimits, cdiv, check_dtypes, device_limits, launch, pointer
+from ._launch import (
+    Configuration,
+    DeviceLimits,
+    begin,
+    cdiv,
+    check_dtypes,
+    device_limits,
+    launch,
+    pointer,
+)
 from .activations import EXAMPLES, activation, activation_constexprs
 
 # Four elements a thread: one 16-byte access in float32.
@@ -70,6 +79,7 @@ def _tangent_activation_fwd_kernel(
     SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    begin()
     pid = tl.program_id(0)
     at = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
@@ -111,6 +121,7 @@ def _tangent_activation_bwd_kernel(
     CURVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    begin()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
     a = _load_argument(a_ptr, bias_ptr, at, mask, channels, inner, HAS_BIAS)

@@ -150,6 +150,25 @@ def decide(
     return Choice(how, why, product)
 
 
+def decide_of_latents(device: torch.device) -> Choice:
+    """How a linear layer of the latents and the activation behind it run, and why.
+
+    The kernel writes what the activation's pass would, and reads less: there is nothing to weigh.
+
+    Args:
+        device: where it runs, on the Triton backend.
+
+    Raises:
+        ValueError: an unknown $FASTSFVAE_FUSED.
+    """
+    setting, source = _setting()
+    if setting != "auto":
+        return Choice("fused" if setting == "always" else "library", source)
+    if gpu_of(device) is None:
+        return Choice("library", "the interpreter is slow")
+    return Choice("fused", "writes what its activation would, and nothing else is as large")
+
+
 def layer_key(
     operation: str, x_shape: Sequence[int], weight_shape: Sequence[int], product: str
 ) -> str:

@@ -13,6 +13,7 @@ from fastsfvae.jacobian import check
 from fastsfvae.jacobian.rules import convolution
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.kernels import (
+    latent_layer,
     tangent_activation,
     tangent_conv,
     tangent_conv_transpose,
@@ -83,27 +84,33 @@ BUILDERS = {
 }
 NO_J = "the loss takes its Gram at once and writes no J"
 # Of one chunk's forward: layers on fused kernels, passes of an activation, library convolutions.
-# The first activation keeps its pass, as does one with several readers or none.
+# An activation keeps its pass that has several readers or none, or is the first one and no linear
+# layer of the latents is in front of it.
 LAUNCHES = {
-    "paper": (3, 1, 0),
-    "tanh": (2, 1, 0),
+    "paper": (4, 0, 0),
+    "tanh": (3, 0, 0),
     "residual": (2, 1, 0),
-    "shared": (2, 1, 0),
-    "frozen": (2, 1, 0),
-    "weight_norm": (1, 1, 0),
-    "upsampled": (1, 2, 0),
+    "shared": (3, 0, 0),
+    "frozen": (3, 0, 0),
+    "weight_norm": (2, 0, 0),
+    "upsampled": (2, 1, 0),
     "layer_norm": (2, 1, 0),
-    "pixel_shuffle": (2, 1, 0),
-    "two users": (3, 2, 0),
-    "skip": (3, 1, 0),
-    "strided": (3, 2, 0),
-    "grouped": (1, 1, 1),
+    "pixel_shuffle": (3, 0, 0),
+    "two users": (4, 1, 0),
+    "skip": (4, 0, 0),
+    "strided": (4, 1, 0),
+    "grouped": (2, 0, 1),
 }
 
 
 def build(name):
     torch.manual_seed(sum(map(ord, name)))
     return BUILDERS[name]().to(DEVICE)
+
+
+def build_of(make):
+    torch.manual_seed(0)
+    return make().to(DEVICE)
 
 
 def tensors(module, size=3, dtype=torch.float32):
@@ -147,7 +154,7 @@ def launches(monkeypatch):
 
         monkeypatch.setattr(module, name, counted)
 
-    for module in (tangent_conv, tangent_conv_transpose, tangent_linear):
+    for module in (latent_layer, tangent_conv, tangent_conv_transpose, tangent_linear):
         for half in ("fwd", "bwd"):
             spy(module, f"{module.__name__.rpartition('.')[2]}_{half}", f"layer {half}")
     for half in ("fwd", "bwd"):
@@ -309,9 +316,69 @@ def test_the_report_names_each_choice(monkeypatch):
     assert report.ok
     rows = [line.split(maxsplit=6) for line in str(report).splitlines()[1:6]]
     assert [(row[1], row[4], *row[6:]) for row in rows] == [
-        ("linear", "torch", "library: in front of the first activation"),
-        ("relu", "triton"),
+        ("linear", "triton", "fused: FASTSFVAE_FUSED=always"),
+        ("relu", "triton", "fused: in the layer in front of it"),
         ("conv_transpose2d", "torch", "library: no kernel for its geometry, dtype or size"),
         ("silu", "triton", "fused: in the layer behind it"),
         ("conv_transpose2d", "triton", f"fused: FASTSFVAE_FUSED=always; {NO_J}"),
     ]
+
+
+class Lifted(nn.Module):
+    """Two layers of the latents, one of them read twice, and an activation that two layers read."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.once = nn.Linear(M, 5, bias=False), nn.Linear(M, 5)
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(5, 6)
+
+    def forward(self, z):
+        h, y = torch.tanh(self.once(z)), self.twice(z)
+        return self.first(h) * self.second(h + torch.sigmoid(y) * y)
+
+
+def test_which_layers_of_the_latents_take_their_activation_in(launches):
+    module = build_of(Lifted)
+    z = tensors(module)[1].detach()
+    with sf.fused_layers("always"):
+        steps = Linearizer(module, z, backend="triton").plan(3).steps
+    found = {(s.path, s.op): s.choice for s in steps}
+    assert found["once", "linear"] == ("fused", "fused_layers('always')", "ieee")
+    assert found["", "tanh"][:2] == ("fused", "in the layer in front of it")
+    assert found["twice", "linear"][:2] == ("library", "in front of the first activation")
+    assert found["", "sigmoid"] is None
+    inputs = tensors(module)
+    with sf.fused_layers("always"):
+        ours = gradients(module, inputs)
+    exact = copy.deepcopy(module).double()
+    want = gradients(exact, tensors(module, dtype=torch.float64), "reference")
+    assert_as_good(ours, gradients(module, inputs, "reference"), want)
+    # The layers that read what lies behind the activation have none in front, so are the library's
+    # unless the kernels are asked for.
+    assert launches("fwd") == launches("bwd") == (3, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "latents, setting, choice",
+    [
+        (64, "always", ("fused", "fused_layers('always')")),
+        (65, "always", ("library", "no kernel for its dtype or size")),
+        (64, "never", ("library", "fused_layers('never')")),
+    ],
+)
+def test_the_choice_for_a_layer_of_the_latents(latents, setting, choice):
+    module = nn.Sequential(nn.Linear(latents, 4), nn.Unflatten(1, (4, 1)), nn.Tanh()).to(DEVICE)
+    with sf.fused_layers(setting):
+        plan = Linearizer(module, torch.zeros(3, latents, device=DEVICE), backend="triton").plan(3)
+    assert plan.steps[0].choice[:2] == choice
+
+
+def test_a_layer_of_the_latents_whose_activation_is_the_result(launches):
+    module = build_of(lambda: nn.Sequential(nn.Linear(M, 7), nn.Unflatten(1, (7, 1)), nn.Sigmoid()))
+    inputs = tensors(module)
+    with sf.fused_layers("always"):
+        ours = gradients(module, inputs)
+    assert launches("fwd") == launches("bwd") == (1, 0, 0)
+    exact = copy.deepcopy(module).double()
+    want = gradients(exact, tensors(module, dtype=torch.float64), "reference")
+    assert_as_good(ours, gradients(module, inputs, "reference"), want)

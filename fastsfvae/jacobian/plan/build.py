@@ -152,6 +152,8 @@ class _Emitter:
                 where = "in front of" if placed.layer.applied else "behind"
                 self._step(placed.activation, handled, Choice("fused", f"in the layer {where} it"))
             self._step(node, handled, None if placed is None else placed.choice)
+            if placed is not None and placed.behind is not None:
+                self._step(placed.behind, handled, Choice("fused", "in the layer in front of it"))
         if node in self.jets and isinstance(value, Tensor):
             batch = int(self.z.meta["val"].shape[0])
             elements = -(-int(value.numel()) // batch)

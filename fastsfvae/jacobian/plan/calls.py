@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fastsfvae.jacobian.plan.nodes import VIEWS, contains, is_floating, is_tensor, packet_name
-from fastsfvae.jacobian.plan.place import Placed
+from fastsfvae.jacobian.plan.place import Placed, is_of_latents
 from fastsfvae.jacobian.plan.sort import Sorted
 from fastsfvae.jacobian.plan.source import Source, Statement, identifier
 from fastsfvae.jacobian.plan.trace import Trace
@@ -18,6 +18,7 @@ from fastsfvae.jacobian.rules.constant import constant, value_of
 from fastsfvae.jacobian.rules.fallback import generic_rule, where
 from fastsfvae.jacobian.rules.fused_layer import fused_layer
 from fastsfvae.jacobian.rules.jet import Jet
+from fastsfvae.jacobian.rules.latent_layer import latent_layer
 from fastsfvae.jacobian.rules.registry import RULES, bind
 from fastsfvae.jacobian.rules.scatter import copied, written_entry, written_range
 from fastsfvae.ops.tangent_layer import Layer
@@ -73,11 +74,7 @@ class Calls:
         if target is operator.getitem:
             return f"{self.source.text(node.args[0])}[{node.args[1]!r}]", "rule"
         packet = packet_name(target)
-        if (
-            packet == "linear"
-            and node.args[0] is self.z
-            and not contains(node.args[1:], self.kinds.jets)
-        ):
+        if is_of_latents(node, self.z, self.kinds.jets):
             packet = "linear_of_latents"
         found = RULES.get(packet)
         others = (*node.args[1:], *node.kwargs.values())
@@ -88,6 +85,9 @@ class Calls:
             chosen = found.on(self.backend, *described)
             if layer is not None:
                 chosen = fused_layer(packet, layer)
+            behind = self.placed[node].behind_kernel if node in self.placed else None
+            if behind is not None:
+                chosen = latent_layer(*behind)
             label = f"{packet} {self.trace.paths.get(node, '')}".rstrip()
             function, handled = bind(chosen, self._private(node.args[0]), label), "rule"
             if not found.pulls(*described):

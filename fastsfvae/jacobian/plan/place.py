@@ -7,9 +7,11 @@ graph is rewritten so: the layer reads what went into the activation, which is g
 the two stay, as an activation works on each element alone. The layer in front of the activation
 then adds its own bias.
 
-Up to the first activation all samples have the same tangents, the columns of the first layer's
-weight. The library moves them once for all samples, and the first activation's own pass spreads
-them out; so layers in front of it are not fused, nor is it.
+Up to the first activation all samples have the same tangents. The library moves them once for all
+samples, and the first activation's own pass spreads them out; so layers in front of it are not
+fused, nor is it. Where it alone reads a linear layer of the latents, the tangents are the weight's
+columns: that layer's own kernel takes it in, whatever its kind is and whoever reads it. Gradients
+come back to that layer behind the activation, so to all that follows there is none in front.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fastsfvae.jacobian.plan.nodes import VIEWS, packet_name
+from fastsfvae.jacobian.plan.nodes import VIEWS, contains, packet_name
 from fastsfvae.jacobian.rules.convolution import geometry_of
 from fastsfvae.jacobian.rules.jet import Jet
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.rules.triton_activation import kernel_of
 from fastsfvae.kernels._contract import reads_result
-from fastsfvae.ops.dispatch import NO_ACTIVATION, Choice, decide, is_forced
+from fastsfvae.ops.dispatch import NO_ACTIVATION, Choice, decide, decide_of_latents, is_forced
+from fastsfvae.ops.latent_layer import takes_latents
 from fastsfvae.ops.tangent_layer import Layer, largest_batch
 
 _LAYERS = frozenset({"linear", "conv2d", "conv_transpose2d"})
@@ -40,12 +43,20 @@ class Placed(NamedTuple):
         activation: the one in front that is no longer in the graph, whichever layer applies it; or
             None.
         largest_batch: samples of a chunk at most, where it is fused.
+        behind: of a fused layer of the latents, the activation that it has taken in, which is no
+            longer in the graph either; or None.
     """
 
     choice: Choice
     layer: Layer | None = None
     activation: fx.Node | None = None
     largest_batch: int = 0
+    behind: fx.Node | None = None
+
+    @property
+    def behind_kernel(self) -> tuple[str, tuple[float, ...]] | None:
+        """Kind and parameters of the activation that a layer of the latents has taken in."""
+        return None if self.behind is None else _kernel(self.behind)
 
 
 def place_layers(graph: fx.Graph, z: fx.Node, jets: set[fx.Node]) -> dict[fx.Node, Placed]:
@@ -59,19 +70,41 @@ def place_layers(graph: fx.Graph, z: fx.Node, jets: set[fx.Node]) -> dict[fx.Nod
     Raises:
         ValueError: an unknown $FASTSFVAE_FUSED.
     """
-    placed: dict[fx.Node, Placed] = {}
+    lifts = [node for node in z.users if node in jets and is_of_latents(node, z, jets)]
+    placed = {node: _place_of_latents(graph, z, jets, node) for node in lifts}
     # What lies behind an activation, where each sample has tangents of its own.
-    apart: set[fx.Node] = set()
+    apart = {node for node in lifts if placed[node].behind is not None}
     for node in graph.nodes:
         if node not in jets or node is z:
             continue
-        if _name(node) in _LAYERS:
+        if _name(node) in _LAYERS and node not in placed:
             placed[node] = _place(z, jets, apart, node)
         if _kernel(node) is not None or any(arg in apart for arg in node.all_input_nodes):
             apart.add(node)
     for node in placed:
         _take_in(graph, placed, apart, node)
     return {node: _settled(found) for node, found in placed.items()}
+
+
+def is_of_latents(node: fx.Node, z: fx.Node, jets: set[fx.Node]) -> bool:
+    """Whether a node is a linear layer of the latents themselves."""
+    arguments = node.args[1:], node.kwargs
+    return _name(node) == "linear" and node.args[0] is z and not contains(arguments, jets)
+
+
+def _place_of_latents(graph: fx.Graph, z: fx.Node, jets: set[fx.Node], node: fx.Node) -> Placed:
+    """The choice for a linear layer of the latents; takes in the activation behind it."""
+    activation, out = _sole_reader(node), node.meta["val"]
+    if activation is None or activation not in jets or _kernel(activation) is None or out.ndim != 2:
+        return Placed(Choice("library", "in front of the first activation"))
+    same = activation.meta["val"].dtype == out.dtype
+    if not same or not takes_latents(int(z.meta["val"].shape[1]), out.dtype):
+        return Placed(Choice("library", "no kernel for its dtype or size"))
+    choice = decide_of_latents(out.device)
+    if choice.how == "library":
+        return Placed(choice)
+    _erase(graph, activation)
+    return Placed(choice, behind=activation)
 
 
 def _place(z: fx.Node, jets: set[fx.Node], apart: set[fx.Node], node: fx.Node) -> Placed:
@@ -118,7 +151,12 @@ def _take_in(
         placed[before] = found._replace(layer=applies)
     layer = layer._replace(kind=kind, params=params, applied=before is not None)
     placed[node] = placed[node]._replace(layer=layer, activation=activation)
-    activation.replace_all_uses_with(activation.args[0])
+    _erase(graph, activation)
+
+
+def _erase(graph: fx.Graph, activation: fx.Node) -> None:
+    argument: Any = activation.args[0]
+    activation.replace_all_uses_with(argument)
     graph.erase_node(activation)
 
 
