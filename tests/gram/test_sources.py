@@ -56,7 +56,7 @@ def plainly(tail, x, likelihood, dtype, known):
 
 def unwritten(tail, x, likelihood, known):
     *given, cotangents = settings(len(tail.stack) - 1, len(x), torch.float32)
-    last = stop_at(Layer(GEOMETRY, *tail.layer[1:]), *tail[4:])
+    last = stop_at(Layer(GEOMETRY, *tail.layer[1:]), tail.behind, tail.behind_params)
     chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias).tail, x)
     head = HEADS[likelihood]
     cotangents = cotangents[:1] if known else cotangents
@@ -175,7 +175,7 @@ def test_half_precision_tangents_stay_lost():
 
 def test_written_and_unwritten_agree_on_the_norms():
     tail, x, _ = problem(2, 3, 4, 3, 2, 3, "relu", "sigmoid")
-    last = stop_at(Layer(GEOMETRY, *named("relu")), *tail[4:])
+    last = stop_at(Layer(GEOMETRY, *named("relu")), tail.behind, tail.behind_params)
     chunk = Unwritten(last(from_stack(tail.stack), tail.weight, tail.bias).tail, x)
     y = moved(torch.relu, tail.stack)
     y = F.conv_transpose2d(y.flatten(0, 1), tail.weight, None, 2, 1).unflatten(0, (4, 2))
