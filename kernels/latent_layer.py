@@ -12,7 +12,9 @@ One launch leaves the sums of W and b in parts by rows of samples, that of z by 
 adds them up, in a fixed order. All in float32, whatever the parameters and the stack are.
 
 Floor, celeba16's 16 -> 256 features with 64 samples: the stack once each way, 0.56 MB of bfloat16,
-and 0.5 MFLOP a product, of which there are five in all: less than a launch takes.
+and 0.5 MFLOP a product, of which there are five in all: less than a launch takes. A warp issues 839
+instructions forward, 861 backward and 150 for the sums (sm_90, ReLU, bfloat16; 32, 64 and 84
+programs): one wave each, bound by latency.
 """
 
 from __future__ import annotations

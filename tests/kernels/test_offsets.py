@@ -10,7 +10,7 @@ import mmap
 import pytest
 import torch
 
-from fastsfvae.kernels import _stack_product, _stack_walk, _stack_weight
+from fastsfvae.kernels import _stack_product, _stack_walk, _stack_weight, latent_layer
 from fastsfvae.kernels._stack_geometry import Front, doubling, window
 from fastsfvae.kernels._stack_product import product
 from fastsfvae.kernels._stack_weight import weight_gradient
@@ -106,6 +106,9 @@ def last_program(monkeypatch):
         (_stack_product, "tangent_product_kernel"),
         (_stack_product, "tangent_doubling_kernel"),
         (_stack_weight, "tangent_weight_kernel"),
+        (latent_layer, "_latent_layer_fwd_kernel"),
+        (latent_layer, "_latent_layer_bwd_kernel"),
+        (latent_layer, "_latent_layer_sum_kernel"),
     ):
         monkeypatch.setattr(module, name, wrapped(getattr(module, name)))
 
@@ -157,3 +160,20 @@ def test_the_last_rows_of_a_weights_gradient(on_window, last_program, monkeypatc
         for stack in stacks()
     )
     assert near.abs().max() > 0 and torch.equal(near, away)
+
+
+def test_the_last_samples_of_a_layer_of_the_latents(last_program):
+    g = torch.Generator().manual_seed(0)
+    weight, bias, z = (torch.randn(shape, generator=g) for shape in ((64, 2), (64,), (3, 2)))
+    grad, many = torch.randn((3, 3, 64), generator=g), 2**24 + 3
+    assert 3 * many * 64 > 2**31
+    results = []
+    for count in (3, many):
+        latents, gradient = hollow((count, 2), z.dtype), hollow((3, count, 64), z.dtype)
+        latents[-3:], gradient[:, -3:] = z, grad
+        stack = latent_layer.latent_layer_fwd(latents, weight, bias, "silu")
+        # The last program adds up the gradient of the last samples.
+        of_z, _, _ = latent_layer.latent_layer_bwd(gradient, latents, weight, bias, "silu")
+        results.append((stack[:, -3:], of_z[-3:]))
+    for near, away in zip(*results, strict=True):
+        assert near.abs().max() > 0 and torch.equal(near, away)

@@ -16,9 +16,8 @@ from fastsfvae.jacobian.plan.source import Source, Statement, identifier
 from fastsfvae.jacobian.plan.trace import Trace
 from fastsfvae.jacobian.rules.constant import constant, value_of
 from fastsfvae.jacobian.rules.fallback import generic_rule, where
-from fastsfvae.jacobian.rules.fused_layer import fused_layer
+from fastsfvae.jacobian.rules.fused_layer import fused_layer, latent_layer
 from fastsfvae.jacobian.rules.jet import Jet
-from fastsfvae.jacobian.rules.latent_layer import latent_layer
 from fastsfvae.jacobian.rules.registry import RULES, bind
 from fastsfvae.jacobian.rules.scatter import copied, written_entry, written_range
 from fastsfvae.ops.tangent_layer import Layer
