@@ -5,18 +5,21 @@ program has the outputs of one row parity and both column parities behind BLOCK_
 output has two taps a row, and neighbours share them: a step loads three shifted tiles of the stack
 for four products into two accumulators, where one output parity at a time would load four.
 
-Counted in machine code (Triton 3.8; 3.6 within an eighth), the tangents of 32 -> 32 channels from
-16 x 16 with kernel 4 between ReLUs, a warp's instructions for each of its tensor-core instructions:
+Counted in machine code (Triton 3.8), the tangents of 32 -> 32 channels from 16 x 16 with kernel 4
+between ReLUs, a warp's instructions for each of its tensor-core instructions:
 
-    bfloat16    sm_86, 89    3.9 in the loop, 10.4 in all    102 registers, 32 KiB
-    bfloat16    sm_120       4.1 in the loop                 100 registers, 32 KiB
-    bfloat16    sm_90        11.1 a wgmma of 64 x 32 x 16    128 registers, 96 KiB
-    TF32        sm_86, 89    10.2 in all, unrolled           104 registers, 32 KiB
-    TF32        sm_90        19.0 a wgmma of 64 x 32 x 8     199 registers, 96 KiB
+    bfloat16    sm_86, 89    3.9 in the loop, 10.6 in all    102 registers, 32 KiB
+    bfloat16    sm_120       3.9 in the loop, 9.7 in all     122 registers, 32 KiB
+    bfloat16    sm_90        32 a wgmma of 64 x 32 x 16      128 registers, 84 KiB
+    TF32        sm_86, 89    10.3 in all, unrolled           103 registers, 32 KiB
+    TF32        sm_90        39.8 a wgmma of 64 x 32 x 8     199 registers, 112 KiB
 
-Copies of the stack are 8 bytes wide, of slot 0 and of the result 16. By the cards' data sheets
-memory bounds it: of L2 each input is read once for each row parity and row tap, as its two shifted
-copies come from L1. On Hopper TF32 wants the weight the other way round, copied 4 bytes at a time.
+No spills; copies of the stack are 8 bytes wide, of slot 0 and of the result 16. By the cards' data
+sheets memory bounds it. Of L2 a program asks for its inputs once, as their shifted copies come from
+L1, for its half of the weight, and for the slopes of its positions, which several slots share:
+counted in sectors for those tangents, 160 MB on sm_90, where 256 rows share a weight, and 202 MB
+elsewhere, of 89 MB of stacks. On Hopper TF32 wants the weight the other way round, copied
+4 bytes at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import triton
 import triton.language as tl
 
 from ._blocks import dot, rounded
-from ._implicit_gemm import in_values, moved, position, sloped, through, within
+from ._implicit_gemm import moved, position, rows_of, sloped, through, within
 from .activations import activation
 
 
@@ -52,15 +55,15 @@ def _shifted(
 
 
 # Row and sample counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
-@triton.jit(do_not_specialize=["first_row", "rows", "B"])
+@triton.jit(do_not_specialize=["first_slot", "rows", "B"])
 def tangent_doubling_kernel(
     x_ptr,  # [S, B, H, W, C]
     w_ptr,  # [C, KERNEL, KERNEL, N]
     bias_ptr,  # [N]; not read without HAS_BIAS
     a_ptr,  # [S, B, OH, OW, N], slot 0 of which tells the slope; not read where none is taken
     y_ptr,  # [S, B, OH, OW, N]
-    first_row,
-    rows,
+    first_slot,
+    rows,  # slots of the launch, from first_slot on
     B,
     GRID_H: tl.constexpr,
     GRID_W: tl.constexpr,
@@ -81,6 +84,7 @@ def tangent_doubling_kernel(
     KERNEL: tl.constexpr,
     BY_L1: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,13 +96,11 @@ def tangent_doubling_kernel(
     K_TILES: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     cols = pid % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     parity = pid // COL_TILES % 2
-    lanes = tl.arange(0, BLOCK_M)
-    start = first_row + pid // (COL_TILES * 2) * BLOCK_M
-    row = start + lanes
-    # Rows beyond the end read what the last one does: nothing is outside for their sake.
-    n, y, x = position(tl.minimum(row, rows - 1), GRID_H, GRID_W)
+    slot, row = rows_of(pid // (COL_TILES * 2), rows, BLOCK_M, UNIT)
     values = B * GRID_H * GRID_W
-    primal = position(in_values(start, lanes, values, BLOCK_M), GRID_H, GRID_W)[0]
+    # Rows beyond the end read what the last one does: nothing is outside for their sake.
+    primal, y, x = position(tl.minimum(row, values - 1), GRID_H, GRID_W)
+    n = (first_slot + slot) * B + primal
     base = ((n.to(tl.int64) * H + y) * W + x)[:, None] * C
     base_a = ((primal.to(tl.int64) * H + y) * W + x)[:, None] * C
     is_primal = (n < B)[:, None]
@@ -152,7 +154,7 @@ def tangent_doubling_kernel(
     out_y, out_x = 2 * y + parity, 2 * x
     at_y = ((n.to(tl.int64) * OH + out_y) * OW + out_x)[:, None] * N + cols[None, :]
     at_values = ((primal.to(tl.int64) * OH + out_y) * OW + out_x)[:, None] * N + cols[None, :]
-    mask = (row < rows)[:, None]
+    mask = (row < values)[:, None]
     if OH % 2:
         mask &= (out_y < OH)[:, None]
     if N % BLOCK_N:
@@ -163,7 +165,7 @@ def tangent_doubling_kernel(
         if RESULT_KIND != "none":
             even = sloped(even, a_ptrs, mask, RESULT_KIND, R0, R1)
             odd = sloped(odd, a_ptrs + N, mask_odd, RESULT_KIND, R0, R1)
-    elif start < values:
+    elif first_slot == 0:
         if HAS_BIAS:
             bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
             bias = tl.where(is_primal, bias[None, :], 0.0)

@@ -28,18 +28,19 @@ same parity share their taps, and `_doubling_gemm` has a faster kernel for it.
 Sizes are compiled in, so that positions, masks and addresses cost little in the loop; the numbers
 of rows, samples and slots are not.
 
-Counted in machine code (Triton 3.8; 3.6 within an eighth), the data gradient of 32 -> 32 channels
-from 16 x 16 with kernel 4 behind a ReLU, instructions of a warp for each of its tensor-core
-instructions:
+Counted in machine code (Triton 3.8), the data gradient of 32 -> 32 channels from 16 x 16 with
+kernel 4 behind a ReLU, instructions of a warp for each of its tensor-core instructions:
 
-    bfloat16    sm_86, 89    6.9 in the loop, 9.1 in all     128 registers, 20 KiB
-    bfloat16    sm_120       5.8 in the loop                 110 registers, 20 KiB
-    bfloat16    sm_90        28 a wgmma of 64 x 32 x 16      80 registers, 30 KiB
-    TF32        sm_86, 89    7.2 in the loop, 9.3 in all     112 registers, 40 KiB
-    TF32        sm_90        19.6 a wgmma of 64 x 32 x 8     110 registers, 60 KiB
+    bfloat16    sm_86, 89    6.9 in the loop, 8.9 in all     128 registers, 20 KiB
+    bfloat16    sm_120       6.0 in the loop, 7.8 in all     100 registers, 20 KiB
+    bfloat16    sm_90        29.5 a wgmma of 64 x 32 x 16    94 registers, 54 KiB
+    TF32        sm_86, 89    7.1 in the loop, 9.1 in all     110 registers, 40 KiB
+    TF32        sm_90        22.8 a wgmma of 64 x 32 x 8     98 registers, 108 KiB
 
-Copies of the stack are 8 bytes wide, of the weight, of slot 0 and of the result 16. By the cards'
-data sheets memory bounds it: DRAM, or L2 where L1 does not hold what an input's taps share.
+Copies of the stack are 8 bytes wide (on sm_90 in half precision of the weight as well), of slot 0
+and of the result 16.
+By the cards' data sheets DRAM bounds it: an input's taps find it in L1, and on Hopper, where L2
+would be asked for more than DRAM, 256 rows share a copy of the weight.
 """
 
 from __future__ import annotations
@@ -70,14 +71,27 @@ def sloped(acc, a_ptrs, mask, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.const
 
 
 @triton.jit
-def in_values(row, lanes, values, BLOCK: tl.constexpr):
-    """(row + lanes) % values for lanes below BLOCK, by one division where the block wraps once."""
-    at = row % values + lanes
-    if values >= BLOCK:
-        wrapped = tl.where(at >= values, at - values, at)
+def rows_of(tile, slots, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+    """Slot and position of a block's rows.
+
+    Rows are ordered by UNIT positions, then slots: what a slot's slope is read from is the same for
+    a block's several slots.
+    """
+    UNITS: tl.constexpr = BLOCK // UNIT
+    lanes = tl.arange(0, BLOCK)
+    unit = tile * UNITS
+    run, first = unit // slots, unit % slots
+    slot = first + lanes // UNIT
+    # By one division a block where it wraps once.
+    if UNITS == 1:
+        at, slot_of = run * UNIT + lanes, first
+    elif slots >= UNITS:
+        over = slot >= slots
+        at = tl.where(over, run + 1, run) * UNIT + lanes % UNIT
+        slot_of = tl.where(over, slot - slots, slot)
     else:
-        wrapped = at % values
-    return wrapped
+        at, slot_of = (run + slot // slots) * UNIT + lanes % UNIT, slot % slots
+    return slot_of, at
 
 
 @triton.jit
@@ -184,16 +198,16 @@ def _product_tile(
 
 
 # Row and sample counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
-@triton.jit(do_not_specialize=["first_row", "rows", "slots", "B"])
+@triton.jit(do_not_specialize=["first_slot", "rows", "slots", "B"])
 def tangent_product_kernel(
     x_ptr,  # [S, B, H, W, C]
     w_ptr,  # [N, KERNEL * KERNEL, C] where INNER_IS_INPUT, else [C, KERNEL * KERNEL, N]
     bias_ptr,  # [BIAS_SIZE]; not read without HAS_BIAS
     a_ptr,  # [S, B, OH, OW, N], slot 0 of which tells the slope; not read where none is taken
     y_ptr,  # [S, B, OH, OW, N]
-    first_row,
-    rows,
-    slots,
+    first_slot,
+    rows,  # slots of the launch, from first_slot on
+    slots,  # all
     B,
     GRID_H: tl.constexpr,
     GRID_W: tl.constexpr,
@@ -225,6 +239,7 @@ def tangent_product_kernel(
     INSIDE: tl.constexpr,  # no tap is ever outside
     BY_L1: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -236,15 +251,13 @@ def tangent_product_kernel(
     cols = pid % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     phase = pid // COL_TILES % (PHASES * PHASES)
     phase_y, phase_x = phase // PHASES, phase % PHASES
-    lanes = tl.arange(0, BLOCK_M)
-    start = first_row + pid // (COL_TILES * PHASES * PHASES) * BLOCK_M
-    row = start + lanes
-    # Rows beyond the end read what the last one does: nothing is outside for their sake.
-    first, y, x = position(tl.minimum(row, rows - 1), GRID_H, GRID_W)
+    slot, row = rows_of(pid // (COL_TILES * PHASES * PHASES), rows, BLOCK_M, UNIT)
     values = B * GRID_H * GRID_W
-    primal = position(in_values(start, lanes, values, BLOCK_M), GRID_H, GRID_W)[0]
+    # Rows beyond the end read what the last one does: nothing is outside for their sake.
+    primal, y, x = position(tl.minimum(row, values - 1), GRID_H, GRID_W)
+    first = (first_slot + slot) * B + primal
     out_y, out_x = y * PHASES + phase_y, x * PHASES + phase_x
-    row_mask = row < rows
+    row_mask = row < values
     if OH % PHASES or OW % PHASES:
         row_mask &= (out_y < OH) & (out_x < OW)
     mask = row_mask[:, None]
@@ -278,7 +291,7 @@ def tangent_product_kernel(
         elif PULL:
             if RESULT_KIND != "none":
                 out = sloped(acc, a_ptrs, mask, RESULT_KIND, R0, R1)
-        elif start < values:
+        elif first_slot == 0:
             if HAS_BIAS:
                 bias = tl.load(bias_ptr + cols % BIAS_SIZE, mask=cols < N, other=0.0)
                 out = acc + tl.where((n < B)[:, None], bias.to(tl.float32)[None, :], 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,115 +15,41 @@ from ._contract import PARAMETERS, reads_result
 from ._doubling_gemm import tangent_doubling_kernel
 from ._implicit_gemm import tangent_product_kernel
 from ._launch import Configuration, cdiv, device_limits, launch, pointer
+from ._narrow_gemm import tangent_narrow_kernel
+from ._product_tile import NARROW, Sizes, doubling_tile, narrow_tile, product_tile
 from ._stack_geometry import POINTWISE, Front, Gather, Geometry
-from ._stack_tile import Tile, bucket, is_curved
+from ._stack_tile import Tile, is_curved
 from ._stack_weight import weight_configuration
 from .activations import EXAMPLES, front_constexprs
-
-
-class Sizes(NamedTuple):
-    """Of one slot of one sample, in and out of a product."""
-
-    H: int
-    W: int
-    C: int
-    OH: int
-    OW: int
-    N: int
 
 
 class Plan(NamedTuple):
     """How a product is launched.
 
     Attributes:
-        doubles: whether by `tangent_doubling_kernel`; else by `tangent_product_kernel`.
+        by: "narrow", "doubling" or "product", of `tangent_<by>_kernel`.
         constexprs: of the kernel.
         tile: block sizes.
     """
 
-    doubles: bool
+    by: str
     constexprs: dict[str, Any]
     tile: Tile
 
     @property
     def kernel(self) -> Any:
         """The `triton.jit` function."""
-        return tangent_doubling_kernel if self.doubles else tangent_product_kernel
-
-    @property
-    def positions(self) -> int:
-        """Rows of the launch for one slot of one sample."""
-        return self.constexprs["GRID_H"] * self.constexprs["GRID_W"]
+        return {
+            "narrow": tangent_narrow_kernel,
+            "doubling": tangent_doubling_kernel,
+            "product": tangent_product_kernel,
+        }[self.by]
 
     @property
     def programs_a_block(self) -> int:
         """Programs for each block of rows."""
-        parities = 2 if self.doubles else self.constexprs["PHASES"] ** 2
+        parities = {"narrow": 1, "doubling": 2}.get(self.by) or self.constexprs["PHASES"] ** 2
         return parities * cdiv(self.constexprs["N"], self.tile.block_n)
-
-
-def _block_k(channels: int, most: int) -> int:
-    """Channels a step: as many as divide them, so that a step has one tap and needs no mask."""
-    while most > 16 and channels % most:
-        most //= 2
-    return most
-
-
-def _doubling_tile(
-    sizes: Sizes, dtype: torch.dtype, precision: str, kind: str, capability: int
-) -> Tile:
-    is_full = dtype == torch.float32
-    exact, three = (is_full and precision == of for of in ("ieee", "tf32x3"))
-    # Two accumulators, and with an activation in front two tiles for each of the stack's three.
-    small, hopper = kind != "none" or exact or three, capability // 10 == 9
-    return Tile(
-        block_m=64 if small else 128,
-        block_n=min(bucket(sizes.N), 32),
-        # 64 bytes of a position.
-        block_k=_block_k(sizes.C, 64 // dtype.itemsize),
-        # A warp group of Hopper's multiplies 64 rows at once, whatever it has to do besides.
-        num_warps=4 if (small or hopper) and not three else 8,
-        # A Hopper SM has room for two buffers and a second program, others for one.
-        num_stages=3 if hopper and not exact else 2,
-        maxnreg=None,
-    )
-
-
-def _product_tile(
-    sizes: Sizes, dtype: torch.dtype, precision: str, kinds: tuple[str, str], capability: int
-) -> Tile:
-    is_full, (on_load, behind) = dtype == torch.float32, kinds
-    exact, three = (is_full and precision == of for of in ("ieee", "tf32x3"))
-    curved = is_curved(on_load) or is_curved(behind)
-    block_k = _block_k(sizes.C, 16 if exact else 128 // dtype.itemsize)
-    across_taps = sizes.C % block_k > 0
-    # A curved kind has more to hold, three TF32 products split both operands, and a block that
-    # crosses taps has an address a lane.
-    crowded = curved or across_taps or three
-    # The sum over tangents is a second accumulator.
-    block_n = min(bucket(sizes.N), 32 if is_curved(behind) or curved and three else 64)
-    # Fewer rows where there are few of them or much to hold, and else the fewest reads of the
-    # weight.
-    hopper, holds = capability // 10 == 9, crowded or exact or on_load != "none"
-    few = sizes.OH * sizes.OW <= 16 or (is_full and block_n == 64 and not hopper)
-    block_m = 64 if holds or few else 128
-    wide = block_m * block_n * dtype.itemsize > 128 * 32 * 2 and block_m == 128 and not hopper
-    # Without a bound of its own the assembler spills a few bytes for the sake of more programs an
-    # SM: on sm_120 of plain products too.
-    registers = 255 if is_curved(on_load) else None
-    if capability >= 100 and few and not (holds or is_full):
-        registers = 128
-    if exact and is_curved(on_load):
-        # Between 192, which spills on sm_90, and 224, which spills on sm_120.
-        registers = 208
-    return Tile(
-        block_m=block_m,
-        block_n=block_n,
-        block_k=block_k,
-        num_warps=8 if crowded and not exact or wide else 4,
-        num_stages=2 if exact else 3,
-        maxnreg=registers,
-    )
 
 
 def plan(
@@ -146,32 +73,50 @@ def plan(
     if front.applied and not pull:
         on_load = "none", ()
     curved = pull and is_curved(result[0])
-    doubles = gather.phases == 2 and not curved and not is_curved(on_load[0])
-    is_full = dtype == torch.float32
-    if doubles:
-        tile = _doubling_tile(sizes, dtype, front.precision, on_load[0], capability)
+    is_full, by = dtype == torch.float32, "product"
+    if gather.phases == 2 and not curved and not is_curved(on_load[0]):
+        whole = sizes.OH == 2 * sizes.H and sizes.OW == 2 * sizes.W and gather.kernel == 4
+        plain = on_load[0] == "none" and not pull
+        by = "narrow" if whole and plain and sizes.N <= NARROW else "doubling"
+    if by == "narrow":
+        tile = narrow_tile(sizes, dtype, front.precision, capability)
+    elif by == "doubling":
+        tile = doubling_tile(sizes, dtype, front.precision, on_load[0], capability)
     else:
-        tile = _product_tile(sizes, dtype, front.precision, (on_load[0], result[0]), capability)
+        tile = product_tile(
+            *(gather, sizes, dtype, front.precision, (on_load[0], result[0]), capability)
+        )
     result_kind, R0, R1 = front_constexprs(*result).values()
     rounds = is_full and (pull or result_kind != "none")
+    wide = (sizes.C,) if by == "narrow" else (sizes.C, sizes.N)
     constexprs = {
-        **{"GRID_H": cdiv(sizes.OH, gather.phases), "GRID_W": cdiv(sizes.OW, gather.phases)},
-        **sizes._asdict(),
-        **front_constexprs(*on_load),
+        **{name: getattr(sizes, name) for name in "HWCN"},
         **{"RESULT_KIND": result_kind, "R0": R0, "R1": R1},
-        "BY_L1": aligned
-        and gather.taps > 1
-        and all(n * dtype.itemsize % 16 == 0 for n in (sizes.C, sizes.N)),
-        **{"PULL": pull, "HAS_BIAS": bias_size > 0, "KERNEL": gather.kernel},
-        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+        "BY_L1": aligned and gather.taps > 1 and all(n * dtype.itemsize % 16 == 0 for n in wide),
+        **{"HAS_BIAS": bias_size > 0, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
+        "UNIT": _unit(gather, sizes, tile.block_m),
         **{"PRECISION": front.precision, "ROUND": front.precision if rounds else "none"},
     }
-    if not doubles:
+    if by != "narrow":
+        constexprs |= {"GRID_H": cdiv(sizes.OH, gather.phases), **front_constexprs(*on_load)}
+        constexprs |= {"GRID_W": cdiv(sizes.OW, gather.phases), "OH": sizes.OH, "OW": sizes.OW}
+        constexprs |= {"PULL": pull, "KERNEL": gather.kernel, "BLOCK_N": tile.block_n}
+    if by == "product":
         taken = {name.upper(): value for name, value in asdict(gather).items()}
         inside = all(_inside(gather, *axis) for axis in ((sizes.H, sizes.OH), (sizes.W, sizes.OW)))
         constexprs |= taken | {"INNER_IS_INPUT": inner_is_input, "CURVED": curved}
         constexprs |= {"BIAS_SIZE": bias_size or sizes.N, "INSIDE": inside}
-    return Plan(doubles, constexprs, tile)
+    return Plan(by, constexprs, tile)
+
+
+def _unit(gather: Gather, sizes: Sizes, block_m: int) -> int:
+    """Neighbouring positions of one slot in a block of rows.
+
+    Few, so that the block's slots share what tells their slopes, but for windows, which overlap.
+    """
+    positions = cdiv(sizes.OH, gather.phases) * cdiv(sizes.OW, gather.phases)
+    most = block_m if gather.phases == 1 and gather.taps > 1 or sizes.N <= NARROW else 32
+    return min(most, block_m, 2 ** (positions.bit_length() - 1))
 
 
 def _inside(gather: Gather, extent: int, out: int) -> bool:
@@ -231,35 +176,37 @@ def product(
         )
     elif not out.is_contiguous():
         raise ValueError(f"out has strides {out.stride()}: give it dense, channels last")
-    values, tile = B * chosen.positions, chosen.tile
-    spans, slots = [(0, S * values)], ()
+    tile, unit = chosen.tile, chosen.constexprs["UNIT"]
+    runs = cdiv(B * prod(cdiv(extent, gather.phases) for extent in out_size), unit)
+    all_slots = (S,) if chosen.by == "product" else ()
+    spans = [(0, S)]
     if pull is None and front.behind != "none":
         # The tangents' slope is read off the values that lie behind the activation.
-        spans = [(0, values), (values, S * values)]
-    elif not chosen.doubles and chosen.constexprs["CURVED"]:
-        spans = [(0, values)]
-    if not chosen.doubles:
-        slots = (S,)
-    for first, last in spans:
-        if first < last:
+        spans = [(0, 1), (1, S - 1)]
+    elif chosen.constexprs.get("CURVED"):
+        spans = [(0, 1)]
+    for first, slots in spans:
+        if slots:
             launch(
-                *(chosen.kernel, (cdiv(last - first, tile.block_m) * chosen.programs_a_block,)),
+                chosen.kernel,
+                (cdiv(runs * slots, tile.block_m // unit) * chosen.programs_a_block,),
                 *(stack, weight, stack if bias is None else bias, out if pull is None else pull),
-                *(out, first, last, *slots, B),
+                *(out, first, slots, *all_slots, B),
                 **chosen.constexprs,
                 **tile.launch,
             )
     return out
 
 
-_PRODUCTS = (
+# (dtype, product) of what the audit compiles; float16 differs from bfloat16 in names alone.
+PRODUCTS = (
     *((torch.float32, precision) for precision in ("tf32", "tf32x3", "ieee")),
     (torch.bfloat16, "tf32"),
 )
 # (dtype, precision, kind, channels, columns): what any operation compiles most of,
 TYPICAL = tuple(
     (*product, kind, 64, 64)
-    for product in _PRODUCTS
+    for product in PRODUCTS
     for kind in ("relu", "tanh")
     if product[1] != "ieee"
 )
@@ -268,14 +215,14 @@ TYPICAL = tuple(
 EVERY = (
     *(
         (*product, kind, 64, 64)
-        for product in _PRODUCTS
+        for product in PRODUCTS
         for kind in ("none", *PARAMETERS)
         if (*product, kind, 64, 64) not in TYPICAL
     ),
     *itertools.product((torch.float16,), ("tf32",), ("none", "relu", "tanh"), (64,), (64,)),
     *(
         (*product, "relu", *sizes)
-        for product in _PRODUCTS
+        for product in PRODUCTS
         if product[1] != "ieee"
         for sizes in ((3, 16), (3, 32), (3, 64), (48, 64))
     ),

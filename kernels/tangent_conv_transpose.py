@@ -18,7 +18,7 @@ from torch import Tensor
 from ._launch import Configuration
 from ._stack_geometry import POINTWISE, Front, Geometry, doubling, window
 from ._stack_layer import layer_bwd, layer_fwd
-from ._stack_product import EVERY, audited
+from ._stack_product import EVERY, PRODUCTS, audited
 
 
 def geometry(kernel: int, padding: int) -> Geometry:
@@ -74,5 +74,5 @@ def tangent_conv_transpose_bwd(
 def configurations() -> Iterator[Configuration]:
     """Every compilation of kernel 4, stride 2: blocks, dtypes and precisions, example kinds."""
     yield from audited("deconv 4/2", geometry(4, padding=1), variants=EVERY)
-    last = [(dtype, "tf32", "relu", 32, 3) for dtype in (torch.bfloat16, torch.float16)]
+    last = [(*product, "relu", channels, 3) for product in PRODUCTS for channels in (3, 32)]
     yield from audited("last 4/2", geometry(4, padding=1), variants=last, out_dtype=torch.float32)

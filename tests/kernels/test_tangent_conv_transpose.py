@@ -81,6 +81,7 @@ class TestKernel:
         [
             *(((64, 32), 4, dtype) for dtype in (torch.float32, torch.bfloat16)),
             *(((32, 64), 3, dtype) for dtype in (torch.float32, torch.float16)),
+            *(((32, 3), 4, dtype) for dtype in (torch.float32, torch.bfloat16)),
         ],
     )
     def test_aligned_sizes(self, channels, kernel, dtype, poisoned_empty):
