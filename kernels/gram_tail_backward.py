@@ -8,17 +8,21 @@ lies behind the activation. One launch: dT is an ordinary convolution with strid
 reads a window of 4 x 4 outputs of up to 4 channels, K = 64. A program holds all tangents of a few
 positions' windows, where M J + u r^T is a product from the left; dJ is made there, four times over,
 for a product that is small beside reading it. Those windows give dW as well, one product of 64
-columns, in partial sums that are added in a fixed order; and dr, as a position's own four outputs
-lie in its window. M enters as two numbers of the products' dtype, so that Z alone is rounded.
+columns, in partial sums that `_gram_tail_weight` adds up; and dr, as a position's own four outputs
+lie in its window. It is stored twice: its negative in the stack's dtype, for the layer's own values,
+and itself where somebody wants the data's gradient. M enters as two numbers of the products' dtype,
+so that Z alone is rounded.
 
 Floor, celeba16's last layer (m = 16, B = 64, 32 -> 3 channels from 32 x 32) in bfloat16: T and dT
 are 67 MB each, Z 34, all else 12: 180 MB through device memory. 5.4 GFLOP for each of dT and dW.
 
-Counted there, a warp of 4 and 2 positions: 358 instructions on sm_86 and sm_89, 325 on sm_90, 331
-on sm_120 (24 HMMA); with TF32 503, 492 and 517 (48 HMMA). Windows are copied 8 bytes at a time, T
-loaded and dT stored 16. 128 registers and 14 KiB: four programs an SM (194 and 26 KiB with TF32:
-two). So 47 M warp instructions, a fifth of the time that a 4090 takes for the bytes, and about as
-long as an H100 takes for them. Not measured on a GPU yet.
+Counted there, a warp of 4 and 2 positions: 361 instructions on sm_86, 352 on sm_89, 322 on sm_90,
+336 on sm_120 (24 HMMA); with TF32 496, 488, 486 and 513 (48 HMMA). Windows are copied 8 bytes at a
+time, T loaded and dT stored 16. -dr takes one store of 2 bytes a thread (4 with TF32): the 24
+numbers of 2 positions are in one instruction of each warp as they are, and wider ones would want
+them handed over first. 128 registers and 14 KiB: four programs an SM (190 and 26 KiB with TF32:
+two). So 47 M warp instructions (43 on sm_90), a fifth of the time that a 4090 takes for the bytes,
+and 0.9 of what an H100 takes for them. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -142,8 +146,9 @@ def _gram_tail_bwd_kernel(
         # The four channels of a sub-pixel lie behind one another.
         framed = tl.max_constancy(framed, [4])
         # Cell row H is row 0, as in `_gram_tail_cells`, and so are columns.
-        of_y, of_x = at_q // W + ky // 2, at_q % W + kx // 2
-        cell = tl.where(of_y < H, of_y, 0) * W + tl.where(of_x < W, of_x, 0)
+        of_y = (y + (ky + 1) % 2).to(tl.uint32, bitcast=True) % H
+        of_x = (x + (kx + 1) % 2).to(tl.uint32, bitcast=True) % W
+        cell = (of_y * W + of_x).to(tl.int32)
         in_z = cell * 16 + ky % 2 * 8 + kx % 2 * 4 + co
         in_z = tl.max_contiguous(tl.multiple_of(in_z, [4]), [4])
         Z = tl.load(
@@ -215,6 +220,7 @@ def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, pla
             block_c, warps = 16, 16
         return Tile(block_m, 1, positions, block_c, warps, 1, 16 // warps, 2048 // warps)
     if exact and precision == "tf32x3":
+        block_c = 16 if block_m == 32 and channels > 32 else block_c
         return Tile(block_m, 1, 1, block_c, 8, 1, 1, 255)
     if exact:
         block_c = min(block_c, 16 if block_m == 64 else 32)
