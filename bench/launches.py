@@ -116,6 +116,7 @@ def divides_with(l2: int) -> bool:
 @contextmanager
 def _captured(l2: int) -> Iterator[None]:
     with (
+        mock.patch.dict(os.environ, {sweep.DIVIDE: "1"}),
         mock.patch.object(sweep, "cache_bytes", lambda device: l2),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
     ):

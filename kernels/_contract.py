@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,18 @@ WOODBURY_MAX_M = 64
 # The most tangents, and channels out, that the program of a last layer taken with its Gram holds.
 GRAM_TAIL_MAX_M = 64
 GRAM_TAIL_MAX_CHANNELS = 4
+
+
+def is_on(variable: str) -> bool:
+    """Whether an environment variable turns on what is off by default.
+
+    Raises:
+        ValueError: it is set to something else than 0 or 1.
+    """
+    setting = os.environ.get(variable, "0")
+    if setting not in ("0", "1"):
+        raise ValueError(f"{variable}={setting} is not one of 0, 1")
+    return setting == "1"
 
 
 class Woodbury(NamedTuple):

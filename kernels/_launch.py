@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
+
+from ._contract import is_on
 
 # The interpreter computes tl.dot on bf16 operands from their bit patterns; kernels upcast there.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -100,10 +101,7 @@ def overlaps(capability: int) -> bool:
     Raises:
         ValueError: an unknown $FASTSFVAE_PDL.
     """
-    setting = os.environ.get(OVERLAP, "0")
-    if setting not in ("0", "1"):
-        raise ValueError(f"{OVERLAP}={setting} is not one of 0, 1")
-    return setting == "1" and capability >= _OVERLAPPING
+    return is_on(OVERLAP) and capability >= _OVERLAPPING
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

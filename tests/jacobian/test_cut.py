@@ -96,14 +96,18 @@ def test_no_cut_where_another_layer_reads_what_is_in_front():
             assert plan.plan(B).to_tail is not None
 
 
-def test_only_inside_of_a_graph_and_with_a_large_cache(monkeypatch):
-    def divides(size, captures):
+def test_only_on_request_inside_of_a_graph_and_with_a_large_cache(monkeypatch):
+    def divides(size, captures, setting="1"):
+        monkeypatch.setenv("FASTSFVAE_DIVIDE", setting)
         monkeypatch.setattr(sweep, "cache_bytes", lambda device: size)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
         return sweep.divides_on(torch.device("cuda"))
 
     assert divides(72 * 10**6, True)
     assert not divides(72 * 10**6, False) and not divides(50 * 2**20, True)
+    assert not divides(72 * 10**6, True, setting="0")
+    with pytest.raises(ValueError, match="FASTSFVAE_DIVIDE=few is not one of 0, 1"):
+        divides(72 * 10**6, True, setting="few")
 
 
 def test_a_power_of_two_samples_fill_three_quarters_of_the_cache(monkeypatch):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae.jacobian.rules.fused_layer import dense_weight
 from fastsfvae.jacobian.rules.jet import Jet, stack_of
 from fastsfvae.jacobian.rules.tape import once
 from fastsfvae.kernels._contract import tangents_like
@@ -54,6 +53,8 @@ def stop_at(
         behind: likewise.
         behind_params: likewise.
     """
+    # Late: `import fastsfvae` loads no fused layers.
+    from fastsfvae.jacobian.rules.fused_layer import dense_weight
 
     def stop(x: Jet, weight: Tensor, bias: Tensor | None = None) -> LastLayer:
         # Dense once, for the kernels of the forward, its rescue and the backward.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.plan.last_layer import LastLayer
-from fastsfvae.jacobian.rules.fused_layer import cast_weights
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, latent_jet, stack_of
 from fastsfvae.jacobian.rules.tape import Tape
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
+from fastsfvae.kernels._contract import is_on
 from fastsfvae.ops._gpu import cache_bytes
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 # they do, more and their memory is not reused (see `_reuse_memory`).
 _CPU_BUDGET = 64 * 2**20
 
-# Bytes of a GPU's L2 from which on a few samples' last stacks are worth keeping there, and the
+# Asks for it; bytes of a GPU's L2 from which on a few samples' last stacks fit there, and the
 # share of it that they may take: a stack, its gradient and J are alive together.
-_LARGE_CACHE, _CACHE_SHARE, _ALIVE = 72 * 10**6, 0.75, 2.5
+DIVIDE, _LARGE_CACHE, _CACHE_SHARE, _ALIVE = "FASTSFVAE_DIVIDE", 72 * 10**6, 0.75, 2.5
 
 # Tensors and their gradients.
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -99,8 +99,12 @@ class Program:
     def cast_weights(self, whole: Sequence[Tensor]) -> None:
         """Cast the fused layers' weights for the tape that records, as autocast asks for."""
         plan = self.plans[0]
-        used = dict(zip(plan.body_inputs, whole, strict=False))
-        cast_weights([used[index] for index in plan.fused_weights])
+        if plan.fused_weights:
+            # Late: a decoder without fused layers needs none of it.
+            from fastsfvae.jacobian.rules.fused_layer import cast_weights
+
+            used = dict(zip(plan.body_inputs, whole, strict=False))
+            cast_weights([used[index] for index in plan.fused_weights])
 
     def inputs(
         self, along: Sequence[Tensor], whole: Sequence[Tensor]
@@ -152,8 +156,16 @@ def _reuse_memory() -> None:
 
 
 def divides_on(device: torch.device) -> bool:
-    """Whether a chunk's last layers run by few samples: more launches, which only a graph hides."""
-    return cache_bytes(device) >= _LARGE_CACHE and torch.cuda.is_current_stream_capturing()
+    """Whether a chunk's last layers run by few samples: more launches, which only a graph hides.
+
+    Off by default: by `python -m bench.model --kernels` the launches take more than L2 saves.
+
+    Raises:
+        ValueError: an unknown $FASTSFVAE_DIVIDE.
+    """
+    if not is_on(DIVIDE) or cache_bytes(device) < _LARGE_CACHE:
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def samples_in_cache(stack: Tensor, elements: int) -> int:
