@@ -9,7 +9,7 @@ reads a window of 4 x 4 outputs of up to 4 channels, K = 64. A program holds all
 positions' windows, where M J + u r^T is a product from the left; dJ is made there, four times over,
 for a product that is small beside reading it. Those windows give dW as well, one product of 64
 columns, in partial sums that `_gram_tail_weight` adds up; and dr, as a position's own four outputs
-lie in its window. It is stored twice: its negative in the stack's dtype, for the layer's own values,
+lie in its window. It is stored twice: its negative in the stack's dtype, for the layer's values,
 and itself where somebody wants the data's gradient. M enters as two numbers of the products' dtype,
 so that Z alone is rounded.
 
