@@ -109,7 +109,7 @@ def product_tile(
     # SM: on sm_120 of plain products too.
     registers = 255 if is_curved(on_load) else None
     if capability >= 100 and few and not (holds or is_full):
-        registers = 128
+        registers = 136
     if three and block_n < 64 and not curved:
         registers = 128
     if exact and is_curved(on_load):
