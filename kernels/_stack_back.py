@@ -16,8 +16,10 @@ no spill, 64 KiB of shared memory; loads of g are 16 bytes wide, those of x and 
 program has a multiprocessor to itself. By data sheets an RTX 4090's tensor cores bound it at 110
 us, where memory gives two kernels 88 each. An RTX 3090's tensor cores take 256 us for both either
 way, an RTX 5090's 87 where memory gives two kernels 50 each, which is no more than one program
-alone loses by waiting; sm_90 has wgmma for two kernels. TF32 spills 1,360 bytes on sm_89, 64
-channels in 192.
+alone loses by waiting. On an H100 memory would bound it at 34 us and two kernels at 61, but its
+HMMA, instructions, L2 and waiting take 24 to 31 each, with nothing else on the multiprocessor to
+hide them, where the two have wgmma: two, until a card has timed both.
+TF32 spills 1,360 bytes on sm_89, 64 channels in 192.
 """
 
 from __future__ import annotations
@@ -124,7 +126,9 @@ def takes(gather: Gather, plain: Tensor, windowed: Tensor, front: Front) -> bool
     whole = windowed.shape[2:] == (2 * H, 2 * W, _CHANNELS) and C == _CHANNELS
     fits = whole and H * W % _BLOCK_K == 0 and plain.dtype != torch.float32
     at_hand = front.applied or front.kind == "none"
-    return device_limits(plain).capability == 89 and gather == _READS and fits and at_hand
+    return (
+        device_limits(plain).capability == 89 and gather == _READS and fits and at_hand
+    )
 
 
 def both_gradients(
