@@ -126,9 +126,7 @@ def takes(gather: Gather, plain: Tensor, windowed: Tensor, front: Front) -> bool
     whole = windowed.shape[2:] == (2 * H, 2 * W, _CHANNELS) and C == _CHANNELS
     fits = whole and H * W % _BLOCK_K == 0 and plain.dtype != torch.float32
     at_hand = front.applied or front.kind == "none"
-    return (
-        device_limits(plain).capability == 89 and gather == _READS and fits and at_hand
-    )
+    return device_limits(plain).capability == 89 and gather == _READS and fits and at_hand
 
 
 def both_gradients(
