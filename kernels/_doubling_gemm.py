@@ -29,6 +29,7 @@ import triton.language as tl
 
 from ._blocks import dot, rounded
 from ._implicit_gemm import moved, position, rows_of, sloped, through, within
+from ._launch import begin
 from .activations import activation
 
 
@@ -90,6 +91,7 @@ def tangent_doubling_kernel(
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
 ):
+    begin()
     # Columns and parities of the same rows are neighbours in launch order: they share x through L2.
     pid = tl.program_id(0)
     COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N

@@ -49,6 +49,7 @@ import triton
 import triton.language as tl
 
 from ._blocks import dot, rounded
+from ._launch import begin
 from .activations import activation, times_slope
 
 
@@ -245,6 +246,7 @@ def tangent_product_kernel(
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
 ):
+    begin()
     # Columns and phases of the same rows are neighbours in launch order: they share x through L2.
     pid = tl.program_id(0)
     COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N

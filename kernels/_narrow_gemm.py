@@ -30,6 +30,7 @@ import triton.language as tl
 
 from ._blocks import dot, rounded
 from ._implicit_gemm import position, rows_of, sloped, through, within
+from ._launch import begin
 from .activations import activation
 
 
@@ -79,6 +80,7 @@ def tangent_narrow_kernel(
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
 ):
+    begin()
     K_TILES: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     slot, row = rows_of(tl.program_id(0), rows, BLOCK_M, UNIT)
     values = B * H * W
