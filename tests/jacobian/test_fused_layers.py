@@ -10,7 +10,8 @@ from torch import nn
 
 import fastsfvae as sf
 from fastsfvae.jacobian import check
-from fastsfvae.jacobian.rules import convolution
+from fastsfvae.jacobian.rules import convolution, fused_layer
+from fastsfvae.jacobian.rules.tape import Tape
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.kernels import (
     latent_layer,
@@ -20,6 +21,7 @@ from fastsfvae.kernels import (
     tangent_linear,
 )
 from fastsfvae.ops import tangent_layer
+from fastsfvae.ops.tangent_layer import Layer
 from tests._triton import DEVICE, INTERPRETER, requires_triton
 from tests.decoders import DECODERS, M, batch
 
@@ -268,6 +270,32 @@ def test_a_weight_is_laid_out_once_for_all_chunks(monkeypatch):
     assert len(given) == 6 and own.isdisjoint(weight.data_ptr() for weight in given)
     assert len({weight.data_ptr() for weight in given}) == 3
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in given)
+
+
+@pytest.mark.parametrize("product, autocast", [("tf32", None), ("ieee", torch.bfloat16)])
+def test_weights_made_together_are_those_made_one_by_one(product, autocast, monkeypatch):
+    shapes, last = ((3, 5, 4, 4), (7, 2), (1, 3, 1, 1)), torch.channels_last
+    weights = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    weights.append(torch.randn(6, 4, 3, 3, device=DEVICE).contiguous(memory_format=last))
+    layer, stack = Layer(product=product), torch.empty(1, dtype=autocast, device=DEVICE)
+    alone = [fused_layer.dense_weight(weight, stack, layer) for weight in weights]
+    with torch.autocast(DEVICE, autocast, enabled=autocast is not None), Tape([]):
+        fused_layer.prepare_weights([(weight, layer) for weight in weights])
+        monkeypatch.setattr(torch.Tensor, "to", None)
+        for weight, want in zip(weights, alone, strict=True):
+            got = fused_layer.dense_weight(weight, stack, layer)
+            assert torch.equal(got, want) and got.dtype == want.dtype
+            assert got.ndim == 2 or got.is_contiguous(memory_format=last)
+            assert got.data_ptr() % 64 == 0
+
+
+def test_weights_that_are_what_kernels_take_are_not_copied(monkeypatch):
+    monkeypatch.setattr(torch, "_foreach_copy_", None)
+    half = torch.empty(2, 2, dtype=torch.bfloat16, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16), Tape([]):
+        fused_layer.prepare_weights([(half, Layer(product="tf32"))])
+    with Tape([]):
+        fused_layer.prepare_weights([(half.float(), Layer())])
 
 
 @pytest.mark.parametrize("name", ["paper", "strided", "skip"])

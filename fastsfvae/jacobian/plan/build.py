@@ -33,6 +33,7 @@ from fastsfvae.jacobian.plan.source import Source, Statement, identifier, tuple_
 from fastsfvae.jacobian.plan.strided import rewrite_strided
 from fastsfvae.jacobian.plan.trace import Trace
 from fastsfvae.ops.dispatch import Choice
+from fastsfvae.ops.tangent_layer import Layer
 
 
 def build_plan(trace: Trace, trained: list[bool], batched: list[bool], backend: str) -> Plan:
@@ -243,10 +244,12 @@ class _Emitter:
             self._fused_weights(),
         )
 
-    def _fused_weights(self) -> tuple[int, ...]:
+    def _fused_weights(self) -> tuple[tuple[int, Layer], ...]:
         """Those that no mode of the decoder's own casts otherwise."""
-        fused = {node.args[1] for node, placed in self.placed.items() if placed.layer is not None}
-        return tuple(i for i, node in enumerate(self.params) if node in fused and not self.controls)
+        if self.controls:
+            return ()
+        fused = {node.args[1]: p.layer for node, p in self.placed.items() if p.layer is not None}
+        return tuple((i, fused[node]) for i, node in enumerate(self.params) if node in fused)
 
     def _ending(self, result: fx.Node) -> Ending | None:
         """What a sweep need not run itself; its modes must not change on the way."""

@@ -22,6 +22,7 @@ from fastsfvae.jacobian.cost import Cost
 from fastsfvae.jacobian.plan.asked import Asked
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent, latent_jet
 from fastsfvae.ops.dispatch import Choice
+from fastsfvae.ops.tangent_layer import Layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Plan:
         to_tail: `body` up to the last layer, giving a `LastLayer`; None where nothing can take it.
         tail_from: samples of a call from which on it is taken.
         halves: of `to_tail`, for samples that are few enough for a cache behind the cut.
-        fused_weights: which of `tensors` are weights of fused layers.
+        fused_weights: which of `tensors` are weights of fused layers, each with its layer.
         asked: the values that it was made for.
         programs: kept for `fastsfvae.jacobian.run.sweep`.
     """
@@ -101,7 +102,7 @@ class Plan:
     to_tail: Callable[..., Any] | None = None
     tail_from: int = 1
     halves: Halves | None = None
-    fused_weights: tuple[int, ...] = ()
+    fused_weights: tuple[tuple[int, Layer], ...] = ()
     asked: Asked = dataclasses.field(default_factory=Asked)
     programs: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,9 @@ from fastsfvae.ops._precision import autocast, layer_dtype, rounded_to_tf32
 from fastsfvae.ops.latent_layer import stack_latents, stack_latents_backward
 from fastsfvae.ops.tangent_activation import tangent_activation
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
+
+# Elements between the starts of two weights in one memory: a multiple of 128 bytes.
+_ALIGNED = 64
 
 
 def fused_layer(name: str, layer: Layer) -> Rule:
@@ -56,30 +61,50 @@ def fused_layer(name: str, layer: Layer) -> Rule:
 
 def dense_weight(weight: Tensor, stack: Tensor, layer: Layer) -> Tensor:
     """The weight in the stack's dtype and the kernels' order, made once for all of a sweep."""
-    # Products in TF32 cut their operands off.
-    rounds = layer.product == "tf32" and stack.dtype == torch.float32
+    rounds = _rounds(layer, stack.dtype)
 
     def make(weight: Tensor) -> Tensor:
-        dense = weight.to(stack.dtype).contiguous(memory_format=_order(weight))
+        order = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        dense = weight.to(stack.dtype).contiguous(memory_format=order)
         return rounded_to_tf32(dense) if rounds else dense
 
     return once(weight, _name(stack.dtype, rounds), make)
 
 
-def cast_weights(weights: Sequence[Tensor]) -> None:
-    """Make `dense_weight`'s results for the weights that autocast casts, all in one launch.
+def prepare_weights(weights: Sequence[tuple[Tensor, Layer]]) -> None:
+    """Make `dense_weight`'s results for all weights that autocast casts or TF32 rounds.
 
-    One launch on a GPU where the weights are in the kernels' order; a launch each elsewhere.
+    Where the weights are in the kernels' order a GPU casts all of them in one launch, or copies and
+    rounds them in two; elsewhere each is copied by itself.
     """
-    cast = [weight for weight in weights if layer_dtype(weight) != weight.dtype]
-    for dtype in {layer_dtype(weight) for weight in cast}:
+    groups: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    for weight, layer in weights:
+        dtype = layer_dtype(weight)
+        rounds = _rounds(layer, dtype)
+        if rounds or dtype != weight.dtype:
+            groups.setdefault((dtype, rounds), []).append(weight)
+    for (dtype, rounds), group in groups.items():
+        provide(group, _name(dtype, rounds), functools.partial(_side_by_side, dtype, rounds))
 
-        def make(weights: Sequence[Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
-            results = [torch.empty_like(w, dtype=dtype, memory_format=_order(w)) for w in weights]
-            torch._foreach_copy_(results, list(weights))
-            return results
 
-        provide([w for w in cast if layer_dtype(w) == dtype], _name(dtype), make)
+def _side_by_side(dtype: torch.dtype, rounds: bool, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights in one dtype and the kernels' order, one behind another in memory."""
+    starts = [0, *itertools.accumulate(-(-w.numel() // _ALIGNED) * _ALIGNED for w in weights)]
+    room = torch.empty(starts.pop(), dtype=dtype, device=weights[0].device)
+
+    def parts(room: Tensor) -> list[Tensor]:
+        return [_part(room[at:], w) for at, w in zip(starts, weights, strict=True)]
+
+    torch._foreach_copy_(parts(room), list(weights))
+    return parts(rounded_to_tf32(room) if rounds else room)
+
+
+def _part(room: Tensor, weight: Tensor) -> Tensor:
+    """The beginning of flat memory as a tensor of the weight's shape, in the kernels' order."""
+    room = room[: weight.numel()]
+    if weight.ndim != 4:
+        return room.view(weight.shape)
+    return room.view(weight.movedim(1, -1).shape).movedim(-1, 1)
 
 
 def latent_layer(kind: str, params: tuple[float, ...]) -> Rule:
@@ -116,9 +141,10 @@ def latent_layer(kind: str, params: tuple[float, ...]) -> Rule:
     return Rule(name, forward, adjoint=pull, lean=lean, fresh=True)
 
 
-def _order(weight: Tensor) -> torch.memory_format:
-    return torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+def _rounds(layer: Layer, dtype: torch.dtype) -> bool:
+    # Products in TF32 cut their operands off.
+    return layer.product == "tf32" and dtype == torch.float32
 
 
-def _name(dtype: torch.dtype, rounds: bool = False) -> str:
+def _name(dtype: torch.dtype, rounds: bool) -> str:
     return f"dense {dtype}{' rounded' if rounds else ''}"

@@ -96,15 +96,15 @@ class Program:
         run = plan.body if plan.to_tail is None or to_tail < plan.tail_from else plan.to_tail
         return run(z, *self.inputs(along, whole))
 
-    def cast_weights(self, whole: Sequence[Tensor]) -> None:
-        """Cast the fused layers' weights for the tape that records, as autocast asks for."""
+    def prepare_weights(self, whole: Sequence[Tensor]) -> None:
+        """Cast or round the fused layers' weights at once, for the tape that records."""
         plan = self.plans[0]
         if plan.fused_weights:
             # Late: a decoder without fused layers needs none of it.
-            from fastsfvae.jacobian.rules.fused_layer import cast_weights
+            from fastsfvae.jacobian.rules.fused_layer import prepare_weights
 
             used = dict(zip(plan.body_inputs, whole, strict=False))
-            cast_weights([used[index] for index in plan.fused_weights])
+            prepare_weights([(used[index], layer) for index, layer in plan.fused_weights])
 
     def inputs(
         self, along: Sequence[Tensor], whole: Sequence[Tensor]
@@ -278,7 +278,7 @@ class Sweep:
                 for source, need in zip(sources, self._needs, strict=True):
                     if need:
                         self._tape.activate(source)
-                self._program.cast_weights(self._whole)
+                self._program.prepare_weights(self._whole)
                 halves = self._program.plan(len(z)).halves if self._divides else None
                 if halves is not None:
                     given = self._program.inputs(along, self._whole)
