@@ -16,13 +16,13 @@ so that Z alone is rounded.
 Floor, celeba16's last layer (m = 16, B = 64, 32 -> 3 channels from 32 x 32) in bfloat16: T and dT
 are 67 MB each, Z 34, all else 12: 180 MB through device memory. 5.4 GFLOP for each of dT and dW.
 
-Counted there, a warp of 4 and 2 positions: 361 instructions on sm_86, 352 on sm_89, 322 on sm_90,
-336 on sm_120 (24 HMMA); with TF32 496, 488, 486 and 513 (48 HMMA). Windows are copied 8 bytes at a
-time, T loaded and dT stored 16. -dr takes one store of 2 bytes a thread (4 with TF32): the 24
-numbers of 2 positions are in one instruction of each warp as they are, and wider ones would want
-them handed over first. 128 registers and 14 KiB: four programs an SM (190 and 26 KiB with TF32:
-two). So 47 M warp instructions (43 on sm_90), a fifth of the time that a 4090 takes for the bytes,
-and 0.9 of what an H100 takes for them. Not measured on a GPU yet.
+Counted there, a warp of 4 and 2 positions: 356 instructions on sm_86 and sm_89, 326 on sm_90, 331
+on sm_120 (24 HMMA); with TF32 492, 491 and 509 (48 HMMA). Windows are copied 8 bytes at a time, T
+loaded and dT stored 16. -dr takes one store of 2 bytes a thread (4 with TF32): the 24 numbers of 2
+positions are one instruction of each warp as they are, and wider ones would want them handed over
+first. 128 registers and 14 KiB: four programs an SM (189 and 26 KiB with TF32: two). So 48 M warp
+instructions (44 on sm_90), a fifth of the time that a 4090 takes for the bytes, and 0.9 of what an
+H100 takes for them. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -197,9 +197,10 @@ def _gram_tail_bwd_kernel(
         dT = rounded(dT, PRECISION).to(dt_ptr.dtype.element_ty)
         tl.store(dt_ptr + at_dt[:, None] + in_t, dT, mask=live)
         dW = dot(tl.trans(T), dZ, dW, PRECISION)
-    at_dw = c[:, None] * (16 * CO) + (k // 4 * CO + k % 4)[None, :]
+    # Told otherwise than above, so that the loop does not keep it in registers.
+    at_dw = c[:, None] * (16 * CO) + ((k >> 2) * CO + (k & 3))[None, :]
     dw_ptr += pid.to(tl.int64) * (C * 16 * CO)
-    tl.store(dw_ptr + at_dw, dW, mask=(c < C)[:, None] & (k % 4 < CO)[None, :])
+    tl.store(dw_ptr + at_dw, dW, mask=(c < C)[:, None] & ((k & 3) < CO)[None, :])
 
 
 def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool) -> Tile:
