@@ -4,12 +4,16 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastsfvae as sf
 from bench.launches import step
+from bench.peers import SETTINGS
+from bench.problems import build_problem
 from fastsfvae.kernels import _launch
 from fastsfvae.kernels._launch import DeviceLimits, overlaps
 from fastsfvae.kernels._machine_code import disassemble
-from tests._triton import INTERPRETER
+from tests._triton import CUDA, INTERPRETER
 
 H100, RTX_4090 = DeviceLimits(132, 90), DeviceLimits(128, 89)
 compiles = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -49,6 +53,40 @@ def test_nothing_changes_where_it_is_off_or_the_card_has_none(setting, limits, m
     monkeypatch.setenv("FASTSFVAE_PDL", setting)
     launches = step("mnist2", "bfloat16", limits, batch=4).kernels
     assert launches and not any("launch_pdl" in launch.options for launch in launches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not CUDA or torch.cuda.get_device_capability() < (9, 0), reason="needs compute capability 9.0"
+)
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_same_bits_where_launches_overlap(captured, monkeypatch):
+    problem = build_problem("celeba16", 16, device="cuda")
+
+    def gradients(setting):
+        monkeypatch.setenv("FASTSFVAE_PDL", setting)
+        loss = sf.SamplingFreeLoss(problem.decoder, reduction="sum", backend="triton", **SETTINGS)
+        wanted = problem.mean, problem.log_var, *problem.decoder.parameters()
+
+        def step():
+            value = loss(problem.x, problem.mean, problem.log_var)
+            return value.detach(), *torch.autograd.grad(value, wanted)
+
+        with sf.fused_layers("always"):
+            if not captured:
+                return step()
+            for _ in range(3):
+                step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = step()
+        # Again and again, each time right behind itself.
+        for _ in range(20):
+            graph.replay()
+        return results
+
+    apart, overlapping = gradients("0"), gradients("1")
+    assert all(map(torch.equal, apart, overlapping))
 
 
 def test_an_unknown_setting_is_named(monkeypatch):
