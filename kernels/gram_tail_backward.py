@@ -93,6 +93,7 @@ def _gram_tail_bwd_kernel(
     BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     APPLIED: tl.constexpr, CURVED: tl.constexpr, SLOPED: tl.constexpr, DATA: tl.constexpr,
+    ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     begin()
@@ -166,7 +167,7 @@ def _gram_tail_bwd_kernel(
         dr = of_r + 2.0 * g_rr * r
         if DATA:
             tl.store(dr_ptr + at_r, dr, mask=has_r & own)
-        tl.store(dv_ptr + at_r, -dr, mask=has_r & own)
+        tl.store(dv_ptr + at_r, rounded(-dr, ROUND), mask=has_r & own)
 
         dJ = _mixed(M, Z, PRECISION)
         if SLOPED:
@@ -279,6 +280,7 @@ def gram_tail_bwd(
     input_precision: str = "ieee",
     out: Tensor | None = None,
     output_dtype: torch.dtype = torch.float32,
+    output_product: str = "ieee",
     spare: int = 0,
     of_data: bool = True,
 ) -> Pulled:
@@ -300,6 +302,7 @@ def gram_tail_bwd(
         input_precision: as in the forward.
         out: where dT goes, each dT[i] in channels-last order; None for new memory.
         output_dtype: of the gradient of the layer's output.
+        output_product: how its reader multiplies float32 numbers; in TF32 they are rounded to that.
         spare: parts of the weight's gradient that others will add behind those from here.
         of_data: whether the gradient of r itself is wanted.
 
@@ -335,14 +338,18 @@ def gram_tail_bwd(
         *(r if dr is None else dr, d_output, r if d_slope is None else d_slope),
         *(B, m, splits, T.stride(0), dT.stride(0)),
         **constexprs,
-        **_constexprs(tile, kind, applied, of_data),
+        **_constexprs(tile, kind, applied, of_data, output_product, output_dtype),
         **tile.options,
     )
     return Pulled(dT, parts, dr, d_output, da, d_slope)
 
 
-def _constexprs(tile: Tile, kind: str, applied: bool, of_data: bool) -> dict:
+def _constexprs(
+    tile: Tile, kind: str, applied: bool, of_data: bool, product: str, output_dtype: torch.dtype
+) -> dict:
+    rounds = output_dtype == torch.float32
     return {
+        "ROUND": product if rounds else "none",
         **{"BLOCK_M": tile.block_m, "POSITIONS": tile.tile_x, "BLOCK_C": tile.block_c},
         **{"APPLIED": applied, "CURVED": is_curved(kind), "DATA": of_data},
     }
@@ -362,7 +369,9 @@ def configurations() -> Iterator[Configuration]:
         plain = (applied or constexprs["KIND"] == "none") and not constexprs["SLOPED"]
         tile = backward_tile(m, channels, dtype, constexprs["PRECISION"], plain)
         # As where a decoder is trained, and as where the data's gradient is wanted as well.
-        of_tile = _constexprs(tile, constexprs["KIND"], applied, of_data=not applied)
+        output = torch.float32 if constexprs["SLOPED"] else dtype
+        product = "ieee" if constexprs["SLOPED"] else constexprs["PRECISION"]
+        of_tile = _constexprs(tile, constexprs["KIND"], applied, not applied, product, output)
         yield Configuration(
             *(_gram_tail_bwd_kernel, label, types),
             {**constexprs, **of_tile},

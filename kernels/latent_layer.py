@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import rounded
 from ._contract import PARAMETERS, PIECEWISE_LINEAR
 from ._launch import Configuration, begin, cdiv, check_dtypes, launch, pointer
 from .activations import EXAMPLES, activation, activation_constexprs
@@ -103,6 +104,7 @@ def _latent_layer_fwd_kernel(
     KIND: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
+    ROUND: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -111,14 +113,15 @@ def _latent_layer_fwd_kernel(
     row, column, at, inside = _place(B, F, ROWS, WIDTH)
     a = _argument(z_ptr, w_ptr, b_ptr, row, column, B, M, F, W_F, W_M, SLOTS)
     phi, d1, _ = activation(a, KIND, P0, P1)
-    tl.store(out_ptr + at, phi, mask=inside)
+    tl.store(out_ptr + at, rounded(phi, ROUND), mask=inside)
     size = tl.cast(B, tl.int64) * F
     for first in range(0, M, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         w = _weights(w_ptr, slot, column, M, F, W_F, W_M)
         where = ((1 + slot) * size)[:, None, None] + at[None, :, :]
         mask = (slot < M)[:, None, None] & inside[None, :, :]
-        tl.store(out_ptr + where, d1[None, :, :] * w[:, None, :], mask=mask)
+        moved = rounded(d1[None, :, :] * w[:, None, :], ROUND)
+        tl.store(out_ptr + where, moved, mask=mask)
 
 
 @triton.jit
@@ -236,6 +239,7 @@ def latent_layer_fwd(
     params: Sequence[float] = (),
     *,
     dtype: torch.dtype | None = None,
+    product: str = "ieee",
 ) -> Tensor:
     """phi(z W^T + b) and its tangents by z in one dense stack ``[1 + m, B, F]``.
 
@@ -246,6 +250,7 @@ def latent_layer_fwd(
         kind: a key of `PARAMETERS`.
         params: that kind's parameters; compiled in.
         dtype: of the stack; z's where None is given.
+        product: how its reader multiplies float32 numbers; where in TF32, they are rounded to that.
 
     Raises:
         TypeError: another dtype.
@@ -260,6 +265,7 @@ def latent_layer_fwd(
         *(z, weight, bias, out, B),
         **_sizes(weight, kind, params, _SLOTS),
         **_FORWARD,
+        ROUND=product if out.dtype == torch.float32 else "none",
     )
     return out
 
@@ -374,8 +380,9 @@ def _audited(
     types |= {f"{name}_ptr": pointer(weight.dtype) for name in ("w", "b")[: 1 + bias]}
     types |= {f"{name}_ptr": pointer(dtype) for name in ("g", "out")}
     curved = {"CURVED": kind not in PIECEWISE_LINEAR}
+    product = "tf32" if dtype == torch.float32 else "none"
     for kernel, tile, few, more in (
-        (_latent_layer_fwd_kernel, _FORWARD, _SLOTS, {}),
+        (_latent_layer_fwd_kernel, _FORWARD, _SLOTS, {"ROUND": product}),
         (_latent_layer_bwd_kernel, _BACKWARD, _FEW, curved),
     ):
         sizes = _sizes(weight, kind, EXAMPLES.get(kind, ()), few)

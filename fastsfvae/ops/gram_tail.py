@@ -25,7 +25,7 @@ from fastsfvae.kernels._contract import (
     GRAM_TAIL_MAX_M,
     PARAMETERS,
 )
-from fastsfvae.ops import _library, tangent_layer
+from fastsfvae.ops import _library, _precision, tangent_layer
 from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 
@@ -114,8 +114,8 @@ def with_dense(tail: Tail) -> Tail:
     """The same tail, with a dense weight if it has none."""
     if tail.dense is not None:
         return tail
-    last = torch.channels_last
-    return tail._replace(dense=tail.weight.to(tail.stack.dtype, memory_format=last))
+    dense = tail.weight.to(tail.stack.dtype, memory_format=torch.channels_last)
+    return tail._replace(dense=_precision.rounded_to_tf32(dense) if _rounds(tail) else dense)
 
 
 @ranged("last layer")
@@ -202,13 +202,16 @@ def tail_backward(
     from fastsfvae.kernels.gram_tail_backward import gram_tail_bwd
 
     stack, weight, front = tail.stack, _dense(tail), tail.layer.front
+    # Whether the kernel's gradient of the output is that of the values, which products read.
+    finished, rounds = df is None and values.slope is None, _rounds(tail)
     grad = torch.empty_like(stack.flatten(0, 1), memory_format=torch.channels_last)
     grad = grad.unflatten(0, stack.shape[:2])
     pulled = gram_tail_bwd(
         *(stack[1:], weight, r, Z, M, u, g_rr),
         **_options(tail, values),
         out=grad[1:],
-        output_dtype=stack.dtype if df is None and values.slope is None else torch.float32,
+        output_dtype=stack.dtype if finished else torch.float32,
+        output_product=tail.layer.product if finished else "ieee",
         spare=parts_of_values(stack[0], weight.shape[1], front),
         of_data=of_data,
     )
@@ -220,6 +223,8 @@ def tail_backward(
             *(tail.behind, tail.behind_params),
         )[0]
     d_values = d_values.to(stack.dtype)
+    if rounds and not finished:
+        d_values = _precision.rounded_to_tf32(d_values)
     stack_layer_backward(
         *(tail.layer, d_values[None], stack[:1], weight),
         needs=(True, False, False),
@@ -231,6 +236,11 @@ def tail_backward(
         *(pulled.parts, stack[0], d_values, tail.weight, front), has_bias=tail.bias is not None
     )
     return TailGradients(grad, d_weight, d_bias, pulled.r)
+
+
+def _rounds(tail: Tail) -> bool:
+    """Whether what the layer multiplies is rounded to TF32."""
+    return tail.layer.product == "tf32" and tail.stack.dtype == torch.float32
 
 
 def _dense(tail: Tail) -> Tensor:

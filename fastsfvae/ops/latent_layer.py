@@ -23,7 +23,12 @@ def takes_latents(m: int, dtype: torch.dtype) -> bool:
 
 
 def stack_latents(
-    z: Tensor, weight: Tensor, bias: Tensor | None, kind: str, params: tuple[float, ...]
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    params: tuple[float, ...],
+    product: str = "ieee",
 ) -> Tensor:
     """phi(z W^T + b) and its m tangents by z in one stack; no graph of its own.
 
@@ -33,6 +38,7 @@ def stack_latents(
         bias: ``[F]`` or None.
         kind: of phi, as in `fastsfvae.ops.tangent_activation.tangent_activation`.
         params: likewise.
+        product: of float32 numbers in the layer that reads it, as `Layer` has it.
 
     Returns:
         ``[1 + m, B, F]`` in z's dtype or autocast's.
@@ -46,7 +52,8 @@ def stack_latents(
     from fastsfvae.kernels.latent_layer import latent_layer_fwd
 
     _library.require_triton(z)
-    return latent_layer_fwd(z, weight, bias, kind, params, dtype=_precision.layer_dtype(z))
+    dtype = _precision.layer_dtype(z)
+    return latent_layer_fwd(z, weight, bias, kind, params, dtype=dtype, product=product)
 
 
 def stack_latents_backward(

@@ -20,7 +20,7 @@ from fastsfvae.kernels import (
     tangent_conv_transpose,
     tangent_linear,
 )
-from fastsfvae.ops import tangent_layer
+from fastsfvae.ops import _precision, tangent_layer
 from fastsfvae.ops.tangent_layer import Layer
 from tests._triton import DEVICE, INTERPRETER, requires_triton
 from tests.decoders import DECODERS, M, batch
@@ -397,6 +397,23 @@ def test_the_choice_for_a_layer_of_the_latents(latents, setting, choice):
     with sf.fused_layers(setting):
         plan = Linearizer(module, torch.zeros(3, latents, device=DEVICE), backend="triton").plan(3)
     assert plan.steps[0].choice[:2] == choice
+
+
+@pytest.mark.parametrize("make, product", [(paper, "tf32"), (Lifted, "ieee")])
+def test_a_layer_of_the_latents_knows_how_its_reader_multiplies(make, product, monkeypatch):
+    given, original = [], latent_layer.latent_layer_fwd
+
+    def spy(*args, product, **kwargs):
+        given.append(product)
+        return original(*args, product=product, **kwargs)
+
+    monkeypatch.setattr(latent_layer, "latent_layer_fwd", spy)
+    monkeypatch.setattr(_precision, "allows_tf32", lambda operation: True)
+    module = build_of(make)
+    with sf.fused_layers("always"):
+        gradients(module, tensors(module))
+    # Two layers read the other one's result.
+    assert given == [product]
 
 
 def test_a_layer_of_the_latents_whose_activation_is_the_result(launches):

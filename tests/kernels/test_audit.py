@@ -32,7 +32,9 @@ def test_the_interpreter_is_refused():
 def test_no_configuration_spills_or_overflows():
     done = run("--quick", "--json")
     rows = json.loads(done.stdout)
-    bad = [row for row in rows if row["stack_bytes"] or row["shared_bytes"] > 99 * 1024]
+    # What sm_90's shared memory holds besides, the command checks.
+    large = [row for row in rows if row["arch"] == 86 and row["shared_bytes"] > 99 * 1024]
+    bad = [row for row in rows if row["stack_bytes"]] + large
     assert done.returncode == 0 and not bad, bad
     assert {row["arch"] for row in rows} == {86, 90}
     assert {row["kernel"] for row in rows} == {

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from fastsfvae.gram.tail import Unwritten
 from fastsfvae.kernels._launch import DeviceLimits, pretend
+from fastsfvae.ops import gram_tail as ops
 from fastsfvae.ops._geometry import Geometry
+from fastsfvae.ops._precision import rounded_to_tf32
 from fastsfvae.ops.gram_tail import (
     Tail,
     empty_rows,
@@ -152,6 +154,21 @@ class TestKernel:
         tail = tail._replace(layer=tail.layer._replace(product="tf32"))
         # Ten bits behind the point; of T, which nobody has rounded, the rest is cut off.
         check(tail, *given, eps=2.0**-9)
+
+    @pytest.mark.parametrize("behind", ["none", "sigmoid"])
+    def test_what_tf32_products_read_of_the_values_gradient_is_rounded(self, behind, monkeypatch):
+        tail, *given = problem(1, 3, 16, 3, 4, 4, "relu", behind)
+        tail = tail._replace(layer=tail.layer._replace(product="tf32"))
+        read, original = [], ops.stack_layer_backward
+
+        def spy(layer, grad, *args, **kwargs):
+            read.append(grad)
+            return original(layer, grad, *args, **kwargs)
+
+        monkeypatch.setattr(ops, "stack_layer_backward", spy)
+        run(tail, *given)
+        (grad,) = read
+        assert torch.equal(grad[0], rounded_to_tf32(grad[0])) and grad.count_nonzero()
 
     def test_the_gram_is_as_exact_as_float32_where_tangents_are_rounded(self):
         # Nothing in front rounds them again: all of J's 24 bits count.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastsfvae.kernels._launch import DeviceLimits
+from fastsfvae.ops._precision import rounded_to_tf32
 from fastsfvae.ops.latent_layer import stack_latents, stack_latents_backward, takes_latents
 from tests._triton import DEVICE, INTERPRETER, assert_as_good, requires_triton
 from tests.kernels.test_tangent_activation import KINDS
@@ -68,6 +69,11 @@ class TestKernel:
     @pytest.mark.parametrize("size", SIZES)
     def test_sizes(self, size, kind, poisoned_empty):
         assert_right(kind, problem(*size))
+
+    def test_what_tf32_products_read_is_rounded(self):
+        inputs = problem(6, 5, 9)[:3]
+        exact, rounded = (stack_latents(*inputs, "tanh", (), p) for p in ("tf32x3", "tf32"))
+        assert torch.equal(rounded, rounded_to_tf32(exact)) and not torch.equal(rounded, exact)
 
     def test_half_parameters(self, poisoned_empty):
         phi, params = KINDS["silu"]

@@ -11,9 +11,9 @@ H100, RTX_4090 = DeviceLimits(132, 90), DeviceLimits(128, 89)
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="launches are recorded, not interpreted")
 
 
-# What was counted: this library's kernels, and PyTorch's, of which one casts or copies all weights.
-# float32 has two launches of a rescue more, TF32 one that rounds the weights; sm_89 has a kernel for
-# both gradients of one layer.
+# What was counted: this library's kernels, and PyTorch's, of which one casts or copies the weights.
+# float32 has two launches of a rescue more, TF32 one that rounds the weights; on sm_89 one kernel
+# takes both gradients of a layer.
 @pytest.mark.parametrize(
     "dtype, limits, kernels, others",
     [

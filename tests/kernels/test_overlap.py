@@ -35,9 +35,10 @@ def test_every_kernel_takes_its_turn_first():
 
 
 @compiles
-def test_nothing_is_read_or_written_before_the_wait(monkeypatch):
+@pytest.mark.parametrize("workload, dtype", [("mnist2", "bfloat16"), ("celeba16", "tf32")])
+def test_nothing_is_read_or_written_before_the_wait(workload, dtype, monkeypatch):
     monkeypatch.setenv("FASTSFVAE_PDL", "1")
-    launches = step("mnist2", "bfloat16", H100, batch=4).kernels
+    launches = step(workload, dtype, H100, batch=4).kernels
     for launch in {launch.compilation: launch for launch in launches}.values():
         assert launch.options["launch_pdl"]
         codes = [i.opcode for i in disassemble(launch.compile(90).asm["cubin"]).instructions]

@@ -86,7 +86,7 @@ class Calls:
                 chosen = fused_layer(packet, layer)
             behind = self.placed[node].behind_kernel if node in self.placed else None
             if behind is not None:
-                chosen = latent_layer(*behind)
+                chosen = latent_layer(*behind, self.placed[node].read_in)
             label = f"{packet} {self.trace.paths.get(node, '')}".rstrip()
             function, handled = bind(chosen, self._private(node.args[0]), label), "rule"
             if not found.pulls(*described):

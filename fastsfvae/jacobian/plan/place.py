@@ -45,6 +45,7 @@ class Placed(NamedTuple):
         largest_batch: samples of a chunk at most, where it is fused.
         behind: of a fused layer of the latents, the activation that it has taken in, which is no
             longer in the graph either; or None.
+        read_in: of such a layer, how the fused layer that alone reads it multiplies float32.
     """
 
     choice: Choice
@@ -52,6 +53,7 @@ class Placed(NamedTuple):
     activation: fx.Node | None = None
     largest_batch: int = 0
     behind: fx.Node | None = None
+    read_in: str = "ieee"
 
     @property
     def behind_kernel(self) -> tuple[str, tuple[float, ...]] | None:
@@ -83,6 +85,11 @@ def place_layers(graph: fx.Graph, z: fx.Node, jets: set[fx.Node]) -> dict[fx.Nod
             apart.add(node)
     for node in placed:
         _take_in(graph, placed, apart, node)
+    for node in lifts:
+        reader = _sole_reader(node)
+        layer = placed[reader].layer if reader in placed else None
+        if layer is not None:
+            placed[node] = placed[node]._replace(read_in=layer.product)
     return {node: _settled(found) for node, found in placed.items()}
 
 

@@ -107,7 +107,7 @@ def _part(room: Tensor, weight: Tensor) -> Tensor:
     return room.view(weight.movedim(1, -1).shape).movedim(-1, 1)
 
 
-def latent_layer(kind: str, params: tuple[float, ...]) -> Rule:
+def latent_layer(kind: str, params: tuple[float, ...], product: str = "ieee") -> Rule:
     """The rule ``(z, weight, bias)`` of `linear_of_latents` and the activation behind it.
 
     Outside of a sweep these are the library's layer, which autograd differentiates, and the
@@ -117,6 +117,7 @@ def latent_layer(kind: str, params: tuple[float, ...]) -> Rule:
     Args:
         kind: of the activation, as in `fastsfvae.ops.tangent_activation.tangent_activation`.
         params: likewise.
+        product: of float32 numbers in the layer that reads it, as `Layer` has it.
     """
     name = "linear_of_latents"
     library = RULES[name].forward
@@ -126,7 +127,7 @@ def latent_layer(kind: str, params: tuple[float, ...]) -> Rule:
         return Jet(*tangent_activation(y.primal, y.tangent, kind, params))
 
     def lean(private: bool, x: Jet, weight: Tensor, bias: Tensor | None = None) -> Jet:
-        return from_stack(stack_latents(x.primal, weight, bias, kind, params))
+        return from_stack(stack_latents(x.primal, weight, bias, kind, params, product))
 
     def pull(
         grad: Jet, out: Jet, needs: tuple, x: Jet, weight: Tensor, bias: Tensor | None = None
