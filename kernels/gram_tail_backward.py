@@ -9,9 +9,9 @@ reads a window of 4 x 4 outputs of up to 4 channels, K = 64. A program holds all
 positions' windows, where M J + u r^T is a product from the left; dJ is made there, four times over,
 for a product that is small beside reading it. Those windows give dW as well, one product of 64
 columns, in partial sums that `_gram_tail_weight` adds up; and dr, as a position's own four outputs
-lie in its window. It is stored twice: its negative in the stack's dtype, for the layer's values,
-and itself where somebody wants the data's gradient. M enters as two numbers of the products' dtype,
-so that Z alone is rounded.
+lie in its window. It is stored twice: its negative in the stack's dtype, for the layer's values
+and rounded to TF32 where products read it so, and itself where the data's gradient is wanted. M
+enters as two numbers of the products' dtype, so that Z alone is rounded.
 
 Floor, celeba16's last layer (m = 16, B = 64, 32 -> 3 channels from 32 x 32) in bfloat16: T and dT
 are 67 MB each, Z 34, all else 12: 180 MB through device memory. 5.4 GFLOP for each of dT and dW.
