@@ -14,14 +14,11 @@ is its machine code: see `_code_gate`. It exits 1 where that is more than `bound
 time that compiling its kernels takes.
 
 The tiles are chosen for Triton 3.8's code, and the bounds are of it; with an older Triton only
-spills are errors. Of 3.6's code for 569 launches two spill, eight bytes each and on sm_120 alone:
-celeba16's last layer forward in bfloat16, and the tangents' product of its first layer in TF32 (256
-to 1024 features). Tensor-core instructions, the widths of loads and stores and, but for a few KiB
-in gram_project's kernels, shared memory are the same. All warps of a step together issue 0.92 to
-0.99 times as many instructions as in 3.8's on sm_80 to sm_90, and 0.97 to 1.04 times on sm_120. A
-product's loop is between 0.69 (sm_80, bfloat16, 784 features to 512) and 1.22 times as long
-(sm_120, TF32, 1024 to 256); the largest difference is a whole kernel, the gradient of one slot of
-the last layer in TF32, 1.4 times as long: 3.8 unrolls its loop and 3.6 does not.
+spills are errors. Of 3.6's code for 554 launches none spills, and all have the same tensor-core
+instructions. A loop of a product is between 0.69 (sm_80, bfloat16, 784 features to 512) and 1.20
+times as long (sm_120, TF32, 784 to 512), 0.98 in the median; a whole kernel between 0.60 (sm_80, a
+data gradient that 3.8 unrolls) and 1.58 times (sm_80, the gradients of the first layer), 0.98 in
+the median.
 """
 
 from __future__ import annotations
