@@ -283,9 +283,6 @@ def broken(rows: Sequence[CodeRow], bounds: Mapping[str, Mapping[str, Any]] | No
         if tensor and not row.tensor:
             lines.append(f"{where}: no tensor-core instruction in place of {tensor}")
         for (name, sign), value, limit in zip(BOUNDED, row.bound, limits, strict=True):
-            if sign < 0 and value == 0:
-                # Whose a load is, is told by its address: of small tensors, as they happen to lie.
-                continue
             if sign * value > sign * limit:
                 lines.append(f"{where}: {name} {value:g} where {limit:g} was counted")
     return lines

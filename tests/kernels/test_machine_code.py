@@ -250,8 +250,6 @@ def test_a_bound_that_is_broken_is_named(changes, says):
 def test_what_is_within_its_bounds_passes():
     better = {"loop": 4.0, "whole": 11.0, "load": 16, "registers": 79, "round_trips": {}}
     assert broken([row(), row(**better)], BOUNDS) == []
-    # No load was told to be of a stack.
-    assert broken([row(load=0)], BOUNDS) == []
 
 
 def test_without_bounds_a_spill_alone_is_an_error():
