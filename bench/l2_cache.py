@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastsfvae.kernels._record import address_of
+
 # Bytes of each card's L2, by data sheet, and the share of them that earlier launches' tensors have:
 # a guess, as lines do not replace one another quite in order.
 L2_BYTES = {
@@ -51,7 +53,7 @@ def spans_of(tensor: torch.Tensor, written: bool) -> list[Span]:
             dense *= extent
         elif extent > 1:
             outer.append((stride, extent))
-    starts = [tensor.data_ptr()]
+    starts = [address_of(tensor)]
     for stride, extent in reversed(outer):
         starts = [start + size * stride * at for start in starts for at in range(extent)]
     return [Span(start, size * dense, written) for start in starts]

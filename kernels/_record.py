@@ -24,6 +24,11 @@ from triton.runtime.jit import JITFunction
 
 from ._launch import OPTIONS, DeviceLimits, pretend
 
+# Where the storages of recorded tensors lie, by where they really do: far apart, so that an address
+# outside of one is near no other, and low bits carry into no high ones.
+_places: dict[int, int] = {}
+_APART = 2**36
+
 _FORMS = {"i32": "<i", "i64": "<q", "u32": "<I", "u64": "<Q", "fp32": "<f"}
 
 
@@ -138,12 +143,19 @@ class _Absent:
         return 0
 
 
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor lies in a recorded launch: the same in every run that allocates alike."""
+    storage = tensor.untyped_storage().data_ptr()
+    place = _places.setdefault(storage, _APART * (1 + len(_places)))
+    return place + tensor.data_ptr() - storage
+
+
 def _described(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return Memory(
         *(tuple(value.shape), str(value.dtype).removeprefix("torch.")),
-        *(value.numel() * value.element_size(), value.data_ptr()),
+        *(value.numel() * value.element_size(), address_of(value)),
     )
 
 
@@ -151,6 +163,7 @@ def _described(value: Any) -> Any:
 def recorded(limits: DeviceLimits) -> Iterator[list[Launch]]:
     """Write launches down inside a block as on a device of these limits; gives the list."""
     launches: list[Launch] = []
+    _places.clear()
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         *_, backend, binder = self.create_binder()

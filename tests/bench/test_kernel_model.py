@@ -101,7 +101,7 @@ def test_what_was_lately_used_is_found():
 
 def test_the_memory_of_a_part_of_a_tensor():
     stack = torch.empty(3, 8, 5, dtype=torch.bfloat16)
-    start = stack.data_ptr()
+    start = _record.address_of(stack)
     assert spans_of(stack, True) == [Span(start, 240, True)]
     assert spans_of(stack.transpose(0, 2), True) == [Span(start, 240, True)]
     part = [Span(start + 80 * i + 20, 40, False) for i in range(3)]
