@@ -105,7 +105,7 @@ def overlaps(capability: int) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel on the device of its first argument, a tensor, with `OPTIONS`.
+    """Launch a kernel on the device of its first argument, a tensor or several, with `OPTIONS`.
 
     Where launches overlap, it may be put there before the one in front has ended (see `begin`).
 
@@ -115,9 +115,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         args: the kernel's runtime arguments, in order.
         options: its constexprs by name, and num_warps, num_stages, maxnreg.
     """
-    if overlaps(device_limits(args[0]).capability):
+    of = args[0][0] if isinstance(args[0], tuple) else args[0]
+    if overlaps(device_limits(of).capability):
         options["launch_pdl"] = True
-    with torch.cuda.device_of(args[0]):
+    with torch.cuda.device_of(of):
         kernel[grid](*args, **OPTIONS, **options)
 
 
@@ -146,7 +147,8 @@ class Configuration:
     Attributes:
         kernel: the `triton.jit` function.
         label: what distinguishes this configuration in the audit's table.
-        types: the type of each runtime argument that is not a 32-bit integer, by name: ``"*fp32"``.
+        types: the type of each runtime argument that is not a 32-bit integer, by name: ``"*fp32"``;
+            of a tuple its parts'.
         constexprs: every constexpr argument, by name.
         num_warps: warps per program.
         num_stages: software pipeline stages.
@@ -156,7 +158,7 @@ class Configuration:
 
     kernel: Any
     label: str
-    types: Mapping[str, str]
+    types: Mapping[str, str | tuple[str, ...]]
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 3

@@ -55,16 +55,18 @@ class Launch:
 
     Attributes:
         kernel: the `triton.jit` function.
-        signature: the type of each parameter by name, "constexpr" where it is compiled in.
+        signature: the type of each parameter by name, "constexpr" where it is compiled in; of a
+            tuple its parts'.
         constants: what is compiled in, by its position.
         attributes: what is known of the others, by position.
         options: num_warps and the like.
         grid: programs along each axis.
-        values: of the arguments at run time by name: numbers, and tensors as `Memory`.
+        values: of the arguments at run time by name: numbers, and tensors as `Memory`; the parts
+            of a tuple as "name.0" and so on.
     """
 
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[tuple[int, ...], Any]
     attributes: Mapping[tuple[int, ...], Any]
     options: Mapping[str, Any]
@@ -110,8 +112,9 @@ class Launch:
     def arguments(self) -> bytes:
         """What it is given at run time, as it lies in a device's constant memory."""
         packed = b""
+        types = dict(_flat(self.signature))
         for name, value in self.values.items():
-            kind = self.signature[name]
+            kind = types[name]
             form = "<Q" if kind.startswith("*") else _FORMS[kind]
             size = struct.calcsize(form)
             packed += bytes(-len(packed) % size)
@@ -150,6 +153,15 @@ def address_of(tensor: torch.Tensor) -> int:
     return place + tensor.data_ptr() - storage
 
 
+def _flat(of: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """By name, each part of a tuple by itself; what is compiled in has no parts."""
+    for name, value in of.items():
+        if isinstance(value, tuple):
+            yield from ((f"{name}.{i}", part) for i, part in enumerate(value))
+        else:
+            yield name, value
+
+
 def _described(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -171,7 +183,11 @@ def recorded(limits: DeviceLimits) -> Iterator[list[Launch]]:
         _, signature, constants, attributes = self._pack_args(
             backend, {"debug": False, **kwargs}, bound, specialization, options
         )
-        values = {n: _described(v) for n, v in bound.items() if signature[n] != "constexpr"}
+        types = dict(_flat(signature))
+        # A tuple that is compiled in has one type.
+        values = {
+            n: _described(v) for n, v in _flat(bound) if types.get(n, "constexpr") != "constexpr"
+        }
         chosen = {n: v for n, v in kwargs.items() if n not in signature and v is not None}
         grid = grid(bound) if callable(grid) else grid
         launches.append(

@@ -32,7 +32,7 @@ from torch import Tensor
 from ._blocks import dot
 from ._launch import Configuration, begin, cdiv, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather, window
-from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
+from ._stack_sums import Rooms, add_to, bias_of, column_sums, tile_of
 from ._stack_walk import split_walk
 from .activations import front_constexprs, times_slope
 
@@ -44,7 +44,7 @@ _LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
 @triton.jit(
     do_not_specialize=[
         *("images", "images_per_split", "tiles_per_group", "B"),
-        *("programs", "bias_parts", "bias_rows"),
+        *("programs", "bias_parts", "bias_rows", "filled", "bias_filled"),
     ]
 )
 def tangent_back_kernel(
@@ -53,7 +53,7 @@ def tangent_back_kernel(
     w_ptr,  # [C, 16 N]
     gx_ptr,  # [images, H, W, C]
     part_ptr,  # [parts, C, 16 N]
-    bias_ptr,  # [bias_parts, COLUMNS]; not written without COLUMNS
+    bias_ptr,  # [bias_parts, COLUMNS], each of `padded` width; not written without COLUMNS
     images,
     images_per_split,
     tiles_per_group,
@@ -61,6 +61,8 @@ def tangent_back_kernel(
     programs,
     bias_parts,
     bias_rows,
+    filled,
+    bias_filled,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -81,7 +83,8 @@ def tangent_back_kernel(
     if COLUMNS > 0:
         if pid >= programs:
             column_sums(
-                g_ptr, bias_ptr, pid - programs, bias_parts, bias_rows, COLUMNS, ROWS, WIDTH
+                *(g_ptr, bias_ptr, bias_filled, pid - programs, bias_parts, bias_rows),
+                *(COLUMNS, ROWS, WIDTH),
             )
             return
     groups = tl.cdiv(TILES, tiles_per_group)
@@ -117,7 +120,8 @@ def tangent_back_kernel(
                 gx = times_slope(gx, tl.load(x_ptr + n % B * IMAGE + at_x), KIND, P0, P1)
             tl.store(gx_ptr + n * IMAGE + at_x, gx)
             x_now, g_now = x_next, g_next
-    tl.store(part_ptr + pid.to(tl.int64) * (C * 16 * N) + weight_at, acc)
+    own = tl.full(acc.shape, True, tl.int1)
+    add_to(part_ptr + pid.to(tl.int64) * (C * 16 * N) + weight_at, acc, own, filled)
 
 
 def takes(gather: Gather, plain: Tensor, windowed: Tensor, front: Front) -> bool:
@@ -130,19 +134,26 @@ def takes(gather: Gather, plain: Tensor, windowed: Tensor, front: Front) -> bool
 
 
 def both_gradients(
-    plain: Tensor, windowed: Tensor, weight: Tensor, front: Front, *, bias_size: int = 0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The data's, the weight's and the bias's gradient of a layer that `takes` names.
+    plain: Tensor,
+    windowed: Tensor,
+    weight: Tensor,
+    front: Front,
+    *,
+    rooms: Rooms,
+    bias_rooms: Rooms | None = None,
+) -> Tensor:
+    """The data's gradient of a layer that `takes` names, and parts of the weight's and the bias's.
 
     Args:
         plain: the layer's input, dense ``[S, B, H, W, C]``, behind its activation.
         windowed: the gradient of its result, dense ``[S, B, 2 H, 2 W, N]``.
         weight: dense ``[C, 16, N]``, of the same dtype.
         front: of the layer.
-        bias_size: N where the bias's gradient is wanted, else 0.
+        rooms: for parts of the weight's ``[C, 16, N]``.
+        bias_rooms: of the bias's ``[N]``; None where it is not wanted.
 
     Returns:
-        ``[S, B, H, W, C]`` in front of the activation, float32 ``[C, 16, N]``, and ``[N]`` or None.
+        ``[S, B, H, W, C]`` in front of the activation.
     """
     S, B, H, W, C = plain.shape
     limits, tiles = device_limits(plain), H * W // _BLOCK_K
@@ -150,18 +161,19 @@ def both_gradients(
     per_group, per_split = split_walk(tiles, S * B, limits.sm_count)
     count = cdiv(tiles, per_group) * cdiv(S * B, per_split)
     grad = torch.empty_like(plain)
-    parts = torch.empty((count, *weight.shape), dtype=torch.float32, device=plain.device)
-    bias = bias_of(windowed, bias_size)
+    room, bias = rooms(count), bias_of(windowed, _CHANNELS, bias_rooms)
+    bias_room = bias.room or room
     launch(
         tangent_back_kernel,
         (count + bias.count,),
-        *(plain, windowed, weight, grad, parts, parts if bias.parts is None else bias.parts),
+        *(plain, windowed, weight, grad, room.parts, bias_room.parts),
         *(S * B, per_split, per_group, B, count, bias.count, bias.rows),
+        *(int(room.filled), int(bias_room.filled)),
         **_constexprs(H, W, front),
-        **tile_of(bias_size),
+        **tile_of(0 if bias_rooms is None else _CHANNELS),
         **_LAUNCH,
     )
-    return grad, *sum_parts(parts, bias.parts)
+    return grad
 
 
 def _constexprs(H: int, W: int, front: Front) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from ._launch import check_dtypes
 from ._stack_back import both_gradients, takes
 from ._stack_geometry import POINTWISE, Front, Geometry
 from ._stack_product import product
-from ._stack_weight import weight_gradient
+from ._stack_sums import Partial, Rooms, totals
+from ._stack_weight import weight_parts
 
 
 def layer_fwd(
@@ -64,6 +67,7 @@ def layer_bwd(
     front: Front,
     needs: tuple[bool, bool, bool] = (True, True, True),
     out: Tensor | None = None,
+    rooms: Sequence[Rooms] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the stack in front of the activation, of the weight and of the bias.
 
@@ -76,10 +80,12 @@ def layer_bwd(
         needs: which of the three are wanted; the others are None.
         out: where the stack's goes, of its shape, slots dense in channels-last order, in the
             gradient's dtype or float32; None for new memory.
+        rooms: for parts of the weight's and, if it has one, the bias's, in channels-last order,
+            which are then left there; None for their sums at once.
 
     Returns:
-        The stack's in the gradient's dtype or `out`, the weight's and the bias's in float32; the
-        first two in channels-last order.
+        The stack's in the gradient's dtype or `out`, the weight's and the bias's in float32, None
+        with `rooms`; the first two in channels-last order.
 
     Raises:
         TypeError, ValueError: as the forward; also of an `out` of another shape, dtype or order.
@@ -90,27 +96,32 @@ def layer_bwd(
     columns, bias = dense.shape[0 if inner_is_input else 2], grad.shape[2]
     g = g.view(*x.shape[:2], *_grid(geometry, x, g.shape[2:4]), columns)
     grad_x = grad_w = grad_b = None
-    if all(needs[:2]) and not inner_is_input and out is None and takes(backward, x, g, front):
-        grad_x, summed, grad_b = both_gradients(
-            x, g, dense, front, bias_size=bias if needs[2] else 0
-        )
-        grad_w = summed.view(taps.shape).permute(0, 3, 1, 2)
-        return grad_x.permute(0, 1, 4, 2, 3), grad_w, grad_b
-    if needs[0]:
+    of_weight, *of_bias = rooms or (Partial(taps.numel(), g.device), Partial(bias, g.device))
+    bias_rooms = of_bias[0] if needs[2] else None
+    both = all(needs[:2]) and not inner_is_input and out is None and takes(backward, x, g, front)
+    if both:
+        grad_x = both_gradients(x, g, dense, front, rooms=of_weight, bias_rooms=bias_rooms)
+    elif needs[0]:
         grad_x = product(
             *(g, dense, backward, x.shape[2:4], front),
             inner_is_input=not inner_is_input,
             pull=x,
             out=None if out is None else out.permute(0, 1, 3, 4, 2),
-        ).permute(0, 1, 4, 2, 3)
-    if needs[1] or needs[2]:
+        )
+    if not both and any(needs[1:]):
         # The bias's gradient is summed beside the weight's, which is seldom not wanted with it.
         pair = (g, x, forward) if inner_is_input else (x, g, backward)
-        summed, grad_b = weight_gradient(
-            *pair, front, on_window=inner_is_input, bias_size=bias if needs[2] else 0
+        weight_parts(
+            *(*pair, front),
+            on_window=inner_is_input,
+            rooms=of_weight,
+            bias_size=bias,
+            bias_rooms=bias_rooms,
         )
-        grad_w = summed.view(taps.shape).permute(0, 3, 1, 2) if needs[1] else None
-    return grad_x, grad_w, grad_b
+    if any(needs[1:]) and rooms is None:
+        summed, grad_b = totals(of_weight, bias_rooms, taps.shape)
+        grad_w = summed.permute(0, 3, 1, 2) if needs[1] else None
+    return None if grad_x is None else grad_x.permute(0, 1, 4, 2, 3), grad_w, grad_b
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ cores take 55 and its schedulers 13; an H100 27 us, 10 and 16.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,7 @@ from ._blocks import dot
 from ._implicit_gemm import moved
 from ._launch import Configuration, begin, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather
-from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
+from ._stack_sums import Partial, Rooms, add_to, bias_of, column_sums, padded, tile_of, totals
 from ._stack_walk import walk_of, weight_constexprs
 
 
@@ -51,14 +53,14 @@ def _at(n, SIZE: tl.constexpr, AXIS: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         *("images", "images_per_split", "tiles_per_group", "B"),
-        *("programs", "bias_parts", "bias_rows"),
+        *("programs", "bias_parts", "bias_rows", "filled", "bias_filled"),
     ]
 )
 def tangent_weight_kernel(
     p_ptr,  # [images, GRID_H, GRID_W, M], one row a position
     q_ptr,  # [images, H, W, C], read in a window around each position
-    part_ptr,  # [parts, M, KERNEL * KERNEL * C]
-    bias_ptr,  # [bias_parts, COLUMNS]; not written without COLUMNS
+    part_ptr,  # [parts, M, KERNEL * KERNEL * C], each part of `padded` width
+    bias_ptr,  # [bias_parts, COLUMNS], likewise; not written without COLUMNS
     images,
     images_per_split,
     tiles_per_group,
@@ -66,6 +68,8 @@ def tangent_weight_kernel(
     programs,
     bias_parts,
     bias_rows,
+    filled,
+    bias_filled,
     GRID_H: tl.constexpr,
     GRID_W: tl.constexpr,
     M: tl.constexpr,
@@ -104,7 +108,8 @@ def tangent_weight_kernel(
         if pid >= programs:
             g_ptr = p_ptr if ON_WINDOW else q_ptr
             column_sums(
-                g_ptr, bias_ptr, pid - programs, bias_parts, bias_rows, COLUMNS, ROWS, WIDTH
+                *(g_ptr, bias_ptr, bias_filled, pid - programs, bias_parts, bias_rows),
+                *(COLUMNS, ROWS, WIDTH),
             )
             return
     col = pid % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -155,12 +160,12 @@ def tangent_weight_kernel(
             else:
                 acc = dot(p, q, acc, PRECISION)
 
-    at_part = part.to(tl.int64) * (M * N)
+    at_part = part.to(tl.int64) * padded(M * N)
     if WINDOW_FIRST:
         at, mask = (out * N)[None, :] + col[:, None], (out < M)[None, :] & (col < N)[:, None]
     else:
         at, mask = (out * N)[:, None] + col[None, :], (out < M)[:, None] & (col < N)[None, :]
-    tl.store(part_ptr + at_part + at, acc, mask=mask)
+    add_to(part_ptr + at_part + at, acc, mask, filled)
 
 
 def weight_parts(
@@ -170,10 +175,11 @@ def weight_parts(
     front: Front,
     *,
     on_window: bool,
+    rooms: Rooms,
     bias_size: int = 0,
-    room: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As `weight_gradient`, but the parts of both sums, for `sum_parts`.
+    bias_rooms: Rooms | None = None,
+) -> None:
+    """As `weight_gradient`, but leaves the parts of both sums in rooms, for `add_up`.
 
     Args:
         plain: as there.
@@ -181,32 +187,28 @@ def weight_parts(
         gather: as there.
         front: as there.
         on_window: as there.
-        bias_size: as there.
-        room: dense, where the weight's go, as many as `walk_of` says; None for new memory.
-
-    Returns:
-        Float32 ``[P, M, taps, C]``, and ``[Q, bias_size]`` or None.
+        rooms: for parts of the weight's ``[M, taps, C]``, as many as `walk_of` says.
+        bias_size: of the layer's bias.
+        bias_rooms: for parts of its gradient; None where it is not wanted.
     """
     walk = walk_of(
         *(plain.shape, windowed.shape, plain.dtype, gather, front, device_limits(plain)),
         on_window=on_window,
     )
-    shape = walk.parts, plain.shape[4], gather.kernel**2, windowed.shape[4]
-    if room is None:
-        room = torch.empty(shape, dtype=torch.float32, device=plain.device)
-    bias = bias_of(plain if on_window else windowed, bias_size)
+    room = rooms(walk.parts)
+    bias = bias_of(plain if on_window else windowed, bias_size, bias_rooms)
+    bias_room = bias.room or room
     programs = walk.parts * walk.blocks
     launch(
         tangent_weight_kernel,
         (programs + bias.count,),
-        *(plain, windowed, room, room if bias.parts is None else bias.parts),
+        *(plain, windowed, room.parts, bias_room.parts),
         *(walk.images, walk.per_split, walk.per_group, walk.batch),
-        *(programs, bias.count, bias.rows),
+        *(programs, bias.count, bias.rows, int(room.filled), int(bias_room.filled)),
         **walk.constexprs,
-        **tile_of(bias_size),
+        **tile_of(0 if bias_rooms is None else bias_size),
         **walk.tile.launch,
     )
-    return room, bias.parts
 
 
 def weight_gradient(
@@ -233,9 +235,17 @@ def weight_gradient(
         Float32 ``[M, taps, C]``, and ``[bias_size]`` or None; their sums are split and added up in
         a fixed order.
     """
-    return sum_parts(
-        *weight_parts(plain, windowed, gather, front, on_window=on_window, bias_size=bias_size)
+    shape, device = (plain.shape[4], gather.kernel**2, windowed.shape[4]), plain.device
+    of_weight = Partial(math.prod(shape), device)
+    of_bias = Partial(bias_size, device) if bias_size else None
+    weight_parts(
+        *(plain, windowed, gather, front),
+        on_window=on_window,
+        rooms=of_weight,
+        bias_size=bias_size,
+        bias_rooms=of_bias,
     )
+    return totals(of_weight, of_bias, shape)
 
 
 def weight_configuration(

@@ -15,6 +15,8 @@ MASK = 0xFFFFFFFF
 _ARGUMENTS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 120: 0x380}
 REGISTER = re.compile(r"^([-~|]*)(U?R)(\d+|Z)\|?(\.64|\.H\d)?$")
 CONSTANT = re.compile(r"^([-~|]*)c\[0x0\]\[(0x[0-9a-f]+)\]\|?$")
+# As an index tells it.
+INDEXED = re.compile(r"^c\[0x0\]\[(U?R\d+)(?:\+(0x[0-9a-f]+))?\]$")
 _ADDRESS = re.compile(r"\[(U?R\d+)\.64(?:\+(UR\d+))?\+?(-?0x[0-9a-f]+)?\]$")
 PREDICATE = re.compile(r"^(!?)(U?P)(\d|T)$")
 COMPARE: dict[str, Callable[[int, int], bool]] = {

@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 
-from ._warp import COMPARE, CONSTANT, MASK, PREDICATE, Number, Warp, signed
+from ._warp import COMPARE, CONSTANT, INDEXED, MASK, PREDICATE, Number, Warp, signed
 
 
 def step(warp: Warp, acts: bool | None, opcode: str, operands: Sequence[str]) -> None:
@@ -80,8 +80,13 @@ def _halves(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
 
 def _load_constant(warp: Warp, modifiers: set[str], operands: list[str]) -> None:
     words = 4 if "128" in modifiers else 2 if "64" in modifiers else 1
-    found = CONSTANT.match(operands[1])
-    value = warp.constant(int(found[2], 16), 4 * words) if found else None
+    at = None
+    if found := CONSTANT.match(operands[1]):
+        at = int(found[2], 16)
+    elif found := INDEXED.match(operands[1]):
+        index = warp.number(found[1])
+        at = None if index is None else (index + int(found[2] or "0", 16)) & MASK
+    value = None if at is None else warp.constant(at, 4 * words)
     if modifiers & {"U8", "S8", "U16", "S16"}:
         value = None
     warp.set(operands[0], value, words)

@@ -165,9 +165,14 @@ def _compiled(configuration: Configuration, arch: int):
             signature[name] = "constexpr"
             constants[(index,)] = constexprs[name]
             continue
-        signature[name] = configuration.types.get(name, "i32")
-        if not parameter.do_not_specialize and name not in configuration.odd:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        given = signature[name] = configuration.types.get(name, "i32")
+        if isinstance(given, tuple):
+            # Numbers of a tuple are given so that none is a multiple of anything.
+            divisible = [(index, i) for i, of in enumerate(given) if of.startswith("*")]
+        else:
+            divisible = [] if parameter.do_not_specialize else [(index,)]
+        if name not in configuration.odd:
+            attributes |= dict.fromkeys(divisible, [["tt.divisibility", 16]])
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),

@@ -48,6 +48,7 @@ from ._gram_tail_tile import (
     variants,
 )
 from ._launch import INTERPRET, Configuration, begin, cdiv, device_limits, launch, pointer
+from ._stack_sums import Room, Rooms, add_to
 from ._stack_tile import is_curved
 from .activations import activation
 
@@ -71,7 +72,7 @@ def _mixed(M, Z, PRECISION: tl.constexpr):
         return tl.dot(M - high, Z, MZ, input_precision="tf32")
 
 
-@triton.jit(do_not_specialize=["B", "m", "splits"])
+@triton.jit(do_not_specialize=["B", "m", "splits", "filled"])
 def _gram_tail_bwd_kernel(
     t_ptr,  # T [m, B, H, W, C]
     a_ptr,  # [B, H, W, C]; not read where KIND is "none"
@@ -84,11 +85,11 @@ def _gram_tail_bwd_kernel(
     g_rr_ptr,  # [B]
     dt_ptr,  # [m, B, H, W, C]
     da_ptr,  # [B, H, W, C] float32; not written without CURVED
-    dw_ptr,  # [programs along axis 0, C, 16, CO] float32
+    dw_ptr,  # [programs along axis 0, C, 16, CO] float32; added to where `filled`
     dr_ptr,  # [B, 2H, 2W, CO] float32; not written without DATA
     dv_ptr,  # -dr [B, 2H, 2W, CO], in a dtype of its own
     d_slope_ptr,  # [B, 2H, 2W, CO] float32; not written without SLOPED
-    B, m, splits, stride_t_m, stride_dt_m,
+    B, m, splits, stride_t_m, stride_dt_m, filled,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
@@ -201,7 +202,7 @@ def _gram_tail_bwd_kernel(
     # Told otherwise than above, so that the loop does not keep it in registers.
     at_dw = c[:, None] * (16 * CO) + ((k >> 2) * CO + (k & 3))[None, :]
     dw_ptr += pid.to(tl.int64) * (C * 16 * CO)
-    tl.store(dw_ptr + at_dw, dW, mask=(c < C)[:, None] & ((k & 3) < CO)[None, :])
+    add_to(dw_ptr + at_dw, dW, (c < C)[:, None] & ((k & 3) < CO)[None, :], filled)
 
 
 def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool) -> Tile:
@@ -248,7 +249,7 @@ class Pulled(NamedTuple):
 
     Attributes:
         T: ``[m, B, Ci, H, W]`` in T's dtype, in front of the activation.
-        parts: float32 ``[P, Ci, 16, Co]``, whose sum is the weight's, and room for others behind.
+        room: float32 ``[P, Ci * 16 * Co]``, whose sum is the weight's, of those and others behind.
         r: float32 ``[B, Co, 2H, 2W]``; None where it is not wanted.
         output: its negative, that of what r was subtracted from, in the dtype asked for.
         a: float32 ``[B, Ci, H, W]``, what curvature adds; None where phi'' = 0.
@@ -256,7 +257,7 @@ class Pulled(NamedTuple):
     """
 
     T: Tensor
-    parts: Tensor
+    room: Room
     r: Tensor | None
     output: Tensor
     a: Tensor | None
@@ -281,6 +282,7 @@ def gram_tail_bwd(
     out: Tensor | None = None,
     output_dtype: torch.dtype = torch.float32,
     output_product: str = "ieee",
+    rooms: Rooms,
     spare: int = 0,
     of_data: bool = True,
 ) -> Pulled:
@@ -303,7 +305,8 @@ def gram_tail_bwd(
         out: where dT goes, each dT[i] in channels-last order; None for new memory.
         output_dtype: of the gradient of the layer's output.
         output_product: how its reader multiplies float32 numbers; in TF32 they are rounded to that.
-        spare: parts of the weight's gradient that others will add behind those from here.
+        rooms: for parts of the weight's gradient, in channels-last order.
+        spare: parts that others will leave behind those from here.
         of_data: whether the gradient of r itself is wanted.
 
     Raises:
@@ -329,19 +332,18 @@ def gram_tail_bwd(
         da = torch.empty_like(T[0], dtype=torch.float32, memory_format=torch.channels_last)
     c_blocks = cdiv(channels_in, tile.block_c)
     splits = shares(tile.count(1, height * width), B * c_blocks, tile, device_limits(T))
-    shape = B * splits + spare, channels_in, 16, weight.shape[1]
-    parts = torch.empty(shape, dtype=torch.float32, device=T.device)
+    room = rooms(B * splits + spare)
     launch(
         *(_gram_tail_bwd_kernel, (B * splits, c_blocks)),
         *(T, T if a is None else a, Z, weight, r if slope is None else slope, r, M, u, g_rr),
-        *(dT, r if da is None else da, parts[: B * splits]),
+        *(dT, r if da is None else da, room.parts[: B * splits]),
         *(r if dr is None else dr, d_output, r if d_slope is None else d_slope),
-        *(B, m, splits, T.stride(0), dT.stride(0)),
+        *(B, m, splits, T.stride(0), dT.stride(0), int(room.filled)),
         **constexprs,
         **_constexprs(tile, kind, applied, of_data, output_product, output_dtype),
         **tile.options,
     )
-    return Pulled(dT, parts, dr, d_output, da, d_slope)
+    return Pulled(dT, room, dr, d_output, da, d_slope)
 
 
 def _constexprs(

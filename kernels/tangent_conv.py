@@ -9,7 +9,7 @@ and Y are 71 MB each, so each of the three passes moves 143 MB and does 20.5 GFL
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ._launch import Configuration
 from ._stack_geometry import Front, Geometry, doubling, mirrored, window
 from ._stack_layer import layer_bwd, layer_fwd
 from ._stack_product import audited
+from ._stack_sums import Rooms
 
 
 def geometry(kernel: int, stride: int, padding: int) -> Geometry:
@@ -53,10 +54,11 @@ def tangent_conv_bwd(
     padding: int = 0,
     needs: tuple[bool, bool, bool] = (True, True, True),
     out: Tensor | None = None,
+    rooms: Sequence[Rooms] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`layer_bwd` of the same."""
     of = geometry(weight.shape[-1], stride, padding)
-    return layer_bwd(of, grad, stack, weight, front, needs, out)
+    return layer_bwd(of, grad, stack, weight, front, needs, out, rooms)
 
 
 def configurations() -> Iterator[Configuration]:

@@ -10,7 +10,7 @@ are 8.9 and 17.8 MB, so each of the three passes moves 27 MB and does 4.6 GFLOP,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ._launch import Configuration
 from ._stack_geometry import POINTWISE, Front, Geometry, doubling, window
 from ._stack_layer import layer_bwd, layer_fwd
 from ._stack_product import EVERY, PRODUCTS, audited
+from ._stack_sums import Rooms
 
 
 def geometry(kernel: int, padding: int) -> Geometry:
@@ -66,9 +67,11 @@ def tangent_conv_transpose_bwd(
     padding: int = 1,
     needs: tuple[bool, bool, bool] = (True, True, True),
     out: Tensor | None = None,
+    rooms: Sequence[Rooms] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`layer_bwd` of the same."""
-    return layer_bwd(geometry(weight.shape[-1], padding), grad, stack, weight, front, needs, out)
+    of = geometry(weight.shape[-1], padding)
+    return layer_bwd(of, grad, stack, weight, front, needs, out, rooms)
 
 
 def configurations() -> Iterator[Configuration]:

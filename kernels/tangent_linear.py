@@ -8,7 +8,7 @@ weight are 0.2, 0.4 and 0.5 MB and a pass does 50 MFLOP: less than a launch take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ._launch import Configuration
 from ._stack_geometry import POINTWISE, Front, Geometry
 from ._stack_layer import layer_bwd, layer_fwd
 from ._stack_product import audited
+from ._stack_sums import Rooms
 
 _GEOMETRY = Geometry(POINTWISE, POINTWISE, inner_is_input=True)
 
@@ -47,11 +48,12 @@ def tangent_linear_bwd(
     *,
     needs: tuple[bool, bool, bool] = (True, True, True),
     out: Tensor | None = None,
+    rooms: Sequence[Rooms] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`layer_bwd` of the same, each gradient in its tensor's shape; a contiguous `out`."""
     images = _pixels(grad), _pixels(stack), _one_tap(weight)
     into = None if out is None else out.view(images[1].shape)
-    *found, grad_b = layer_bwd(_GEOMETRY, *images, front, needs, into)
+    *found, grad_b = layer_bwd(_GEOMETRY, *images, front, needs, into, rooms)
     grad_x, grad_w = (
         None if g is None else g.view(t.shape) for g, t in zip(found, (stack, weight), strict=True)
     )

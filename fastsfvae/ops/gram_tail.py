@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from fastsfvae.kernels._contract import (
 from fastsfvae.ops import _library, _precision, tangent_layer
 from fastsfvae.ops.tangent_activation import stack_activation, stack_activation_backward
 from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
+
+if TYPE_CHECKING:
+    from fastsfvae.ops.partial_sums import PartialSums
 
 # Numbers of a position in the Jacobian's rows; a sample's are counted in int32.
 _COLUMNS, _COUNTED = 16, 2**31
@@ -46,6 +49,8 @@ class Tail(NamedTuple):
         behind_params: its parameters.
         dense: the weight as products take it: channels-last, in the stack's dtype, and rounded to
             TF32 where they are TF32's; None where nobody has made it (`with_dense`).
+        sums: for parts of the weight's and the bias's gradient, which whoever holds it adds up;
+            None for their sums at once.
     """
 
     layer: Layer
@@ -55,6 +60,7 @@ class Tail(NamedTuple):
     behind: str = "none"
     behind_params: tuple[float, ...] = ()
     dense: Tensor | None = None
+    sums: PartialSums | None = None
 
 
 class Values(NamedTuple):
@@ -72,10 +78,13 @@ class Values(NamedTuple):
 
 
 class TailGradients(NamedTuple):
-    """Gradients of a tail's stack, weight and bias, and of the data where it is wanted."""
+    """Gradients of a tail's stack, weight and bias, and of the data where it is wanted.
+
+    Those of weight and bias are None where `Tail.sums` has their parts.
+    """
 
     stack: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     x: Tensor | None
 
@@ -196,12 +205,15 @@ def tail_backward(
         of_data: whether the data's gradient is wanted.
 
     Returns:
-        The stack's gradient in its dtype, in channels-last order, and the others in float32.
+        The stack's gradient in its dtype, in channels-last order, the weight's and the bias's in
+        theirs and the data's in float32.
     """
-    from fastsfvae.kernels._gram_tail_weight import parts_of_values, weight_and_bias
+    from fastsfvae.kernels._gram_tail_weight import leave_values, parts_of_values
     from fastsfvae.kernels.gram_tail_backward import gram_tail_bwd
+    from fastsfvae.ops.partial_sums import PartialSums
 
     stack, weight, front = tail.stack, _dense(tail), tail.layer.front
+    sums = PartialSums() if tail.sums is None else tail.sums
     # Whether the kernel's gradient of the output is that of the values, which products read.
     finished, rounds = df is None and values.slope is None, _rounds(tail)
     grad = torch.empty_like(stack.flatten(0, 1), memory_format=torch.channels_last)
@@ -212,6 +224,7 @@ def tail_backward(
         out=grad[1:],
         output_dtype=stack.dtype if finished else torch.float32,
         output_product=tail.layer.product if finished else "ieee",
+        rooms=sums.rooms(tail.weight),
         spare=parts_of_values(stack[0], weight.shape[1], front),
         of_data=of_data,
     )
@@ -232,9 +245,14 @@ def tail_backward(
     )
     if pulled.a is not None:
         grad[0].add_(pulled.a)
-    d_weight, d_bias = weight_and_bias(
-        *(pulled.parts, stack[0], d_values, tail.weight, front), has_bias=tail.bias is not None
-    )
+    bias = tail.bias if tail.bias is not None and sums.wants(tail.bias) else None
+    if bias is not None or sums.wants(tail.weight):
+        bias_rooms = None if bias is None else sums.rooms(bias)
+        leave_values(pulled.room, stack[0], d_values, front, bias_rooms)
+    d_weight = d_bias = None
+    if tail.sums is None:
+        (_, d_weight), *of_bias = sums.add_up()
+        d_bias = of_bias[0][1] if of_bias else None
     return TailGradients(grad, d_weight, d_bias, pulled.r)
 
 

@@ -19,6 +19,7 @@ from fastsfvae.ops._geometry import Geometry
 
 if TYPE_CHECKING:
     from fastsfvae.kernels._stack_geometry import Front
+    from fastsfvae.kernels._stack_sums import Rooms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Positions of a stack, and elements of a sample, are counted in int32 up to a block beyond the end.
@@ -144,6 +145,7 @@ def stack_layer_backward(
     weight: Tensor,
     needs: tuple[bool, bool, bool] = (True, True, True),
     out: Tensor | None = None,
+    rooms: Sequence[Rooms] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Pullback of `stack_layer`: gradients of the stack, the weight and the bias.
 
@@ -155,15 +157,18 @@ def stack_layer_backward(
         needs: which of the three are wanted; the others are None.
         out: where the stack's goes, of its shape and order, in the dtype of `grad` or float32;
             None for new memory.
+        rooms: of `PartialSums`, for parts of the weight's and the bias's; None for their sums at
+            once.
 
     Returns:
         The stack's gradient, in front of the activation and in the dtype of `grad` or of `out`,
-        then the weight's and the bias's in float32.
+        then the weight's and the bias's in float32, None with `rooms`.
     """
     _library.require_triton(grad)
     _, backward = _launchers(layer.geometry)
     options = _options(layer.geometry)
-    return backward(*(grad, stack, weight, layer.front), needs=needs, out=out, **options)
+    given = grad, stack, weight, layer.front
+    return backward(*given, needs=needs, out=out, rooms=rooms, **options)
 
 
 def _launchers(g: Geometry | None) -> tuple[Callable[..., Any], Callable[..., Any]]:

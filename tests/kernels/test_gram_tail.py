@@ -18,6 +18,7 @@ from fastsfvae.ops.gram_tail import (
     tail_values,
     with_dense,
 )
+from fastsfvae.ops.partial_sums import PartialSums
 from fastsfvae.ops.tangent_layer import Layer
 from tests._triton import DEVICE, assert_as_good, requires_triton
 from tests.kernels.stack_layers import moved
@@ -278,7 +279,7 @@ class TestKernel:
             gram_tail_partials(T, weight, r, a=tail.stack[0], kind="tanh", applied=True)
         M, u = T.new_zeros(1, 2, 2), T.new_zeros(1, 2)
         with pytest.raises(ValueError, match="is not what the forward has filled for T"):
-            gram_tail_bwd(T, weight, r, T, M, u, u[:, 0])
+            gram_tail_bwd(T, weight, r, T, M, u, u[:, 0], rooms=PartialSums().rooms(weight))
 
 
 def test_largest_batch_names_what_the_kernels_take():

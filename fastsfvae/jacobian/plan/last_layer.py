@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae.jacobian.rules.jet import Jet, stack_of
-from fastsfvae.jacobian.rules.tape import once
+from fastsfvae.jacobian.rules.tape import once, running_sums
 from fastsfvae.kernels._contract import tangents_like
 from fastsfvae.ops._precision import autocast
 from fastsfvae.ops.gram_project import full_products
@@ -60,7 +60,8 @@ def stop_at(
         # Dense once, for the kernels of the forward, its rescue and the backward.
         stack = tangents_like(autocast(stack_of(x)), torch.channels_last)
         dense = dense_weight(weight, stack, layer)
-        return LastLayer(x, Tail(layer, stack, weight, bias, behind, behind_params, dense))
+        given = layer, stack, weight, bias, behind, behind_params, dense
+        return LastLayer(x, Tail(*given, running_sums()))
 
     return stop
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from fastsfvae._ranges import span
 from fastsfvae.jacobian.rules.jet import Jet, cast, flat, is_list
 from fastsfvae.jacobian.rules.rule import Rule
+
+if TYPE_CHECKING:
+    from fastsfvae.ops.partial_sums import PartialSums
 
 _running = threading.local()
 
@@ -54,6 +57,19 @@ def provide(
         tape.provide(tensors, name, function)
 
 
+def running_sums() -> PartialSums | None:
+    """Those of the tape that runs; an adjoint gives `SUMMED` for what it leaves there."""
+    tape = getattr(_running, "tape", None)
+    return None if tape is None else tape.sums
+
+
+class _Summed:
+    """Stands for a gradient whose parts lie in `running_sums`."""
+
+
+SUMMED = _Summed()
+
+
 class _Entry(NamedTuple):
     rule: Rule
     args: tuple
@@ -83,6 +99,7 @@ class Tape:
         # By tensor and name; the tensor is kept beside its result, so that its id stays its own.
         self._fixed: dict[Any, tuple[Tensor, Tensor]] = {} if beside is None else beside._fixed
         self._once: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._sums: PartialSums | None = None
         self._derived: list[tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = []
         # Whether a rule runs, which may call others.
         self.busy = False
@@ -97,6 +114,16 @@ class Tape:
     def __exit__(self, *_: Any) -> None:
         """Stop recording."""
         _running.tape = self._outer
+
+    @property
+    def sums(self) -> PartialSums:
+        """Parts of gradients that are added up at the end."""
+        if self._sums is None:
+            # Late: only fused layers leave any.
+            from fastsfvae.ops.partial_sums import PartialSums
+
+            self._sums = PartialSums(self._needs)
+        return self._sums
 
     def activate(self, source: Jet | Tensor) -> None:
         """Ask for a gradient once; the caller keeps the source until it has taken it."""
@@ -212,7 +239,9 @@ class Tape:
             self._add(tensor, gradient, fresh=True)
 
     def finish(self) -> None:
-        """Pull the gradients of what was computed `once` back to what it was computed from."""
+        """Add up parts of sums, and pull what was computed `once` back to what it is made of."""
+        for tensor, gradient in self._sums.add_up() if self._sums else ():
+            self.add(tensor, gradient)
         for tensor, result, adjoint in self._derived:
             gradient = self.take(result)
             if gradient is not None:
@@ -238,7 +267,7 @@ class Tape:
         return None if all(part is None for part in parts) else _Gradient(parts, owned=False)
 
     def _give(self, rule: Rule, source: Any, wanted: bool, gradient: Any, fresh: bool) -> None:
-        if not wanted:
+        if not wanted or gradient is SUMMED:
             return
         if gradient is None:
             raise RuntimeError(f"the adjoint of {rule.name} lacks a gradient: please report it")
