@@ -30,10 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._blocks import dot
+from ._contract import room_for
 from ._launch import Configuration, begin, cdiv, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather, window
 from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
 from ._stack_walk import split_walk
+from ._stack_weight import gap_of, slot_of
 from .activations import front_constexprs, times_slope
 
 _READS = window(4, stride=2, padding=1)
@@ -41,9 +43,18 @@ _CHANNELS, _BLOCK_K = 32, 32
 _LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
 
 
+@triton.jit
+def _image(n, B, gap, APART: tl.constexpr):
+    """Where image n lies, counted in images."""
+    at = n.to(tl.int64)
+    if APART:
+        at += slot_of(n, B) * gap
+    return at
+
+
 @triton.jit(
     do_not_specialize=[
-        *("images", "images_per_split", "tiles_per_group", "B"),
+        *("images", "images_per_split", "tiles_per_group", "B", "x_gap", "g_gap", "gx_gap"),
         *("programs", "bias_parts", "bias_rows"),
     ]
 )
@@ -58,6 +69,9 @@ def tangent_back_kernel(
     images_per_split,
     tiles_per_group,
     B,
+    x_gap,  # images between the end of a slot and the next one; read where APART
+    g_gap,
+    gx_gap,
     programs,
     bias_parts,
     bias_rows,
@@ -69,6 +83,7 @@ def tangent_back_kernel(
     P0: tl.constexpr,
     P1: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    APART: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -102,20 +117,23 @@ def tangent_back_kernel(
         inside = (y >= 0) & (y < 2 * H) & (x >= 0) & (x < 2 * W)
         at_g = ((top * 2 * W + left) * N)[:, None] + ((ky * 2 * W + kx) * N + col % N)[None, :]
         at_x = (position * C)[None, :] + c[:, None]
-        n = first.to(tl.int64)
-        x_now = tl.load(x_ptr + n * IMAGE + at_x)
-        g_now = tl.load(g_ptr + n * IMAGE_G + at_g, mask=inside, other=0.0)
+        x_now = tl.load(x_ptr + _image(first, B, x_gap, APART) * IMAGE + at_x)
+        g_n = _image(first, B, g_gap, APART)
+        g_now = tl.load(g_ptr + g_n * IMAGE_G + at_g, mask=inside, other=0.0)
         for start in range(first, last):
             # The last image's is read twice, and not used.
-            ahead = tl.minimum(start + 1, last - 1).to(tl.int64)
-            x_next = tl.load(x_ptr + ahead * IMAGE + at_x)
-            g_next = tl.load(g_ptr + ahead * IMAGE_G + at_g, mask=inside, other=0.0)
-            n = tl.full([], 0, tl.int64) + start
+            ahead = tl.minimum(start + 1, last - 1)
+            x_next = tl.load(x_ptr + _image(ahead, B, x_gap, APART) * IMAGE + at_x)
+            g_n = _image(ahead, B, g_gap, APART)
+            g_next = tl.load(g_ptr + g_n * IMAGE_G + at_g, mask=inside, other=0.0)
+            n = tl.full([], 0, tl.int32) + start
             acc = dot(x_now, g_now, acc, "ieee")
             gx = dot(w, tl.trans(g_now), tl.zeros([C, BLOCK_K], tl.float32), "ieee")
             if KIND != "none":
-                gx = times_slope(gx, tl.load(x_ptr + n % B * IMAGE + at_x), KIND, P0, P1)
-            tl.store(gx_ptr + n * IMAGE + at_x, gx)
+                gx = times_slope(
+                    gx, tl.load(x_ptr + (n % B).to(tl.int64) * IMAGE + at_x), KIND, P0, P1
+                )
+            tl.store(gx_ptr + _image(n, B, gx_gap, APART) * IMAGE + at_x, gx)
             x_now, g_now = x_next, g_next
     tl.store(part_ptr + pid.to(tl.int64) * (C * 16 * N) + weight_at, acc)
 
@@ -130,48 +148,63 @@ def takes(gather: Gather, plain: Tensor, windowed: Tensor, front: Front) -> bool
 
 
 def both_gradients(
-    plain: Tensor, windowed: Tensor, weight: Tensor, front: Front, *, bias_size: int = 0
+    plain: Tensor,
+    windowed: Tensor,
+    weight: Tensor,
+    front: Front,
+    *,
+    bias_size: int = 0,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The data's, the weight's and the bias's gradient of a layer that `takes` names.
 
     Args:
-        plain: the layer's input, dense ``[S, B, H, W, C]``, behind its activation.
-        windowed: the gradient of its result, dense ``[S, B, 2 H, 2 W, N]``.
+        plain: the layer's input, ``[S, B, H, W, C]``, behind its activation; dense, or some samples
+            of a dense stack (`samples_apart`).
+        windowed: the gradient of its result, ``[S, B, 2 H, 2 W, N]``, likewise.
         weight: dense ``[C, 16, N]``, of the same dtype.
         front: of the layer.
         bias_size: N where the bias's gradient is wanted, else 0.
+        out: where the data's goes, in the dtype of `plain` or in float32; None for new memory.
 
     Returns:
-        ``[S, B, H, W, C]`` in front of the activation, float32 ``[C, 16, N]``, and ``[N]`` or None.
+        ``[S, B, H, W, C]`` in front of the activation or, where it is given, `out`; float32
+        ``[C, 16, N]``, and ``[N]`` or None.
+
+    Raises:
+        ValueError: an `out` of another shape, dtype or order.
     """
     S, B, H, W, C = plain.shape
     limits, tiles = device_limits(plain), H * W // _BLOCK_K
     # One program a multiprocessor.
     per_group, per_split = split_walk(tiles, S * B, limits.sm_count)
     count = cdiv(tiles, per_group) * cdiv(S * B, per_split)
-    grad = torch.empty_like(plain)
+    grad = room_for(out, plain.shape, plain)
+    gaps = [gap_of(t, B) for t in (plain, windowed, grad)]
     parts = torch.empty((count, *weight.shape), dtype=torch.float32, device=plain.device)
     bias = bias_of(windowed, bias_size)
     launch(
         tangent_back_kernel,
         (count + bias.count,),
         *(plain, windowed, weight, grad, parts, parts if bias.parts is None else bias.parts),
-        *(S * B, per_split, per_group, B, count, bias.count, bias.rows),
-        **_constexprs(H, W, front),
+        *(S * B, per_split, per_group, B, *gaps, count, bias.count, bias.rows),
+        **_constexprs(H, W, front, any(gaps)),
         **tile_of(bias_size),
         **_LAUNCH,
     )
     return grad, *sum_parts(parts, bias.parts)
 
 
-def _constexprs(H: int, W: int, front: Front) -> dict:
+def _constexprs(H: int, W: int, front: Front, apart: bool) -> dict:
     sizes = {"H": H, "W": W, "C": _CHANNELS, "N": _CHANNELS, "BLOCK_K": _BLOCK_K}
-    return {**sizes, **front_constexprs(front.kind, front.params)}
+    return {**sizes, "APART": apart, **front_constexprs(front.kind, front.params)}
 
 
-def configuration(H: int, W: int, dtype: torch.dtype, front: Front) -> Configuration:
+def configuration(
+    H: int, W: int, dtype: torch.dtype, front: Front, apart: bool = False
+) -> Configuration:
     """What `both_gradients` compiles for inputs of H x W pixels."""
     types = {f"{name}_ptr": pointer(dtype) for name in ("x", "g", "w", "gx")}
     types |= {"part_ptr": "*fp32", "bias_ptr": "*fp32"}
-    constexprs = _constexprs(H, W, front) | tile_of(_CHANNELS)
+    constexprs = _constexprs(H, W, front, apart) | tile_of(_CHANNELS)
     return Configuration(tangent_back_kernel, f"both {H} x {W}", types, constexprs, **_LAUNCH)
