@@ -35,7 +35,7 @@ from ._launch import Configuration, begin, cdiv, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather, window
 from ._stack_sums import bias_of, column_sums, sum_parts, tile_of
 from ._stack_walk import split_walk
-from ._stack_weight import gap_of, slot_of
+from ._stack_weight import gap_of, next_slot, slot_of
 from .activations import front_constexprs, times_slope
 
 _READS = window(4, stride=2, padding=1)
@@ -44,12 +44,9 @@ _LAUNCH = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
 
 
 @triton.jit
-def _image(n, B, gap, APART: tl.constexpr):
-    """Where image n lies, counted in images."""
-    at = n.to(tl.int64)
-    if APART:
-        at += slot_of(n, B) * gap
-    return at
+def _at(n, slot, gap, SIZE: tl.constexpr):
+    """Offset of image n of SIZE elements."""
+    return (n + slot * gap).to(tl.int64) * SIZE
 
 
 @triton.jit(
@@ -69,7 +66,7 @@ def tangent_back_kernel(
     images_per_split,
     tiles_per_group,
     B,
-    x_gap,  # images between the end of a slot and the next one; read where APART
+    x_gap,  # images between the end of a slot and the next one, 0 in a dense stack
     g_gap,
     gx_gap,
     programs,
@@ -83,7 +80,6 @@ def tangent_back_kernel(
     P0: tl.constexpr,
     P1: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    APART: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -117,23 +113,24 @@ def tangent_back_kernel(
         inside = (y >= 0) & (y < 2 * H) & (x >= 0) & (x < 2 * W)
         at_g = ((top * 2 * W + left) * N)[:, None] + ((ky * 2 * W + kx) * N + col % N)[None, :]
         at_x = (position * C)[None, :] + c[:, None]
-        x_now = tl.load(x_ptr + _image(first, B, x_gap, APART) * IMAGE + at_x)
-        g_n = _image(first, B, g_gap, APART)
-        g_now = tl.load(g_ptr + g_n * IMAGE_G + at_g, mask=inside, other=0.0)
+        slot = slot_of(first, B)
+        x_now = tl.load(x_ptr + _at(first, slot, x_gap, IMAGE) + at_x)
+        g_now = tl.load(g_ptr + _at(first, slot, g_gap, IMAGE_G) + at_g, mask=inside, other=0.0)
         for start in range(first, last):
-            # The last image's is read twice, and not used.
-            ahead = tl.minimum(start + 1, last - 1)
-            x_next = tl.load(x_ptr + _image(ahead, B, x_gap, APART) * IMAGE + at_x)
-            g_n = _image(ahead, B, g_gap, APART)
-            g_next = tl.load(g_ptr + g_n * IMAGE_G + at_g, mask=inside, other=0.0)
             n = tl.full([], 0, tl.int32) + start
+            gx_at, sample = _at(n, slot, gx_gap, IMAGE), n - slot * B
+            # The last image's is read twice, and not used.
+            ahead = tl.minimum(n + 1, last - 1)
+            slot = next_slot(slot, ahead, B)
+            x_next = tl.load(x_ptr + _at(ahead, slot, x_gap, IMAGE) + at_x)
+            g_at = _at(ahead, slot, g_gap, IMAGE_G)
+            g_next = tl.load(g_ptr + g_at + at_g, mask=inside, other=0.0)
             acc = dot(x_now, g_now, acc, "ieee")
             gx = dot(w, tl.trans(g_now), tl.zeros([C, BLOCK_K], tl.float32), "ieee")
             if KIND != "none":
-                gx = times_slope(
-                    gx, tl.load(x_ptr + (n % B).to(tl.int64) * IMAGE + at_x), KIND, P0, P1
-                )
-            tl.store(gx_ptr + _image(n, B, gx_gap, APART) * IMAGE + at_x, gx)
+                a = tl.load(x_ptr + sample.to(tl.int64) * IMAGE + at_x)
+                gx = times_slope(gx, a, KIND, P0, P1)
+            tl.store(gx_ptr + gx_at + at_x, gx)
             x_now, g_now = x_next, g_next
     tl.store(part_ptr + pid.to(tl.int64) * (C * 16 * N) + weight_at, acc)
 
@@ -188,23 +185,21 @@ def both_gradients(
         (count + bias.count,),
         *(plain, windowed, weight, grad, parts, parts if bias.parts is None else bias.parts),
         *(S * B, per_split, per_group, B, *gaps, count, bias.count, bias.rows),
-        **_constexprs(H, W, front, any(gaps)),
+        **_constexprs(H, W, front),
         **tile_of(bias_size),
         **_LAUNCH,
     )
     return grad, *sum_parts(parts, bias.parts)
 
 
-def _constexprs(H: int, W: int, front: Front, apart: bool) -> dict:
+def _constexprs(H: int, W: int, front: Front) -> dict:
     sizes = {"H": H, "W": W, "C": _CHANNELS, "N": _CHANNELS, "BLOCK_K": _BLOCK_K}
-    return {**sizes, "APART": apart, **front_constexprs(front.kind, front.params)}
+    return {**sizes, **front_constexprs(front.kind, front.params)}
 
 
-def configuration(
-    H: int, W: int, dtype: torch.dtype, front: Front, apart: bool = False
-) -> Configuration:
+def configuration(H: int, W: int, dtype: torch.dtype, front: Front) -> Configuration:
     """What `both_gradients` compiles for inputs of H x W pixels."""
     types = {f"{name}_ptr": pointer(dtype) for name in ("x", "g", "w", "gx")}
     types |= {"part_ptr": "*fp32", "bias_ptr": "*fp32"}
-    constexprs = _constexprs(H, W, front, apart) | tile_of(_CHANNELS)
+    constexprs = _constexprs(H, W, front) | tile_of(_CHANNELS)
     return Configuration(tangent_back_kernel, f"both {H} x {W}", types, constexprs, **_LAUNCH)

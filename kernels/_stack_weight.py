@@ -55,6 +55,12 @@ def slot_of(n, B):
     return (n.to(tl.uint32, bitcast=True) // B.to(tl.uint32, bitcast=True)).to(tl.int32)
 
 
+@triton.jit
+def next_slot(slot, n, B):
+    """Slot of image n, where `slot` is the one of n - 1 or n."""
+    return slot + (n >= (slot + 1) * B).to(tl.int32)
+
+
 @triton.jit(
     do_not_specialize=[
         *("images", "images_per_split", "tiles_per_group", "B", "p_gap", "q_gap"),
@@ -144,6 +150,7 @@ def tangent_weight_kernel(
         q_inside = tl.max_constancy(q_inside, [1, VECTOR])
         p_at = (position * M)[None, :] + out[:, None]
         q_at = ((top * W + left) * C)[:, None] + at_col[None, :]
+        slot = slot_of(first, B) if APART else 0
         for start in range(first, last, GROUPED):
             n = tl.full([], 0, tl.int32) + start
             p_mask, q_mask = p_inside, q_inside
@@ -152,7 +159,8 @@ def tangent_weight_kernel(
                 p_mask, q_mask = p_mask & (n < last)[None, :], q_mask & (n < last)[:, None]
             p_n, q_n = n, n
             if APART:
-                slot = slot_of(n, B)
+                # By a division where images are several.
+                slot = slot_of(n, B) if GROUPED > 1 else next_slot(slot, n, B)
                 p_n, q_n = n + slot * p_gap, n + slot * q_gap
             p = tl.load(p_ptr + _at(p_n, GRID * M, 0) + p_at, mask=p_mask, other=0.0)
             q = tl.load(q_ptr + _at(q_n, H * W * C, 1) + q_at, mask=q_mask, other=0.0)
