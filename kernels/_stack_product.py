@@ -240,6 +240,7 @@ def audited(
     variants: Sequence[tuple[torch.dtype, str, str, int, int]] = TYPICAL,
     size: int = 16,
     out_dtype: torch.dtype | None = None,
+    apart: bool = False,
 ) -> Iterator[Configuration]:
     """What one operation's launchers compile on the device at hand, for the audit.
 
@@ -249,6 +250,7 @@ def audited(
         variants: `TYPICAL` or `EVERY`; they differ in what does not depend on the geometry.
         size: rows and columns of the layer's input; 1 where its positions are images.
         out_dtype: of the forward's results, where it is not the stack's.
+        apart: whether stacks are some samples of larger ones.
     """
     forward, backward, inner_is_input = geometry
     capability = device_limits(torch.empty(0)).capability
@@ -270,6 +272,7 @@ def audited(
                 inner_is_input=inner_is_input != pull,
                 pull=pull,
                 bias_size=0 if pull else columns,
+                apart=apart,
             )
             # A forward without a gradient reads slopes where it writes.
             written = (
@@ -286,5 +289,6 @@ def audited(
         if inner_is_input:
             reads, plain, windowed = forward, windowed, plain
         yield weight_configuration(
-            *(label, reads, plain[:2], plain[2], windowed, dtype, front, inner_is_input, columns)
+            *(label, reads, plain[:2], plain[2], windowed, dtype, front, inner_is_input, columns),
+            apart=apart,
         )
