@@ -19,27 +19,22 @@ from fastsfvae.ops.tangent_layer import Layer, stack_layer, stack_layer_backward
 from tests._triton import INTERPRETER, requires_triton
 from tests.kernels.stack_layers import ACTIVATIONS, draw, moved, square
 
-UP, SAME, DOWN, PIXEL = (
-    square(2, transposed=True),
-    square(1),
-    square(2),
-    square(1, padding=0, transposed=True),
-)
-# Samples in front of those that are taken, and behind them.
-BEFORE, BEHIND, UNTOUCHED = 2, 1, 7.0
+UP, SAME, DOWN = square(2, transposed=True), square(1), square(2)
+POINT, PIXEL = (square(1, padding=0, transposed=transposed) for transposed in (False, True))
+UNTOUCHED = 7.0
 
 
-def some_of_many(t, fill):
+def some_of_many(t, before, behind, fill=torch.nan):
     """The same numbers as samples of a larger stack, and the rest of that, filled."""
-    shape = (len(t), BEFORE + t.shape[1] + BEHIND, *t.shape[2:])
+    shape = (len(t), before + t.shape[1] + behind, *t.shape[2:])
     images = t.ndim == 5
     many = torch.full(shape, fill, dtype=t.dtype, device=t.device)
     if images:
         many = many.movedim(2, -1).contiguous().movedim(-1, 2)
-    few = many[:, BEFORE : BEFORE + t.shape[1]]
+    few = many[:, before : before + t.shape[1]]
     few.copy_(t)
     assert samples_apart(few.movedim(2, -1) if images else few) == shape[1]
-    return few, (many[:, :BEFORE], many[:, BEFORE + t.shape[1] :])
+    return few, (many[:, :before], many[:, before + t.shape[1] :])
 
 
 @pytest.fixture
@@ -68,6 +63,7 @@ CASES = {
     "both": (UP, "relu", "relu", True, (32, 8, 8), (32, 32, 4, 4), torch.bfloat16),
     "same": (SAME, "silu", "none", False, (6, 4, 4), (5, 6, 3, 3), torch.float32),
     "down": (DOWN, "relu", "relu", True, (5, 6, 4), (8, 5, 3, 3), torch.float32),
+    "pointwise": (POINT, "tanh", "none", False, (5, 3, 4), (6, 5, 1, 1), torch.float32),
     "pixel": (PIXEL, "relu", "relu", True, (9, 1, 1), (9, 3, 4, 4), torch.float32),
     "linear": (None, "relu", "relu", True, (3, 20), (9, 20), torch.bfloat16),
     "curved linear": (None, "tanh", "none", False, (3, 20), (9, 20), torch.float32),
@@ -85,15 +81,15 @@ class TestKernel:
         stack, weight = draw(0, dtype, (slots, samples, *sample), shape)
         bias = draw(1, dtype, (shape[1 if geometry and geometry.transposed else 0],))[0]
         stack = moved(phi, stack) if applied else stack
-        # Several parts; on this card alone both gradients may be one launch.
-        with pretend(DeviceLimits(7, 89)):
+        # Few parts, which slots begin within; on this card alone both gradients may be one launch.
+        with pretend(DeviceLimits(2, 89)):
             want = stack_layer(layer, stack, weight, bias)
             grad = draw(2, dtype, want.shape)[0]
             wants = stack_layer_backward(layer, grad, stack, weight)
             given.clear()
-            x, _ = some_of_many(stack, torch.nan)
-            g, _ = some_of_many(grad, torch.nan)
-            room, others = some_of_many(torch.zeros_like(stack), UNTOUCHED)
+            x, _ = some_of_many(stack, 2, 1)
+            g, _ = some_of_many(grad, 0, 1)
+            room, others = some_of_many(torch.zeros_like(stack), 1, 4, UNTOUCHED)
             got = stack_layer(layer, x, weight, bias)
             of_x, of_weight, of_bias = stack_layer_backward(layer, g, x, weight, out=room)
         assert given == {t.data_ptr() for t in (x, g, room, got)}
@@ -114,7 +110,7 @@ class TestResult:
         stack, weight = draw(0, dtype, (3, 5, 4, 4, 16), (16, gather.kernel**2, columns))
         options = {"inner_is_input": False, "bias": draw(1, dtype, (columns,))[0]}
         want = product(stack, weight, gather, (size, size), front, **options)
-        room, others = some_of_many(torch.zeros_like(want).movedim(-1, 2), UNTOUCHED)
+        room, others = some_of_many(torch.zeros_like(want).movedim(-1, 2), 2, 1, UNTOUCHED)
         room = room.movedim(2, -1)
         product(stack, weight, gather, (size, size), front, out=room, **options)
         assert want.abs().max() > 0 and torch.equal(room, want)
