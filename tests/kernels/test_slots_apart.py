@@ -76,12 +76,12 @@ class TestKernel:
 
     def test_a_layer(self, name, given, poisoned_empty):
         geometry, kind, behind, applied, sample, shape, dtype = CASES[name]
-        (phi, params), slots, samples = ACTIVATIONS[kind], 3, 5
+        (phi, params), slots, samples = ACTIVATIONS[kind], 4, 3
         layer = Layer(geometry, kind, params, "tf32", applied, behind, ACTIVATIONS[behind][1])
         stack, weight = draw(0, dtype, (slots, samples, *sample), shape)
         bias = draw(1, dtype, (shape[1 if geometry and geometry.transposed else 0],))[0]
         stack = moved(phi, stack) if applied else stack
-        # Few parts, which slots begin within; on this card alone both gradients may be one launch.
+        # Parts of four images at least, which slots begin within; on this card alone both gradients may be one launch.
         with pretend(DeviceLimits(2, 89)):
             want = stack_layer(layer, stack, weight, bias)
             grad = draw(2, dtype, want.shape)[0]
