@@ -19,11 +19,12 @@ gradient X + Y (2 X + Y where phi'' is not 0), the weight gradient X + Y; each d
 FLOPs for every multiply-add of the layer on one sample. Inputs are read once for each tap that uses
 them, from L2 or nearer but for the first.
 
-Layouts, all dense: stacks [S, B, H, W, C] with S = 1 + m, weights [outer, taps, inner], where one
-of outer and inner is summed over. An output position (y, x) of phase p reads, at its tap t, input
-row stride * y + offset + p + step * t with the weight's row first - p + stride_w * t. One phase is
-an ordinary convolution. Two phases an axis give the layer that doubles the size: outputs of the
-same parity share their taps, and `_doubling_gemm` has a faster kernel for it.
+Layouts: stacks [S, B, H, W, C] with S = 1 + m, dense or, with slots further apart, some samples of
+a dense one; dense weights [outer, taps, inner], where one of outer and inner is summed over. An
+output position (y, x) of phase p reads, at its tap t, input row stride * y + offset + p + step * t
+with the weight's row first - p + stride_w * t. One phase is an ordinary convolution. Two phases an
+axis give the layer that doubles the size: outputs of the same parity share their taps, and
+`_doubling_gemm` has a faster kernel for it.
 
 Sizes are compiled in, so that positions, masks and addresses cost little in the loop; the numbers
 of rows, samples and slots are not.

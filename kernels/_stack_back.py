@@ -11,15 +11,17 @@ Floor: g and x read, g_x written, once each, and the FLOPs of both products. For
 kernel 4 and stride 2, on 16 x 16 inputs, a chunk of 64 samples and 16 tangents in bfloat16: 107 MB,
 18.3 GFLOP, where two kernels move 178 MB.
 
-Counted for sm_89 (Triton 3.8 and 3.6): 5.9 instructions of the walk for each HMMA, 220 registers,
+Counted for sm_89 (Triton 3.8 and 3.6): 5.7 instructions of the walk for each HMMA, 217 registers,
 no spill, 64 KiB of shared memory; loads of g are 16 bytes wide, those of x and the stores 8. So a
-program has a multiprocessor to itself. By data sheets an RTX 4090's tensor cores bound it at 110
-us, where memory gives two kernels 88 each. An RTX 3090's tensor cores take 256 us for both either
-way, an RTX 5090's 87 where memory gives two kernels 50 each, which is no more than one program
-alone loses by waiting. On an H100 memory would bound it at 34 us and two kernels at 61, but its
-HMMA, instructions, L2 and waiting take 24 to 31 each, with nothing else on the multiprocessor to
-hide them, where the two have wgmma: two, until a card has timed both.
-TF32 spills 1,360 bytes on sm_89, 64 channels in 192.
+program has a multiprocessor to itself. Stacks that are some samples of larger ones take the same
+code: the slot of an image is kept count of, which tells where it lies and which sample it is. By
+data sheets an RTX 4090's tensor cores bound it at 110 us, where memory gives two kernels 88 each.
+An RTX 3090's tensor cores take 256 us for both either way, an RTX 5090's 87 where memory gives two
+kernels 50 each, which is no more than one program alone loses by waiting. On an H100 memory would
+bound it at 34 us and two kernels at 61, but its HMMA, instructions, L2 and waiting take 24 to 31
+each, with nothing else on the multiprocessor to hide them, where the two have wgmma: two, until a
+card has timed both.
+TF32 spills 1,256 bytes on sm_89, 64 channels of 8 x 8 inputs 96.
 """
 
 from __future__ import annotations

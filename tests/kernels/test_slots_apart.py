@@ -81,7 +81,8 @@ class TestKernel:
         stack, weight = draw(0, dtype, (slots, samples, *sample), shape)
         bias = draw(1, dtype, (shape[1 if geometry and geometry.transposed else 0],))[0]
         stack = moved(phi, stack) if applied else stack
-        # Parts of four images at least, which slots begin within; on this card alone both gradients may be one launch.
+        # Parts of four images at least, so that slots begin within; and the card on which both
+        # gradients may be one launch.
         with pretend(DeviceLimits(2, 89)):
             want = stack_layer(layer, stack, weight, bias)
             grad = draw(2, dtype, want.shape)[0]
