@@ -106,10 +106,14 @@ class KernelTime:
     def spans(self, launch: Launch) -> list[Span]:
         """The memory of a launch of the same kernel, of one on a part of it the front."""
         part = min(1.0, self.asked / max(1, launch.moved))
-        return [
-            Span(m.address, int(part * m.bytes), name in self.written)
-            for name, m in launch.memories.items()
-        ]
+        found = []
+        for name, m in launch.memories.items():
+            starts, front = m.starts or (m.address,), int(part * m.bytes)
+            each = m.bytes // len(starts)
+            for at, start in enumerate(starts):
+                size = min(each, max(0, front - at * each))
+                found.append(Span(start, size, name in self.written))
+        return found
 
 
 def sector_bytes(code: Code, launch: Launch, arch: int) -> int:

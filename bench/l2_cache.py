@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastsfvae.kernels._record import address_of
+from fastsfvae.kernels._record import stretches_of
 
 # Bytes of each card's L2, by data sheet, and the share of them that earlier launches' tensors have:
 # a guess, as lines do not replace one another quite in order.
@@ -44,19 +44,8 @@ def spans_of(tensor: torch.Tensor, written: bool) -> list[Span]:
     """A tensor's memory, each stretch that is dense on its own."""
     if not tensor.numel():
         return []
-    size = tensor.element_size()
-    # Innermost first; what is repeated lies in memory once.
-    axes = sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if st)
-    dense, outer = 1, []
-    for stride, extent in axes:
-        if stride == dense and not outer:
-            dense *= extent
-        elif extent > 1:
-            outer.append((stride, extent))
-    starts = [address_of(tensor)]
-    for stride, extent in reversed(outer):
-        starts = [start + size * stride * at for start in starts for at in range(extent)]
-    return [Span(start, size * dense, written) for start in starts]
+    starts, size = stretches_of(tensor)
+    return [Span(start, size, written) for start in starts]
 
 
 class L2Cache:

@@ -105,6 +105,49 @@ def tangents_like(T: Tensor, fmt: torch.memory_format) -> Tensor:
     return T.flatten(0, 1).contiguous(memory_format=fmt).unflatten(0, (T.shape[0], T.shape[1]))
 
 
+def samples_apart(stack: Tensor) -> int | None:
+    """Samples between the starts of two slots of ``[S, B, *F]``, at least B.
+
+    None where the samples of a slot are not dense behind one another, or slots are not whole
+    samples apart.
+    """
+    batch, sample = stack.shape[1], stack.shape[2:].numel()
+    if not stack[0].is_contiguous():
+        return None
+    if len(stack) == 1:
+        return batch
+    apart, rest = divmod(stack.stride(0), sample)
+    return apart if rest == 0 and apart >= batch else None
+
+
+def dense_slots(stack: Tensor) -> Tensor:
+    """Return `stack` itself where `samples_apart` has a number for it, else a contiguous copy."""
+    return stack if samples_apart(stack) is not None else stack.contiguous()
+
+
+def room_for(out: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Where a stack goes: `out`, or new dense memory where it is None.
+
+    Args:
+        out: in the dtype of `like` or in float32; its slots are dense.
+        shape: ``(S, B, H, W, C)``.
+        like: gives dtype and device.
+
+    Raises:
+        ValueError: an `out` of another shape, dtype or order.
+    """
+    shape = tuple(shape)
+    if out is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    if out.shape != shape or out.dtype not in (like.dtype, torch.float32):
+        raise ValueError(
+            f"out {tuple(out.shape)}, {out.dtype}: give {shape}, {like.dtype} or float32"
+        )
+    if samples_apart(out) is None:
+        raise ValueError(f"out has strides {out.stride()}: give slots dense, channels last")
+    return out
+
+
 def empty_tangents(a: Tensor, T: Tensor) -> Tensor:
     """Uninitialised ``[m, *a.shape]`` tangents of T's dtype, each in dense a's memory order."""
     strides = (a.numel(), *a.stride())

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from ._blocks import dot, rounded
-from ._implicit_gemm import moved, position, rows_of, sloped, through, within
+from ._implicit_gemm import image_of, moved, position, rows_of, sloped, through, within
 from ._launch import begin
 from .activations import activation
 
@@ -56,7 +56,7 @@ def _shifted(
 
 
 # Row and sample counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
-@triton.jit(do_not_specialize=["first_slot", "rows", "B"])
+@triton.jit(do_not_specialize=["first_slot", "rows", "B", "x_apart", "y_apart"])
 def tangent_doubling_kernel(
     x_ptr,  # [S, B, H, W, C]
     w_ptr,  # [C, KERNEL, KERNEL, N]
@@ -66,6 +66,8 @@ def tangent_doubling_kernel(
     first_slot,
     rows,  # slots of the launch, from first_slot on
     B,
+    x_apart,  # samples from one slot to the next; read where APART
+    y_apart,
     GRID_H: tl.constexpr,
     GRID_W: tl.constexpr,
     H: tl.constexpr,
@@ -86,6 +88,7 @@ def tangent_doubling_kernel(
     BY_L1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UNIT: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -102,7 +105,8 @@ def tangent_doubling_kernel(
     values = B * GRID_H * GRID_W
     # Rows beyond the end read what the last one does: nothing is outside for their sake.
     primal, y, x = position(tl.minimum(row, values - 1), GRID_H, GRID_W)
-    n = (first_slot + slot) * B + primal
+    slot += first_slot
+    n = image_of(slot, primal, B, x_apart, APART)
     base = ((n.to(tl.int64) * H + y) * W + x)[:, None] * C
     base_a = ((primal.to(tl.int64) * H + y) * W + x)[:, None] * C
     is_primal = (n < B)[:, None]
@@ -154,6 +158,7 @@ def tangent_doubling_kernel(
             )
 
     out_y, out_x = 2 * y + parity, 2 * x
+    n = image_of(slot, primal, B, y_apart, APART)
     at_y = ((n.to(tl.int64) * OH + out_y) * OW + out_x)[:, None] * N + cols[None, :]
     at_values = ((primal.to(tl.int64) * OH + out_y) * OW + out_x)[:, None] * N + cols[None, :]
     mask = (row < values)[:, None]

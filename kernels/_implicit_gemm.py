@@ -19,11 +19,12 @@ gradient X + Y (2 X + Y where phi'' is not 0), the weight gradient X + Y; each d
 FLOPs for every multiply-add of the layer on one sample. Inputs are read once for each tap that uses
 them, from L2 or nearer but for the first.
 
-Layouts, all dense: stacks [S, B, H, W, C] with S = 1 + m, weights [outer, taps, inner], where one
-of outer and inner is summed over. An output position (y, x) of phase p reads, at its tap t, input
-row stride * y + offset + p + step * t with the weight's row first - p + stride_w * t. One phase is
-an ordinary convolution. Two phases an axis give the layer that doubles the size: outputs of the
-same parity share their taps, and `_doubling_gemm` has a faster kernel for it.
+Layouts: stacks [S, B, H, W, C] with S = 1 + m, dense or, with slots further apart, some samples of
+a dense one; dense weights [outer, taps, inner], where one of outer and inner is summed over. An
+output position (y, x) of phase p reads, at its tap t, input row stride * y + offset + p + step * t
+with the weight's row first - p + stride_w * t. One phase is an ordinary convolution. Two phases an
+axis give the layer that doubles the size: outputs of the same parity share their taps, and
+`_doubling_gemm` has a faster kernel for it.
 
 Sizes are compiled in, so that positions, masks and addresses cost little in the loop; the numbers
 of rows, samples and slots are not.
@@ -101,6 +102,12 @@ def position(row, GRID_H: tl.constexpr, GRID_W: tl.constexpr):
     row = row.to(tl.uint32, bitcast=True)
     n, y, x = row // (GRID_H * GRID_W), row // GRID_W % GRID_H, row % GRID_W
     return n.to(tl.int32), y.to(tl.int32), x.to(tl.int32)
+
+
+@triton.jit
+def image_of(slot, primal, B, apart, APART: tl.constexpr):
+    """Where a slot's sample lies, counted in samples; below B in slot 0 alone, as apart >= B."""
+    return slot * (apart if APART else B) + primal
 
 
 @triton.jit
@@ -199,7 +206,7 @@ def _product_tile(
 
 
 # Row and sample counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
-@triton.jit(do_not_specialize=["first_slot", "rows", "slots", "B"])
+@triton.jit(do_not_specialize=["first_slot", "rows", "slots", "B", "x_apart", "a_apart", "y_apart"])
 def tangent_product_kernel(
     x_ptr,  # [S, B, H, W, C]
     w_ptr,  # [N, KERNEL * KERNEL, C] where INNER_IS_INPUT, else [C, KERNEL * KERNEL, N]
@@ -210,6 +217,9 @@ def tangent_product_kernel(
     rows,  # slots of the launch, from first_slot on
     slots,  # all
     B,
+    x_apart,  # samples from one slot to the next; read where APART
+    a_apart,
+    y_apart,
     GRID_H: tl.constexpr,
     GRID_W: tl.constexpr,
     H: tl.constexpr,
@@ -241,6 +251,7 @@ def tangent_product_kernel(
     BY_L1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UNIT: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -257,7 +268,7 @@ def tangent_product_kernel(
     values = B * GRID_H * GRID_W
     # Rows beyond the end read what the last one does: nothing is outside for their sake.
     primal, y, x = position(tl.minimum(row, values - 1), GRID_H, GRID_W)
-    first = (first_slot + slot) * B + primal
+    slot += first_slot
     out_y, out_x = y * PHASES + phase_y, x * PHASES + phase_x
     row_mask = row < values
     if OH % PHASES or OW % PHASES:
@@ -273,7 +284,8 @@ def tangent_product_kernel(
     dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # All slots in one program where phi'' sums over them, the value's own last; else they are rows.
     for i in range(0, slots if CURVED else 1):
-        n = first + (slots - 1 - i) * B if CURVED else first
+        s = slot + (slots - 1 - i) if CURVED else slot
+        n = image_of(s, primal, B, x_apart, APART)
         acc = _product_tile(
             *(x_ptr, w_ptr, n * image_x + corner, primal * image_x + corner, n < B, top, left),
             *(cols, FIRST_W - phase_y, FIRST_W - phase_x, H, W, C, N, INNER_IS_INPUT),
@@ -286,6 +298,7 @@ def tangent_product_kernel(
             # Loaded anew for each slot, so that it takes no registers during the product.
             a = tl.load(a_ptrs, mask=mask, other=0.0)
             _, d1, d2 = activation(a.to(tl.float32), RESULT_KIND, R0, R1)
+            n = image_of(s, primal, B, a_apart, APART)
             t = tl.load(a_ptr + (n * image)[:, None] + at, mask=mask, other=0.0)
             is_primal = i == slots - 1
             out = d1 * acc + tl.where(is_primal, d2 * dot, 0.0)
@@ -302,4 +315,5 @@ def tangent_product_kernel(
         elif RESULT_KIND != "none":
             # Tangents alone: the values were there before them.
             out = sloped(acc, a_ptrs, mask, RESULT_KIND, R0, R1)
+        n = image_of(s, primal, B, y_apart, APART)
         tl.store(y_ptr + (n * image)[:, None] + at, rounded(out, ROUND), mask=mask)

@@ -291,8 +291,7 @@ def argument_at(launch: Launch, address: int | None) -> str:
     if address is None:
         return "?"
     far = {
-        name: max(m.address - address, address - m.address - m.bytes, 0)
-        for name, m in launch.memories.items()
+        name: max(m.address - address, address - m.stop, 0) for name, m in launch.memories.items()
     }
     name = min(far, key=far.__getitem__, default="?")
     # A masked access may lie a row or two outside.

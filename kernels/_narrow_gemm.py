@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ._blocks import dot, rounded
-from ._implicit_gemm import position, rows_of, sloped, through, within
+from ._implicit_gemm import image_of, position, rows_of, sloped, through, within
 from ._launch import begin
 from .activations import activation
 
@@ -55,7 +55,7 @@ def _weight(
 
 
 # Row and sample counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
-@triton.jit(do_not_specialize=["first_slot", "rows", "B"])
+@triton.jit(do_not_specialize=["first_slot", "rows", "B", "x_apart", "y_apart"])
 def tangent_narrow_kernel(
     x_ptr,  # [S, B, H, W, C]
     w_ptr,  # [C, 4, 4, N]
@@ -65,6 +65,8 @@ def tangent_narrow_kernel(
     first_slot,
     rows,  # slots of the launch, from first_slot on
     B,
+    x_apart,  # samples from one slot to the next; read where APART
+    y_apart,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -76,6 +78,7 @@ def tangent_narrow_kernel(
     BY_L1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UNIT: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
@@ -86,7 +89,8 @@ def tangent_narrow_kernel(
     values = B * H * W
     # Rows beyond the end read what the last one does: nothing is outside for their sake.
     primal, y, x = position(tl.minimum(row, values - 1), H, W)
-    n = (first_slot + slot) * B + primal
+    slot += first_slot
+    n = image_of(slot, primal, B, x_apart, APART)
     base = ((n.to(tl.int64) * H + y) * W + x)[:, None] * C
 
     acc = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -120,4 +124,5 @@ def tangent_narrow_kernel(
         # Tangents alone: the values were there before them.
         a_ptrs = a_ptr + (primal * image)[:, None] + in_image
         acc = sloped(acc, a_ptrs, mask, RESULT_KIND, R0, R1)
+    n = image_of(slot, primal, B, y_apart, APART)
     tl.store(y_ptr + (n * image)[:, None] + in_image, rounded(acc, ROUND), mask=mask)

@@ -41,12 +41,21 @@ class Memory:
         dtype: as in "bfloat16".
         bytes: of its elements, each once.
         address: of its first one.
+        starts: addresses of its dense stretches, all of one length, where they are several.
     """
 
     shape: tuple[int, ...]
     dtype: str
     bytes: int
     address: int
+    starts: tuple[int, ...] = ()
+
+    @property
+    def stop(self) -> int:
+        """The address behind its last element."""
+        if not self.starts:
+            return self.address + self.bytes
+        return max(self.starts) + self.bytes // len(self.starts)
 
 
 @dataclass(frozen=True)
@@ -162,12 +171,31 @@ def _flat(of: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def stretches_of(tensor: torch.Tensor) -> tuple[list[int], int]:
+    """Addresses of a tensor's stretches that are dense on their own, and the bytes of each."""
+    size = tensor.element_size()
+    # Innermost first; what is repeated lies in memory once.
+    axes = sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if st)
+    dense, outer = 1, []
+    for stride, extent in axes:
+        if stride == dense and not outer:
+            dense *= extent
+        elif extent > 1:
+            outer.append((stride, extent))
+    starts = [address_of(tensor)]
+    for stride, extent in reversed(outer):
+        starts = [start + size * stride * at for start in starts for at in range(extent)]
+    return starts, size * dense
+
+
 def _described(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
+    bytes_, (starts, each) = value.numel() * value.element_size(), stretches_of(value)
+    several = len(starts) > 1 and len(starts) * each == bytes_
     return Memory(
         *(tuple(value.shape), str(value.dtype).removeprefix("torch.")),
-        *(value.numel() * value.element_size(), address_of(value)),
+        *(bytes_, address_of(value), tuple(starts) if several else ()),
     )
 
 

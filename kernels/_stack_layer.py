@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._contract import dense_slots
 from ._launch import check_dtypes
 from ._stack_back import both_gradients, takes
 from ._stack_geometry import POINTWISE, Front, Geometry
@@ -29,8 +30,9 @@ def layer_fwd(
     Args:
         geometry: of the layer.
         stack: ``[S, B, C_in, H, W]``, slot 0 the values, float32, bfloat16 or float16; copied only
-            where its slots are not dense in channels-last order. In front of the activation, or
-            behind it where `front` has it applied.
+            where its slots are not dense in channels-last order: some samples of a larger stack
+            are taken where they lie. In front of the activation, or behind it where `front` has it
+            applied.
         weight: ``[outer, inner, kh, kw]``; likewise, and converted to the stack's dtype.
         bias: ``[C_out]`` or None, added to the values.
         out_size: ``(OH, OW)``.
@@ -43,7 +45,7 @@ def layer_fwd(
             that does not tell its slope by its result.
     """
     check_dtypes(stack=stack)
-    x, taps = _channels_last(stack), _channels_last(weight.to(stack.dtype))
+    x, taps = _slots(stack), _channels_last(weight.to(stack.dtype))
     grid, dense = _grid(geometry, x, out_size), _dense(geometry, taps)
     out = None
     if out_dtype is not None:
@@ -91,22 +93,25 @@ def layer_bwd(
         TypeError, ValueError: as the forward; also of an `out` of another shape, dtype or order.
     """
     check_dtypes(grad=grad)
-    x, taps, g = (_channels_last(t.to(grad.dtype)) for t in (stack, weight, grad))
+    x, g = (_slots(t.to(grad.dtype)) for t in (stack, grad))
+    taps = _channels_last(weight.to(grad.dtype))
+    if out is not None:
+        out = out.permute(0, 1, 3, 4, 2)
     (forward, backward, inner_is_input), dense = geometry, _dense(geometry, taps)
     columns, bias = dense.shape[0 if inner_is_input else 2], grad.shape[2]
     g = g.view(*x.shape[:2], *_grid(geometry, x, g.shape[2:4]), columns)
     grad_x = grad_w = grad_b = None
     of_weight, *of_bias = rooms or (Partial(taps.numel(), g.device), Partial(bias, g.device))
     bias_rooms = of_bias[0] if needs[2] else None
-    both = all(needs[:2]) and not inner_is_input and out is None and takes(backward, x, g, front)
+    both = all(needs[:2]) and not inner_is_input and takes(backward, x, g, front)
     if both:
-        grad_x = both_gradients(x, g, dense, front, rooms=of_weight, bias_rooms=bias_rooms)
+        grad_x = both_gradients(x, g, dense, front, rooms=of_weight, bias_rooms=bias_rooms, out=out)
     elif needs[0]:
         grad_x = product(
             *(g, dense, backward, x.shape[2:4], front),
             inner_is_input=not inner_is_input,
             pull=x,
-            out=None if out is None else out.permute(0, 1, 3, 4, 2),
+            out=out,
         )
     if not both and any(needs[1:]):
         # The bias's gradient is summed beside the weight's, which is seldom not wanted with it.
@@ -122,6 +127,11 @@ def layer_bwd(
         summed, grad_b = totals(of_weight, bias_rooms, taps.shape)
         grad_w = summed.permute(0, 3, 1, 2) if needs[1] else None
     return None if grad_x is None else grad_x.permute(0, 1, 4, 2, 3), grad_w, grad_b
+
+
+def _slots(stack: Tensor) -> Tensor:
+    """``[S, B, C, H, W]`` as ``[S, B, H, W, C]`` of dense slots; a copy where they are not."""
+    return dense_slots(stack.movedim(2, -1))
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._contract import PARAMETERS, reads_result
+from ._contract import PARAMETERS, reads_result, room_for, samples_apart
 from ._doubling_gemm import tangent_doubling_kernel
 from ._implicit_gemm import tangent_product_kernel
 from ._launch import Configuration, cdiv, device_limits, launch, pointer
@@ -63,8 +63,13 @@ def plan(
     pull: bool,
     bias_size: int = 0,
     aligned: bool = True,
+    apart: bool = False,
 ) -> Plan:
-    """Choose kernel and blocks; `aligned` is whether stack and weight start at a multiple of 16."""
+    """Choose kernel and blocks.
+
+    `aligned` is whether stack and weight start at a multiple of 16, `apart` whether slots of a
+    stack lie further apart than its samples need.
+    """
     in_front, behind = (front.kind, front.params), (front.behind, front.behind_params)
     for kind, params in (*([in_front] if front.applied else []), behind):
         if kind != "none" and not reads_result(kind, params):
@@ -94,7 +99,7 @@ def plan(
         **{"RESULT_KIND": result_kind, "R0": R0, "R1": R1},
         "BY_L1": aligned and gather.taps > 1 and all(n * dtype.itemsize % 16 == 0 for n in wide),
         **{"HAS_BIAS": bias_size > 0, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
-        "UNIT": _unit(gather, sizes, tile.block_m),
+        **{"UNIT": _unit(gather, sizes, tile.block_m), "APART": apart},
         **{"PRECISION": front.precision, "ROUND": front.precision if rounds else "none"},
     }
     if by != "narrow":
@@ -141,16 +146,17 @@ def product(
     """Apply a layer, or its transpose, to a stack.
 
     Args:
-        stack: dense ``[S, B, H, W, C]``, slot 0 the values; a supported dtype, also the weight's.
+        stack: ``[S, B, H, W, C]``, slot 0 the values; a supported dtype, also the weight's. As
+            `pull` and `out` it is dense, or some samples of a dense stack (`samples_apart`).
         weight: dense ``[outer, taps, inner]``; one of outer and inner is C, the other N.
         gather: the product's geometry.
         out_size: ``(OH, OW)``.
         front: of the layer.
         inner_is_input: whether inner is C.
         bias: added to slot 0's columns, repeated where it is shorter than N.
-        pull: dense ``[S, B, OH, OW, N]``: the layer's input, in front of its activation or behind
-            it. Then `stack` is a gradient, and its product is pulled back through the activation.
-        out: where the result goes, dense, in the stack's dtype or in float32; None for new memory.
+        pull: ``[S, B, OH, OW, N]``: the layer's input, in front of its activation or behind it.
+            Then `stack` is a gradient, and its product is pulled back through the activation.
+        out: where the result goes, in the stack's dtype or in float32; None for new memory.
 
     Returns:
         ``[S, B, OH, OW, N]`` in the stack's dtype or, where it is given, `out`.
@@ -160,24 +166,22 @@ def product(
     """
     (S, B, H, W, C), (outer, _, inner) = stack.shape, weight.shape
     sizes = Sizes(H, W, C, *out_size, outer if inner_is_input else inner)
+    out = room_for(out, (S, B, *out_size, sizes.N), stack)
+    told = out if pull is None else pull
+    apart = [samples_apart(t) for t in (stack, told, out)]
     chosen = plan(
         *(gather, sizes, stack.dtype, front, device_limits(stack).capability),
         inner_is_input=inner_is_input,
         pull=pull is not None,
         bias_size=0 if bias is None else bias.numel(),
         aligned=(stack.data_ptr() | weight.data_ptr()) % 16 == 0,
+        apart=apart != [B] * 3,
     )
-    shape = S, B, *out_size, sizes.N
-    if out is None:
-        out = torch.empty(shape, dtype=stack.dtype, device=stack.device)
-    elif out.shape != shape or out.dtype not in (stack.dtype, torch.float32):
-        raise ValueError(
-            f"out {tuple(out.shape)}, {out.dtype}: give {shape}, {stack.dtype} or float32"
-        )
-    elif not out.is_contiguous():
-        raise ValueError(f"out has strides {out.stride()}: give it dense, channels last")
     tile, unit = chosen.tile, chosen.constexprs["UNIT"]
     runs = cdiv(B * prod(cdiv(extent, gather.phases) for extent in out_size), unit)
+    if chosen.by != "product":
+        # Of what tells slopes they read the values alone.
+        del apart[1]
     all_slots = (S,) if chosen.by == "product" else ()
     spans = [(0, S)]
     if pull is None and front.behind != "none":
@@ -190,8 +194,8 @@ def product(
             launch(
                 chosen.kernel,
                 (cdiv(runs * slots, tile.block_m // unit) * chosen.programs_a_block,),
-                *(stack, weight, stack if bias is None else bias, out if pull is None else pull),
-                *(out, first, slots, *all_slots, B),
+                *(stack, weight, stack if bias is None else bias, told),
+                *(out, first, slots, *all_slots, B, *apart),
                 **chosen.constexprs,
                 **tile.launch,
             )
@@ -236,6 +240,7 @@ def audited(
     variants: Sequence[tuple[torch.dtype, str, str, int, int]] = TYPICAL,
     size: int = 16,
     out_dtype: torch.dtype | None = None,
+    apart: bool = False,
 ) -> Iterator[Configuration]:
     """What one operation's launchers compile on the device at hand, for the audit.
 
@@ -245,6 +250,7 @@ def audited(
         variants: `TYPICAL` or `EVERY`; they differ in what does not depend on the geometry.
         size: rows and columns of the layer's input; 1 where its positions are images.
         out_dtype: of the forward's results, where it is not the stack's.
+        apart: whether stacks are some samples of larger ones.
     """
     forward, backward, inner_is_input = geometry
     capability = device_limits(torch.empty(0)).capability
@@ -266,6 +272,7 @@ def audited(
                 inner_is_input=inner_is_input != pull,
                 pull=pull,
                 bias_size=0 if pull else columns,
+                apart=apart,
             )
             # A forward without a gradient reads slopes where it writes.
             written = (
@@ -282,5 +289,6 @@ def audited(
         if inner_is_input:
             reads, plain, windowed = forward, windowed, plain
         yield weight_configuration(
-            *(label, reads, plain[:2], plain[2], windowed, dtype, front, inner_is_input, columns)
+            *(label, reads, plain[:2], plain[2], windowed, dtype, front, inner_is_input, columns),
+            apart=apart,
         )

@@ -77,6 +77,9 @@ def tangent_conv_transpose_bwd(
 def configurations() -> Iterator[Configuration]:
     """Every compilation of kernel 4, stride 2, and of a decoder's first and last layer."""
     yield from audited("deconv 4/2", geometry(4, padding=1), variants=EVERY)
+    # The last layers of a few samples at a time.
+    few = [(*product, "relu", 32, 32) for product in PRODUCTS if product[1] == "tf32"]
+    yield from audited("deconv 4/2 apart", geometry(4, padding=1), variants=few, apart=True)
     first = [(*product, "relu", 256, 1024) for product in PRODUCTS]
     yield from audited("first 4/1", geometry(4, padding=0), variants=first)
     last = [(*product, "relu", channels, 3) for product in PRODUCTS for channels in (3, 32)]

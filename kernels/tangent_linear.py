@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ._contract import dense_slots
 from ._launch import Configuration
 from ._stack_geometry import POINTWISE, Front, Geometry
 from ._stack_layer import layer_bwd, layer_fwd
@@ -50,7 +51,7 @@ def tangent_linear_bwd(
     out: Tensor | None = None,
     rooms: Sequence[Rooms] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`layer_bwd` of the same, each gradient in its tensor's shape; a contiguous `out`."""
+    """`layer_bwd` of the same, each gradient in its tensor's shape; an `out` of dense slots."""
     images = _pixels(grad), _pixels(stack), _one_tap(weight)
     into = None if out is None else out.view(images[1].shape)
     *found, grad_b = layer_bwd(_GEOMETRY, *images, front, needs, into, rooms)
@@ -63,7 +64,7 @@ def tangent_linear_bwd(
 def _pixels(stack: Tensor) -> Tensor:
     """[S, B, *, C] as [S, B *, C, 1, 1]."""
     C = stack.shape[-1]
-    return stack.contiguous().view(len(stack), stack.shape[1:-1].numel(), C, 1, 1)
+    return dense_slots(stack).view(len(stack), stack.shape[1:-1].numel(), C, 1, 1)
 
 
 def _one_tap(weight: Tensor) -> Tensor:

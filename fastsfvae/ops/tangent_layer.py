@@ -114,7 +114,8 @@ def stack_layer(
     Args:
         layer: one that `largest_batch` takes.
         stack: in front of the activation: ``[1 + m, B, *, C_in]`` for a linear layer, elsewhere
-            ``[1 + m, B, C_in, H, W]``, where channels-last slots are not copied.
+            ``[1 + m, B, C_in, H, W]``, where channels-last slots are not copied, be they those of
+            some samples of a larger stack.
         weight: ``[C_out, C_in]``, ``[C_out, C_in, k, k]`` of a convolution or
             ``[C_in, C_out, kh, kw]`` of a transposed one.
         bias: ``[C_out]`` or None.
@@ -155,8 +156,8 @@ def stack_layer_backward(
         stack: as in the forward.
         weight: likewise.
         needs: which of the three are wanted; the others are None.
-        out: where the stack's goes, of its shape and order, in the dtype of `grad` or float32;
-            None for new memory.
+        out: where the stack's goes, of its shape, its slots dense in channels-last order, in the
+            dtype of `grad` or float32; None for new memory.
         rooms: of `PartialSums`, for parts of the weight's and the bias's; None for their sums at
             once.
 

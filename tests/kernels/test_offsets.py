@@ -1,8 +1,7 @@
 """Offsets beyond 2^31 elements, in memory of which only what is read and written exists.
 
-Where a tensor's tangents lie far apart the launcher itself runs. A layer's stack is dense, so of a
-stack that is too large to compute only the last program runs, and must do what the last program of
-a small one does.
+Where a tensor's tangents lie far apart the launcher itself runs. Of a layer's stack that is too
+large to compute only the last program runs, and must do what the last program of a small one does.
 """
 
 import mmap
@@ -10,7 +9,16 @@ import mmap
 import pytest
 import torch
 
-from fastsfvae.kernels import _stack_product, _stack_walk, _stack_weight, latent_layer
+from fastsfvae.kernels import (
+    _stack_product,
+    _stack_walk,
+    _stack_weight,
+    latent_layer,
+    tangent_conv,
+    tangent_conv_transpose,
+    tangent_linear,
+)
+from fastsfvae.kernels._launch import DeviceLimits, pretend
 from fastsfvae.kernels._stack_geometry import Front, doubling, window
 from fastsfvae.kernels._stack_product import product
 from fastsfvae.kernels._stack_weight import weight_gradient
@@ -68,6 +76,41 @@ def test_an_activation_whose_tangents_lie_far_apart():
     near += tangent_activation_bwd(a, T, g_out, g_T, "silu")
     away += tangent_activation_bwd(a, far_T, g_out, far_g, "silu", g_T_in=g_T_in)
     assert all(torch.equal(first, second) for first, second in zip(near, away, strict=True))
+
+
+LAYERS = {
+    "up": (tangent_conv_transpose, (16, 16, 4, 4), Front("relu", applied=True, behind="relu"), {}),
+    "narrow": (tangent_conv_transpose, (16, 3, 4, 4), Front("relu", applied=True), {}),
+    "same": (tangent_conv, (16, 16, 3, 3), Front("tanh"), {"padding": 1}),
+    "linear": (tangent_linear, (16, 16), Front("relu"), {}),
+    "both": (tangent_conv_transpose, (32, 32, 4, 4), Front("relu", applied=True), {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_whose_slots_lie_far_apart(name):
+    module, shape, front, options = LAYERS[name]
+    of = module.__name__.rpartition(".")[2]
+    forward, backward = (getattr(module, f"{of}_{half}") for half in ("fwd", "bwd"))
+    g = torch.Generator().manual_seed(0)
+    dtype, linear = torch.bfloat16, module is tangent_linear
+    weight = torch.randn(shape, generator=g).to(dtype)
+
+    def draw(channels, size):
+        images = torch.randn((4, 1, size, size, channels), generator=g).to(dtype)
+        return images.flatten(2, 3) if linear else images.movedim(-1, 2)
+
+    x, extent = draw(shape[0], 8), 8 if module is not tangent_conv_transpose else 16
+    with pretend(DeviceLimits(4, 89)):
+        near = forward(x, weight, None, front, **options)
+        grad = draw(near.shape[-1] if linear else near.shape[2], extent)
+        nears = backward(grad, x, weight, front, **options)
+        far, far_grad, room = (far_apart(t) for t in (x, grad, torch.zeros_like(x)))
+        assert far[3].storage_offset() > 2**31
+        away = forward(far, weight, None, front, **options)
+        aways = backward(far_grad, far, weight, front, out=room, **options)
+    assert near.abs().max() > 0 and torch.equal(near, away) and aways[0].is_set_to(room)
+    assert all(torch.equal(a, b) for a, b in zip(nears, aways, strict=True))
 
 
 @pytest.fixture
