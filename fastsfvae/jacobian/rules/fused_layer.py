@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, stack_of
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.rules.rule import Rule
-from fastsfvae.jacobian.rules.tape import SUMMED, once, provide, running_sums
+from fastsfvae.jacobian.rules.tape import SUMMED, once, provide, room_of, running_sums
 from fastsfvae.ops._precision import autocast, layer_dtype, rounded_to_tf32
 from fastsfvae.ops.latent_layer import stack_latents, stack_latents_backward
 from fastsfvae.ops.tangent_activation import tangent_activation
@@ -60,7 +60,7 @@ def fused_layer(name: str, layer: Layer) -> Rule:
         assert sums is not None, "adjoints run on a tape"
         rooms = [sums.rooms(t) for t in (weight, bias) if t is not None]
         given = layer, g, stack_of(x), dense, wanted
-        of_stack = stack_layer_backward(*given, rooms=rooms)[0]
+        of_stack = stack_layer_backward(*given, out=room_of(x), rooms=rooms)[0]
         return None if of_stack is None else from_stack(of_stack), SUMMED, SUMMED
 
     return Rule(name, forward, adjoint=pull, lean=lean, fresh=True)

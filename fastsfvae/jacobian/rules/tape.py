@@ -63,6 +63,12 @@ def running_sums() -> PartialSums | None:
     return None if tape is None else tape.sums
 
 
+def room_of(source: Jet) -> Tensor | None:
+    """Where the gradient of a stack that nothing else reads is to go, if that was said."""
+    tape = getattr(_running, "tape", None)
+    return None if tape is None else tape.into.get(id(source))
+
+
 class _Summed:
     """Stands for a gradient whose parts lie in `running_sums`."""
 
@@ -101,6 +107,8 @@ class Tape:
         self._once: dict[Any, tuple[Tensor, Tensor]] = {}
         self._sums: PartialSums | None = None
         self._derived: list[tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = []
+        # Memory for gradients, by their sources' ids.
+        self.into: dict[int, Tensor] = {}
         # Whether a rule runs, which may call others.
         self.busy = False
         self._forget()
@@ -125,9 +133,16 @@ class Tape:
             self._sums = PartialSums(self._needs)
         return self._sums
 
-    def activate(self, source: Jet | Tensor) -> None:
-        """Ask for a gradient once; the caller keeps the source until it has taken it."""
+    def activate(self, source: Jet | Tensor, into: Tensor | None = None) -> None:
+        """Ask for a gradient once; the caller keeps the source until it has taken it.
+
+        Args:
+            source: whose gradient is wanted.
+            into: memory for that of its stack, where an adjoint can store it there (`room_of`).
+        """
         self._active.add(id(source))
+        if into is not None:
+            self.into[id(source)] = into
 
     def leave(self, tensors: Iterable[Tensor]) -> None:
         """Want no gradient of these any more."""
@@ -250,6 +265,7 @@ class Tape:
     def take(self, source: Tensor | Jet) -> Any:
         """The gradient of an activated Jet or a wanted tensor, None where it is zero; once."""
         gradient = self._gradients.pop(id(source), None)
+        self.into.pop(id(source), None)
         return None if gradient is None else gradient.value
 
     def _forget(self) -> None:

@@ -306,19 +306,21 @@ class Sweep:
         size = samples_in_cache(stack, halves.elements)
         grads = torch.empty_like(stack)
         for first, end in chunk_bounds(samples, size):
-            # Dense, as the kernels take it.
-            part = from_stack(stack[:, first:end].clone())
+            rows = slice(first, end)
+            part = from_stack(stack[:, rows])
             with self._inner:
-                self._inner.activate(part)
+                self._inner.activate(part, into=grads[:, rows])
                 output = halves.from_cut(part, *given)
 
             def pull(grad: Jet, others: Pairs, output: Any = output, part: Jet = part,
-                     rows: slice = slice(first, end)) -> None:  # fmt: skip
+                     rows: slice = rows) -> None:  # fmt: skip
                 for tensor, gradient in others:
                     self._inner.add(tensor, gradient)
                 with self._inner:
                     self._inner.pull(output.source, grad)
-                grads[:, rows] = stack_of(self._inner.take(part))
+                found, own = stack_of(self._inner.take(part)), grads[:, rows]
+                if found.data_ptr() != own.data_ptr():
+                    own.copy_(found)
                 if rows.stop == samples:
                     self._pull(middle, from_stack(grads), sources)
 
