@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._contract import GRAM_TAIL_MAX_CHANNELS, GRAM_TAIL_MAX_M, reads_result, tangents_like
 from ._launch import DeviceLimits, cdiv, check_dtypes, pointer
+from ._stack_geometry import Front
 from .activations import EXAMPLES, front_constexprs
 
 # A cell's share of Z: four outputs of four channels, those beyond the layer's own zeros.
@@ -96,6 +97,7 @@ def prepare(
     kind: str,
     params: Sequence[float],
     applied: bool,
+    rounded: bool,
     slope: Tensor | None,
     input_precision: str,
 ) -> Prepared:
@@ -140,8 +142,15 @@ def prepare(
             "LAST": not weight.is_contiguous(),
             "SLOPED": slope is not None,
             "PRECISION": input_precision if T.dtype == torch.float32 else "ieee",
+            "ROUND_T": _rounding(kind, input_precision, applied, rounded, T.dtype),
         },
     )
+
+
+def _rounding(kind: str, precision: str, applied: bool, rounded: bool, dtype: torch.dtype) -> str:
+    """To what T is rounded between load and product."""
+    front = Front(kind, (), precision, applied, rounded=rounded)
+    return front.rounds(dtype == torch.float32)[0]
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -191,5 +200,7 @@ def variants(cases: Sequence[tuple] = CASES, products: Sequence = PRODUCTS) -> I
             **front_constexprs(kind, EXAMPLES.get(kind, ())),
             **_sizes(*((7, 5) if odd else (32, 32)), channels, 3),
             **{"LAST": True, "SLOPED": sloped, "PRECISION": precision},
+            # Where it is applied, the layer in front has rounded what it stores.
+            "ROUND_T": _rounding(kind, precision, applied, applied, dtype),
         }
         yield Variant(" ".join(words), m, channels, dtype, constexprs, applied, odd)

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot
+from ._blocks import dot, readied
 from ._implicit_gemm import moved
 from ._launch import Configuration, begin, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather
@@ -86,6 +86,8 @@ def tangent_weight_kernel(
     VECTOR: tl.constexpr,
     WINDOW_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND_P: tl.constexpr,  # to what either is rounded on load
+    ROUND_Q: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -150,6 +152,7 @@ def tangent_weight_kernel(
                 a = tl.load(p_ptr + _at(n % B, GRID * M, 0) + p_at, mask=p_mask, other=0.0)
                 is_primal = (n < B)[None, :] if GROUPED > 1 else n < B
                 p = moved(p, a, is_primal, p_mask, KIND, P0, P1)
+            p, q = readied(p, ROUND_P), readied(q, ROUND_Q)
             if WINDOW_FIRST:
                 acc = dot(tl.trans(q), tl.trans(p), acc, PRECISION)
             else:

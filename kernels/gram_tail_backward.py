@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot, rounded
+from ._blocks import dot, readied, rounded
 from ._contract import empty_tangents
 from ._gram_tail_tile import (
     CASES,
@@ -94,7 +94,7 @@ def _gram_tail_bwd_kernel(
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     APPLIED: tl.constexpr, CURVED: tl.constexpr, SLOPED: tl.constexpr, DATA: tl.constexpr,
     ROUND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROUND_T: tl.constexpr,
 ):  # fmt: skip
     begin()
     pid = tl.program_id(0)
@@ -194,10 +194,10 @@ def _gram_tail_bwd_kernel(
             if CURVED:
                 tl.store(da_ptr + at_a, d2 * tl.sum(full * dT, 0), mask=in_a)
             dT = tl.reshape(dT * d1[None, :, :], [ROWS, BLOCK_C])
-            T = rounded(tl.reshape(full * d1[None, :, :], [ROWS, BLOCK_C]), PRECISION).to(T.dtype)
+            T = tl.reshape(full * d1[None, :, :], [ROWS, BLOCK_C]).to(T.dtype)
         dT = rounded(dT, PRECISION).to(dt_ptr.dtype.element_ty)
         tl.store(dt_ptr + at_dt[:, None] + in_t, dT, mask=live)
-        dW = dot(tl.trans(T), dZ, dW, PRECISION)
+        dW = dot(tl.trans(readied(T, ROUND_T)), dZ, dW, PRECISION)
     # Told otherwise than above, so that the loop does not keep it in registers.
     at_dw = c[:, None] * (16 * CO) + ((k >> 2) * CO + (k & 3))[None, :]
     dw_ptr += pid.to(tl.int64) * (C * 16 * CO)
@@ -276,6 +276,7 @@ def gram_tail_bwd(
     kind: str = "none",
     params: Sequence[float] = (),
     applied: bool = False,
+    rounded: bool = False,
     slope: Tensor | None = None,
     input_precision: str = "ieee",
     out: Tensor | None = None,
@@ -298,6 +299,7 @@ def gram_tail_bwd(
         kind: as in the forward.
         params: as in the forward.
         applied: as in the forward.
+        rounded: as in the forward.
         slope: as in the forward.
         input_precision: as in the forward.
         out: where dT goes, each dT[i] in channels-last order; None for new memory.
@@ -309,7 +311,7 @@ def gram_tail_bwd(
     Raises:
         TypeError, ValueError: as `gram_tail_partials`.
     """
-    given = a, kind, params, applied, slope, input_precision
+    given = a, kind, params, applied, rounded, slope, input_precision
     T, a, weight, r, slope, constexprs = prepare(T, weight, r, *given)
     M, u, g_rr = (t.to(torch.float32).contiguous() for t in (M, u, g_rr))
     m, B, channels_in, height, width = T.shape

@@ -201,7 +201,9 @@ def tail_backward(
     from fastsfvae.kernels._gram_tail_weight import parts_of_values, weight_and_bias
     from fastsfvae.kernels.gram_tail_backward import gram_tail_bwd
 
-    stack, weight, front = tail.stack, _dense(tail), tail.layer.front
+    # What products read of the gradient of the values is rounded below, or by the kernel.
+    layer = tail.layer._replace(grad_rounded=True)
+    stack, weight, front = tail.stack, _dense(tail), layer.front
     # Whether the kernel's gradient of the output is that of the values, which products read.
     finished, rounds = df is None and values.slope is None, _rounds(tail)
     grad = torch.empty_like(stack.flatten(0, 1), memory_format=torch.channels_last)
@@ -226,12 +228,15 @@ def tail_backward(
     if rounds and not finished:
         d_values = _precision.rounded_to_tf32(d_values)
     stack_layer_backward(
-        *(tail.layer, d_values[None], stack[:1], weight),
+        *(layer, d_values[None], stack[:1], weight),
         needs=(True, False, False),
         out=grad[:1],
     )
     if pulled.a is not None:
         grad[0].add_(pulled.a)
+        if rounds:
+            # As all else that this makes, for the layer in front.
+            grad[0].copy_(_precision.rounded_to_tf32(grad[0]))
     d_weight, d_bias = weight_and_bias(
         *(pulled.parts, stack[0], d_values, tail.weight, front), has_bias=tail.bias is not None
     )
@@ -261,6 +266,7 @@ def _options(tail: Tail, values: Values) -> dict:
         "kind": kind,
         "params": tail.layer.params,
         "applied": tail.layer.applied,
+        "rounded": tail.layer.rounded,
         "slope": values.slope,
         "input_precision": tail.layer.product,
     }
