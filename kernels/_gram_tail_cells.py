@@ -78,8 +78,10 @@ def add_side(
         a = tl.load(a_ptr + at, mask=within(y, H) & (ci < C), other=0.0)
         _, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
         moved = tl.reshape(T, [CELLS, BLOCK_M, 2 * BLOCK_C]).to(tl.float32) * d1[:, None, :]
-        T = tl.reshape(moved, [ROWS, 2 * BLOCK_C]).to(T.dtype)
-    return dot(readied(T, ROUND_T), w, Z, PRECISION)
+        T = rounded(tl.reshape(moved, [ROWS, 2 * BLOCK_C]), ROUND_T).to(T.dtype)
+    else:
+        T = readied(T, ROUND_T)
+    return dot(T, w, Z, PRECISION)
 
 
 @triton.jit

@@ -196,11 +196,13 @@ def variants(cases: Sequence[tuple] = CASES, products: Sequence = PRODUCTS) -> I
         exact = f" {precision}" if dtype == torch.float32 else ""
         words = [f"m={m} Ci={channels} {pointer(dtype)[1:]}{exact} {kind}"]
         words += ["applied"] * applied + ["sloped"] * sloped + ["odd"] * odd
-        constexprs = {
-            **front_constexprs(kind, EXAMPLES.get(kind, ())),
-            **_sizes(*((7, 5) if odd else (32, 32)), channels, 3),
-            **{"LAST": True, "SLOPED": sloped, "PRECISION": precision},
-            # Where it is applied, the layer in front has rounded what it stores.
-            "ROUND_T": _rounding(kind, precision, applied, applied, dtype),
-        }
-        yield Variant(" ".join(words), m, channels, dtype, constexprs, applied, odd)
+        # The layer in front may multiply otherwise, and not round what it has applied.
+        for known in (True, False) if applied and precision == "tf32" else (applied,):
+            constexprs = {
+                **front_constexprs(kind, EXAMPLES.get(kind, ())),
+                **_sizes(*((7, 5) if odd else (32, 32)), channels, 3),
+                **{"LAST": True, "SLOPED": sloped, "PRECISION": precision},
+                "ROUND_T": _rounding(kind, precision, applied, known, dtype),
+            }
+            label = " ".join(words + ["rounding"] * (applied and not known))
+            yield Variant(label, m, channels, dtype, constexprs, applied, odd)

@@ -63,8 +63,7 @@ def doubling_tile(
             num_stages=2 if is_full else 3,
             maxnreg=None if is_full else 128,
         )
-    # Operands that are rounded on load want registers, of which sm_120 gives fewer by itself.
-    odd, crowded = sizes.C % 16 > 0, rounds and capability >= 100
+    odd = sizes.C % 16 > 0
     return Tile(
         block_m=(32 if three and odd else 64) if small else 128,
         block_n=min(bucket(sizes.N), 32),
@@ -75,7 +74,7 @@ def doubling_tile(
         # A Hopper SM has room for two buffers and a second program, others for one.
         num_stages=3 if hopper and not exact else 2,
         # Left to itself the assembler spills a few bytes, for the sake of another program.
-        maxnreg=128 if exact and kind == "none" else 255 if odd or crowded else None,
+        maxnreg=128 if exact and kind == "none" else 255 if odd or rounds else None,
     )
 
 
