@@ -188,9 +188,10 @@ def _among(placed: dict[fx.Node, Placed], node: fx.Node) -> Placed:
     source: Any = node.args[0]
     while source not in placed and _name(source) in VIEWS:
         source = source.args[0]
-    maker, reader = placed.get(source), placed.get(_sole_reader(node))
-    rounded = maker is not None and _rounds_result(maker)
-    back = reader is not None and reader.layer is not None and reader.layer.product == "tf32"
+    rounded = source in placed and _rounds_result(placed[source])
+    reader = _sole_reader(node)
+    behind = placed[reader].layer if reader in placed else None
+    back = behind is not None and behind.product == "tf32"
     return found._replace(layer=found.layer._replace(rounded=rounded, grad_rounded=back))
 
 
