@@ -30,7 +30,8 @@ def rounded(x, PRECISION: tl.constexpr):
     """Float32 x to the nearest TF32 number, ties away from 0; as it is unless PRECISION is "tf32".
 
     Tensor cores truncate float32 operands, which makes every product smaller on average. What
-    makes an operand rounds it, once. NaN and the infinities stay.
+    makes an operand rounds it, once; what nobody has rounded is `readied` on load. NaN and the
+    infinities stay.
     """
     if PRECISION == "tf32":
         # The magnitude half a unit up, before its lower 13 bits go; a NaN's might carry over.
