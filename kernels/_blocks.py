@@ -30,12 +30,27 @@ def rounded(x, PRECISION: tl.constexpr):
     """Float32 x to the nearest TF32 number, ties away from 0; as it is unless PRECISION is "tf32".
 
     Tensor cores truncate float32 operands, which makes every product smaller on average. What
-    makes an operand rounds it, once. NaN and the infinities stay.
+    makes an operand rounds it, once; what nobody has rounded is `readied` on load. NaN and the
+    infinities stay.
     """
     if PRECISION == "tf32":
         # The magnitude half a unit up, before its lower 13 bits go; a NaN's might carry over.
         up = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         return tl.where(x == x, up.to(tl.float32, bitcast=True), x)
+    else:
+        return x
+
+
+@triton.jit
+def readied(x, PRECISION: tl.constexpr):
+    """Float32 x so that what `dot` cuts off leaves the nearest TF32 number; likewise by PRECISION.
+
+    For operands that nobody has rounded, between load and product: two instructions each.
+    """
+    if PRECISION == "tf32":
+        # Half a unit away from 0: 2^-11 of x's power of 2, which a NaN has none of.
+        power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
+        return x + power * 0.00048828125
     else:
         return x
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._blocks import dot, rounded
+from ._blocks import dot, readied, rounded
 from ._implicit_gemm import image_of, moved, position, rows_of, sloped, through, within
 from ._launch import begin
 from .activations import activation
@@ -45,6 +45,7 @@ def _shifted(
     P0: tl.constexpr,
     P1: tl.constexpr,
     BY_L1: tl.constexpr,
+    ROUND_X: tl.constexpr,
 ):
     """A tile of the stack behind its activation."""
     mask = inside & in_channels
@@ -52,7 +53,7 @@ def _shifted(
     if KIND != "none":
         a = tl.load(through(x_ptr, at_a, BY_L1), mask=mask, other=0.0)
         x = moved(x, a, is_primal, mask, KIND, P0, P1)
-    return x
+    return readied(x, ROUND_X)
 
 
 # Row and sample counts are not specialised: a value of 1 or a multiple of 16 compiles nothing new.
@@ -92,6 +93,7 @@ def tangent_doubling_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND_X: tl.constexpr,  # to what x is rounded on load, and what is stored
     ROUND: tl.constexpr,
 ):
     begin()
@@ -133,10 +135,9 @@ def tangent_doubling_kernel(
         inside = within(y + dy, H)[:, None]
         at_w = (c * KERNEL + 1 - parity + 2 * ty)[:, None] * (KERNEL * N) + cols[None, :]
         in_middle = inside & within(x, W)[:, None] if GRID_W > W else inside
-        middle = _shifted(x_ptr, at, at_a, in_middle, *tile, KIND, P0, P1, BY_L1)
-        right = _shifted(
-            x_ptr, at + C, at_a + C, inside & (x + 1 < W)[:, None], *tile, KIND, P0, P1, BY_L1
-        )
+        middle = _shifted(x_ptr, at, at_a, in_middle, *tile, KIND, P0, P1, BY_L1, ROUND_X)
+        in_right = inside & (x + 1 < W)[:, None]
+        right = _shifted(x_ptr, at + C, at_a + C, in_right, *tile, KIND, P0, P1, BY_L1, ROUND_X)
         even = dot(
             middle, tl.load(through(w_ptr, at_w + N, BY_L1), mask=used, other=0.0), even, PRECISION
         )
@@ -149,7 +150,7 @@ def tangent_doubling_kernel(
         odd = dot(right, tl.load(through(w_ptr, at_w, BY_L1), mask=used, other=0.0), odd, PRECISION)
         if KERNEL == 4:
             in_left = inside & within(x - 1, W)[:, None]
-            left = _shifted(x_ptr, at - C, at_a - C, in_left, *tile, KIND, P0, P1, BY_L1)
+            left = _shifted(x_ptr, at - C, at_a - C, in_left, *tile, KIND, P0, P1, BY_L1, ROUND_X)
             even = dot(
                 left,
                 tl.load(through(w_ptr, at_w + 3 * N, BY_L1), mask=used, other=0.0),

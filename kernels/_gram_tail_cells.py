@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._blocks import dot, rounded
+from ._blocks import dot, readied, rounded
 from ._gram_tail_tile import at_weight
 from ._implicit_gemm import through, within
 from .activations import activation
@@ -60,7 +60,7 @@ def add_side(
     RIGHT: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    PRECISION: tl.constexpr, BY_L1: tl.constexpr,
+    PRECISION: tl.constexpr, ROUND_T: tl.constexpr, BY_L1: tl.constexpr,
 ):  # fmt: skip
     """Z and what the inputs on one side give of CELLS cells from `cell` on, by BLOCK_C channels."""
     ROWS: tl.constexpr = BLOCK_M * CELLS
@@ -78,7 +78,9 @@ def add_side(
         a = tl.load(a_ptr + at, mask=within(y, H) & (ci < C), other=0.0)
         _, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
         moved = tl.reshape(T, [CELLS, BLOCK_M, 2 * BLOCK_C]).to(tl.float32) * d1[:, None, :]
-        T = rounded(tl.reshape(moved, [ROWS, 2 * BLOCK_C]), PRECISION).to(T.dtype)
+        T = rounded(tl.reshape(moved, [ROWS, 2 * BLOCK_C]), ROUND_T).to(T.dtype)
+    else:
+        T = readied(T, ROUND_T)
     return dot(T, w, Z, PRECISION)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._contract import GRAM_TAIL_MAX_CHANNELS, GRAM_TAIL_MAX_M, reads_result, tangents_like
 from ._launch import DeviceLimits, cdiv, check_dtypes, pointer
+from ._stack_geometry import Front
 from .activations import EXAMPLES, front_constexprs
 
 # A cell's share of Z: four outputs of four channels, those beyond the layer's own zeros.
@@ -96,6 +97,7 @@ def prepare(
     kind: str,
     params: Sequence[float],
     applied: bool,
+    rounded: bool,
     slope: Tensor | None,
     input_precision: str,
 ) -> Prepared:
@@ -140,8 +142,15 @@ def prepare(
             "LAST": not weight.is_contiguous(),
             "SLOPED": slope is not None,
             "PRECISION": input_precision if T.dtype == torch.float32 else "ieee",
+            "ROUND_T": _rounding(kind, input_precision, applied, rounded, T.dtype),
         },
     )
+
+
+def _rounding(kind: str, precision: str, applied: bool, rounded: bool, dtype: torch.dtype) -> str:
+    """To what T is rounded between load and product."""
+    front = Front(kind, (), precision, applied, rounded=rounded)
+    return front.rounds(dtype == torch.float32)[0]
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -187,9 +196,13 @@ def variants(cases: Sequence[tuple] = CASES, products: Sequence = PRODUCTS) -> I
         exact = f" {precision}" if dtype == torch.float32 else ""
         words = [f"m={m} Ci={channels} {pointer(dtype)[1:]}{exact} {kind}"]
         words += ["applied"] * applied + ["sloped"] * sloped + ["odd"] * odd
-        constexprs = {
-            **front_constexprs(kind, EXAMPLES.get(kind, ())),
-            **_sizes(*((7, 5) if odd else (32, 32)), channels, 3),
-            **{"LAST": True, "SLOPED": sloped, "PRECISION": precision},
-        }
-        yield Variant(" ".join(words), m, channels, dtype, constexprs, applied, odd)
+        # The layer in front may multiply otherwise, and not round what it has applied.
+        for known in (True, False) if applied and precision == "tf32" else (applied,):
+            constexprs = {
+                **front_constexprs(kind, EXAMPLES.get(kind, ())),
+                **_sizes(*((7, 5) if odd else (32, 32)), channels, 3),
+                **{"LAST": True, "SLOPED": sloped, "PRECISION": precision},
+                "ROUND_T": _rounding(kind, precision, applied, known, dtype),
+            }
+            label = " ".join(words + ["rounding"] * (applied and not known))
+            yield Variant(label, m, channels, dtype, constexprs, applied, odd)

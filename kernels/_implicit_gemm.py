@@ -26,6 +26,12 @@ with the weight's row first - p + stride_w * t. One phase is an ordinary convolu
 axis give the layer that doubles the size: outputs of the same parity share their taps, and
 `_doubling_gemm` has a faster kernel for it.
 
+Tensor cores cut float32 operands off to TF32. A stack or a gradient that whoever made it has not
+rounded, and all that an activation on load makes, is rounded between load and product
+(`Front.rounds`): two instructions an element. Of 256 -> 512 features that costs 1.9 for each HMMA
+on sm_86 and sm_89 and 9.7 for each wgmma of 64 x 64 x 8 on sm_90, which then reads it from
+registers.
+
 Sizes are compiled in, so that positions, masks and addresses cost little in the loop; the numbers
 of rows, samples and slots are not.
 
@@ -49,7 +55,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._blocks import dot, rounded
+from ._blocks import dot, readied, rounded
 from ._launch import begin
 from .activations import activation, times_slope
 
@@ -152,6 +158,7 @@ def _product_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND_X: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_N] outputs in float32; the sum runs over (tap, channel)."""
     ONE_TAP: tl.constexpr = C % BLOCK_K == 0
@@ -201,7 +208,7 @@ def _product_tile(
             a = tl.load(a_ptrs, mask=inside, other=0.0)
             x = moved(x, a, is_primal[:, None], inside, KIND, P0, P1)
         w = tl.load(w_ptr + at_w[:, None] + cols[None, :] * STRIDE_N, mask=used, other=0.0)
-        acc = dot(x, w, acc, PRECISION)
+        acc = dot(readied(x, ROUND_X), w, acc, PRECISION)
     return acc
 
 
@@ -255,6 +262,7 @@ def tangent_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND_X: tl.constexpr,  # to what x is rounded on load, and what is stored
     ROUND: tl.constexpr,
 ):
     begin()
@@ -290,7 +298,7 @@ def tangent_product_kernel(
             *(x_ptr, w_ptr, n * image_x + corner, primal * image_x + corner, n < B, top, left),
             *(cols, FIRST_W - phase_y, FIRST_W - phase_x, H, W, C, N, INNER_IS_INPUT),
             *(KIND, P0, P1, KERNEL, TAPS, STEP, STEP_W, INSIDE, BY_L1),
-            *(BLOCK_M, BLOCK_N, BLOCK_K, PRECISION),
+            *(BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, ROUND_X),
         )
         out = acc
         a_ptrs = a_ptr + (primal * image)[:, None] + at

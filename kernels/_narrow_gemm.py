@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._blocks import dot, rounded
+from ._blocks import dot, readied, rounded
 from ._implicit_gemm import image_of, position, rows_of, sloped, through, within
 from ._launch import begin
 from .activations import activation
@@ -81,6 +81,7 @@ def tangent_narrow_kernel(
     APART: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND_X: tl.constexpr,  # to what x is rounded on load, and what is stored
     ROUND: tl.constexpr,
 ):
     begin()
@@ -105,9 +106,9 @@ def tangent_narrow_kernel(
         middle = tl.load(through(x_ptr, at, BY_L1), mask=inside, other=0.0)
         in_right = inside & (x < W - 1)[:, None]
         right = tl.load(through(x_ptr, at + C, BY_L1), mask=in_right, other=0.0)
-        acc = dot(left, _weight(w_ptr, c, dy, -1, C, N, BLOCK_K), acc, PRECISION)
-        acc = dot(middle, _weight(w_ptr, c, dy, 0, C, N, BLOCK_K), acc, PRECISION)
-        acc = dot(right, _weight(w_ptr, c, dy, 1, C, N, BLOCK_K), acc, PRECISION)
+        acc = dot(readied(left, ROUND_X), _weight(w_ptr, c, dy, -1, C, N, BLOCK_K), acc, PRECISION)
+        acc = dot(readied(middle, ROUND_X), _weight(w_ptr, c, dy, 0, C, N, BLOCK_K), acc, PRECISION)
+        acc = dot(readied(right, ROUND_X), _weight(w_ptr, c, dy, 1, C, N, BLOCK_K), acc, PRECISION)
 
     j = tl.arange(0, 16)
     in_image = (((2 * y)[:, None] + (j // 8)[None, :]) * (2 * W) + (2 * x)[:, None]) * N

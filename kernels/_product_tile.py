@@ -46,7 +46,7 @@ def narrow_tile(sizes: Sizes, dtype: torch.dtype, precision: str, capability: in
 
 
 def doubling_tile(
-    sizes: Sizes, dtype: torch.dtype, precision: str, kind: str, capability: int
+    sizes: Sizes, dtype: torch.dtype, precision: str, kind: str, rounds: bool, capability: int
 ) -> Tile:
     is_full = dtype == torch.float32
     exact, three = (is_full and precision == of for of in ("ieee", "tf32x3"))
@@ -74,7 +74,7 @@ def doubling_tile(
         # A Hopper SM has room for two buffers and a second program, others for one.
         num_stages=3 if hopper and not exact else 2,
         # Left to itself the assembler spills a few bytes, for the sake of another program.
-        maxnreg=128 if exact and kind == "none" else 255 if odd else None,
+        maxnreg=128 if exact and kind == "none" else 255 if odd or rounds else None,
     )
 
 
@@ -84,6 +84,7 @@ def product_tile(
     dtype: torch.dtype,
     precision: str,
     kinds: tuple[str, str],
+    rounds: bool,
     capability: int,
 ) -> Tile:
     is_full, (on_load, behind) = dtype == torch.float32, kinds
@@ -107,7 +108,7 @@ def product_tile(
     wide = block_m * block_n * dtype.itemsize > 128 * 32 * 2 and block_m == 128 and not hopper
     # Without a bound of its own the assembler spills a few bytes for the sake of more programs an
     # SM: on sm_120 of plain products too.
-    registers = 255 if is_curved(on_load) else None
+    registers = 255 if is_curved(on_load) or rounds and capability >= 100 else None
     if capability >= 100 and few and not (holds or is_full):
         registers = 136
     if three and block_n < 64 and not curved:

@@ -81,6 +81,8 @@ class Front(NamedTuple):
         behind: the activation that the forward applies to its result: "none" or one whose result
             tells its slope. The gradient that the backward is given is in front of it.
         behind_params: that kind's parameters.
+        rounded: whether whoever made the stack has rounded it to TF32.
+        grad_rounded: likewise the gradient of the result.
     """
 
     kind: str = "none"
@@ -89,3 +91,22 @@ class Front(NamedTuple):
     applied: bool = False
     behind: str = "none"
     behind_params: Sequence[float] = ()
+    rounded: bool = False
+    grad_rounded: bool = False
+
+    @property
+    def on_load(self) -> tuple[str, Sequence[float]]:
+        """Kind and parameters of the activation that is applied as a product loads the stack."""
+        return ("none", ()) if self.applied else (self.kind, self.params)
+
+    def rounds(self, full: bool) -> tuple[str, str]:
+        """To what products of float32 numbers (`full`) round stack and gradient as they load them.
+
+        Returns:
+            "tf32" or "none", each: tensor cores would cut off what nobody has rounded, and what an
+            activation is made into on load nobody has.
+        """
+        tf32 = full and self.precision == "tf32"
+        stack = tf32 and not (self.rounded and self.on_load[0] == "none")
+        gradient = tf32 and not self.grad_rounded
+        return "tf32" if stack else "none", "tf32" if gradient else "none"

@@ -74,11 +74,10 @@ def plan(
     for kind, params in (*([in_front] if front.applied else []), behind):
         if kind != "none" and not reads_result(kind, params):
             raise ValueError(f"{kind!r} does not tell its slope by its result: apply it in front")
-    on_load, result = (("none", ()), in_front) if pull else (in_front, behind)
-    if front.applied and not pull:
-        on_load = "none", ()
+    on_load, result = (("none", ()), in_front) if pull else (front.on_load, behind)
     curved = pull and is_curved(result[0])
     is_full, by = dtype == torch.float32, "product"
+    on_x = front.rounds(is_full)[pull]
     if gather.phases == 2 and not curved and not is_curved(on_load[0]):
         whole = sizes.OH == 2 * sizes.H and sizes.OW == 2 * sizes.W and gather.kernel == 4
         plain = on_load[0] == "none" and not pull
@@ -86,10 +85,12 @@ def plan(
     if by == "narrow":
         tile = narrow_tile(sizes, dtype, front.precision, capability)
     elif by == "doubling":
-        tile = doubling_tile(sizes, dtype, front.precision, on_load[0], capability)
+        given = sizes, dtype, front.precision, on_load[0], on_x != "none", capability
+        tile = doubling_tile(*given)
     else:
         tile = product_tile(
-            *(gather, sizes, dtype, front.precision, (on_load[0], result[0]), capability)
+            *(gather, sizes, dtype, front.precision, (on_load[0], result[0])),
+            *(on_x != "none", capability),
         )
     result_kind, R0, R1 = front_constexprs(*result).values()
     rounds = is_full and (pull or result_kind != "none")
@@ -101,6 +102,7 @@ def plan(
         **{"HAS_BIAS": bias_size > 0, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
         **{"UNIT": _unit(gather, sizes, tile.block_m), "APART": apart},
         **{"PRECISION": front.precision, "ROUND": front.precision if rounds else "none"},
+        "ROUND_X": on_x,
     }
     if by != "narrow":
         constexprs |= {"GRID_H": cdiv(sizes.OH, gather.phases), **front_constexprs(*on_load)}
@@ -256,7 +258,9 @@ def audited(
     capability = device_limits(torch.empty(0)).capability
     size = 1 if forward == POINTWISE else size
     out = size * forward.phases // forward.stride
-    for dtype, precision, kind, channels, columns in variants:
+    for (dtype, precision, kind, channels, columns), known in itertools.product(
+        variants, (True, False)
+    ):
         label = f"{name} {kind} C={channels} N={columns} {pointer(dtype)[1:]}"
         label += f" {precision}" if dtype == torch.float32 else ""
         types = {f"{pointer_name}_ptr": pointer(dtype) for pointer_name in "x w a y".split()}
@@ -264,6 +268,14 @@ def audited(
         params = EXAMPLES.get(kind, ())
         applied = (True, kind, params) if reads_result(kind, params) else ()
         front = Front(kind, params, precision, *applied)
+        if known:
+            # An activation on load is compiled with all that may be rounded, once.
+            on_load = front.on_load[0] != "none"
+            front = front._replace(rounded=True, grad_rounded=not on_load)
+        elif front.on_load[0] != "none" or front.rounds(dtype == torch.float32)[0] == "none":
+            continue
+        else:
+            label += " rounding"
         into, from_ = (size, size, channels), (out, out, columns)
         for gather, pull in ((forward, False), (backward, True)):
             chosen = plan(

@@ -105,17 +105,12 @@ def weight_tile_of(
         num_stages=2 if exact else 3,
         # An activation and the parts of an operand want registers; else two programs of eight warps
         # share a multiprocessor.
-        maxnreg=255 if three or _kind(front) != "none" else 128,
+        maxnreg=255 if three or front.on_load[0] != "none" else 128,
     )
 
 
 def _power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
-
-
-def _kind(front: Front) -> str:
-    """Of the activation that is still to be applied."""
-    return "none" if front.applied else front.kind
 
 
 def weight_constexprs(
@@ -140,8 +135,9 @@ def weight_constexprs(
         on_window: as there.
         limits: of the device.
     """
-    (H, W, C), kind = size, _kind(front)
+    (H, W, C) = size
     tile = weight_tile_of(outer, gather.kernel**2 * C, dtype, front, limits)
+    rounds = front.rounds(dtype == torch.float32)
     half, eight_bytes = dtype != torch.float32, 8 // dtype.itemsize
     single = C % eight_bytes > 0 or outer % eight_bytes > 0
     if tile.maxnreg == 128 and (single or (not half and on_window and limits.capability >= 120)):
@@ -149,7 +145,7 @@ def weight_constexprs(
         tile = replace(tile, maxnreg=168)
     constexprs = {
         **{"GRID_H": grid[0], "GRID_W": grid[1], "M": outer, "H": H, "W": W, "C": C},
-        **front_constexprs(kind, front.params if kind != "none" else ()),
+        **front_constexprs(*front.on_load),
         "ON_WINDOW": on_window,
         **{"KERNEL": gather.kernel, "STRIDE": gather.stride, "PADDING": -gather.offset},
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
@@ -158,6 +154,11 @@ def weight_constexprs(
         # wgmma takes 64 rows at least: there are as many columns.
         "WINDOW_FIRST": half and limits.capability // 10 == 9 and tile.block_n >= 64,
         "PRECISION": front.precision,
+        **dict(
+            zip(
+                ("ROUND_Q", "ROUND_P") if on_window else ("ROUND_P", "ROUND_Q"), rounds, strict=True
+            )
+        ),
     }
     return constexprs, tile
 

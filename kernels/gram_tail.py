@@ -86,7 +86,8 @@ def _gram_tail_fwd_kernel(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    SLOPED: tl.constexpr, PRECISION: tl.constexpr, RESCUE: tl.constexpr, WRITE: tl.constexpr,
+    SLOPED: tl.constexpr, PRECISION: tl.constexpr, ROUND_T: tl.constexpr,
+    RESCUE: tl.constexpr, WRITE: tl.constexpr,
     IN_PARTS: tl.constexpr, GROUPS: tl.constexpr, BY_L1: tl.constexpr,
 ):  # fmt: skip
     begin()
@@ -134,11 +135,11 @@ def _gram_tail_fwd_kernel(
         if C <= BLOCK_C:
             left = add_side(
                 left, t_ptrs, a_ptr, w_l, cell, 0, False, H, W, C, BLOCK_M, CELLS, BLOCK_C,
-                KIND, P0, P1, PRECISION, BY_L1,
+                KIND, P0, P1, PRECISION, ROUND_T, BY_L1,
             )  # fmt: skip
             right = add_side(
                 right, t_ptrs, a_ptr, w_r, cell, 0, True, H, W, C, BLOCK_M, CELLS, BLOCK_C,
-                KIND, P0, P1, PRECISION, BY_L1,
+                KIND, P0, P1, PRECISION, ROUND_T, BY_L1,
             )  # fmt: skip
         else:
             for first in range(0, C, BLOCK_C):
@@ -146,11 +147,11 @@ def _gram_tail_fwd_kernel(
                 w_r = side_weight(w_ptr, first, True, C, CO, LAST, BLOCK_C, PRECISION, element)
                 left = add_side(
                     left, t_ptrs + first, a_ptr, w_l, cell, first, False, H, W, C, BLOCK_M, CELLS,
-                    BLOCK_C, KIND, P0, P1, PRECISION, BY_L1,
+                    BLOCK_C, KIND, P0, P1, PRECISION, ROUND_T, BY_L1,
                 )  # fmt: skip
                 right = add_side(
                     right, t_ptrs + first, a_ptr, w_r, cell, first, True, H, W, C, BLOCK_M, CELLS,
-                    BLOCK_C, KIND, P0, P1, PRECISION, BY_L1,
+                    BLOCK_C, KIND, P0, P1, PRECISION, ROUND_T, BY_L1,
                 )  # fmt: skip
         # In column 0 the sides share nothing; outputs beyond the image have inputs within.
         of_left, of_right = present & ((x > 0) | (q_x == 0)), present & ((x > 0) | (q_x == 1))
@@ -242,6 +243,7 @@ def gram_tail_partials(
     kind: str = "none",
     params: Sequence[float] = (),
     applied: bool = False,
+    rounded: bool = False,
     slope: Tensor | None = None,
     input_precision: str = "ieee",
     lost: Tensor | None = None,
@@ -258,6 +260,7 @@ def gram_tail_partials(
         kind: that activation, a key of `PARAMETERS`, or "none".
         params: its parameters.
         applied: whether T lies behind it already.
+        rounded: whether T was rounded to TF32 already, where it is multiplied so.
         slope: the derivative of the activation behind the layer, ``[B, Co, 2H, 2W]``, or None.
         input_precision: how float32 products of the layer are formed; the Gram's are "ieee".
         lost: bool ``[B]``; then the samples that it marks are summed in float64, by "ieee" products
@@ -271,7 +274,7 @@ def gram_tail_partials(
         TypeError: a tensor that is not float32, bfloat16 or float16; T not float32 with `lost`.
         ValueError: shapes that do not fit, or m or Co above the limit.
     """
-    given = a, kind, params, applied, slope, input_precision
+    given = a, kind, params, applied, rounded, slope, input_precision
     T, a, weight, r, slope, constexprs = prepare(T, weight, r, *given)
     m, B, channels_in, height, width = T.shape
     if lost is not None and T.dtype != torch.float32:
@@ -290,7 +293,7 @@ def gram_tail_partials(
         )
     else:
         tile = rescue_tile(block_of(m))
-        constexprs["PRECISION"] = "ieee"
+        constexprs |= {"PRECISION": "ieee", "ROUND_T": "none"}
     splits = shares(tile.count(1, (height + 1) * width), B, tile, limits)
     sums = empty_sums(splits, B, m, T.device, torch.float32 if lost is None else torch.float64)
     launch(

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot, rounded
+from ._blocks import dot, readied, rounded
 from ._contract import empty_tangents
 from ._gram_tail_tile import (
     CASES,
@@ -95,7 +95,7 @@ def _gram_tail_bwd_kernel(
     KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     APPLIED: tl.constexpr, CURVED: tl.constexpr, SLOPED: tl.constexpr, DATA: tl.constexpr,
     ROUND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROUND_T: tl.constexpr, ROUND_DT: tl.constexpr,
 ):  # fmt: skip
     begin()
     pid = tl.program_id(0)
@@ -195,8 +195,10 @@ def _gram_tail_bwd_kernel(
             if CURVED:
                 tl.store(da_ptr + at_a, d2 * tl.sum(full * dT, 0), mask=in_a)
             dT = tl.reshape(dT * d1[None, :, :], [ROWS, BLOCK_C])
-            T = rounded(tl.reshape(full * d1[None, :, :], [ROWS, BLOCK_C]), PRECISION).to(T.dtype)
-        dT = rounded(dT, PRECISION).to(dt_ptr.dtype.element_ty)
+            T = rounded(tl.reshape(full * d1[None, :, :], [ROWS, BLOCK_C]), ROUND_T).to(T.dtype)
+        if APPLIED or KIND == "none":
+            T = readied(T, ROUND_T)
+        dT = rounded(dT, ROUND_DT).to(dt_ptr.dtype.element_ty)
         tl.store(dt_ptr + at_dt[:, None] + in_t, dT, mask=live)
         dW = dot(tl.trans(T), dZ, dW, PRECISION)
     # Told otherwise than above, so that the loop does not keep it in registers.
@@ -236,12 +238,15 @@ def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, pla
     return Tile(block_m, 1, positions, block_c, warps, stages, 8 // warps, 255)
 
 
-def _precision(input_precision: str, block_m: int, channels: int) -> str:
+def _precision(constexprs: dict, block_m: int, channels: int) -> dict:
+    """How products of float32 are formed here, and what is rounded; all else as elsewhere."""
     # The parts of both operands of three products, and an address for each element of a row without
     # alignment, find no room in the registers beside M.
-    three, odd = input_precision == "tf32x3", channels % 16 > 0
+    three, odd = constexprs["PRECISION"] == "tf32x3", channels % 16 > 0
     crowded = {16: False, 32: three and odd, 64: three or odd}[block_m]
-    return "ieee" if crowded else input_precision
+    own = {"PRECISION": "ieee", "ROUND_T": "none"} if crowded else {}
+    # The layer in front multiplies dT as it would be here.
+    return {"ROUND_DT": constexprs["PRECISION"], **own}
 
 
 class Pulled(NamedTuple):
@@ -277,6 +282,7 @@ def gram_tail_bwd(
     kind: str = "none",
     params: Sequence[float] = (),
     applied: bool = False,
+    rounded: bool = False,
     slope: Tensor | None = None,
     input_precision: str = "ieee",
     out: Tensor | None = None,
@@ -300,6 +306,7 @@ def gram_tail_bwd(
         kind: as in the forward.
         params: as in the forward.
         applied: as in the forward.
+        rounded: as in the forward.
         slope: as in the forward.
         input_precision: as in the forward.
         out: where dT goes, each dT[i] in channels-last order; None for new memory.
@@ -312,7 +319,7 @@ def gram_tail_bwd(
     Raises:
         TypeError, ValueError: as `gram_tail_partials`.
     """
-    given = a, kind, params, applied, slope, input_precision
+    given = a, kind, params, applied, rounded, slope, input_precision
     T, a, weight, r, slope, constexprs = prepare(T, weight, r, *given)
     M, u, g_rr = (t.to(torch.float32).contiguous() for t in (M, u, g_rr))
     m, B, channels_in, height, width = T.shape
@@ -321,7 +328,7 @@ def gram_tail_bwd(
             f"Z {tuple(Z.shape)}, {Z.dtype} is not what the forward has filled for T "
             f"{tuple(T.shape)}, {T.dtype}: give it what `empty_rows` makes"
         )
-    constexprs["PRECISION"] = _precision(constexprs["PRECISION"], block_of(m), channels_in)
+    constexprs |= _precision(constexprs, block_of(m), channels_in)
     plain = (applied or kind == "none") and slope is None
     tile = backward_tile(m, channels_in, T.dtype, constexprs["PRECISION"], plain)
     dT = empty_tangents(T[0], T) if out is None else out
@@ -365,9 +372,10 @@ def configurations() -> Iterator[Configuration]:
         types = {f"{name}_ptr": pointer(dtype) for name in ("t", "a", "z", "dt")}
         types |= dict.fromkeys([f"{name}_ptr" for name in names], "*fp32")
         types["dv_ptr"] = "*fp32" if constexprs["SLOPED"] else pointer(dtype)
-        precision = _precision(constexprs["PRECISION"], block_of(m), channels)
+        chosen = _precision(constexprs, block_of(m), channels)
+        precision = constexprs["PRECISION"]
+        constexprs |= chosen
         label += " by ieee" if precision != constexprs["PRECISION"] else ""
-        constexprs["PRECISION"] = precision
         plain = (applied or constexprs["KIND"] == "none") and not constexprs["SLOPED"]
         tile = backward_tile(m, channels, dtype, constexprs["PRECISION"], plain)
         # As where a decoder is trained, and as where the data's gradient is wanted as well.

@@ -212,8 +212,10 @@ def tail_backward(
     from fastsfvae.kernels.gram_tail_backward import gram_tail_bwd
     from fastsfvae.ops.partial_sums import PartialSums
 
-    stack, weight, front = tail.stack, _dense(tail), tail.layer.front
     sums = PartialSums() if tail.sums is None else tail.sums
+    # What products read of the gradient of the values is rounded below, or by the kernel.
+    layer = tail.layer._replace(grad_rounded=True)
+    stack, weight, front = tail.stack, _dense(tail), layer.front
     # Whether the kernel's gradient of the output is that of the values, which products read.
     finished, rounds = df is None and values.slope is None, _rounds(tail)
     grad = torch.empty_like(stack.flatten(0, 1), memory_format=torch.channels_last)
@@ -239,12 +241,15 @@ def tail_backward(
     if rounds and not finished:
         d_values = _precision.rounded_to_tf32(d_values)
     stack_layer_backward(
-        *(tail.layer, d_values[None], stack[:1], weight),
+        *(layer, d_values[None], stack[:1], weight),
         needs=(True, False, False),
         out=grad[:1],
     )
     if pulled.a is not None:
         grad[0].add_(pulled.a)
+        if rounds:
+            # As all else that this makes, for the layer in front.
+            grad[0].copy_(_precision.rounded_to_tf32(grad[0]))
     bias = tail.bias if tail.bias is not None and sums.wants(tail.bias) else None
     if bias is not None or sums.wants(tail.weight):
         bias_rooms = None if bias is None else sums.rooms(bias)
@@ -279,6 +284,7 @@ def _options(tail: Tail, values: Values) -> dict:
         "kind": kind,
         "params": tail.layer.params,
         "applied": tail.layer.applied,
+        "rounded": tail.layer.rounded,
         "slope": values.slope,
         "input_precision": tail.layer.product,
     }

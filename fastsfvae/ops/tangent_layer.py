@@ -39,6 +39,8 @@ class Layer(NamedTuple):
         behind: the activation that this layer applies to its result, "none" or one whose result
             tells its slope; whoever reads the result pulls gradients through it.
         behind_params: likewise.
+        rounded: whether what makes the stack rounds it to TF32, if products are TF32's.
+        grad_rounded: likewise the gradient of the result.
     """
 
     geometry: Geometry | None = None
@@ -48,6 +50,8 @@ class Layer(NamedTuple):
     applied: bool = False
     behind: str = "none"
     behind_params: tuple[float, ...] = ()
+    rounded: bool = False
+    grad_rounded: bool = False
 
     @property
     def front(self) -> Front:
@@ -57,6 +61,7 @@ class Layer(NamedTuple):
         return Front(
             *(self.kind, self.params, self.product),
             *(self.applied, self.behind, self.behind_params),
+            *(self.rounded, self.grad_rounded),
         )
 
 

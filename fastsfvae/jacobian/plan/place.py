@@ -90,7 +90,8 @@ def place_layers(graph: fx.Graph, z: fx.Node, jets: set[fx.Node]) -> dict[fx.Nod
         layer = placed[reader].layer if reader in placed else None
         if layer is not None:
             placed[node] = placed[node]._replace(read_in=layer.product)
-    return {node: _settled(found) for node, found in placed.items()}
+    placed = {node: _settled(found) for node, found in placed.items()}
+    return {node: _among(placed, node) for node in placed}
 
 
 def is_of_latents(node: fx.Node, z: fx.Node, jets: set[fx.Node]) -> bool:
@@ -173,6 +174,31 @@ def _settled(found: Placed) -> Placed:
     if layer is None or layer.kind != "none" or layer.behind != "none" or is_forced():
         return found
     return Placed(Choice("library", NO_ACTIVATION))
+
+
+def _among(placed: dict[fx.Node, Placed], node: fx.Node) -> Placed:
+    """A layer that knows whether those around it round to TF32 what its products read.
+
+    A layer rounds what it makes behind an activation, and the gradient that it pulls through one or
+    none; one of the latents what its reader multiplies so.
+    """
+    found = placed[node]
+    if found.layer is None or found.layer.product != "tf32":
+        return found
+    source: Any = node.args[0]
+    while source not in placed and _name(source) in VIEWS:
+        source = source.args[0]
+    rounded = source in placed and _rounds_result(placed[source])
+    reader = _sole_reader(node)
+    behind = placed[reader].layer if reader in placed else None
+    back = behind is not None and behind.product == "tf32"
+    return found._replace(layer=found.layer._replace(rounded=rounded, grad_rounded=back))
+
+
+def _rounds_result(found: Placed) -> bool:
+    if found.layer is not None:
+        return found.layer.behind != "none" and found.layer.product == "tf32"
+    return found.behind is not None and found.read_in == "tf32"
 
 
 def _can_apply_behind(layer: fx.Node) -> bool:
