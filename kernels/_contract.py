@@ -16,16 +16,16 @@ GRAM_TAIL_MAX_M = 64
 GRAM_TAIL_MAX_CHANNELS = 4
 
 
-def is_on(variable: str) -> bool:
-    """Whether an environment variable turns on what is off by default.
+def asked_for(variable: str) -> bool | None:
+    """What an environment variable turns on or off; None where it is not set.
 
     Raises:
         ValueError: it is set to something else than 0 or 1.
     """
-    setting = os.environ.get(variable, "0")
-    if setting not in ("0", "1"):
+    setting = os.environ.get(variable)
+    if setting not in (None, "0", "1"):
         raise ValueError(f"{variable}={setting} is not one of 0, 1")
-    return setting == "1"
+    return None if setting is None else setting == "1"
 
 
 class Woodbury(NamedTuple):

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
-from ._contract import is_on
+from ._contract import asked_for
 
 # The interpreter computes tl.dot on bf16 operands from their bit patterns; kernels upcast there.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -101,7 +101,7 @@ def overlaps(capability: int) -> bool:
     Raises:
         ValueError: an unknown $FASTSFVAE_PDL.
     """
-    return is_on(OVERLAP) and capability >= _OVERLAPPING
+    return bool(asked_for(OVERLAP)) and capability >= _OVERLAPPING
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

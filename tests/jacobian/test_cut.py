@@ -7,6 +7,7 @@ from torch import nn
 import fastsfvae as sf
 from fastsfvae.jacobian.run import sweep
 from fastsfvae.jacobian.run.cache import Linearizer
+from fastsfvae.ops._gpu import Gpu
 from tests._triton import DEVICE, requires_triton
 from tests.jacobian.test_ending import decoder
 
@@ -96,16 +97,24 @@ def test_no_cut_where_another_layer_reads_what_is_in_front():
             assert plan.plan(B).to_tail is not None
 
 
-def test_only_on_request_inside_of_a_graph_and_with_a_large_cache(monkeypatch):
-    def divides(size, captures, setting="1"):
-        monkeypatch.setenv("FASTSFVAE_DIVIDE", setting)
+def test_only_inside_of_a_graph_with_a_large_cache_and_where_it_pays_or_is_asked_for(monkeypatch):
+    def divides(size, captures, setting="1", capability=120):
+        if setting is None:
+            monkeypatch.delenv("FASTSFVAE_DIVIDE", raising=False)
+        else:
+            monkeypatch.setenv("FASTSFVAE_DIVIDE", setting)
+        gpu = Gpu("a card", capability, clocks=1e12, bandwidth=1e12)
+        monkeypatch.setattr(sweep, "gpu_of", lambda device: gpu)
         monkeypatch.setattr(sweep, "cache_bytes", lambda device: size)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
         return sweep.divides_on(torch.device("cuda"))
 
     assert divides(72 * 10**6, True)
     assert not divides(72 * 10**6, False) and not divides(50 * 2**20, True)
-    assert not divides(72 * 10**6, True, setting="0")
+    assert not divides(72 * 10**6, True, setting="0", capability=89)
+    assert divides(72 * 10**6, True, setting=None, capability=89)
+    assert not divides(72 * 10**6, True, setting=None)
+    assert not divides(40 * 10**6, True, setting=None, capability=89)
     with pytest.raises(ValueError, match="FASTSFVAE_DIVIDE=few is not one of 0, 1"):
         divides(72 * 10**6, True, setting="few")
 

@@ -20,8 +20,8 @@ from fastsfvae.jacobian.plan.last_layer import LastLayer
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, latent_jet, stack_of
 from fastsfvae.jacobian.rules.tape import Tape
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
-from fastsfvae.kernels._contract import is_on
-from fastsfvae.ops._gpu import cache_bytes
+from fastsfvae.kernels._contract import asked_for
+from fastsfvae.ops._gpu import cache_bytes, gpu_of
 
 if TYPE_CHECKING:
     from fastsfvae.jacobian.plan.plan import Halves, Plan
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 # they do, more and their memory is not reused (see `_reuse_memory`).
 _CPU_BUDGET = 64 * 2**20
 
-# Asks for it; bytes of a GPU's L2 from which on a few samples' last stacks fit there, and the
+# Turns it on or off; bytes of a GPU's L2 from which on a few samples' last stacks fit there, and the
 # share of it that they may take: a stack, its gradient and J are alive together.
 DIVIDE, _LARGE_CACHE, _CACHE_SHARE, _ALIVE = "FASTSFVAE_DIVIDE", 72 * 10**6, 0.75, 2.5
+# Compute capabilities where that is computed to pay.
+_PAYS = (89,)
 
 # Tensors and their gradients.
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -158,13 +160,19 @@ def _reuse_memory() -> None:
 def divides_on(device: torch.device) -> bool:
     """Whether a chunk's last layers run by few samples: more launches, which only a graph hides.
 
-    Off by default: by `python -m bench.model --kernels` the launches take more than L2 saves.
+    Where nobody asks, as `python -m bench.model --kernels` computes it: an RTX 4090 gains by it, an
+    RTX 5090, whose memory is nearer to its L2, loses.
 
     Raises:
         ValueError: an unknown $FASTSFVAE_DIVIDE.
     """
-    if not is_on(DIVIDE) or cache_bytes(device) < _LARGE_CACHE:
+    asked = asked_for(DIVIDE)
+    if asked is False or cache_bytes(device) < _LARGE_CACHE:
         return False
+    if asked is None:
+        gpu = gpu_of(device)
+        if gpu is None or gpu.capability not in _PAYS:
+            return False
     return torch.cuda.is_current_stream_capturing()
 
 
