@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # they do, more and their memory is not reused (see `_reuse_memory`).
 _CPU_BUDGET = 64 * 2**20
 
-# Turns it on or off; bytes of a GPU's L2 from which on a few samples' last stacks fit there, and the
+# Turns it on or off; bytes of a GPU's L2 from which on few samples' last stacks fit there, and the
 # share of it that they may take: a stack, its gradient and J are alive together.
 DIVIDE, _LARGE_CACHE, _CACHE_SHARE, _ALIVE = "FASTSFVAE_DIVIDE", 72 * 10**6, 0.75, 2.5
 # Compute capabilities where that is computed to pay.
