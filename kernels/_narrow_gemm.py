@@ -5,22 +5,27 @@ inputs: their 4 N numbers are the columns of one accumulator, 16 with those that
 nine shifted tiles of the stack its operands. What an output row holds behind an input lies together
 in memory, both columns of it, N numbers each.
 
-Floor: inputs and results once. 32 -> 3 channels from 32 x 32, the values of 64 samples in bfloat16
-with float32 results: 7.3 MB and 0.4 GFLOP.
+Where it is given the data, it is their residual that a program stores, x - y: the one thing that a
+last layer's values are wanted for, and a launch of its own otherwise.
+
+Floor: inputs and results once. 32 -> 3 channels from 32 x 32, the residual of 64 samples in
+bfloat16 with float32 data: 10.5 MB and 0.4 GFLOP.
 
 Counted for that in machine code (Triton 3.8), a warp's instructions in all for each of its
 tensor-core instructions, of which a program of 128 positions issues 36, 72 with TF32, on sm_90 and
-twice as many elsewhere:
+twice as many elsewhere; data that lie channels first take 4 to 10 % more:
 
-    bfloat16    sm_86, 89    15.1    186 registers, 25 KiB
-    bfloat16    sm_120       15.7    181 registers, 25 KiB
-    bfloat16    sm_90        32.6    122 registers, 73 KiB
-    TF32        sm_86, 89    13.8    160 registers, 27 KiB
-    TF32        sm_90        29.9    133 registers, 81 KiB
+    bfloat16    sm_86, 89    13.6     80 registers
+    bfloat16    sm_120       13.0    167 registers
+    bfloat16    sm_90        27.6     80 registers
+    TF32        sm_86, 89    10.1     96 registers
+    TF32        sm_90        18.2     80 registers
 
-No spills. Copies of the stack and stores of float32 are 8 bytes wide, loads of a half weight 2. Of
-L2 a program asks for 22 KB, its inputs once: their nine copies come from L1. By data sheets DRAM
-bounds it on an RTX card, instructions on an H100.
+27 KiB and no spills. Loads of the stack are 16 bytes wide, of the data and stores 8 (4 of data
+whose channels lie first), loads of a half weight 2, which wider ones would want turned first. A
+step, of which there are three, six with TF32, has all of its loads on their way together. Of L2 a
+program asks for 28 KB, its inputs once: their nine copies come from L1. By data sheets DRAM bounds
+it on every card.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import triton
 import triton.language as tl
 
 from ._blocks import dot, readied, rounded
-from ._implicit_gemm import image_of, position, rows_of, sloped, through, within
+from ._implicit_gemm import image_of, position, rows_of, sloped, within
 from ._launch import begin
 from .activations import activation
 
@@ -38,7 +43,7 @@ from .activations import activation
 def _weight(
     w_ptr,
     c,  # [BLOCK_K]
-    dy,
+    dy: tl.constexpr,
     dx: tl.constexpr,
     C: tl.constexpr,
     N: tl.constexpr,
@@ -60,7 +65,7 @@ def tangent_narrow_kernel(
     x_ptr,  # [S, B, H, W, C]
     w_ptr,  # [C, 4, 4, N]
     bias_ptr,  # [N]; not read without HAS_BIAS
-    a_ptr,  # [S, B, 2 H, 2 W, N], slot 0 of which tells the slope; not read where none is taken
+    a_ptr,  # [S, B, 2 H, 2 W, N], slot 0 of which tells the slope; or the data; else not read
     y_ptr,  # [S, B, 2 H, 2 W, N]
     first_slot,
     rows,  # slots of the launch, from first_slot on
@@ -74,8 +79,8 @@ def tangent_narrow_kernel(
     RESULT_KIND: tl.constexpr,  # of the activation behind the result
     R0: tl.constexpr,
     R1: tl.constexpr,
+    DATA: tl.constexpr,  # "none", or where their channels lie, "first" or "last": the residual
     HAS_BIAS: tl.constexpr,
-    BY_L1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UNIT: tl.constexpr,
     APART: tl.constexpr,
@@ -86,6 +91,8 @@ def tangent_narrow_kernel(
 ):
     begin()
     K_TILES: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    # Three TF32 products find no registers for more.
+    UNROLL: tl.constexpr = 1 if PRECISION == "tf32x3" else 2
     slot, row = rows_of(tl.program_id(0), rows, BLOCK_M, UNIT)
     values = B * H * W
     # Rows beyond the end read what the last one does: nothing is outside for their sake.
@@ -95,20 +102,22 @@ def tangent_narrow_kernel(
     base = ((n.to(tl.int64) * H + y) * W + x)[:, None] * C
 
     acc = tl.zeros([BLOCK_M, 16], tl.float32)
-    for k in range(0, 3 * K_TILES):
-        dy = k // K_TILES - 1
-        c = (k % K_TILES) * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = within(y + dy, H)[:, None]
-        if C % BLOCK_K:
-            inside &= (c < C)[None, :]
-        at = base + (dy * (W * C) + c)[None, :]
-        left = tl.load(through(x_ptr, at - C, BY_L1), mask=inside & (x > 0)[:, None], other=0.0)
-        middle = tl.load(through(x_ptr, at, BY_L1), mask=inside, other=0.0)
-        in_right = inside & (x < W - 1)[:, None]
-        right = tl.load(through(x_ptr, at + C, BY_L1), mask=in_right, other=0.0)
-        acc = dot(readied(left, ROUND_X), _weight(w_ptr, c, dy, -1, C, N, BLOCK_K), acc, PRECISION)
-        acc = dot(readied(middle, ROUND_X), _weight(w_ptr, c, dy, 0, C, N, BLOCK_K), acc, PRECISION)
-        acc = dot(readied(right, ROUND_X), _weight(w_ptr, c, dy, 1, C, N, BLOCK_K), acc, PRECISION)
+    for dy in tl.static_range(-1, 2):
+        for k in tl.range(0, K_TILES, loop_unroll_factor=UNROLL):
+            c = k * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside = within(y + dy, H)[:, None]
+            if C % BLOCK_K:
+                inside &= (c < C)[None, :]
+            x_ptrs = x_ptr + base + (dy * (W * C) + c)[None, :]
+            left = tl.load(x_ptrs - C, mask=inside & (x > 0)[:, None], other=0.0)
+            middle = tl.load(x_ptrs, mask=inside, other=0.0)
+            right = tl.load(x_ptrs + C, mask=inside & (x < W - 1)[:, None], other=0.0)
+            w_left = _weight(w_ptr, c, dy, -1, C, N, BLOCK_K)
+            w_middle = _weight(w_ptr, c, dy, 0, C, N, BLOCK_K)
+            w_right = _weight(w_ptr, c, dy, 1, C, N, BLOCK_K)
+            acc = dot(readied(left, ROUND_X), w_left, acc, PRECISION)
+            acc = dot(readied(middle, ROUND_X), w_middle, acc, PRECISION)
+            acc = dot(readied(right, ROUND_X), w_right, acc, PRECISION)
 
     j = tl.arange(0, 16)
     in_image = (((2 * y)[:, None] + (j // 8)[None, :]) * (2 * W) + (2 * x)[:, None]) * N
@@ -121,6 +130,13 @@ def tangent_narrow_kernel(
             acc += tl.where((n < B)[:, None], bias[None, :], 0.0)
         if RESULT_KIND != "none":
             acc = activation(acc, RESULT_KIND, R0, R1)[0]
+        if DATA != "none":
+            of_data = in_image
+            if DATA == "first":
+                of_data = (j % 8 % N * (2 * H) + j // 8)[None, :] + (2 * y)[:, None]
+                of_data = of_data * (2 * W) + (2 * x)[:, None] + (j % 8 // N)[None, :]
+            data = tl.load(a_ptr + (n * image)[:, None] + of_data, mask=mask, other=0.0)
+            acc = data.to(tl.float32) - acc
     elif RESULT_KIND != "none":
         # Tangents alone: the values were there before them.
         a_ptrs = a_ptr + (primal * image)[:, None] + in_image

@@ -62,13 +62,28 @@ def plan(
     inner_is_input: bool,
     pull: bool,
     bias_size: int = 0,
+    data: str = "none",
     aligned: bool = True,
     apart: bool = False,
 ) -> Plan:
     """Choose kernel and blocks.
 
-    `aligned` is whether stack and weight start at a multiple of 16, `apart` whether slots of a
-    stack lie further apart than its samples need.
+    Args:
+        gather: the product's geometry.
+        sizes: of a slot of one sample.
+        dtype: of the stack.
+        front: of the layer.
+        capability: of the device.
+        inner_is_input: as in `product`, like `pull`.
+        pull: whether the result is pulled back.
+        bias_size: numbers of the bias, 0 without one.
+        data: where the channels of the data lie that the values are taken from, "first" or "last".
+        aligned: whether stack and weight start at a multiple of 16.
+        apart: whether slots of a stack lie further apart than its samples need.
+
+    Raises:
+        ValueError: an activation that cannot be applied where it is; data and another kernel than
+            the narrow one.
     """
     in_front, behind = (front.kind, front.params), (front.behind, front.behind_params)
     for kind, params in (*([in_front] if front.applied else []), behind):
@@ -82,6 +97,8 @@ def plan(
         whole = sizes.OH == 2 * sizes.H and sizes.OW == 2 * sizes.W and gather.kernel == 4
         plain = on_load[0] == "none" and not pull
         by = "narrow" if whole and plain and sizes.N <= NARROW else "doubling"
+    if data != "none" and by != "narrow":
+        raise ValueError(f"data for a {by} kernel: only the narrow one subtracts")
     if by == "narrow":
         tile = narrow_tile(sizes, dtype, front.precision, capability)
     elif by == "doubling":
@@ -94,17 +111,19 @@ def plan(
         )
     result_kind, R0, R1 = front_constexprs(*result).values()
     rounds = is_full and (pull or result_kind != "none")
-    wide = (sizes.C,) if by == "narrow" else (sizes.C, sizes.N)
     constexprs = {
         **{name: getattr(sizes, name) for name in "HWCN"},
         **{"RESULT_KIND": result_kind, "R0": R0, "R1": R1},
-        "BY_L1": aligned and gather.taps > 1 and all(n * dtype.itemsize % 16 == 0 for n in wide),
         **{"HAS_BIAS": bias_size > 0, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
         **{"UNIT": _unit(gather, sizes, tile.block_m), "APART": apart},
         **{"PRECISION": front.precision, "ROUND": front.precision if rounds else "none"},
         "ROUND_X": on_x,
     }
-    if by != "narrow":
+    if by == "narrow":
+        constexprs["DATA"] = data
+    else:
+        wide = all(n * dtype.itemsize % 16 == 0 for n in (sizes.C, sizes.N))
+        constexprs["BY_L1"] = aligned and gather.taps > 1 and wide
         constexprs |= {"GRID_H": cdiv(sizes.OH, gather.phases), **front_constexprs(*on_load)}
         constexprs |= {"GRID_W": cdiv(sizes.OW, gather.phases), "OH": sizes.OH, "OW": sizes.OW}
         constexprs |= {"PULL": pull, "KERNEL": gather.kernel, "BLOCK_N": tile.block_n}
@@ -133,6 +152,10 @@ def _inside(gather: Gather, extent: int, out: int) -> bool:
     return gather.offset + min(reach, 0) >= 0 and last + max(reach, 0) < extent
 
 
+def _channels(data: Tensor) -> str:
+    return "last" if data.is_contiguous(memory_format=torch.channels_last) else "first"
+
+
 def product(
     stack: Tensor,
     weight: Tensor,
@@ -143,6 +166,7 @@ def product(
     inner_is_input: bool,
     bias: Tensor | None = None,
     pull: Tensor | None = None,
+    data: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Apply a layer, or its transpose, to a stack.
@@ -158,24 +182,26 @@ def product(
         bias: added to slot 0's columns, repeated where it is shorter than N.
         pull: ``[S, B, OH, OW, N]``: the layer's input, in front of its activation or behind it.
             Then `stack` is a gradient, and its product is pulled back through the activation.
+        data: ``[B, N, OH, OW]``, dense in either memory order: the result is data - values. For
+            a stack of values, and a layer that `tangent_narrow_kernel` takes.
         out: where the result goes, in the stack's dtype or in float32; None for new memory.
 
     Returns:
         ``[S, B, OH, OW, N]`` in the stack's dtype or, where it is given, `out`.
 
     Raises:
-        ValueError: an `out` of another shape, dtype or order.
+        ValueError: an `out` of another shape, dtype or order; data for another kernel.
     """
     (S, B, H, W, C), (outer, _, inner) = stack.shape, weight.shape
     sizes = Sizes(H, W, C, *out_size, outer if inner_is_input else inner)
     out = room_for(out, (S, B, *out_size, sizes.N), stack)
-    told = out if pull is None else pull
-    apart = [samples_apart(t) for t in (stack, told, out)]
+    apart = [samples_apart(t) for t in (stack, out if pull is None else pull, out)]
     chosen = plan(
         *(gather, sizes, stack.dtype, front, device_limits(stack).capability),
         inner_is_input=inner_is_input,
         pull=pull is not None,
         bias_size=0 if bias is None else bias.numel(),
+        data="none" if data is None else _channels(data),
         aligned=(stack.data_ptr() | weight.data_ptr()) % 16 == 0,
         apart=apart != [B] * 3,
     )
@@ -191,12 +217,13 @@ def product(
         spans = [(0, 1), (1, S - 1)]
     elif chosen.constexprs.get("CURVED"):
         spans = [(0, 1)]
+    read = next((t for t in (pull, data) if t is not None), out)
     for first, slots in spans:
         if slots:
             launch(
                 chosen.kernel,
                 (cdiv(runs * slots, tile.block_m // unit) * chosen.programs_a_block,),
-                *(stack, weight, stack if bias is None else bias, told),
+                *(stack, weight, stack if bias is None else bias, read),
                 *(out, first, slots, *all_slots, B, *apart),
                 **chosen.constexprs,
                 **tile.launch,
@@ -243,6 +270,7 @@ def audited(
     size: int = 16,
     out_dtype: torch.dtype | None = None,
     apart: bool = False,
+    data: Sequence[str] = (),
 ) -> Iterator[Configuration]:
     """What one operation's launchers compile on the device at hand, for the audit.
 
@@ -253,6 +281,7 @@ def audited(
         size: rows and columns of the layer's input; 1 where its positions are images.
         out_dtype: of the forward's results, where it is not the stack's.
         apart: whether stacks are some samples of larger ones.
+        data: orders of data that the forward's values are subtracted from besides, as `plan` has.
     """
     forward, backward, inner_is_input = geometry
     capability = device_limits(torch.empty(0)).capability
@@ -277,7 +306,12 @@ def audited(
         else:
             label += " rounding"
         into, from_ = (size, size, channels), (out, out, columns)
-        for gather, pull in ((forward, False), (backward, True)):
+        subtracted = ((forward, False, order) for order in data)
+        for gather, pull, order in (
+            (forward, False, "none"),
+            (backward, True, "none"),
+            *subtracted,
+        ):
             chosen = plan(
                 *(gather, Sizes(*from_, *into) if pull else Sizes(*into, *from_), dtype, front),
                 capability,
@@ -285,6 +319,7 @@ def audited(
                 pull=pull,
                 bias_size=0 if pull else columns,
                 apart=apart,
+                data=order,
             )
             # A forward without a gradient reads slopes where it writes.
             written = (
@@ -292,7 +327,7 @@ def audited(
             )
             yield Configuration(
                 chosen.kernel,
-                f"{label} {'back' if pull else 'forward'}",
+                f"{label} {'back' if pull else 'forward' if order == 'none' else 'residual'}",
                 types if pull else types | written,
                 chosen.constexprs,
                 **chosen.tile.launch,

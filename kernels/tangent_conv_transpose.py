@@ -83,4 +83,7 @@ def configurations() -> Iterator[Configuration]:
     first = [(*product, "relu", 256, 1024) for product in PRODUCTS]
     yield from audited("first 4/1", geometry(4, padding=0), variants=first)
     last = [(*product, "relu", channels, 3) for product in PRODUCTS for channels in (3, 32)]
-    yield from audited("last 4/2", geometry(4, padding=1), variants=last, out_dtype=torch.float32)
+    yield from audited(
+        *("last 4/2", geometry(4, padding=1)),
+        **{"variants": last, "out_dtype": torch.float32, "data": ("first",)},
+    )

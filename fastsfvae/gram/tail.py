@@ -16,6 +16,7 @@ from fastsfvae.ops.gram_tail import (
     Tail,
     empty_rows,
     tail_backward,
+    tail_output,
     tail_partials,
     tail_values,
     with_dense,
@@ -35,19 +36,22 @@ class Unwritten:
 
     def __init__(self, tail: Tail, x: Tensor | None, pulled: bool = True, of_data: bool = True):
         self._tail = tail = with_dense(tail)
-        self._values, self._of_data = tail_values(tail), of_data
-        self.output = self._values.output
-        # The kernels read it in the output's memory order.
-        r = torch.empty_like(self.output)
-        self._r = r.zero_() if x is None else torch.sub(x, self.output, out=r)
+        self._values, self._of_data = tail_values(tail, x), of_data
         self._Z = empty_rows(tail) if pulled else None
-        self.n = self._r[0].numel()
+        self.n = self._values.r[0].numel()
+
+    @property
+    def output(self) -> Tensor:
+        """As `Written`."""
+        output = self._values.output
+        # No objective reads it, so that it is not made with the residual.
+        return tail_output(self._tail) if output is None else output
 
     def _partials(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tail_partials(self._tail, self._values, self._r, Z=self._Z)
+        return tail_partials(self._tail, self._values, Z=self._Z)
 
     def _redo(self, lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tail_partials(self._tail, self._values, self._r, lost)
+        return tail_partials(self._tail, self._values, lost)
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """As `Written`."""
@@ -76,7 +80,7 @@ class Unwritten:
         if self._Z is None:
             self._Z = empty_rows(tail)
             self._partials()
-        given = self._values, self._r, self._Z, M, u, g_rr, df
+        given = self._values, self._Z, M, u, g_rr, df
         grads = tail_backward(tail, *given, self._of_data)
         pairs = (tail.weight, grads.weight), (tail.bias, grads.bias)
         others = tuple((t, g) for t, g in pairs if t is not None and g is not None)

@@ -1,8 +1,8 @@
 """A decoder's last layer, by kernels that take it with the Gram of its Jacobian.
 
 The layer is a transposed convolution with kernel 4, stride 2, padding 1 and few channels out,
-between two activations of which either may be missing. Its values are a product of their own, as
-the Gram needs the residual that they leave; tangents go through `gram_tail`, which writes the
+between two activations of which either may be missing. The residual that its values leave is a
+product of its own, as the Gram needs it; tangents go through `gram_tail`, which writes the
 Jacobian for the backward alone, as it lies in its registers. No autograd and no compiler sees these
 functions, so they call the launchers themselves.
 
@@ -64,17 +64,19 @@ class Tail(NamedTuple):
 
 
 class Values(NamedTuple):
-    """A tail's values, each ``[B, Co, 2H, 2W]``.
+    """What a tail's values are wanted for, each float32 ``[B, Co, 2H, 2W]``, channels last.
 
     Attributes:
-        argument: of the activation behind the layer.
-        output: its result.
+        r: x - output; 0 without data.
+        output: of the activation behind the layer, or else of that; None where r was made at once.
+        argument: of that activation; None without one.
         slope: its derivative there; None without one.
     """
 
-    argument: Tensor
-    output: Tensor
-    slope: Tensor | None
+    r: Tensor
+    output: Tensor | None = None
+    argument: Tensor | None = None
+    slope: Tensor | None = None
 
 
 class TailGradients(NamedTuple):
@@ -128,27 +130,44 @@ def with_dense(tail: Tail) -> Tail:
 
 
 @ranged("last layer")
-def tail_values(tail: Tail) -> Values:
-    """Run the layer and the activation behind it on the value alone; float32.
+def tail_values(tail: Tail, x: Tensor | None) -> Values:
+    """Run the layer and the activation behind it on the value alone, and subtract it from the data.
+
+    Args:
+        tail: the layer.
+        x: data ``[B, Co, 2H, 2W]``; None for the output itself.
 
     Raises:
         RuntimeError: a device that Triton cannot reach.
         TypeError: a dtype that the kernels do not take.
         ValueError: float64, an unknown kind or a wrong number of parameters.
     """
+    from fastsfvae.kernels._gram_tail_residual import residual, takes
+
+    front = tail.layer.front
+    if x is not None and tail.behind == "none" and takes(x, front):
+        _library.require_triton(tail.stack)
+        return Values(residual(tail.stack[0], _dense(tail), tail.bias, x, front))
+    output, argument, slope = tail_output(tail), None, None
+    if tail.behind != "none":
+        argument = output
+        output, slope = stack_activation(output, _ones(output), tail.behind, tail.behind_params)
+    # The kernels read it in the output's memory order.
+    r = torch.empty_like(output)
+    r = r.zero_() if x is None else torch.sub(x, output, out=r)
+    return Values(r, output, argument, slope)
+
+
+def tail_output(tail: Tail) -> Tensor:
+    """The layer's values, in front of an activation behind it: float32, channels last."""
     given = tail.layer, tail.stack[:1], _dense(tail), tail.bias
-    y = stack_layer(*given, out_dtype=torch.float32)[0]
-    if tail.behind == "none":
-        return Values(y, y, None)
-    output, slope = stack_activation(y, _ones(y), tail.behind, tail.behind_params)
-    return Values(y, output, slope)
+    return stack_layer(*given, out_dtype=torch.float32)[0]
 
 
 @ranged("gram")
 def tail_partials(
     tail: Tail,
     values: Values,
-    r: Tensor,
     lost: Tensor | None = None,
     Z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,8 +175,7 @@ def tail_partials(
 
     Args:
         tail: the layer.
-        values: of `tail_values`.
-        r: x - values.output, ``[B, Co, 2H, 2W]``; channels-last is not copied.
+        values: of `tail_values`; a residual that is channels-last is not copied.
         lost: bool ``[B]``, for a float32 stack; the results are then float64, and those of samples
             that it does not mark uninitialised.
         Z: of `empty_rows`, filled for the backward; None where none is wanted.
@@ -168,7 +186,7 @@ def tail_partials(
     # What is rescued takes no weight that has been rounded.
     weight = _dense(tail) if lost is None else tail.weight
     return gram_tail_partials(
-        *(tail.stack[1:], weight, r), **_options(tail, values), lost=lost, Z=Z
+        *(tail.stack[1:], weight, values.r), **_options(tail, values), lost=lost, Z=Z
     )
 
 
@@ -183,7 +201,6 @@ def empty_rows(tail: Tail) -> Tensor:
 def tail_backward(
     tail: Tail,
     values: Values,
-    r: Tensor,
     Z: Tensor,
     M: Tensor,
     u: Tensor,
@@ -195,8 +212,7 @@ def tail_backward(
 
     Args:
         tail: as in the forward.
-        values: likewise.
-        r: likewise; as r = x - output, its gradient is the data's and, negated, the output's.
+        values: likewise; as r = x - output, its gradient is the data's and, negated, the output's.
         Z: as the forward has filled it.
         M: dG + dG^T, ``[B, m, m]``.
         u: dp, ``[B, m]``.
@@ -221,7 +237,7 @@ def tail_backward(
     grad = torch.empty_like(stack.flatten(0, 1), memory_format=torch.channels_last)
     grad = grad.unflatten(0, stack.shape[:2])
     pulled = gram_tail_bwd(
-        *(stack[1:], weight, r, Z, M, u, g_rr),
+        *(stack[1:], weight, values.r, Z, M, u, g_rr),
         **_options(tail, values),
         out=grad[1:],
         output_dtype=stack.dtype if finished else torch.float32,
@@ -232,6 +248,7 @@ def tail_backward(
     )
     d_values = pulled.output if df is None else pulled.output.add_(df)
     if pulled.slope is not None:
+        assert values.argument is not None
         # The slope is the derivative of the output along one tangent of ones.
         d_values = stack_activation_backward(
             *(values.argument, _ones(d_values), d_values, pulled.slope[None]),

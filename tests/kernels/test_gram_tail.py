@@ -1,10 +1,13 @@
 """gram_tail: a last layer taken with the Gram of its Jacobian, against float64."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastsfvae.gram.tail import Unwritten
+from fastsfvae.kernels import _gram_tail_residual
 from fastsfvae.kernels._launch import DeviceLimits, pretend
 from fastsfvae.ops import gram_tail as ops
 from fastsfvae.ops._geometry import Geometry
@@ -14,6 +17,7 @@ from fastsfvae.ops.gram_tail import (
     empty_rows,
     largest_batch,
     tail_backward,
+    tail_output,
     tail_partials,
     tail_values,
     with_dense,
@@ -77,12 +81,10 @@ def oracle(tail, x, cotangents, dtype):
 
 
 def run(tail, x, cotangents):
-    values = tail_values(tail)
-    r = x - values.output
-    Z = empty_rows(tail)
-    sums = [part.sum(0) for part in tail_partials(tail, values, r, Z=Z)]
+    values, Z = tail_values(tail, x), empty_rows(tail)
+    sums = [part.sum(0) for part in tail_partials(tail, values, Z=Z)]
     g_G, g_p, g_rr = cotangents
-    return [*sums, *tail_backward(tail, values, r, Z, g_G + g_G.mT, g_p, g_rr)]
+    return [*sums, *tail_backward(tail, values, Z, g_G + g_G.mT, g_p, g_rr)]
 
 
 def applied(tail):
@@ -206,6 +208,34 @@ class TestKernel:
                 assert name == "bias" or torch.equal(got, found[-1][name])
         assert all(torch.equal(found[0][name], found[1][name]) for name in NAMES)
 
+    # Channels of the data last, first and neither; a layer whose activation is not applied yet.
+    @pytest.mark.parametrize("dtype", DTYPES[:2])
+    @pytest.mark.parametrize("channels, kind", [(1, "none"), (3, "none"), (4, "relu")])
+    def test_the_residual_of_what_is_not_written(self, channels, kind, dtype, monkeypatch):
+        tail, x, _ = problem(3, 2, 5, channels, 3, 5, kind, dtype=dtype)
+        tail = applied(tail) if kind == "relu" else tail
+        output = tail_output(tail)
+        assert output.std() > 0.5
+        launches = []
+        for name in ("residual", "product"):
+            whole = getattr(_gram_tail_residual, name)
+            told = partial(lambda run, name, *a, **k: launches.append(name) or run(*a, **k), whole)
+            monkeypatch.setattr(_gram_tail_residual, name, partial(told, name))
+        turned = x.mT.contiguous().mT
+        for data in (x, x.contiguous(memory_format=torch.channels_last), x.bfloat16(), x.half()):
+            values = tail_values(tail, data)
+            assert values.r.dtype == torch.float32 and torch.equal(values.r, data - output)
+            assert values.r.is_contiguous(memory_format=torch.channels_last)
+            assert values.output is None
+            assert torch.equal(Unwritten(tail, data).output, output)
+        assert launches == 8 * ["residual", "product"]
+        for lone, data in ((tail, turned), (tail, x.double()), (tail, None)):
+            values = tail_values(lone, data)
+            assert torch.equal(values.output, output)
+            want = torch.zeros_like(output) if data is None else (data - output).float()
+            assert torch.equal(values.r, want)
+        assert len(launches) == 16
+
     def test_without_the_datas_gradient(self, poisoned_empty):
         tail, x, (M, u, g_rr) = problem(2, 3, 4, 3, 3, 3)
         pulled = []
@@ -231,8 +261,8 @@ class TestKernel:
             assert all(torch.equal(first, again) for first, again in pairs)
         if dtype == torch.float32:
             # But not where lost samples are rescued.
-            values, lost = tail_values(tail), torch.ones(2, dtype=torch.bool, device=DEVICE)
-            pair = (tail_partials(t, values, x, lost)[0] for t in (tail, of_nothing))
+            values, lost = tail_values(tail, x), torch.ones(2, dtype=torch.bool, device=DEVICE)
+            pair = (tail_partials(t, values, lost)[0] for t in (tail, of_nothing))
             assert torch.equal(*pair)
 
     @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -243,8 +273,7 @@ class TestKernel:
     def test_a_nan_stays_in_its_sample(self):
         tail, x, cotangents = problem(3, 2, 4, 3, 3, 3)
         x[1, 0, 2, 2] = float("nan")
-        values = tail_values(tail)
-        G, p, rr = (part.sum(0) for part in tail_partials(tail, values, x - values.output))
+        G, p, rr = (part.sum(0) for part in tail_partials(tail, tail_values(tail, x)))
         assert G.isfinite().all() and p[[0, 2]].isfinite().all() and rr[[0, 2]].isfinite().all()
         assert p[1].isnan().all() and rr[1].isnan()
         stack = run(tail, x, cotangents)[NAMES.index("stack")]
