@@ -8,7 +8,7 @@ from torch import nn
 
 import fastsfvae as sf
 from fastsfvae.jacobian.run.cache import Linearizer
-from fastsfvae.kernels import gram_project, gram_tail, gram_tail_backward
+from fastsfvae.kernels import _gram_tail_weight, gram_project, gram_tail, gram_tail_backward
 from tests._triton import DEVICE, requires_triton
 
 pytestmark = requires_triton
@@ -162,6 +162,27 @@ def test_only_the_last_layers_gradient(trained, launches):
     assert launches == TAIL
     for mine, want in zip(*found, strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_last_layer_that_is_not_trained(chunk_size, monkeypatch):
+    module, seen = decoder().to(DEVICE), []
+    leave = _gram_tail_weight.leave_values
+    monkeypatch.setattr(
+        _gram_tail_weight, "leave_values", lambda *given: seen.append(given) or leave(*given)
+    )
+    kept, found = list(module[:-1].parameters()), []
+    inputs = tensors(module)
+    for trained in (True, False):
+        module[-1].requires_grad_(trained)
+        with sf.fused_layers("always"):
+            settings = {"backend": "triton", "reduction": "sum", "chunk_size": chunk_size}
+            loss = sf.SamplingFreeLoss(module, **settings)(*inputs)
+        leaves = [t for t in (*inputs, *kept) if t.requires_grad]
+        found.append(torch.autograd.grad(loss, leaves))
+        # The second time nothing came.
+        assert len(seen) == (-(-B // chunk_size) if chunk_size else 1)
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("name, setting", [("relu", "never"), ("flat", "always")])
