@@ -33,7 +33,11 @@ def _block_k(channels: int, most: int) -> int:
 
 
 def narrow_tile(sizes: Sizes, dtype: torch.dtype, precision: str, capability: int) -> Tile:
-    simple = dtype != torch.float32 or precision == "tf32"
+    simple, registers = dtype != torch.float32 or precision == "tf32", None
+    if dtype != torch.float32:
+        registers = 168 if capability >= 100 else None
+    elif precision == "ieee" and sizes.C % 16 == 0:
+        registers = 128
     return Tile(
         block_m=128 if simple and sizes.C % 16 == 0 else 64,
         block_n=16,
@@ -42,8 +46,9 @@ def narrow_tile(sizes: Sizes, dtype: torch.dtype, precision: str, capability: in
         num_warps=4,
         # All loads of a step are on their way together, and wider than copies through L1.
         num_stages=1,
-        # Left to itself the assembler spills a few bytes on sm_120, for the sake of more programs.
-        maxnreg=168 if dtype != torch.float32 and capability >= 100 else None,
+        # Left to itself the assembler spills a few bytes for the sake of more programs: of half
+        # precision on sm_120, of plain products on sm_80.
+        maxnreg=registers,
     )
 
 
