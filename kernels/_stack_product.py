@@ -194,6 +194,7 @@ def product(
     """
     (S, B, H, W, C), (outer, _, inner) = stack.shape, weight.shape
     sizes = Sizes(H, W, C, *out_size, outer if inner_is_input else inner)
+    bias = None if bias is None else bias.contiguous()
     out = room_for(out, (S, B, *out_size, sizes.N), stack)
     apart = [samples_apart(t) for t in (stack, out if pull is None else pull, out)]
     chosen = plan(

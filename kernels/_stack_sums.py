@@ -235,9 +235,9 @@ def _sum_parts_kernel(
 
 def add_up(sums: Sequence[Sum]) -> None:
     """Add up the parts of some sums, each in a fixed order, in a launch for sixteen of a dtype."""
-    alike: dict[torch.dtype, list[Sum]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], list[Sum]] = {}
     for one in sums:
-        alike.setdefault(one.out.dtype, []).append(one)
+        alike.setdefault((one.out.dtype, one.out.device), []).append(one)
     batches = [
         of[start : start + _AT_A_TIME]
         for of in alike.values()

@@ -312,7 +312,10 @@ class Sweep:
         """A chunk whose first half has run, behind the cut a few samples at a time."""
         stack, samples = stack_of(middle), middle.primal.shape[0]
         size = samples_in_cache(stack, halves.elements)
-        grads = torch.empty_like(stack)
+        # In the order of the kernels, which store there.
+        grads = torch.empty_like(
+            stack.movedim(2, -1), memory_format=torch.contiguous_format
+        ).movedim(-1, 2)
         for first, end in chunk_bounds(samples, size):
             rows = slice(first, end)
             part = from_stack(stack[:, rows])
