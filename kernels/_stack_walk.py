@@ -15,6 +15,10 @@ from ._stack_geometry import POINTWISE, Front, Gather
 from ._stack_tile import Tile
 from .activations import front_constexprs
 
+# Rows of a TF32 product on sm_90: of 64 it takes operands from shared memory the other way round,
+# where nothing but single elements, far apart, can be copied.
+_TF32_ROWS = 32
+
 
 class Walk(NamedTuple):
     """How two stacks are walked over.
@@ -83,20 +87,25 @@ def walk_of(
 
 
 def weight_tile_of(
-    outer: int, columns: int, dtype: torch.dtype, front: Front, limits: DeviceLimits
+    outer: int, columns: int, dtype: torch.dtype, front: Front, limits: DeviceLimits, single: bool
 ) -> Tile:
-    """Block sizes for `outer` channels and `columns`, a window's taps times its channels."""
+    """Block sizes for `outer` channels and `columns`, a window's taps times its channels.
+
+    Where channels do not come eight bytes at a time, `single`, elements have a mask each.
+    """
     full = dtype == torch.float32
     exact, three = (full and front.precision == name for name in ("ieee", "tf32x3"))
+    plain = front.on_load[0] == "none"
+    hopper = limits.capability // 10 == 9
+    if hopper and plain and not (exact or three or single):
+        wide = _wide_tile(outer, columns, full)
+        if wide.block_m * wide.block_n >= 8192:
+            return wide
     block_m = min(_power(outer), 64)
-    if full and not exact and limits.capability // 10 == 9:
-        # From 64 rows on sm_90 takes TF32 operands from shared memory the other way round, where
-        # nothing but single elements, far apart, can be copied.
-        block_m = min(block_m, 32)
-    # Columns in tiles as wide as the accumulators allow, of which a quarter may go to waste.
-    block_n = min(_power(columns), 256, 8192 // block_m)
-    while block_n > 64 and 3 * cdiv(columns, block_n) * block_n > 4 * columns:
-        block_n //= 2
+    if full and not exact and hopper:
+        block_m = min(block_m, _TF32_ROWS)
+    # Columns in tiles as wide as the accumulators allow.
+    block_n = _block(columns, min(256, 8192 // block_m), 64)
     return Tile(
         block_m=block_m,
         block_n=block_n,
@@ -105,8 +114,34 @@ def weight_tile_of(
         num_stages=2 if exact else 3,
         # An activation and the parts of an operand want registers; else two programs of eight warps
         # share a multiprocessor.
-        maxnreg=255 if three or front.on_load[0] != "none" else 128,
+        maxnreg=255 if three or not plain else 128,
     )
+
+
+def _wide_tile(outer: int, columns: int, full: bool) -> Tile:
+    """For sm_90, whose L2 bounds what 8192 accumulators re-read: twice as many.
+
+    One program has a multiprocessor to itself, so there are half as many parts as well.
+    """
+    block_m = _block(outer, 64, _TF32_ROWS) if full else _block(outer, 128, 64)
+    # Few rows share more of their windows' pixels where positions are many.
+    block_k = (32 if block_m <= _TF32_ROWS else 16) if full else 64
+    return Tile(
+        block_m=block_m,
+        block_n=_block(columns, min(256, 16384 // block_m), 64),
+        block_k=block_k,
+        num_warps=8,
+        num_stages=4 if block_k == 16 else 3,
+        maxnreg=255,
+    )
+
+
+def _block(size: int, most: int, least: int) -> int:
+    """A power of 2 up to `most`, of which a quarter may go to waste if it is above `least`."""
+    block = min(_power(size), most)
+    while block > least and 3 * cdiv(size, block) * block > 4 * size:
+        block //= 2
+    return block
 
 
 def _power(size: int) -> int:
@@ -136,10 +171,12 @@ def weight_constexprs(
         limits: of the device.
     """
     (H, W, C) = size
-    tile = weight_tile_of(outer, gather.kernel**2 * C, dtype, front, limits)
-    rounds = front.rounds(dtype == torch.float32)
     half, eight_bytes = dtype != torch.float32, 8 // dtype.itemsize
     single = C % eight_bytes > 0 or outer % eight_bytes > 0
+    columns, hopper = gather.kernel**2 * C, limits.capability // 10 == 9
+    tile = weight_tile_of(outer, columns, dtype, front, limits, single)
+    twice = hopper and not half and front.precision == "tf32" and tile.block_m > _TF32_ROWS
+    rounds = front.rounds(not half)
     if tile.maxnreg == 128 and (single or (not half and on_window and limits.capability >= 120)):
         # Single elements have a mask each; and on sm_120 TF32 windows of a layer's input spill.
         tile = replace(tile, maxnreg=168)
@@ -149,10 +186,16 @@ def weight_constexprs(
         "ON_WINDOW": on_window,
         **{"KERNEL": gather.kernel, "STRIDE": gather.stride, "PADDING": -gather.offset},
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+        "PRODUCT_M": _TF32_ROWS if twice else tile.block_m,
         "POSITIONS": min(tile.block_k, triton.next_power_of_2(grid[0] * grid[1])),
         "VECTOR": eight_bytes if C % eight_bytes == 0 else 1,
+        # Then programs whose columns differ by the pixels that they meet read no pixel twice.
+        "BY_PIXEL": hopper
+        and gather.stride > 1
+        and gather.kernel % gather.stride == 0
+        and columns > tile.block_n,
         # wgmma takes 64 rows at least: there are as many columns.
-        "WINDOW_FIRST": half and limits.capability // 10 == 9 and tile.block_n >= 64,
+        "WINDOW_FIRST": half and hopper and tile.block_n >= 64,
         "PRECISION": front.precision,
         **dict(
             zip(

@@ -68,6 +68,14 @@ def next_slot(slot, n, B):
     return slot + (n >= (slot + 1) * B).to(tl.int32)
 
 
+@triton.jit
+def _tap_of(i, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
+    """Row and column of the i-th tap, where those that meet the same pixels are neighbours."""
+    EACH: tl.constexpr = KERNEL // STRIDE
+    row, col = i // (EACH * KERNEL), i // (EACH * EACH) % STRIDE
+    return row + i // EACH % EACH * STRIDE, col + i % EACH * STRIDE
+
+
 @triton.jit(
     do_not_specialize=[
         *("images", "images_per_split", "tiles_per_group", "B", "p_gap", "q_gap"),
@@ -105,10 +113,12 @@ def tangent_weight_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PRODUCT_M: tl.constexpr,  # rows of one product: all of BLOCK_M or half of it
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     POSITIONS: tl.constexpr,
     VECTOR: tl.constexpr,
+    BY_PIXEL: tl.constexpr,  # columns of taps that meet the same pixels are neighbours
     WINDOW_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND_P: tl.constexpr,  # to what either is rounded on load
@@ -136,18 +146,23 @@ def tangent_weight_kernel(
             )
             return
     col = pid % COL_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = pid // COL_TILES % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    out = pid // COL_TILES % ROW_TILES * BLOCK_M + tl.arange(0, PRODUCT_M)
     part = pid // (COL_TILES * ROW_TILES)
     groups = tl.cdiv(TILES, tiles_per_group)
     group, split = part % groups, part // groups
     first = split * images_per_split
     last = tl.minimum(first + images_per_split, images)
-    tap = col // C
-    ky, kx = tap // KERNEL - PADDING, tap % KERNEL - PADDING
+    ky, kx = col // C // KERNEL, col // C % KERNEL
+    to = col
+    if BY_PIXEL:
+        ky, kx = _tap_of(col // C, KERNEL, STRIDE)
+        to = (ky * KERNEL + kx) * C + col % C
+    ky, kx = ky - PADDING, kx - PADDING
     at_col = (ky * W + kx) * C + col % C
     k = tl.arange(0, BLOCK_K)
 
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if WINDOW_FIRST else [BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if WINDOW_FIRST else [PRODUCT_M, BLOCK_N], tl.float32)
+    below = acc
     last_tile = tl.minimum((group + 1) * tiles_per_group, TILES)
     for tile in range(group * tiles_per_group, last_tile):
         # All that depends on a position is the same for every image.
@@ -189,13 +204,24 @@ def tangent_weight_kernel(
                 acc = dot(tl.trans(q), tl.trans(p), acc, PRECISION)
             else:
                 acc = dot(p, q, acc, PRECISION)
+            if PRODUCT_M < BLOCK_M:
+                # No activation is applied here.
+                p_mask = (position < GRID)[None, :] & (out + PRODUCT_M < M)[:, None]
+                if GROUPED > 1:
+                    p_mask &= (n < last)[None, :]
+                p_ptrs = p_ptr + _at(p_n, GRID * M, 0) + (p_at + PRODUCT_M)
+                p = readied(tl.load(p_ptrs, mask=p_mask, other=0.0), ROUND_P)
+                below = dot(p, q, below, PRECISION)
 
     at_part = part.to(tl.int64) * padded(M * N)
     if WINDOW_FIRST:
-        at, mask = (out * N)[None, :] + col[:, None], (out < M)[None, :] & (col < N)[:, None]
+        at, mask = (out * N)[None, :] + to[:, None], (out < M)[None, :] & (col < N)[:, None]
     else:
-        at, mask = (out * N)[:, None] + col[None, :], (out < M)[:, None] & (col < N)[None, :]
+        at, mask = (out * N)[:, None] + to[None, :], (out < M)[:, None] & (col < N)[None, :]
     add_to(part_ptr + at_part + at, acc, mask, filled)
+    if PRODUCT_M < BLOCK_M:
+        mask = (out + PRODUCT_M < M)[:, None] & (col < N)[None, :]
+        add_to(part_ptr + at_part + (at + PRODUCT_M * N), below, mask, filled)
 
 
 def weight_parts(
