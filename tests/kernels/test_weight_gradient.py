@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from bench.problems import products
 from fastsfvae.kernels import audit
-from fastsfvae.kernels._launch import DeviceLimits, pretend
+from fastsfvae.kernels._launch import DeviceLimits, device_limits, pretend
 from fastsfvae.kernels._stack_back import configuration, takes
 from fastsfvae.kernels._stack_geometry import POINTWISE, Front, window
 from fastsfvae.kernels._stack_layer import layer_bwd
-from fastsfvae.kernels._stack_walk import split_walk
+from fastsfvae.kernels._stack_walk import split_walk, walk_of
 from fastsfvae.kernels._stack_weight import weight_gradient
 from fastsfvae.kernels.tangent_conv_transpose import geometry
 from tests._triton import INTERPRETER, assert_as_good, requires_triton
@@ -108,6 +108,25 @@ class TestKernel:
         pair = problem(*shape, DOUBLING, dtype)
         with pretend(DeviceLimits(8, capability)):
             check(*pair, DOUBLING)
+
+    # Rows that fill neither the last tile nor the last product, windows in tiles of columns, and
+    # images that do not fill a block.
+    @pytest.mark.parametrize(
+        "shape, of",
+        [((2, 45, (1, 1), 196, 388), (1, 1, 0)), ((3, 3, (5, 4), 100, 64), DOUBLING)],
+    )
+    @pytest.mark.parametrize("dtype, rows", [(torch.float32, 64), (torch.bfloat16, 128)])
+    def test_wide_tiles(self, shape, of, dtype, rows, poisoned_empty):
+        pair = problem(*shape, of, dtype)
+        product = "tf32" if dtype == torch.float32 else "ieee"
+        with pretend(DeviceLimits(8, 90)):
+            walk = walk_of(
+                *(pair[0].shape, pair[1].shape, dtype, POINTWISE if of[0] == 1 else window(*of)),
+                *(Front(precision=product), device_limits(pair[0])),
+                on_window=False,
+            )
+            assert (walk.tile.block_m, walk.tile.block_m * walk.tile.block_n) == (rows, 16384)
+            check(*pair, of, product=product)
 
     @pytest.mark.parametrize("of", [DOUBLING, SAME, HALVING, (4, 1, 1)])
     @pytest.mark.parametrize("shape", ODD)
