@@ -177,7 +177,7 @@ def tangent_weight_kernel(
         q_inside = tl.max_constancy(q_inside, [1, VECTOR])
         p_at = (position * M)[None, :] + out[:, None]
         q_at = ((top * W + left) * C)[:, None] + at_col[None, :]
-        slot = slot_of(first, B) if APART else 0
+        slot = slot_of(first, B) if APART and GROUPED == 1 else 0
         for start in range(first, last, GROUPED):
             n = tl.full([], 0, tl.int32) + start
             p_mask, q_mask = p_inside, q_inside
@@ -187,8 +187,12 @@ def tangent_weight_kernel(
             p_n, q_n = n, n
             if APART:
                 # By a division where images are several.
-                slot = slot_of(n, B) if GROUPED > 1 else next_slot(slot, n, B)
-                p_n, q_n = n + slot * p_gap, n + slot * q_gap
+                if GROUPED > 1:
+                    behind = slot_of(n, B)
+                else:
+                    slot = next_slot(slot, n, B)
+                    behind = slot
+                p_n, q_n = n + behind * p_gap, n + behind * q_gap
             p = tl.load(p_ptr + _at(p_n, GRID * M, 0) + p_at, mask=p_mask, other=0.0)
             q = tl.load(q_ptr + _at(q_n, H * W * C, 1) + q_at, mask=q_mask, other=0.0)
             if KIND != "none" and ON_WINDOW:
