@@ -189,7 +189,7 @@ def weight_constexprs(
         "PRODUCT_M": _TF32_ROWS if twice else tile.block_m,
         "POSITIONS": min(tile.block_k, triton.next_power_of_2(grid[0] * grid[1])),
         "VECTOR": eight_bytes if C % eight_bytes == 0 else 1,
-        # Then programs whose columns differ by the pixels that they meet read no pixel twice.
+        # Then programs whose columns meet other pixels share none of a window.
         "BY_PIXEL": hopper
         and gather.stride > 1
         and gather.kernel % gather.stride == 0

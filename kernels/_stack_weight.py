@@ -9,7 +9,8 @@ between; where it has not, piecewise kinds are one selection in the product's ow
 
 Floor: both stacks once, and 2 (1 + m) B FLOPs for every multiply-add of the layer on one sample;
 the parts of the sums beside that, one a program. For 32 -> 32 channels, kernel 4 and stride 2, on
-16 x 16 inputs, a chunk of 64 samples and 16 tangents in bfloat16: 89 MB, 9.1 GFLOP, 8 MB of parts.
+16 x 16 inputs, a chunk of 64 samples and 16 tangents in bfloat16: 89 MB, 9.1 GFLOP, 8 MB of parts
+(4 on sm_90).
 
 Instructions of the walk for each tensor-core instruction, counted in the machine code of Triton 3.8
 (3.6 in brackets), of that layer and of 64 -> 32 channels on 8 x 8 inputs:
@@ -17,7 +18,7 @@ Instructions of the walk for each tensor-core instruction, counted in the machin
              32 -> 32, bfloat16   TF32           64 -> 32, bfloat16    TF32
     sm_86    7.6 (5.9)            8.0 (7.5)      6.4 (5.0)             6.9 (6.4)
     sm_89    7.6 (5.9)            8.0 (7.5)      6.4 (5.0)             6.9 (6.4)
-    sm_90    25.8 (24.5) 64x32    7.5 (7.6)      40.0 (38.0) 64x64     7.5 (7.6)
+    sm_90    18.6 (18.0) 64x32    6.3 (6.4)      17.0 (16.5) 64x64     4.8 (4.8)
     sm_120   5.3 (5.7)            6.8 (7.1)      4.6 (5.0)             6.1 (6.5)
 
 TF32 operands that nobody has rounded are rounded on load, for 1.5 instructions each HMMA on sm_80
@@ -25,10 +26,12 @@ to sm_89 and 2.0 on sm_90 and sm_120, counted of 512 features and 784.
 
 sm_90 takes bfloat16 by wgmma, 64 columns of the weight at a time. Windows are loaded 8 bytes wide
 through L1, all else at least so; two programs of eight warps share a multiprocessor, with 37 KiB
-each (55 on sm_90). Of stacks that are some samples of larger ones the walk keeps count of the slot:
-0.1 to 0.5 instructions more for each HMMA, 0.75 for each 64x32. By data sheets memory bounds it: an
-RTX 4090 moves 89 MB in 88 us, its tensor cores take 55 and its schedulers 13; an H100 27 us, 10 and
-16.
+each. That asks an H100's L2 for more than it can give, so on sm_90 a program has one to itself,
+with up to 120 KiB, and up to twice the accumulators: of 64 -> 32 channels in bfloat16 L2 is asked
+for 44 MB in place of 78. Of stacks that are some samples of larger ones the walk keeps count of the
+slot: up to 0.5 instructions more for each HMMA, 0.13 for each 64x32, 0.38 for each 64x64. By
+data sheets memory bounds it: an RTX 4090 moves 89 MB in 88 us, its tensor cores take 55 and its
+schedulers 13; an H100 27 us, 10 and 12.
 """
 
 from __future__ import annotations
