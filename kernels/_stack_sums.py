@@ -261,7 +261,7 @@ def totals(
 ) -> tuple[Tensor, Tensor | None]:
     """A layer's two sums at once, float32: the weight's in that shape, and the bias's if any."""
     partial = [p for p in (of_weight, of_bias) if p is not None]
-    found = [torch.empty(p.size, device=p.parts.device) for p in partial]
+    found = [torch.empty((p.size,), dtype=torch.float32, device=p.parts.device) for p in partial]
     add_up([Sum(p.parts, out) for p, out in zip(partial, found, strict=True)])
     return found[0].view(shape), None if of_bias is None else found[1]
 

@@ -178,8 +178,10 @@ def weight_constexprs(
     twice = hopper and not half and front.precision == "tf32" and tile.block_m > _TF32_ROWS
     rounds = front.rounds(not half)
     if tile.maxnreg == 128 and (single or (not half and on_window and limits.capability >= 120)):
-        # Single elements have a mask each; and on sm_120 TF32 windows of a layer's input spill.
-        tile = replace(tile, maxnreg=168)
+        # Single elements have a mask each; and on sm_120 TF32 windows of a layer's input spill, and
+        # single elements that no tensor core multiplies.
+        most = 255 if not half and front.precision == "ieee" and limits.capability >= 120 else 168
+        tile = replace(tile, maxnreg=most)
     constexprs = {
         **{"GRID_H": grid[0], "GRID_W": grid[1], "M": outer, "H": H, "W": W, "C": C},
         **front_constexprs(*front.on_load),

@@ -47,8 +47,17 @@ from ._gram_tail_tile import (
     shares,
     variants,
 )
-from ._launch import INTERPRET, Configuration, begin, cdiv, device_limits, launch, pointer
-from ._stack_sums import Room, Rooms, add_to
+from ._launch import (
+    INTERPRET,
+    Configuration,
+    DeviceLimits,
+    begin,
+    cdiv,
+    device_limits,
+    launch,
+    pointer,
+)
+from ._stack_sums import Room, Rooms
 from ._stack_tile import is_curved
 from .activations import activation
 
@@ -121,7 +130,9 @@ def _gram_tail_bwd_kernel(
 
     row = tl.arange(0, ROWS)
     slot = (row // POSITIONS).to(tl.int64)
-    at_t, at_dt = slot * stride_t_m + b * (H * W * C), slot * stride_dt_m + b * (H * W * C)
+    sample = b * (H * W * C)
+    t_ptr, a_ptr, dt_ptr, da_ptr = t_ptr + sample, a_ptr + sample, dt_ptr + sample, da_ptr + sample
+    at_t, at_dt = slot * stride_t_m, slot * stride_dt_m
     at_z = (i.to(tl.int64) * B + b) * (H * W * 16)
     # Columns of the windows: window row ky of output row 2y - 1 + ky is of position
     # y + (ky + 1) // 2 - 1, of parity (ky + 1) % 2.
@@ -132,7 +143,13 @@ def _gram_tail_bwd_kernel(
     image = b * (4 * H * W * CO)
     r_ptr, dr_ptr, dv_ptr = r_ptr + image, dr_ptr + image, dv_ptr + image
     slope_ptr, d_slope_ptr = slope_ptr + image, d_slope_ptr + image
+    # Told otherwise than below, so that the loop does not keep it in registers.
+    has_w = (c < C)[:, None] & (k % 4 < CO)[None, :]
+    at_dw = c[:, None] * (16 * CO) + (k // 4 * CO + k % 4)[None, :]
+    dw_ptr += pid.to(tl.int64) * (C * 16 * CO)
     dW = tl.zeros([BLOCK_C, 64], tl.float32)
+    if filled:
+        dW = tl.load(dw_ptr + at_dw, mask=has_w, other=0.0)
     # Neighbours one after another, whose windows overlap.
     share = (BLOCKS + splits - 1) // splits
     for block in range(split * share, tl.minimum(split * share + share, BLOCKS)):
@@ -182,11 +199,11 @@ def _gram_tail_bwd_kernel(
         dT = dot(dZ, w, tl.zeros([ROWS, BLOCK_C], tl.float32), PRECISION)
         if APPLIED:
             # Of what has been applied the sign tells the slope.
-            a = tl.load(a_ptr + b * (H * W * C) + in_t, mask=live, other=0.0)
+            a = tl.load(a_ptr + in_t, mask=live, other=0.0)
             dT = tl.where(a.to(tl.float32) > 0.0, dT, dT * P0)
         elif KIND != "none":
             position = first + tl.arange(0, POSITIONS)
-            at_a = b * (H * W * C) + position[:, None] * C + c[None, :]
+            at_a = position[:, None] * C + c[None, :]
             in_a = (position < H * W)[:, None] & (c < C)[None, :]
             a = tl.load(a_ptr + at_a, mask=in_a, other=0.0)
             _, d1, d2 = activation(a.to(tl.float32), KIND, P0, P1)
@@ -201,13 +218,13 @@ def _gram_tail_bwd_kernel(
         dT = rounded(dT, ROUND_DT).to(dt_ptr.dtype.element_ty)
         tl.store(dt_ptr + at_dt[:, None] + in_t, dT, mask=live)
         dW = dot(tl.trans(T), dZ, dW, PRECISION)
-    # Told otherwise than above, so that the loop does not keep it in registers.
     at_dw = c[:, None] * (16 * CO) + ((k >> 2) * CO + (k & 3))[None, :]
-    dw_ptr += pid.to(tl.int64) * (C * 16 * CO)
-    add_to(dw_ptr + at_dw, dW, (c < C)[:, None] & ((k & 3) < CO)[None, :], filled)
+    tl.store(dw_ptr + at_dw, dW, mask=(c < C)[:, None] & ((k & 3) < CO)[None, :])
 
 
-def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool) -> Tile:
+def backward_tile(
+    m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool, limits: DeviceLimits
+) -> Tile:
     """For m tangents of that many channels; registers bound it.
 
     Args:
@@ -216,13 +233,15 @@ def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, pla
         dtype: of T.
         precision: `_precision`.
         plain: whether there is no activation around the layer that is not applied to T already.
+        limits: of the device.
     """
     block_m, exact = block_of(m), dtype == torch.float32
     block_c = 32 if channels % 32 == 0 else 16
     if exact and precision == "ieee":
         positions, warps = 1, 8
         if block_m == 64:
-            block_c, warps = 16, 16
+            # Without alignment each element of a row has an address.
+            block_c, warps = 8 if channels % 16 else 16, 16
         return Tile(block_m, 1, positions, block_c, warps, 1, 16 // warps, 2048 // warps)
     if exact and precision == "tf32x3":
         block_c = 16 if block_m == 32 and channels > 32 else block_c
@@ -230,8 +249,11 @@ def backward_tile(m: int, channels: int, dtype: torch.dtype, precision: str, pla
     if exact:
         block_c = min(block_c, 16 if block_m == 64 else 32)
     positions = {16: 2, 32: 1, 64: 1}[block_m] if exact else {16: 4, 32: 2, 64: 1}[block_m]
-    warps, stages = 4 if plain and block_m < 64 else 8, 2
-    if channels % 16 or exact and block_m < 64:
+    # Eight warps would have four numbers of T a thread, which halves are narrow loads of.
+    narrow = not exact and channels % 32 == 16
+    warps, stages = 4 if plain and block_m < 64 or narrow else 8, 2
+    # TF32 on sm_90 would be copied number by number.
+    if channels % 16 or exact and (block_m < 64 or limits.capability // 10 == 9):
         stages = 1
     if plain and block_m == 16 and dtype == torch.bfloat16:
         return Tile(block_m, 1, 2, block_c, warps, stages, 4, 128)
@@ -330,7 +352,8 @@ def gram_tail_bwd(
         )
     constexprs |= _precision(constexprs, block_of(m), channels_in)
     plain = (applied or kind == "none") and slope is None
-    tile = backward_tile(m, channels_in, T.dtype, constexprs["PRECISION"], plain)
+    limits = device_limits(T)
+    tile = backward_tile(m, channels_in, T.dtype, constexprs["PRECISION"], plain, limits)
     dT = empty_tangents(T[0], T) if out is None else out
     dr, d_output = torch.empty_like(r) if of_data else None, torch.empty_like(r, dtype=output_dtype)
     d_slope = None if slope is None else torch.empty_like(r)
@@ -338,7 +361,7 @@ def gram_tail_bwd(
     if is_curved(kind):
         da = torch.empty_like(T[0], dtype=torch.float32, memory_format=torch.channels_last)
     c_blocks = cdiv(channels_in, tile.block_c)
-    splits = shares(tile.count(1, height * width), B * c_blocks, tile, device_limits(T))
+    splits = shares(tile.count(1, height * width), B * c_blocks, tile, limits)
     room = rooms(B * splits + spare)
     launch(
         *(_gram_tail_bwd_kernel, (B * splits, c_blocks)),
@@ -366,6 +389,7 @@ def _constexprs(
 
 def configurations() -> Iterator[Configuration]:
     """Every compilation of the kernel, even and odd sizes."""
+    limits = device_limits(torch.empty(0))
     names = "w slope r m u g_rr da dw dr d_slope".split()
     half = variants(CASES[:1], ((torch.float16, "ieee"),))
     for label, m, channels, dtype, constexprs, applied, odd in (*variants(), *half):
@@ -377,7 +401,7 @@ def configurations() -> Iterator[Configuration]:
         constexprs |= chosen
         label += " by ieee" if precision != constexprs["PRECISION"] else ""
         plain = (applied or constexprs["KIND"] == "none") and not constexprs["SLOPED"]
-        tile = backward_tile(m, channels, dtype, constexprs["PRECISION"], plain)
+        tile = backward_tile(m, channels, dtype, constexprs["PRECISION"], plain, limits)
         # As where a decoder is trained, and as where the data's gradient is wanted as well.
         output = torch.float32 if constexprs["SLOPED"] else dtype
         product = "ieee" if constexprs["SLOPED"] else constexprs["PRECISION"]

@@ -120,7 +120,7 @@ def test_a_captured_step_takes_few_samples_at_a_time_where_a_cache_is_large():
     assert [launch.values["m_ptr"].shape[0] for launch in tail] == [16, 16]
     assert len(found.kernels) > len(whole.kernels)
     assert len(found.order) == len(found.kernels) + sum(found.others.values())
-    cut = [x for x in found.order if isinstance(x, Other) and len(x.spans) == 1 + 17]
-    assert [x.name for x in cut] == 2 * ["clone", "copy_"]
-    assert all(x.moved == 2 * 17 * 16 * 16 * 16 * 32 * 2 for x in cut)
-    assert not [x for x in whole.order if isinstance(x, Other) and len(x.spans) == 1 + 17]
+    # What the parts have of each sample is joined; no stack is copied.
+    assert found.others - whole.others == {"cat": 8}
+    joined = [x for x in found.order if isinstance(x, Other) and x.name == "cat"]
+    assert max(x.moved for x in joined) <= 2 * 32 * 16 * 4

@@ -47,6 +47,19 @@ def test_more_sums_than_one_launch_takes(monkeypatch):
         torch.testing.assert_close(got, p.sum(0))
 
 
+def test_a_launch_is_of_one_dtype_on_one_device(monkeypatch):
+    launches = []
+    monkeypatch.setattr(_stack_sums, "launch", lambda *args, **_: launches.append(args[3]))
+    outs = [
+        torch.empty(4, dtype=dtype, device=device)
+        for device in ("cpu", "meta")
+        for dtype in (torch.float32, torch.bfloat16, torch.float32)
+    ]
+    add_up([Sum(torch.empty(2, 4, device=out.device), out) for out in outs])
+    alike = [{(out.dtype, out.device.type) for out in launch} for launch in launches]
+    assert all(len(kinds) == 1 for kinds in alike) and sorted(map(len, launches)) == [1, 1, 2, 2]
+
+
 def test_rooms_keep_what_is_in_them(poisoned_empty):
     (given,) = draw(0, torch.float32, (9, 6))
     partial = Partial(6, given.device)

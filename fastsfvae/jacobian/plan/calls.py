@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fastsfvae.jacobian.plan.nodes import VIEWS, contains, is_floating, is_tensor, packet_name
-from fastsfvae.jacobian.plan.place import Placed, is_of_latents
+from fastsfvae.jacobian.plan.place import Placed, bias_fits, is_of_latents
 from fastsfvae.jacobian.plan.sort import Sorted
 from fastsfvae.jacobian.plan.source import Source, Statement, identifier
 from fastsfvae.jacobian.plan.trace import Trace
@@ -152,7 +152,12 @@ class Calls:
             return nothing
         name, bias = packet_name(layer.target), layer.args[2]
         # What is computed in the body would be deleted behind the layer.
-        if name not in _BIASED or not isinstance(bias, fx.Node) or bias in self.kinds.dynamic:
+        if (
+            name not in _BIASED
+            or not bias_fits(layer)
+            or not isinstance(bias, fx.Node)
+            or bias in self.kinds.dynamic
+        ):
             return nothing
         # Behind the batch axis come the channels, or any axes with the features last.
         spatial = layer.args[1].meta["val"].ndim - 2

@@ -32,6 +32,7 @@ from fastsfvae.ops.latent_layer import takes_latents
 from fastsfvae.ops.tangent_layer import Layer, largest_batch
 
 _LAYERS = frozenset({"linear", "conv2d", "conv_transpose2d"})
+_BROADCAST = "its bias is broadcast"
 
 
 class Placed(NamedTuple):
@@ -105,6 +106,8 @@ def _place_of_latents(graph: fx.Graph, z: fx.Node, jets: set[fx.Node], node: fx.
     activation, out = _sole_reader(node), node.meta["val"]
     if activation is None or activation not in jets or _kernel(activation) is None or out.ndim != 2:
         return Placed(Choice("library", "in front of the first activation"))
+    if not bias_fits(node):
+        return Placed(Choice("library", _BROADCAST))
     same = activation.meta["val"].dtype == out.dtype
     if not same or not takes_latents(int(z.meta["val"].shape[1]), out.dtype):
         return Placed(Choice("library", "no kernel for its dtype or size"))
@@ -126,6 +129,8 @@ def _place(z: fx.Node, jets: set[fx.Node], apart: set[fx.Node], node: fx.Node) -
     of_weight = any(isinstance(arg, Jet) for arg in args[1:])
     if of_weight or not RULES[name].pulls(args, kwargs):
         return Placed(Choice("library", "the layer's weight depends on z, or it has no adjoint"))
+    if not bias_fits(node):
+        return Placed(Choice("library", _BROADCAST))
     geometry = None
     if name != "linear":
         geometry = geometry_of(name, *args[3:], kernel=weight.shape[2:], **kwargs)
@@ -140,6 +145,14 @@ def _place(z: fx.Node, jets: set[fx.Node], apart: set[fx.Node], node: fx.Node) -
     if choice.how == "library":
         return Placed(choice)
     return Placed(choice, Layer(geometry, product=choice.product), None, most)
+
+
+def bias_fits(node: fx.Node) -> bool:
+    """Whether a layer has no bias or one number for each channel, which is what kernels read."""
+    bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if bias is None or _name(node) != "linear":
+        return True
+    return tuple(bias.meta["val"].shape) == (int(node.meta["val"].shape[-1]),)
 
 
 def _take_in(

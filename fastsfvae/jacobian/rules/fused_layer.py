@@ -58,11 +58,6 @@ def fused_layer(name: str, layer: Layer) -> Rule:
         dense = dense_weight(weight, g, layer)
         sums = running_sums()
         assert sums is not None, "adjoints run on a tape"
-        turned = layer.geometry is not None and layer.geometry.transposed
-        if bias is not None and bias.shape != (weight.shape[1 if turned else 0],):
-            # A bias that is broadcast has fewer numbers than parts of its gradient.
-            of_x, *others = stack_layer_backward(layer, g, stack_of(x), dense, wanted)
-            return None if of_x is None else from_stack(of_x), *others
         rooms = [sums.rooms(t) for t in (weight, bias) if t is not None]
         given = layer, g, stack_of(x), dense, wanted
         of_stack = stack_layer_backward(*given, out=room_of(x), rooms=rooms)[0]
