@@ -35,7 +35,7 @@ from ._blocks import dot
 from ._contract import room_for
 from ._launch import Configuration, begin, cdiv, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather, window
-from ._stack_sums import Rooms, add_to, bias_of, column_sums, tile_of
+from ._stack_sums import Rooms, add_to, bias_of, column_sums, room_of_width, tile_of
 from ._stack_walk import split_walk
 from ._stack_weight import gap_of, next_slot, slot_of
 from .activations import front_constexprs, times_slope
@@ -185,7 +185,8 @@ def both_gradients(
     count = cdiv(tiles, per_group) * cdiv(S * B, per_split)
     grad = room_for(out, plain.shape, plain)
     gaps = [gap_of(t, B) for t in (plain, windowed, grad)]
-    room, bias = rooms(count), bias_of(windowed, _CHANNELS, bias_rooms)
+    room = room_of_width(rooms, count, weight.numel())
+    bias = bias_of(windowed, _CHANNELS, bias_rooms)
     bias_room = bias.room or room
     launch(
         tangent_back_kernel,

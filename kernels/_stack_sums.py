@@ -143,7 +143,14 @@ def bias_of(result: Tensor, columns: int, rooms: Rooms | None) -> Bias:
         return Bias(None, 0, 0)
     rows = result[0].numel() // columns
     count = max(1, min(_MOST_PARTS, rows // (4 * tile_of(columns)["ROWS"])))
-    return Bias(rooms(count), count, rows)
+    return Bias(room_of_width(rooms, count, columns), count, rows)
+
+
+def room_of_width(rooms: Rooms, count: int, size: int) -> Room:
+    """Room for so many parts of a sum of that size."""
+    room = rooms(count)
+    assert room.parts.shape == (count, padded(size)), (room.parts.shape, count, size)
+    return room
 
 
 class Sum(NamedTuple):

@@ -63,10 +63,10 @@ def walk_of(
         plain: ``[S, B, h, w, M]``.
         windowed: ``[S, B, H, W, C]``.
         dtype: of both.
-        gather: as in `weight_gradient`.
+        gather: as in `weight_parts`.
         front: likewise.
         limits: of the device.
-        on_window: as in `weight_gradient`.
+        on_window: as in `weight_parts`.
     """
     (S, B, *grid, M), (_, _, H, W, C) = plain, windowed
     if gather == POINTWISE:
@@ -161,7 +161,7 @@ def weight_constexprs(
     """What is compiled in, and the tile.
 
     Args:
-        gather: as in `weight_gradient`, as the others.
+        gather: as in `weight_parts`, as the others.
         grid: ``(h, w)``.
         outer: M.
         size: ``(H, W, C)``.

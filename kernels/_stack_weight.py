@@ -36,8 +36,6 @@ schedulers 13; an H100 27 us, 10 and 12.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +46,7 @@ from ._contract import samples_apart
 from ._implicit_gemm import moved
 from ._launch import Configuration, begin, device_limits, launch, pointer
 from ._stack_geometry import Front, Gather
-from ._stack_sums import Partial, Rooms, add_to, bias_of, column_sums, padded, tile_of, totals
+from ._stack_sums import Rooms, add_to, bias_of, column_sums, padded, room_of_width, tile_of
 from ._stack_walk import walk_of, weight_constexprs
 
 
@@ -242,14 +240,18 @@ def weight_parts(
     bias_size: int = 0,
     bias_rooms: Rooms | None = None,
 ) -> None:
-    """As `weight_gradient`, but leaves the parts of both sums in rooms, for `add_up`.
+    """Leave parts of the sum over slots, samples and positions of plain (x) its window.
+
+    Of both sums the parts lie in rooms, for `add_up`; how they are split depends on the device and
+    the shapes alone.
 
     Args:
-        plain: as there.
-        windowed: as there.
-        gather: as there.
-        front: as there.
-        on_window: as there.
+        plain: ``[S, B, h, w, M]``, dense or some samples of a dense stack (`samples_apart`).
+        windowed: ``[S, B, H, W, C]``, likewise.
+        gather: what position (y, x) of `plain` meets there, as `window` gives it.
+        front: of the layer.
+        on_window: whether `windowed` is the layer's input, which the activation is in front of;
+            else `plain` is.
         rooms: for parts of the weight's ``[M, taps, C]``, as many as `walk_of` says.
         bias_size: of the layer's bias.
         bias_rooms: for parts of its gradient; None where it is not wanted.
@@ -258,7 +260,8 @@ def weight_parts(
         *(plain.shape, windowed.shape, plain.dtype, gather, front, device_limits(plain)),
         on_window=on_window,
     )
-    room = rooms(walk.parts)
+    size = plain.shape[4] * gather.kernel**2 * windowed.shape[4]
+    room = room_of_width(rooms, walk.parts, size)
     bias = bias_of(plain if on_window else windowed, bias_size, bias_rooms)
     bias_room = bias.room or room
     programs = walk.parts * walk.blocks
@@ -284,43 +287,6 @@ def gap_of(stack: Tensor, images: int) -> int:
     return (apart - samples) * (images // samples)
 
 
-def weight_gradient(
-    plain: Tensor,
-    windowed: Tensor,
-    gather: Gather,
-    front: Front,
-    *,
-    on_window: bool,
-    bias_size: int = 0,
-) -> tuple[Tensor, Tensor | None]:
-    """Sum over slots, samples and positions of plain (x) its window in the other stack.
-
-    Args:
-        plain: ``[S, B, h, w, M]``, dense or some samples of a dense stack (`samples_apart`).
-        windowed: ``[S, B, H, W, C]``, likewise.
-        gather: what position (y, x) of `plain` meets there, as `window` gives it.
-        front: of the layer.
-        on_window: whether `windowed` is the layer's input, which the activation is in front of;
-            else `plain` is.
-        bias_size: of the layer's bias whose gradient is wanted as well; 0 for none.
-
-    Returns:
-        Float32 ``[M, taps, C]``, and ``[bias_size]`` or None; their sums are split and added up in
-        a fixed order.
-    """
-    shape, device = (plain.shape[4], gather.kernel**2, windowed.shape[4]), plain.device
-    of_weight = Partial(math.prod(shape), device)
-    of_bias = Partial(bias_size, device) if bias_size else None
-    weight_parts(
-        *(plain, windowed, gather, front),
-        on_window=on_window,
-        rooms=of_weight,
-        bias_size=bias_size,
-        bias_rooms=of_bias,
-    )
-    return totals(of_weight, of_bias, shape)
-
-
 def weight_configuration(
     label: str,
     gather: Gather,
@@ -333,7 +299,7 @@ def weight_configuration(
     bias_size: int,
     apart: bool = False,
 ) -> Configuration:
-    """What `weight_gradient` compiles on the device that is pretended, under a label."""
+    """What `weight_parts` compiles on the device that is pretended, under a label."""
     limits = device_limits(torch.empty(0))
     constexprs, tile = weight_constexprs(gather, grid, outer, size, dtype, front, on_window, limits)
     types = {"p_ptr": pointer(dtype), "q_ptr": pointer(dtype)}

@@ -8,7 +8,7 @@ lies behind the activation. One launch: dT is an ordinary convolution with strid
 reads a window of 4 x 4 outputs of up to 4 channels, K = 64. A program holds all tangents of a few
 positions' windows, where M J + u r^T is a product from the left; dJ is made there, four times over,
 for a product that is small beside reading it. Those windows give dW as well, one product of 64
-columns, in partial sums that `_gram_tail_weight` adds up; and dr, as a position's own four outputs
+columns, in partial sums, as `_stack_sums` has them; and dr, as a position's own four outputs
 lie in its window. It is stored twice: its negative in the stack's dtype, for the layer's values
 and rounded to TF32 where products read it so, and itself where the data's gradient is wanted. M
 enters as two numbers of the products' dtype, so that Z alone is rounded.
@@ -16,8 +16,8 @@ enters as two numbers of the products' dtype, so that Z alone is rounded.
 Floor, celeba16's last layer (m = 16, B = 64, 32 -> 3 channels from 32 x 32) in bfloat16: T and dT
 are 67 MB each, Z 34, all else 12: 180 MB through device memory. 5.4 GFLOP for each of dT and dW.
 
-Counted there, a warp of 4 and 2 positions: 356 instructions on sm_86 and sm_89, 326 on sm_90, 331
-on sm_120 (24 HMMA); with TF32 492, 491 and 509 (48 HMMA). Windows are copied 8 bytes at a time, T
+Counted there, a warp of 4 and 2 positions: 356 instructions on sm_86 and sm_89, 325 on sm_90, 331
+on sm_120 (24 HMMA); with TF32 495, 487 and 519 (48 HMMA). Windows are copied 8 bytes at a time, T
 loaded and dT stored 16. -dr takes one store of 2 bytes a thread (4 with TF32): the 24 numbers of 2
 positions are one instruction of each warp as they are, and wider ones would want them handed over
 first. 128 registers and 14 KiB: four programs an SM (189 and 26 KiB with TF32: two). So 48 M warp
@@ -57,7 +57,7 @@ from ._launch import (
     launch,
     pointer,
 )
-from ._stack_sums import Room, Rooms
+from ._stack_sums import Room, Rooms, room_of_width
 from ._stack_tile import is_curved
 from .activations import activation
 
@@ -362,7 +362,7 @@ def gram_tail_bwd(
         da = torch.empty_like(T[0], dtype=torch.float32, memory_format=torch.channels_last)
     c_blocks = cdiv(channels_in, tile.block_c)
     splits = shares(tile.count(1, height * width), B * c_blocks, tile, limits)
-    room = rooms(B * splits + spare)
+    room = room_of_width(rooms, B * splits + spare, weight.numel())
     launch(
         *(_gram_tail_bwd_kernel, (B * splits, c_blocks)),
         *(T, T if a is None else a, Z, weight, r if slope is None else slope, r, M, u, g_rr),

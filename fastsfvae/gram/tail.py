@@ -6,6 +6,8 @@ own, where a gradient will want it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ class Unwritten:
         self._Z = empty_rows(tail) if pulled else None
         self.n = self._values.r[0].numel()
 
-    @property
+    @functools.cached_property
     def output(self) -> Tensor:
         """As `Written`."""
         output = self._values.output

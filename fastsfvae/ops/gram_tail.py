@@ -68,7 +68,8 @@ class Values(NamedTuple):
 
     Attributes:
         r: x - output; 0 without data.
-        output: of the activation behind the layer, or else of that; None where r was made at once.
+        output: of the activation behind the layer, or of the layer without one; None where r was
+            made at once.
         argument: of that activation; None without one.
         slope: its derivative there; None without one.
     """

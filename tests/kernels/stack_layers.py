@@ -1,5 +1,6 @@
 """What the tests of fused layers share: problems, an oracle by autograd, the comparison with it."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.problems import products
+from fastsfvae.kernels._stack_sums import Partial, totals
+from fastsfvae.kernels._stack_weight import weight_parts
 from fastsfvae.ops._geometry import Geometry
 from fastsfvae.ops.tangent_layer import Layer, largest_batch, stack_layer, stack_layer_backward
 from tests._triton import DEVICE, assert_as_good
@@ -51,6 +54,20 @@ def supports(geometry, shape, weight, dtype=torch.float32):
 def draw(seed, dtype, *shapes):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes]
+
+
+def weight_gradient(plain, windowed, gather, front, *, on_window, bias_size=0):
+    """What `weight_parts` leaves, added up: the weight's ``[M, taps, C]``, the bias's or None."""
+    shape, device = (plain.shape[4], gather.kernel**2, windowed.shape[4]), plain.device
+    of_weight, of_bias = Partial(math.prod(shape), device), Partial(bias_size, device)
+    weight_parts(
+        *(plain, windowed, gather, front),
+        on_window=on_window,
+        rooms=of_weight,
+        bias_size=bias_size,
+        bias_rooms=of_bias if bias_size else None,
+    )
+    return totals(of_weight, of_bias if bias_size else None, shape)
 
 
 def image_problem(g, m, B, C_in, C_out, H, W, kernel, dtype=torch.float32):

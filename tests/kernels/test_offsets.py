@@ -21,9 +21,9 @@ from fastsfvae.kernels import (
 from fastsfvae.kernels._launch import DeviceLimits, pretend
 from fastsfvae.kernels._stack_geometry import Front, doubling, window
 from fastsfvae.kernels._stack_product import product
-from fastsfvae.kernels._stack_weight import weight_gradient
 from fastsfvae.kernels.tangent_activation import tangent_activation_bwd, tangent_activation_fwd
 from tests._triton import INTERPRETER
+from tests.kernels.stack_layers import weight_gradient
 from tests.kernels.test_gram_tail import problem, run
 
 pytestmark = [

@@ -11,10 +11,9 @@ from fastsfvae.kernels._stack_back import configuration, takes
 from fastsfvae.kernels._stack_geometry import POINTWISE, Front, window
 from fastsfvae.kernels._stack_layer import layer_bwd
 from fastsfvae.kernels._stack_walk import split_walk, walk_of
-from fastsfvae.kernels._stack_weight import weight_gradient
 from fastsfvae.kernels.tangent_conv_transpose import geometry
 from tests._triton import INTERPRETER, assert_as_good, requires_triton
-from tests.kernels.stack_layers import ACTIVATIONS, draw, moved
+from tests.kernels.stack_layers import ACTIVATIONS, draw, moved, weight_gradient
 
 # Gathers by kernel, stride and padding.
 DOUBLING, SAME, HALVING = (4, 2, 1), (3, 1, 1), (3, 2, 1)
