@@ -32,7 +32,7 @@ _MOST_PARTS = 64
 # Parts and columns that a program adds up at a time, of few parts and of more than so many.
 _FEW_PARTS, _FEW_COLUMNS = tl.constexpr(16), tl.constexpr(256)
 _MANY_PARTS, _MANY_COLUMNS = tl.constexpr(128), tl.constexpr(32)
-_MOST_FEW = tl.constexpr(32)
+_MOST_FEW = tl.constexpr(64)
 _OPTIONS = {"num_warps": 4}
 # Sums of a launch.
 _AT_A_TIME = 16

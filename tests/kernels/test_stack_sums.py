@@ -13,7 +13,7 @@ pytestmark = requires_triton
 
 # Numbers of parts, on both sides of where the tile changes, and shapes [rows, taps, channels],
 # which fill no whole number of blocks.
-COUNTS = 1, 17, 33, 300
+COUNTS = 1, 17, 65, 300
 SHAPES = (5, 16, 3), (2, 1, 70)
 
 
