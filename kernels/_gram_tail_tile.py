@@ -66,6 +66,44 @@ def block_of(m: int) -> int:
     return max(16, triton.next_power_of_2(m))
 
 
+def backward_tile(
+    m: int, channels: int, dtype: torch.dtype, precision: str, plain: bool, limits: DeviceLimits
+) -> Tile:
+    """For m tangents of that many channels; registers bound it.
+
+    Args:
+        m: tangents.
+        channels: of T; block by block where registers do not hold all.
+        dtype: of T.
+        precision: `_precision`.
+        plain: whether there is no activation around the layer that is not applied to T already.
+        limits: of the device.
+    """
+    block_m, exact = block_of(m), dtype == torch.float32
+    block_c = 32 if channels % 32 == 0 else 16
+    if exact and precision == "ieee":
+        positions, warps = 1, 8
+        if block_m == 64:
+            # Without alignment each element of a row has an address.
+            block_c, warps = 8 if channels % 16 else 16, 16
+        return Tile(block_m, 1, positions, block_c, warps, 1, 16 // warps, 2048 // warps)
+    if exact and precision == "tf32x3":
+        block_c = 16 if block_m == 32 and channels > 32 else block_c
+        return Tile(block_m, 1, 1, block_c, 8, 1, 1, 255)
+    if exact:
+        block_c = min(block_c, 16 if block_m == 64 else 32)
+    positions = {16: 2, 32: 1, 64: 1}[block_m] if exact else {16: 4, 32: 2, 64: 1}[block_m]
+    # Eight warps would have four numbers of T a thread, which halves are narrow loads of.
+    narrow = not exact and channels % 32 == 16
+    warps, stages = 4 if plain and block_m < 64 or narrow else 8, 2
+    # TF32 on sm_90 would be copied number by number.
+    if channels % 16 or exact and (block_m < 64 or limits.capability // 10 == 9):
+        stages = 1
+    if plain and block_m == 16 and dtype == torch.bfloat16:
+        return Tile(block_m, 1, 2, block_c, warps, stages, 4, 128)
+    return Tile(block_m, 1, positions, block_c, warps, stages, 8 // warps, 255)
+
+
 def shares(parts: int, others: int, tile: Tile, limits: DeviceLimits) -> int:
     """Into how many shares `parts` pieces of work are cut.
 
