@@ -33,7 +33,8 @@ _MOST_PARTS = 64
 _FEW_PARTS, _FEW_COLUMNS = tl.constexpr(16), tl.constexpr(256)
 _MANY_PARTS, _MANY_COLUMNS = tl.constexpr(128), tl.constexpr(32)
 _MOST_FEW = tl.constexpr(64)
-_OPTIONS = {"num_warps": 4}
+# Left to itself, an older compiler takes few registers on sm_80, and spills.
+_OPTIONS = {"num_warps": 4, "maxnreg": 128}
 # Sums of a launch.
 _AT_A_TIME = 16
 
