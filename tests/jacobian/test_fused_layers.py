@@ -14,6 +14,7 @@ from fastsfvae.jacobian.rules import convolution, fused_layer
 from fastsfvae.jacobian.rules.tape import Tape
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.kernels import (
+    _gram_tail_residual,
     latent_layer,
     tangent_activation,
     tangent_conv,
@@ -159,6 +160,8 @@ def launches(monkeypatch):
     for module in (latent_layer, tangent_conv, tangent_conv_transpose, tangent_linear):
         for half in ("fwd", "bwd"):
             spy(module, f"{module.__name__.rpartition('.')[2]}_{half}", f"layer {half}")
+    # A last layer's values, where they are subtracted from the data at once.
+    spy(_gram_tail_residual, "residual", "layer fwd")
     for half in ("fwd", "bwd"):
         spy(tangent_activation, f"tangent_activation_{half}", f"activation {half}")
     spy(convolution, "convolve", "library fwd")
@@ -256,13 +259,18 @@ def test_no_gradients_for_what_is_frozen(monkeypatch):
 
 def test_a_weight_is_laid_out_once_for_all_chunks(monkeypatch):
     given = []
-    original = tangent_conv_transpose.tangent_conv_transpose_fwd
 
-    def spy(stack, weight, *args, **kwargs):
-        given.append(weight)
-        return original(stack, weight, *args, **kwargs)
+    def spy(module, name):
+        original = getattr(module, name)
 
-    monkeypatch.setattr(tangent_conv_transpose, "tangent_conv_transpose_fwd", spy)
+        def noted(stack, weight, *args, **kwargs):
+            given.append(weight)
+            return original(stack, weight, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+
+    spy(tangent_conv_transpose, "tangent_conv_transpose_fwd")
+    spy(_gram_tail_residual, "residual")
     module = build("paper")
     with sf.fused_layers("always"):
         gradients(module, tensors(module), chunk_size=2)
