@@ -75,7 +75,7 @@ def backward_tile(
         m: tangents.
         channels: of T; block by block where registers do not hold all.
         dtype: of T.
-        precision: `_precision`.
+        precision: of its float32 products.
         plain: whether there is no activation around the layer that is not applied to T already.
         limits: of the device.
     """

@@ -20,7 +20,7 @@ Counted there, a warp of 4 and 2 positions: 356 instructions on sm_86 and sm_89,
 on sm_120 (24 HMMA); with TF32 495, 487 and 519 (48 HMMA). Windows are copied 8 bytes at a time, T
 loaded and dT stored 16. -dr takes one store of 2 bytes a thread (4 with TF32): the 24 numbers of 2
 positions are one instruction of each warp as they are, and wider ones would want them handed over
-first. 128 registers and 14 KiB: four programs an SM (189 and 26 KiB with TF32: two). So 48 M warp
+first. 128 registers and 14 KiB: four programs an SM (191 and 26 KiB with TF32: two). So 48 M warp
 instructions (44 on sm_90), a fifth of the time that a 4090 takes for the bytes, and 0.9 of what an
 H100 takes for them. Not measured on a GPU yet.
 """
@@ -48,15 +48,7 @@ from ._gram_tail_tile import (
     shares,
     variants,
 )
-from ._launch import (
-    INTERPRET,
-    Configuration,
-    begin,
-    cdiv,
-    device_limits,
-    launch,
-    pointer,
-)
+from ._launch import INTERPRET, Configuration, begin, cdiv, device_limits, launch, pointer
 from ._stack_sums import Room, Rooms, room_of_width
 from ._stack_tile import is_curved
 from .activations import activation
@@ -144,12 +136,12 @@ def _gram_tail_bwd_kernel(
     r_ptr, dr_ptr, dv_ptr = r_ptr + image, dr_ptr + image, dv_ptr + image
     slope_ptr, d_slope_ptr = slope_ptr + image, d_slope_ptr + image
     # Told otherwise than below, so that the loop does not keep it in registers.
-    has_w = (c < C)[:, None] & (k % 4 < CO)[None, :]
+    has_dw = (c < C)[:, None] & (k % 4 < CO)[None, :]
     at_dw = c[:, None] * (16 * CO) + (k // 4 * CO + k % 4)[None, :]
     dw_ptr += pid.to(tl.int64) * (C * 16 * CO)
     dW = tl.zeros([BLOCK_C, 64], tl.float32)
     if filled:
-        dW = tl.load(dw_ptr + at_dw, mask=has_w, other=0.0)
+        dW = tl.load(dw_ptr + at_dw, mask=has_dw, other=0.0)
     # Neighbours one after another, whose windows overlap.
     share = (BLOCKS + splits - 1) // splits
     for block in range(split * share, tl.minimum(split * share + share, BLOCKS)):
