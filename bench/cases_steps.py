@@ -149,9 +149,10 @@ def training_step(
     names: Sequence[str],
     batch: int | None = None,
     dtypes: Sequence[str] = ("float32",),
+    implementations: Sequence[str] = tuple(STEPS),
 ) -> Iterator[Case]:
     """Encoder, objective, backward and Adam; the sampling VAE's comes first."""
-    for case in product(names, dtypes, STEPS):
+    for case in product(names, dtypes, implementations):
         yield _training_step(device, batch, *case)
 
 

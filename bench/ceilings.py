@@ -14,7 +14,7 @@ from bench.problems import products, relative_error
 PRODUCTS = ("float32", "tf32", "bfloat16")
 
 
-def section(context: Context) -> None:
+def part(context: Context) -> None:
     """Measure the copy and the three products."""
     context.run(copy_case(context.device, context.quick))
     for name in PRODUCTS:

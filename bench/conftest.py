@@ -39,7 +39,7 @@ def context(request, tmp_path_factory) -> Context:
     context = Context(suite.DEVICE, request.config.getoption("--quick"), recorder)
     # For every candidate alike.
     torch.backends.cudnn.benchmark = True
-    ceilings.section(context)
+    ceilings.part(context)
     # Read back from the rows that were just written.
     return Context(suite.DEVICE, context.quick, recorder)
 

@@ -21,6 +21,7 @@ COLUMNS = (
     "bytes_per_s", "flop_per_s", "share_of_ceiling", "error", "peak_mib", "ratio", "ratio_to",
     "note",
 )  # fmt: skip
+TIMES = "p50_ms", "p20_ms", "p80_ms"
 
 
 def provenance(device: str) -> dict[str, str]:
@@ -57,8 +58,7 @@ class Recorder:
 
 def times(timing: Timing | None) -> dict[str, str]:
     """The columns of a timing."""
-    names = ("p50_ms", "p20_ms", "p80_ms")
-    return {name: f"{value:.5g}" for name, value in zip(names, timing or (), strict=False)}
+    return {name: f"{value:.5g}" for name, value in zip(TIMES, timing or (), strict=False)}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

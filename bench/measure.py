@@ -7,19 +7,29 @@ from a CUDA graph ("graph"); on the CPU by the wall clock.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.ledger import Recorder, ceiling, read_rows, times
+from bench.ledger import TIMES, Recorder, ceiling, read_rows, times
 from bench.problems import TOLERANCE
 from bench.timing import Timing, time_events, time_graph, time_wall
 
 Run = Callable[[], tuple[Tensor, ...]]
+
+
+# What a case is named by, and what else of a row must be the same for it to hold.
+LABELS = "op", "implementation", "mode", "shape", "dtype"
+HOLDS = "threads", "device", "torch", "triton", "commit"
+# Names, while it runs, what a process is at; what ends the process leaves it behind.
+RUNNING = "running.json"
 
 
 class OutOfTime(Exception):
@@ -73,8 +83,7 @@ class Case:
     @property
     def labels(self) -> dict[str, str]:
         """The columns that name it."""
-        names = ("op", "implementation", "mode", "shape", "dtype")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in LABELS}
 
 
 def check(case: Case, device: str) -> tuple[Sequence[Run], dict[str, str]]:
@@ -112,6 +121,7 @@ class Context:
         quick: small sizes and few repetitions: a test of the benchmarks, not a measurement.
         recorder: where the rows go.
         deadline: `time.monotonic()` after which no case starts.
+        goes_on: whether what the recorder's file says already is not run again.
         limit: rate ceilings by the name of a dtype, and "copy"; read from the rows before.
     """
 
@@ -119,13 +129,48 @@ class Context:
     quick: bool
     recorder: Recorder
     deadline: float = float("inf")
+    goes_on: bool = False
     limit: dict[str, float] = field(init=False)
+    _known: dict[tuple[str, ...], dict[str, str]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Of this device and software only: a ledger holds those of others too.
-        own = self.recorder.provenance.items()
-        rows = (row for row in read_rows(self.recorder.path) if row.items() >= own)
+        own = [self.recorder.provenance[name] for name in HOLDS]
+        every = read_rows(self.recorder.path)
+        rows = [row for row in every if [row[name] for name in HOLDS] == own]
         self.limit = dict(filter(None, map(ceiling, rows)))
+        told = [row for row in rows if row["p50_ms"] or is_final(row["note"])]
+        self._known = {_key(row): row for row in told if self.goes_on}
+
+    @property
+    def folder(self) -> Path:
+        """Where the rows and all other files go."""
+        return self.recorder.path.parent
+
+    def known(self, labels: Mapping[str, str]) -> dict[str, str] | None:
+        """The row that says already how a case went, where such are not run again."""
+        return self._known.get(_key(labels))
+
+    @contextlib.contextmanager
+    def running(self, labels: Mapping[str, str]) -> Iterator[None]:
+        """Leave behind, should the process end inside, what it was at.
+
+        Raises:
+            OutOfTime: before anything, where the deadline has passed.
+        """
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+        marker = self.folder / RUNNING
+        if self.goes_on:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text(json.dumps({**dict.fromkeys(LABELS, ""), **labels}))
+        # Not in a finally: an error that nobody takes ends the process.
+        with contextlib.suppress(OutOfTime):
+            yield
+            marker.unlink(missing_ok=True)
+            return
+        marker.unlink(missing_ok=True)
+        raise OutOfTime
 
     def run(self, case: Case, baseline: dict[str, Timing] | None = None) -> dict[str, Timing]:
         """Check, time and record a case; a failure becomes a row that says why.
@@ -141,8 +186,28 @@ class Context:
             OutOfTime: before the case, where the deadline has passed.
             RuntimeError: where the device no longer works.
         """
-        if time.monotonic() > self.deadline:
-            raise OutOfTime
+        timings: dict[str, Timing] = {}
+        left = []
+        for launch in case.launches if self.device == "cuda" else ("eager",):
+            # What failed before it was timed has no launch in its mode.
+            row = self.known(self._labels(case, launch)) or self.known(case.labels)
+            if row is None:
+                left.append(launch)
+            elif row["p50_ms"]:
+                timings[launch] = Timing(*(float(row[name]) for name in TIMES))
+        if left:
+            with self.running(case.labels):
+                timings |= self._run(case, left, baseline)
+        return timings
+
+    def _labels(self, case: Case, launch: str) -> dict[str, str]:
+        """As `Case.labels`, with how it is launched."""
+        mode = f"{case.mode}, {launch}" if self.device == "cuda" else case.mode
+        return case.labels | {"mode": mode}
+
+    def _run(
+        self, case: Case, launches: Sequence[str], baseline: dict[str, Timing] | None
+    ) -> dict[str, Timing]:
         timings: dict[str, Timing] = {}
         base = case.labels
         try:
@@ -150,10 +215,8 @@ class Context:
         except Exception as reason:
             self.fail(base, reason)
             return timings
-        launches = case.launches if self.device == "cuda" else ("eager",)
         for launch in launches:
-            if self.device == "cuda":
-                base["mode"] = f"{case.mode}, {launch}"
+            base = self._labels(case, launch)
             try:
                 timing = self.time(runs, launch)
             except Exception as reason:
@@ -198,6 +261,15 @@ class Context:
             # Raises where the failure has broken the device for this process.
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+def is_final(note: str) -> bool:
+    """Whether a note says how a case went, rather than that there was no time for it."""
+    return bool(note) and not note.startswith("not run")
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row.get(name, "") for name in LABELS)
 
 
 def first_run(run: Run, device: str) -> tuple[tuple[Tensor, ...], int | None]:

@@ -28,7 +28,7 @@ def suites() -> tuple[str, ...]:
     return tuple(str(path.relative_to(tests).with_suffix("")) for path in modules)
 
 
-def section(context: Context) -> None:
+def part(context: Context) -> None:
     """Run all suites side by side: most of their time goes into compilation on the host."""
     chosen, selection = QUICK if context.quick else (suites(), [])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,103 @@
+"""Runs each part in a process of its own, so that a kernel which breaks the device costs one case.
+
+What ends a process leaves behind what it was at (`bench.measure.Context.running`): that becomes a
+row, and the part begins again behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.command import ROOT
+from bench.gpu.parts import PARTS
+from bench.ledger import Recorder
+from bench.measure import RUNNING
+
+LOG = "parts.log"
+# Seconds that a part has to end its last case before it is stopped.
+GRACE = 20.0
+
+
+class Runner:
+    """One call of the runbook.
+
+    Args:
+        recorder: where rows go.
+        minutes: for everything together.
+        arguments: of `python -m bench.gpu`, for each part.
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, recorder: Recorder, minutes: float, arguments: Sequence[str], device: str):
+        self._recorder, self._folder = recorder, recorder.path.parent
+        self._seconds, self._arguments = 60 * minutes, arguments
+        self._deadline = time.monotonic() + self._seconds
+        self._environment = dict(os.environ)
+        if device == "cpu":
+            # So that the Triton rows run too, interpreted.
+            self._environment["TRITON_INTERPRET"] = "1"
+
+    def run(self, names: Sequence[str]) -> None:
+        """Run these parts in order; what has no time left becomes a row."""
+        for at, name in enumerate(names):
+            seconds = self._allowed(names, at)
+            if seconds < GRACE / 2:
+                self._recorder.write(op=name, note="not run: out of time")
+                continue
+            started = time.monotonic()
+            failures = self._part(name, started + seconds)
+            took = time.monotonic() - started
+            print(f"{name}: {'; '.join(failures) or 'done'} in {took:.0f} s", flush=True)
+
+    def _allowed(self, names: Sequence[str], at: int) -> float:
+        """Seconds of a part: its share, and what is left over the shares of those behind it."""
+        left = self._deadline - time.monotonic() - GRACE / 2
+        others = self._seconds * sum(PARTS[name].share for name in names[at + 1 :])
+        own = max(PARTS[names[at]].share * self._seconds, left - others)
+        return min(own, PARTS[names[at]].most * self._seconds, left)
+
+    def _part(self, name: str, deadline: float) -> list[str]:
+        """Run a part until it ends by itself; return what ended its processes before."""
+        failures = []
+        while (seconds := deadline - time.monotonic()) > 0:
+            running = self._folder / RUNNING
+            running.unlink(missing_ok=True)
+            failure = self._process(name, seconds)
+            if not failure:
+                break
+            failures.append(failure)
+            if not running.exists():
+                self._recorder.write(op=name, note=failure)
+                break
+            self._recorder.write(**json.loads(running.read_text()), note=failure)
+            running.unlink()
+        return failures
+
+    def _process(self, name: str, seconds: float) -> str:
+        """Run a part in a process of its own; return why it failed, or nothing."""
+        command = [sys.executable, "-m", "bench.gpu", *self._arguments]
+        command += ["--part", name, "--minutes", str(seconds / 60)]
+        with Path(self._folder, LOG).open("a") as log:
+            log.write(f"== {name}\n")
+            log.flush()
+            place = {"cwd": ROOT, "env": self._environment, "stdout": log, "stderr": log}
+            process = subprocess.Popen(command, **place, start_new_session=True)
+            try:
+                status = process.wait(seconds + GRACE / 2)
+            except subprocess.TimeoutExpired:
+                # No word on whether it would have ended: a second call tries again.
+                return f"not run to its end: stopped after {seconds:.0f} s; see {LOG}"
+            finally:
+                # Whatever it started as well: it would hold the GPU under the next one's timings.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        return f"ended its process with status {status}; see {LOG}" if status else ""
