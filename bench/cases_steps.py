@@ -50,7 +50,8 @@ def _ours(decoder, z: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return sf.decode_with_jacobian(decoder, z, backend=backend)
 
 
-def _text(name: str, batch: int | None) -> str:
+def shape_text(name: str, batch: int | None = None) -> str:
+    """A workload as a row's shape names it."""
     workload = WORKLOADS[name]
     n = torch.Size(workload.image_shape).numel()
     return f"{name} B={batch or workload.batch} n={n} m={workload.m} channels-last"
@@ -104,7 +105,7 @@ def jacobian(device: str, names: Sequence[str], batch: int | None = None) -> Ite
 
             yield Case(
                 *("decode_with_jacobian", implementation, "forward"),
-                *(_text(name, batch), "float32"),
+                *(shape_text(name, batch), "float32"),
                 prepare,
                 flops=flops,
                 launches=_launches(implementation),
@@ -136,7 +137,7 @@ def _decoder_loss(device, batch, name, dtype, implementation) -> Case:
         return Prepared([run], lambda _: relative_error(run(few), exact_gradients(few)))
 
     return Case(
-        *("decoder+loss", implementation, "both", _text(name, batch), dtype),
+        *("decoder+loss", implementation, "both", shape_text(name, batch), dtype),
         prepare,
         **_loss_cost(name, batch, dtype),
         launches=_launches(implementation),
@@ -190,7 +191,7 @@ def _training_step(device, batch, name, dtype, implementation) -> Case:
         return Prepared([run], None if implementation == SAMPLING else error)
 
     return Case(
-        *("training step", implementation, "step", _text(name, batch), dtype),
+        *("training step", implementation, "step", shape_text(name, batch), dtype),
         prepare,
         launches=_launches(implementation),
     )

@@ -69,8 +69,9 @@ def step(
     *,
     others: bool = False,
     divides: int = 0,
+    layers: str = "always",
 ) -> Step:
-    """Launches of decoder and loss, forward and backward, all samples at once, every layer fused.
+    """Launches of decoder and loss, forward and backward, all samples at once.
 
     Args:
         workload: one of `WORKLOADS`.
@@ -80,6 +81,7 @@ def step(
         others: whether to record PyTorch's launches as well.
         divides: bytes of L2 of a card that has the step captured, so that the last layers may run
             on a few samples at a time; 0 for all samples at once.
+        layers: which are fused, as in `fastsfvae.fused_layers`; "auto" fuses none without a GPU.
     """
     # Kernels first: with the interpreter named, they would be the interpreter's.
     for module in pkgutil.iter_modules(kernels.__path__):
@@ -92,7 +94,7 @@ def step(
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, TRITON_INTERPRET="1"))
         stack.enter_context(products(dtype))
-        stack.enter_context(fused("always"))
+        stack.enter_context(fused(layers))
         stack.enter_context(_captured(divides))
         with recorded(limits) as launches:
             loss_and_gradients(loss, problem, dtype)

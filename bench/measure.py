@@ -134,10 +134,7 @@ class Context:
     _known: dict[tuple[str, ...], dict[str, str]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Of this device and software only: a ledger holds those of others too.
-        own = [self.recorder.provenance[name] for name in HOLDS]
-        every = read_rows(self.recorder.path)
-        rows = [row for row in every if [row[name] for name in HOLDS] == own]
+        rows = self._own_rows()
         self.limit = dict(filter(None, map(ceiling, rows)))
         told = [row for row in rows if row["p50_ms"] or is_final(row["note"])]
         self._known = {_key(row): row for row in told if self.goes_on}
@@ -150,6 +147,17 @@ class Context:
     def known(self, labels: Mapping[str, str]) -> dict[str, str] | None:
         """The row that says already how a case went, where such are not run again."""
         return self._known.get(_key(labels))
+
+    def rows(self, op: str) -> list[dict[str, str]]:
+        """The recorder's last rows of an operation's cases, of this device, software and commit."""
+        rows = [row for row in self._own_rows() if row["op"] == op]
+        return [*{_key(row): row for row in rows}.values()]
+
+    def _own_rows(self) -> list[dict[str, str]]:
+        # A ledger holds those of others too.
+        own = [self.recorder.provenance[name] for name in HOLDS]
+        every = read_rows(self.recorder.path)
+        return [row for row in every if [row[name] for name in HOLDS] == own]
 
     @contextlib.contextmanager
     def running(self, labels: Mapping[str, str]) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,19 +77,23 @@ def time_events(runs: Sequence[Run], seconds: float) -> Timing:
     return quantiles([begin.elapsed_time(end) for begin, end in events])
 
 
-def time_graph(runs: Sequence[Run], seconds: float) -> Timing:
-    """Replays of one CUDA graph that holds all runs, divided by their number."""
+def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """A run in a CUDA graph: what replays it, and its results, which every replay overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            for run in runs:
-                run()
+            run()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    replayed = time_events([graph.replay], seconds)
+        results = run()
+    return graph.replay, results
+
+
+def time_graph(runs: Sequence[Run], seconds: float) -> Timing:
+    """Replays of one CUDA graph that holds all runs, divided by their number."""
+    replay, _ = captured(lambda: [run() for run in runs])
+    replayed = time_events([replay], seconds)
     return Timing(*(value / len(runs) for value in replayed))

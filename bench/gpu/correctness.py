@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from typing import IO
 
 from bench.command import ROOT
 from bench.measure import Context
@@ -15,7 +15,7 @@ from bench.measure import Context
 # What marks a test for a device.
 MARKED = re.compile(r"\brequires_triton\b|\bmark\.gpu\b")
 LOG = "correctness.log"
-# One suite and one of its tests, to show that the section works.
+# One suite and one of its tests, to show that the part works.
 QUICK = ("kernels/test_gram_project",), ["-k", "second_order"]
 # Failing tests of a suite that get a row of their own.
 LISTED = 10
@@ -29,38 +29,31 @@ def suites() -> tuple[str, ...]:
 
 
 def part(context: Context) -> None:
-    """Run all suites side by side: most of their time goes into compilation on the host."""
+    """Run one suite after the other: what runs beside it would be tested under its load."""
     chosen, selection = QUICK if context.quick else (suites(), [])
-    with tempfile.TemporaryDirectory() as folder:
-        logs = {suite: Path(folder) / suite.replace("/", "-") for suite in chosen}
-        running = {suite: _start(suite, selection, logs[suite]) for suite in chosen}
-        for suite, process in running.items():
-            try:
-                process.wait(max(0.0, context.deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                # All at once: to leave the device takes each a while, and what outlived this
-                # section would run beside the measurements of the next.
-                for late in running.values():
-                    late.kill()
-                process.wait()
-            _record(context, suite, logs[suite].read_text(), process.returncode)
+    for suite in chosen:
+        labels = {"op": "tests", "implementation": suite}
+        if context.known(labels):
+            continue
+        with context.running(labels), tempfile.TemporaryFile("w+") as log:
+            status = _run(suite, selection, log, context.deadline)
+            log.seek(0)
+            _record(context, suite, log.read(), status)
 
 
-def _start(suite: str, selection: list[str], log: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pytest", "-vv", "--tb=short"]
-    command += [
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "interpreter or gpu",
-        *selection,
-        f"tests/{suite}.py",
-    ]
-    with log.open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+def _run(suite: str, selection: list[str], log: IO[str], deadline: float) -> int | None:
+    """Run a suite to its end, or to the deadline: its status, or None."""
+    command = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-m", "interpreter or gpu", *selection, f"tests/{suite}.py"]
+    place = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT}
+    try:
+        left = max(0.0, deadline - time.monotonic())
+        return subprocess.run(command, **place, timeout=left, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return None
 
 
-def _record(context: Context, suite: str, text: str, status: int) -> None:
+def _record(context: Context, suite: str, text: str, status: int | None) -> None:
     """Count the outcomes line by line, so that a suite that was stopped still counts."""
     with (context.recorder.path.parent / LOG).open("a") as file:
         file.write(text)
@@ -68,7 +61,9 @@ def _record(context: Context, suite: str, text: str, status: int) -> None:
     count = {word: sum(o == word for _, o in outcomes) for word in ("PASSED", "SKIPPED")}
     failed = [name for name, outcome in outcomes if outcome in ("FAILED", "ERROR")]
     note = f"{count['PASSED']} passed, {len(failed)} failed, {count['SKIPPED']} skipped"
-    if status not in (0, 1):
+    if status is None:
+        note = f"not run to its end: {note}"
+    elif status not in (0, 1):
         # One that was stopped while it started has said nothing.
         last = text.strip().splitlines()[-1:] or ["no output"]
         note += f"; pytest ended with status {status}: {last[0][:200]}"

@@ -38,6 +38,10 @@ PARTS = {
         *("bench.ceilings:part", 0.06),
         "what can the card do at most?",
     ),
+    "compile_larger": Part(
+        *("bench.gpu.compile:larger", 0.05),
+        "compiles the headlines' other sizes ahead",
+    ),
     "headlines": Part(
         *("bench.gpu.timings:headlines", 0.18),
         "how long do this library's loss and steps take, and the sampling VAE's?",

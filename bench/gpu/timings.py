@@ -49,9 +49,8 @@ def peers(context: Context) -> None:
     """Everybody else's loss and step, the cheapest first; nothing is compiled."""
     sizes = ["tiny"] if context.quick else ["celeba16", "celeba32", "celeba64"]
     others = [name for name in EAGER if name not in _OURS]
-    for size in sizes:
-        for case in _decoder_losses(context, [size], [OURS, *others]):
-            context.run(case)
+    for case in _decoder_losses(context, sizes, others):
+        context.run(case)
     others = [name for name in STEPS if name not in (SAMPLING, TRITON)]
     for case in cases_steps.training_step(context.device, sizes[:1], implementations=others):
         context.run(case)
