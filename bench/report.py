@@ -125,7 +125,7 @@ def plot_peers(rows: list[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     label = "milliseconds; in brackets paired ratios to this library, those of a step to sampling"
     figure.supxlabel(f"{label}\n{_machine_text(rows[-1])}", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_roofline(rows: list[Row], path: Path) -> None:
@@ -157,7 +157,7 @@ def plot_roofline(rows: list[Row], path: Path) -> None:
     corner = {"ha": "right", "va": "bottom", "multialignment": "left"}
     axis.text(1, 0, "\n".join(key), transform=axis.transAxes, fontsize=7, **corner)
     axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def size_of(row: Row) -> dict[str, int]:
@@ -208,7 +208,7 @@ def plot_scaling(rows: list[Row], path: Path) -> None:
         axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"decoder and loss, both ways\n{_machine_text(rows[-1])}", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _machine_text(row: Row) -> str:
@@ -216,9 +216,10 @@ def _machine_text(row: Row) -> str:
     return f"{row['device']}{threads}, torch {row['torch']}"
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write a figure, with what lies beside its axes, and close it."""
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 

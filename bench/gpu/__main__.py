@@ -27,8 +27,9 @@ import torch
 
 from bench import choices, ledger
 from bench.command import make_parser
+from bench.gpu import page
 from bench.gpu.parts import PARTS
-from bench.gpu.runner import Runner
+from bench.gpu.runner import OUT_OF_TIME, Runner
 from bench.ledger import Recorder, read_rows
 from bench.measure import Context, OutOfTime
 
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{ledger.merge(read_rows(options.out / ROWS))} rows appended to {ledger.LEDGER}")
         print(f"{choices.update()} devices with measured layers in {choices.MEASURED}")
         return 0
+    if options.page:
+        return _write_page(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
             "no CUDA device is usable: give --device cpu --quick to try the runbook",
@@ -52,8 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part:
-        _run_part(options)
-        return 0
+        return _run_part(options)
     recorder = _recorder(options)
     if options.after and not recorder.path.exists():
         shutil.copytree(options.after, options.out, dirs_exist_ok=True)
@@ -61,7 +63,17 @@ def main(arguments: list[str] | None = None) -> int:
     given += ["--quick"] * options.quick
     given += ["--commit", options.commit] * bool(options.commit)
     Runner(recorder, options.minutes, given, options.device).run(options.only or [*PARTS])
+    return _write_page(options)
+
+
+def _write_page(options: argparse.Namespace) -> int:
+    left_out = page.write(options.out, _rows_name(options), rehearsal=options.quick)
+    print(*left_out, f"what was found: {options.out / page.PAGE}", sep="\n")
     return 0
+
+
+def _rows_name(options: argparse.Namespace) -> str:
+    return QUICK_ROWS if options.quick else ROWS
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -73,17 +85,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts alone")
     parser.add_argument("--after", type=Path, help="folder of a call before, to go on from")
     parser.add_argument("--commit", help="for a copy of the files that has no git history")
+    parser.add_argument("--page", action="store_true", help="write DIR/README.md and its pictures")
     parser.add_argument("--merge", action="store_true", help="append the times to the ledger")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def _recorder(options: argparse.Namespace) -> Recorder:
-    path = options.out / (QUICK_ROWS if options.quick else ROWS)
-    return Recorder(path, options.device, options.commit)
+    return Recorder(options.out / _rows_name(options), options.device, options.commit)
 
 
-def _run_part(options: argparse.Namespace) -> None:
+def _run_part(options: argparse.Namespace) -> int:
     started = time.monotonic()
     module, function = PARTS[options.part].function.split(":")
     # For every candidate alike.
@@ -93,7 +105,8 @@ def _run_part(options: argparse.Namespace) -> None:
     try:
         getattr(importlib.import_module(module), function)(context)
     except OutOfTime:
-        recorder.write(op=options.part, note="not run to its end: out of time")
+        return OUT_OF_TIME
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from bench.ledger import Recorder
 from bench.measure import RUNNING
 
 LOG = "parts.log"
+# The operation of a row that says how a part went, and the status of one that ran out of time.
+PART, OUT_OF_TIME = "part", 75
 # Seconds that a part has to end its last case before it is stopped.
 GRACE = 20.0
 
@@ -50,12 +52,13 @@ class Runner:
         for at, name in enumerate(names):
             seconds = self._allowed(names, at)
             if seconds < GRACE / 2:
-                self._recorder.write(op=name, note="not run: out of time")
+                self._recorder.write(op=PART, implementation=name, note="not run: out of time")
                 continue
             started = time.monotonic()
-            failures = self._part(name, started + seconds)
-            took = time.monotonic() - started
-            print(f"{name}: {'; '.join(failures) or 'done'} in {took:.0f} s", flush=True)
+            ends = self._part(name, started + seconds) or ["done"]
+            note = f"{'; '.join(ends)} in {time.monotonic() - started:.0f} s"
+            self._recorder.write(op=PART, implementation=name, note=note)
+            print(f"{name}: {note}", flush=True)
 
     def _allowed(self, names: Sequence[str], at: int) -> float:
         """Seconds of a part: its share, and what is left over the shares of those behind it."""
@@ -75,7 +78,6 @@ class Runner:
                 break
             failures.append(failure)
             if not running.exists():
-                self._recorder.write(op=name, note=failure)
                 break
             self._recorder.write(**json.loads(running.read_text()), note=failure)
             running.unlink()
@@ -100,4 +102,6 @@ class Runner:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        if status == OUT_OF_TIME:
+            return "out of time"
         return f"ended its process with status {status}; see {LOG}" if status else ""
