@@ -16,7 +16,7 @@ from bench.gpu.kernel_profile import read_kernels
 from bench.gpu.parts import PARTS
 from bench.gpu.runner import PART
 from bench.ledger import ceiling, read_rows
-from bench.measure import HOLDS, LABELS, is_final
+from bench.measure import HOLDS, LABELS
 from bench.peers import FUSED, SAMPLING, TRITON, UNFUSED
 from fastsfvae.ground.atomic import write_text
 
@@ -56,9 +56,9 @@ def write(folder: Path, rows_name: str, *, rehearsal: bool = False) -> list[str]
     if rehearsal:
         lines += ["**A rehearsal: sizes are tiny, and no number below means anything.**", ""]
     lines += [
-        f"fastsfvae {last['commit']}, torch {last['torch']}, Triton {last['triton']}, {last['date']}."
-        " Times are medians. An error is relative, against float64. The commands are in "
-        "`bench/gpu/`: `python -m bench.gpu --out DIR`.",
+        f"fastsfvae {last['commit']}, torch {last['torch']}, Triton {last['triton']}, "
+        f"{last['date']}. Times are medians. An error is relative, against float64. Made by "
+        "`python -m bench.gpu --out DIR`.",
         *("", *_to_do(rows, kernels, limits)),
     ]
     for title, section in SECTIONS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -33,15 +34,12 @@ def draw(
     """
     drawn, left_out = [], []
     timed = [row for row in rows if row["p50_ms"]]
-    for name, says, picture in (
-        ("kernels.png", "A step's kernels beside their floors", lambda p: _bars(kernels, p)),
-        (
-            "roofline.png",
-            "The same kernels under what the card can do",
-            lambda p: _roof(kernels, limits, p),
-        ),
-        ("peers.png", "This library and everybody else", lambda p: plot_peers(timed, p)),
-    ):
+    pictures = {
+        "kernels.png": ("A step's kernels beside their floors", partial(_bars, kernels)),
+        "roofline.png": ("The same under what the card can do", partial(_roof, kernels, limits)),
+        "peers.png": ("This library and everybody else", partial(plot_peers, timed)),
+    }
+    for name, (says, picture) in pictures.items():
         try:
             picture(folder / name)
         except ValueError as reason:
@@ -103,6 +101,5 @@ def _label(row: Row) -> str:
 
 
 def _title(row: Row) -> str:
-    return (
-        f"{row['device']}: {row['step']}, {row['implementation']}, {row['dtype']}, {row['launch']}"
-    )
+    of_step = (row[name] for name in ("step", "implementation", "dtype", "launch"))
+    return f"{row['device']}: {', '.join(of_step)}"

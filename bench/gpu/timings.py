@@ -34,7 +34,7 @@ def headlines(context: Context) -> None:
     for case in _decoder_losses(context, sizes, _OURS):
         context.run(case)
     for name in sizes:
-        for dtype in cases_steps.PRECISIONS:
+        for dtype in _dtypes(context):
             steps = cases_steps.training_step(
                 context.device, [name], dtypes=[dtype], implementations=[SAMPLING, TRITON]
             )
@@ -87,10 +87,15 @@ def layers(context: Context) -> None:
         context.run(case)
 
 
+def _dtypes(context: Context) -> Sequence[str]:
+    # Interpreted, they differ in little else than their time.
+    return ("bfloat16",) if context.quick else cases_steps.PRECISIONS
+
+
 def _decoder_losses(context: Context, sizes: list[str], names: Sequence[str]) -> Iterator[Case]:
     for size in sizes:
         yield from cases_steps.decoder_loss(
-            context.device, [size], dtypes=cases_steps.PRECISIONS, implementations=names
+            context.device, [size], dtypes=_dtypes(context), implementations=names
         )
 
 
