@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastsfvae.ground.garbage import uncollected
+
 Run = Callable[[], object]
 
 
@@ -88,7 +90,7 @@ def time_graph(runs: Sequence[Run], seconds: float) -> Timing:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with uncollected(), torch.cuda.graph(graph):
         for run in runs:
             run()
     replayed = time_events([graph.replay], seconds)
