@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsfvae.ground.garbage import uncollected
+
 Run = Callable[[], object]
 
 
@@ -87,7 +89,7 @@ def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with uncollected(), torch.cuda.graph(graph):
         results = run()
     return graph.replay, results
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fastsfvae import _checks
 from fastsfvae._ranges import span
+from fastsfvae.ground.garbage import uncollected
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.loss import Elbo, SamplingFreeLoss
@@ -136,7 +137,7 @@ class GraphedStep:
             capturing = torch.cuda.graph(
                 self._graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"
             )
-            with capturing:
+            with uncollected(), capturing:
                 self._outputs = self._train(*self._inputs)
 
     def warm_up(self, x: Tensor, *args: Tensor) -> None:

@@ -28,7 +28,7 @@ import torch
 from bench import choices, ledger
 from bench.command import make_parser
 from bench.gpu import page
-from bench.gpu.parts import PARTS
+from bench.gpu.parts import PARTS, with_needed
 from bench.gpu.runner import OUT_OF_TIME, Runner
 from bench.ledger import Recorder, read_rows
 from bench.measure import Context, OutOfTime
@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = ["--out", str(options.out), "--device", options.device]
     given += ["--quick"] * options.quick
     given += ["--commit", options.commit] * bool(options.commit)
-    Runner(recorder, options.minutes, given, options.device).run(options.only or [*PARTS])
+    names = with_needed(options.only or PARTS)
+    Runner(recorder, options.minutes, given, options.device).run(names)
     return _write_page(options)
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench import cases_kernels, cases_layers, cases_steps
+from bench import cases_kernels, cases_last_layer, cases_layers, cases_steps
 from bench.measure import Case, Context, why
 from bench.peers import (
     DECODER_LOSSES,
@@ -81,10 +81,19 @@ def operations(context: Context) -> None:
 
 
 def layers(context: Context) -> None:
-    """Each layer of the paper's decoder on the fused kernel and on the library, in every dtype."""
-    names = cases_layers.TINY if context.quick else cases_layers.LAYERS
-    for case in cases_layers.layers(context.device, list(names)):
-        context.run(case)
+    """Layers of the paper's decoder on the fused kernels and by the library, in every dtype.
+
+    The last one first, with its Gram: it weighs most.
+    """
+    names, last = cases_layers.LAYERS, cases_last_layer.LAST
+    if context.quick:
+        names, last = cases_layers.TINY, cases_last_layer.TINY_LAST
+    for dtype in cases_layers.DTYPES:
+        for case in (
+            *cases_last_layer.last_layers(context.device, list(last), [dtype]),
+            *cases_layers.layers(context.device, list(names), [dtype]),
+        ):
+            context.run(case)
 
 
 def _dtypes(context: Context) -> Sequence[str]:

@@ -99,8 +99,13 @@ def decide(
     device: torch.device | Gpu,
     dtype: torch.dtype,
     activated: bool = True,
+    of_gram: bool = False,
 ) -> Choice:
     """How a layer runs that a fused kernel supports, and why.
+
+    A decoder's last layer was measured with the Gram of its Jacobian as well, as a loss asks for
+    both. Where it was, that decides, and for those who want the Jacobian too: a plan has one last
+    layer for all.
 
     Args:
         operation: the ATen name, such as "conv_transpose2d" or "linear".
@@ -110,6 +115,7 @@ def decide(
         device: where it runs, on the Triton backend.
         dtype: of values and tangents.
         activated: whether there is an activation for the kernel to take in, in front or behind.
+        of_gram: whether `fastsfvae.ops.gram_tail` takes the layer with its Gram, where it is fused.
 
     Raises:
         ValueError: an unknown $FASTSFVAE_FUSED.
@@ -128,9 +134,11 @@ def decide(
         return Choice("library", NO_ACTIVATION)
     used = product if is_full else "half"
     measured = MEASURED.get(gpu.name, {}).get("layers", {})
-    key = layer_key(operation, x_shape, weight_shape, used)
-    if key in measured:
-        return Choice(measured[key], f"measured on {gpu.name}", product)
+    with_gram, alone = (layer_key(operation, x_shape, weight_shape, used, g) for g in (True, False))
+    if of_gram and with_gram in measured:
+        return Choice(measured[with_gram], f"measured with its Gram on {gpu.name}", product)
+    if alone in measured:
+        return Choice(measured[alone], f"measured on {gpu.name}", product)
     if not gpu.bandwidth:
         return Choice("library", "the driver does not tell the memory's speed")
     x, out = math.prod(x_shape), math.prod(out_shape)
@@ -170,11 +178,23 @@ def decide_of_latents(device: torch.device) -> Choice:
 
 
 def layer_key(
-    operation: str, x_shape: Sequence[int], weight_shape: Sequence[int], product: str
+    operation: str,
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    product: str,
+    of_gram: bool = False,
 ) -> str:
-    """The name of a layer among what was measured; `product` "half" for half precision."""
+    """The name of a layer among what was measured.
+
+    Args:
+        operation: as in `decide`.
+        x_shape: likewise.
+        weight_shape: likewise.
+        product: of float32 numbers in the kernel; "half" for half precision.
+        of_gram: whether the layer is meant together with the Gram of its Jacobian.
+    """
     sizes = ("x".join(map(str, shape)) for shape in (x_shape, weight_shape))
-    return " ".join((operation, *sizes, product))
+    return " ".join((operation, *sizes, product, *["gram"] * of_gram))
 
 
 def _setting() -> tuple[str, str]:

@@ -1,24 +1,27 @@
-"""The GPU runbook's code, run small on the CPU: its rows, its checks, and how it survives."""
+"""The GPU runbook, run small on the CPU: its parts, its page, and how it survives."""
 
-import contextlib
-import json
 import os
 import select
 import subprocess
+import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import cases_layers, ceilings, choices, gpu, gpu_correctness, gpu_sections, ledger
+from bench import choices, ledger
+from bench.gpu import __main__ as gpu
+from bench.gpu import correctness, page, runner, timings
+from bench.gpu.parts import PARTS, Part, with_needed
 from bench.ledger import Recorder, read_rows
-from bench.measure import Case, Context, OutOfTime, Prepared
-from bench.problems import TOLERANCE, relative_error
-from bench.timing import Timing, time_graph
-from fastsfvae.ops import _gpu
-from fastsfvae.ops.dispatch import decide
+from bench.measure import RUNNING, Case, Context, Prepared
+from bench.peers import OURS, SAMPLING, TRITON
+from bench.problems import TOLERANCE
+from tests._triton import INTERPRETER
+
+ROOT = Path(__file__).parents[2]
+once = pytest.mark.skipif(INTERPRETER, reason="runs the same in either run of the suite")
 
 
 @pytest.fixture
@@ -31,160 +34,41 @@ def rows_of(context):
     return read_rows(context.recorder.path)
 
 
-def case(run, error=None, **kwargs):
-    prepared = Prepared([run], error)
-    return Case("op", "someone", "forward", "n=3", "float32", lambda: prepared, **kwargs)
-
-
+@once
 @pytest.mark.parametrize(
-    "section, ours, peers",
-    [
-        (gpu_sections.kernels, 5, 0),
-        (gpu_sections.loss_only, 2, 6),
-        (gpu_sections.decoder_loss, 3, 9),
-        (gpu_sections.training_step, 3, 6),
-    ],
+    "part, ours, others",
+    [(timings.operations, 7, 4), (timings.headlines, 0, 1), (timings.peers, 2, 4)],
 )
-def test_a_section_times_what_is_right_and_says_why_it_leaves_out_the_rest(
-    context, section, ours, peers
+def test_a_part_times_what_is_right_and_says_why_it_leaves_out_the_rest(
+    context, part, ours, others
 ):
-    section(context)
+    part(context)
     rows = rows_of(context)
-    torch_rows = [row for row in rows if row["implementation"] == "fastsfvae[torch]"]
-    triton_rows = [row for row in rows if row["implementation"] == "fastsfvae[triton]"]
-    others = [row for row in rows if "fastsfvae" not in row["implementation"] and row["p50_ms"]]
-    assert len(torch_rows) == ours and len(others) >= peers
+    torch_rows = [row for row in rows if row["implementation"] == OURS]
+    triton_rows = [row for row in rows if row["implementation"] == TRITON]
+    peers = [row for row in rows if "fastsfvae" not in row["implementation"] and row["p50_ms"]]
+    assert len(torch_rows) == ours and len(peers) >= others
     for row in torch_rows:
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert float(row["error"]) <= TOLERANCE[row["dtype"]]
         assert row["commit"] == "abc1234" and row["torch"] == torch.__version__
     # Without a GPU or the interpreter: each is a row that gives the reason, and no time.
-    assert triton_rows
+    assert triton_rows or part is timings.peers
     assert all(not row["p50_ms"] and "TRITON_INTERPRET" in row["note"] for row in triton_rows)
 
 
-def test_step_rows_state_their_ratio_to_the_sampling_step(context):
-    gpu_sections.training_step(context)
-    rows = rows_of(context)
-    ours = next(row for row in rows if row["implementation"] == "fastsfvae[torch]")
-    sampling = next(row for row in rows if row["implementation"] == "sampling")
-    ratio = float(ours["p50_ms"]) / float(sampling["p50_ms"])
-    assert float(ours["ratio"]) == pytest.approx(ratio, abs=6e-4 + 1e-3 * ratio)
-    assert ours["ratio_to"] == "sampling" and not sampling["ratio"]
-
-
-def test_ceilings_become_shares(context):
-    ceilings.section(context)
-    later = Context("cpu", True, context.recorder, context.deadline)
-    assert later.limit.keys() == {"copy", *ceilings.PRODUCTS}
-    seconds = float(rows_of(context)[0]["p50_ms"]) / 1e3
-    assert later.limit["copy"] == pytest.approx(2 * 4 * 2**16 / seconds, rel=1e-3)
-    later.limit = {"copy": 1e9, "float32": 1e12}
-    x = torch.ones(3)
-    # 1 ms of traffic and 2 ms of arithmetic: the larger is the floor.
-    columns = later.columns(case(lambda: (x,), bytes=1e6, flops=2e9), Timing(8.0, 7.0, 9.0))
-    assert float(columns["share_of_ceiling"]) == 0.25
-    assert float(columns["bytes_per_s"]) == pytest.approx(1.25e8)
-
-
-@pytest.mark.parametrize("error", [1.0, float("nan")])
-def test_a_wrong_result_gets_no_time(context, error):
-    assert context.run(case(lambda: (torch.ones(3),), lambda outputs: error)) == {}
-    (row,) = rows_of(context)
-    assert not row["p50_ms"] and row["note"].startswith("not timed: wrong against float64")
-
-
-def test_a_failing_case_becomes_a_row_and_the_next_one_runs(context):
-    def broken():
-        raise ValueError("no such kernel\nsecond line")
-
-    context.run(case(broken))
-    context.run(case(lambda: (torch.ones(3),), lambda outputs: 0.0))
-    failed, good = rows_of(context)
-    assert failed["note"] == "failed: ValueError: no such kernel" and not failed["p50_ms"]
-    assert float(good["p50_ms"]) >= 0 and good["error"] == "0.00e+00"
-
-
-def test_no_case_starts_after_the_deadline(context):
-    context.deadline = time.monotonic() - 1
-    with pytest.raises(OutOfTime):
-        context.run(case(lambda: (torch.ones(3),)))
-    assert rows_of(context) == []
-
-
-@pytest.fixture
-def pretended_cuda(monkeypatch):
-    """Stands in for what the timing calls of torch.cuda; 6 ms pass between any two events."""
-    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 6.0)
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    replays = []
-    stubs = {
-        "Event": lambda enable_timing: event,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": contextlib.nullcontext,
-        "graph": contextlib.nullcontext,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: replays.append(1)),
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 2**20,
-        "max_memory_allocated": lambda: 3 * 2**20,
-    }
-    for name, stub in stubs.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
-    return replays
-
-
-def test_a_graph_of_several_runs_is_divided_by_their_number(pretended_cuda):
-    ran = []
-    timing = time_graph([lambda i=i: ran.append(i) or () for i in range(3)], 1e-9)
-    assert timing == Timing(2.0, 2.0, 2.0)
-    # Twice to warm up, once to capture; only replays are timed.
-    assert ran == [0, 1, 2] * 3 and len(pretended_cuda) >= 6
-
-
-def test_cuda_rows_name_their_launch_and_peak_memory(context, pretended_cuda):
-    context.device = "cuda"
-    made = case(lambda: (torch.ones(3),), lambda outputs: 0.0, launches=("eager", "graph"))
-    timings = context.run(made)
-    eager, graph = rows_of(context)
-    assert [row["mode"] for row in (eager, graph)] == ["forward, eager", "forward, graph"]
-    assert eager["p50_ms"] == graph["p50_ms"] == "6" and timings["graph"].p50 == 6.0
-    assert eager["peak_mib"] == "2.0"
-
-
-def test_what_cannot_be_captured_keeps_its_eager_time(context, pretended_cuda, monkeypatch):
-    def refuse(graph):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
-    context.device = "cuda"
-    context.run(case(lambda: (torch.ones(3),), launches=("eager", "graph")))
-    eager, graph = rows_of(context)
-    assert eager["p50_ms"] == "6" and not graph["p50_ms"]
-    assert graph["mode"] == "forward, graph" and "stream is capturing" in graph["note"]
-
-
-def test_relative_error_takes_the_worst_and_hands_on_nan():
-    want = torch.tensor([3.0, 4.0]).double()
-    got = [want.float(), torch.tensor([3.0, 4.5])]
-    assert relative_error(got, [want, want]) == pytest.approx(0.1)
-    assert torch.tensor(relative_error([want, want * float("nan")], [want, want])).isnan()
-
-
-def test_short_training_compares_the_backends(context, monkeypatch):
-    curves = {"torch": [2.0, 1.0], "triton": [2.0, 1.1], "auto": [3.0, 2.0]}
-    monkeypatch.setattr(gpu_sections, "_train", lambda config: (curves[config.backend], 0.3))
-    gpu_sections.short_training(context)
+def test_curves_compare_the_backends(context, monkeypatch):
+    found = {"torch": [2.0, 1.0], "triton": [2.0, 1.1], "auto": [3.0, 2.0]}
+    monkeypatch.setattr(timings, "_train", lambda config: (found[config.backend], 0.3))
+    timings.curves(context)
     rows = {row["implementation"]: row for row in rows_of(context)}
-    assert rows["fastsfvae[triton]"]["error"] == "1.00e-01"
-    assert "loss 2.000 to 1.000; 100.000 ms a step" in rows["fastsfvae[torch]"]["note"]
-    assert not rows["sampling"]["error"]
+    assert rows[TRITON]["error"] == "1.00e-01"
+    assert "loss 2.000 to 1.000; 100.000 ms a step" in rows[OURS]["note"]
+    assert not rows[SAMPLING]["error"]
 
 
 def test_every_module_with_a_test_for_a_device_is_a_suite():
-    chosen = set(gpu_correctness.suites())
+    chosen = set(correctness.suites())
     folder = Path(__file__).parents[1] / "kernels"
     kernels = {f"kernels/{path.stem}" for path in folder.glob("test_*.py")}
     # The interpreter's and the compiler's alone.
@@ -202,70 +86,117 @@ def test_suites_are_counted_line_by_line(context):
         "tests/test_x.py::test_c FAILED [100%]\n"
         "FAILED tests/test_x.py::test_c - AssertionError: error 2 above 1\n"
     )
-    gpu_correctness._record(context, "test_x", text, -9)
+    correctness._record(context, "test_x", text, -9)
     whole, failed = rows_of(context)
     assert whole["note"].startswith("1 passed, 1 failed, 1 skipped; pytest ended with status -9")
     assert failed["shape"] == "test_c" and failed["note"] == "AssertionError: error 2 above 1"
-    gpu_correctness._record(context, "test_y", "", -9)
+    correctness._record(context, "test_y", "", -9)
     assert rows_of(context)[-1]["note"].endswith("pytest ended with status -9: no output")
 
 
-def test_late_suites_are_stopped_together(context, monkeypatch):
-    started = []
-
-    def start(suite, selection, log):
-        log.touch()
-        started.append(subprocess.Popen(["sleep", "60"]))
-        return started[-1]
-
-    monkeypatch.setattr(gpu_correctness, "_start", start)
-    monkeypatch.setattr(gpu_correctness, "suites", lambda: tuple(map(str, range(8))))
-    context.quick, context.deadline = False, time.monotonic()
-    before = time.monotonic()
-    gpu_correctness.section(context)
-    # Not a second each.
-    assert time.monotonic() - before < 4
-    assert len(started) == 8 and all(process.returncode for process in started)
+def test_a_suite_that_was_stopped_is_run_by_a_second_call(context, monkeypatch):
+    monkeypatch.setattr(correctness, "suites", lambda: ("no/such", "neither/this"))
+    context.quick, context.deadline = False, time.monotonic() + 0.3
+    # The first is stopped while it starts, and there is no time for the second.
+    with pytest.raises(gpu.OutOfTime):
+        correctness.part(context)
+    (row,) = rows_of(context)
+    assert row["note"].startswith("not run to its end: 0 passed")
+    later = Context("cpu", False, context.recorder, time.monotonic() + 60, goes_on=True)
+    correctness.part(later)
+    rows = later.rows("tests")
+    assert [row["implementation"] for row in rows] == ["no/such", "neither/this"]
+    assert all("pytest ended with status 4" in row["note"] for row in rows)
 
 
-def test_command_runs_a_section_in_a_process_of_its_own(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--only", "ceilings"]
-    assert gpu.main(arguments) == 0
-    rows = read_rows(tmp_path / gpu.QUICK_ROWS)
-    assert [row["dtype"] for row in rows] == ["float32", *ceilings.PRODUCTS]
-    assert all(float(row["p50_ms"]) > 0 for row in rows)
-    assert "ceilings: done" in capsys.readouterr().out
+class Children:
+    """Stands in for the parts' processes: shell scripts, one a start of a part."""
+
+    def __init__(self, monkeypatch, **scripts):
+        self.scripts, self.started, spawn = scripts, [], subprocess.Popen
+
+        def spawned(command, **kwargs):
+            if "--part" not in command:
+                # Provenance asks git, by the same function.
+                return spawn(command, **kwargs)
+            name = command[command.index("--part") + 1]
+            self.started.append(name)
+            script = self.scripts[name].pop(0)
+            return spawn(["sh", "-c", script], **self.inherits, **kwargs)
+
+        self.inherits = {}
+        monkeypatch.setattr(runner.subprocess, "Popen", spawned)
+        monkeypatch.setattr(runner, "GRACE", 2.0)
 
 
-def test_command_survives_a_section_that_dies_and_one_that_hangs(tmp_path, monkeypatch):
-    spawn, (reading, writing) = subprocess.Popen, os.pipe()
+def run_parts(folder, names, minutes=1.0):
+    recorder = Recorder(folder / "rows.csv", "cpu", "x")
+    folder.mkdir(parents=True, exist_ok=True)
+    runner.Runner(recorder, minutes, [], "cpu").run(names)
+    return read_rows(recorder.path)
 
-    def spawned(command, **kwargs):
-        script = "kill -SEGV $$" if "ceilings" in command else "sleep 60 & wait"
-        return spawn(["sh", "-c", script], pass_fds=[writing], **kwargs)
 
-    # Provenance asks git, by the same function.
-    monkeypatch.setattr(ledger, "commit", lambda: "x")
-    monkeypatch.setattr(gpu, "Recorder", lambda path, device, commit: Recorder(path, device, "x"))
-    monkeypatch.setattr(gpu.subprocess, "Popen", spawned)
-    monkeypatch.setattr(gpu, "GRACE", 2.0)
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--only", "ceilings", "kernels"]
-    assert gpu.main([*arguments, "--minutes", "0.1"]) == 0
-    died, hung = read_rows(tmp_path / gpu.ROWS)
-    assert died["op"] == "ceilings" and "status -11" in died["note"]
-    assert hung["op"] == "kernels" and "stopped after 1 s" in hung["note"]
-    # What a section had started is gone as well: nobody is left to write.
+def test_a_part_begins_again_behind_what_ended_it(tmp_path, monkeypatch):
+    dies = f'echo \'{{"op": "bad", "dtype": "tf32"}}\' > {tmp_path / RUNNING}; kill -SEGV $$'
+    children = Children(monkeypatch, layers=[dies, "exit 0"], peers=["exit 3"], sweep=["exit 75"])
+    rows = run_parts(tmp_path, ["layers", "peers", "sweep"])
+    assert children.started == ["layers", "layers", "peers", "sweep"]
+    bad, layers, peers, sweep = rows
+    assert (bad["op"], bad["dtype"]) == ("bad", "tf32") and "status -11" in bad["note"]
+    assert layers["op"] == "part" and "status -11" in layers["note"]
+    # Without a word on what it was at there is nothing to begin behind.
+    assert "status 3" in peers["note"] and sweep["note"].startswith("out of time")
+
+
+def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    children = Children(monkeypatch, layers=["sleep 60 & wait"])
+    children.inherits = {"pass_fds": [writing]}
+    monkeypatch.setitem(PARTS, "layers", Part("a:b", 0.1, "says", most=0.03))
+    (row,) = run_parts(tmp_path, ["layers"])
+    assert "stopped after 2 s" in row["note"]
+    # Nobody is left to write.
     os.close(writing)
     assert select.select([reading], [], [], 10)[0] and os.read(reading, 1) == b""
     os.close(reading)
 
 
-def test_sections_without_time_left_are_named(tmp_path):
+def test_what_a_part_leaves_over_the_next_one_has(tmp_path):
+    recorder = Recorder(tmp_path / "rows.csv", "cpu", "x")
+    run = runner.Runner(recorder, 10, [], "cpu")
+    names = ["smoke", "layers", "correctness"]
+    smoke, layers, last = (run._allowed(names, at) for at in range(3))
+    # Nothing has been used yet: each may have all but the others' shares.
+    assert smoke == pytest.approx(590 - 600 * (PARTS["layers"].share + 0.1), abs=1)
+    assert layers == pytest.approx(590 - 600 * 0.1, abs=1)
+    assert last == pytest.approx(600 * 0.1, abs=1)
+    assert sum(part.share for part in PARTS.values()) == pytest.approx(1)
+
+
+def test_what_a_part_needs_runs_before_it():
+    assert with_needed(["profile", "smoke"]) == ["compile", "smoke", "profile"]
+    assert with_needed(["layers"]) == ["layers"] and with_needed(PARTS) == [*PARTS]
+
+
+def test_parts_without_time_left_are_named(tmp_path):
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--minutes", "0.1"]
     assert gpu.main(arguments) == 0
     rows = read_rows(tmp_path / gpu.QUICK_ROWS)
-    assert [row["op"] for row in rows] == list(gpu.SECTIONS)
+    assert [row["implementation"] for row in rows] == list(PARTS)
     assert {row["note"] for row in rows} == {"not run: out of time"}
+
+
+def test_a_call_goes_on_from_another_folder(tmp_path, capsys):
+    before, now = tmp_path / "before", tmp_path / "now"
+    for folder, options in ((before, []), (now, ["--after", str(before)])):
+        arguments = ["--out", str(folder), "--device", "cpu", "--quick", "--commit", "abc1234"]
+        assert gpu.main([*arguments, "--only", "ceilings", *options]) == 0
+    first, second = (read_rows(folder / gpu.QUICK_ROWS) for folder in (before, now))
+    assert any(row["op"] == "ceiling" and row["p50_ms"] for row in first)
+    # Nothing is measured again, and nothing of the first call's is changed.
+    assert [row["op"] for row in second[len(first) :]] == ["part"]
+    assert second[: len(first)] == first
+    assert "ceilings: done" in capsys.readouterr().out
 
 
 def test_merge_appends_each_time_once(tmp_path, monkeypatch, context):
@@ -273,70 +204,37 @@ def test_merge_appends_each_time_once(tmp_path, monkeypatch, context):
     book.write_text(",".join(ledger.COLUMNS) + "\n")
     monkeypatch.setattr(ledger, "LEDGER", book)
     monkeypatch.setattr(choices, "MEASURED", tmp_path / "measured.json")
-    context.run(case(lambda: (torch.ones(3),)))
-    context.run(case(lambda: 1 / 0))
+    right = Prepared([lambda: (torch.ones(3),)])
+    for prepare in (lambda: right, lambda: 1 / 0):
+        context.run(Case("op", "someone", "forward", "n=3", "float32", prepare))
     for _ in range(2):
         assert gpu.main(["--out", str(tmp_path), "--merge"]) == 0
     (row,) = read_rows(book)
     assert row["op"] == "op" and row["commit"] == "abc1234" and float(row["p50_ms"]) >= 0
 
 
-def layer_rows(device, milliseconds):
-    """Rows of every layer's cases; the backward takes twice as long as the forward."""
-    cases = (
-        (n, d, i)
-        for n in cases_layers.LAYERS
-        for d in cases_layers.DTYPES
-        for i in [*cases_layers.implementations(d)]
-    )
-    for name, dtype, implementation in cases:
-        for mode, factor in (("forward, graph", 1), ("backward, graph", 2)):
-            yield {
-                "op": cases_layers.OPERATION,
-                "implementation": implementation,
-                "shape": cases_layers.label(name),
-                "dtype": dtype,
-                "mode": mode,
-                "device": device,
-                "p50_ms": str(factor * milliseconds(name, dtype, implementation)),
-            }
-
-
-def test_the_ledger_tells_which_layers_to_fuse(monkeypatch):
-    def milliseconds(name, dtype, implementation):
-        if implementation == cases_layers.LIBRARY:
-            return 2.0
-        exact = {"fused, ieee": 1.9, "fused, tf32x3": 1.5}.get(implementation, 1.0)
-        return exact if name != "deconv3" else 3.0
-
-    old = [
-        row | {"p50_ms": "0.1"}
-        for row in layer_rows("a card", milliseconds)
-        if row["implementation"] == cases_layers.LIBRARY
-    ]
-    table = choices.choose([*old, *layer_rows("a card", milliseconds)])
-    assert table.keys() == {"a card"} and table["a card"]["float32"] == "tf32x3"
-    for name, size in cases_layers.LAYERS.items():
-        for product in ("tf32", "tf32x3", "half"):
-            how = "library" if name == "deconv3" else "fused"
-            assert table["a card"]["layers"][size.key(product)] == how
-    assert len(table["a card"]["layers"]) == 12
-    # What the table says, the library does.
-    monkeypatch.setitem(_gpu.MEASURED, "a card", table["a card"])
-    card = _gpu.Gpu("a card", 90, 1e11, 1e12)
-    shapes = (64, 4, 4), (64, 64, 4, 4), (64, 8, 8)
-    choice = decide("conv_transpose2d", *shapes, device=card, dtype=torch.bfloat16)
-    assert choice[:2] == ("fused", "measured on a card")
-
-
-def test_half_measured_layers_are_not_chosen():
-    rows = list(layer_rows("a card", lambda *_: 1.0))
-    assert choices.choose(row for row in rows if "forward" in row["mode"]) == {}
-    assert choices.choose(row | {"p50_ms": ""} for row in rows) == {}
-    plain = choices.choose(row for row in rows if "tf32x3" not in row["implementation"])
-    assert "float32" not in plain["a card"]
-    assert not any(key.endswith(("ieee", "x3")) for key in plain["a card"]["layers"])
-
-
-def test_the_shipped_table_is_what_the_ledger_says():
-    assert json.loads(choices.MEASURED.read_text()) == choices.choose(read_rows(ledger.LEDGER))
+@once
+@pytest.mark.slow
+def test_rehearsal(tmp_path):
+    """The whole runbook as on a GPU, tiny and interpreted, and its page."""
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--device", "cpu"]
+    command += ["--quick", "--commit", "abc1234", "--minutes", "15"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / gpu.QUICK_ROWS)
+    log = (tmp_path / runner.LOG).read_text()
+    ends = {row["implementation"]: row["note"] for row in rows if row["op"] == "part"}
+    assert ends.keys() == PARTS.keys() and all(n.startswith("done") for n in ends.values()), log
+    wanted = {"smoke", "profile", "ceiling", "decoder+loss", "training step", "sweep", "tests"}
+    assert wanted | {"training on digits"} <= {row["op"] for row in rows}
+    # What failed is a peer that is not installed, and nothing else.
+    failed = page.failures(rows)
+    assert all("ModuleNotFoundError" in row["note"] for row in failed), failed
+    text = (tmp_path / page.PAGE).read_text()
+    assert "A rehearsal" in text and all(f"## {title}" in text for title in page.SECTIONS)
+    for name in ("kernels.png", "peers.png"):
+        assert f"({name})" in text and (tmp_path / name).stat().st_size > 10_000
+    # A second call finds nothing left to do.
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = read_rows(tmp_path / gpu.QUICK_ROWS)[len(rows) :]
+    assert {row["op"] for row in again} == {"part", "compile"}, done.stdout

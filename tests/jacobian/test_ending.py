@@ -9,6 +9,8 @@ from torch import nn
 import fastsfvae as sf
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.kernels import _gram_tail_weight, gram_project, gram_tail, gram_tail_backward
+from fastsfvae.ops import _gpu, dispatch
+from fastsfvae.ops.dispatch import layer_key
 from tests._triton import DEVICE, requires_triton
 
 pytestmark = requires_triton
@@ -191,6 +193,24 @@ def test_where_the_jacobian_is_written(name, setting, launches):
     with sf.fused_layers(setting):
         gradients(module, tensors(module), "triton")
     assert launches == ["gram_project_partials", "gram_project_bwd"]
+
+
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "flat"])
+@pytest.mark.parametrize("with_gram, alone", [("fused", "library"), ("library", "fused")])
+def test_what_was_measured_with_the_gram_decides(name, with_gram, alone, launches, monkeypatch):
+    card = _gpu.Gpu("a card", 89, 1e11, 1e12)
+    sizes = "conv_transpose2d", (5, 4, 4), (5, 3, 4, 4), "ieee"
+    table = {layer_key(*sizes, of_gram=True): with_gram, layer_key(*sizes): alone}
+    monkeypatch.setitem(_gpu.MEASURED, "a card", {"float32": "ieee", "layers": table})
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: card)
+    module = decoder(name).to(DEVICE)
+    gradients(module, tensors(module), "triton")
+    # With a view behind it, it is not taken with its Gram, however it runs.
+    fused = with_gram == "fused" and name != "flat"
+    assert launches == (TAIL if fused else ["gram_project_partials", "gram_project_bwd"])
+    plan = Linearizer(module, tensors(module)[1].detach(), (), {}, "triton").plan(B)
+    last = [step.choice for step in plan.steps if step.op == "conv_transpose2d"][-1]
+    assert last.how == (alone if name == "flat" else with_gram)
 
 
 @pytest.mark.parametrize("name, told", [("sigmoid", True), ("flat", False)])

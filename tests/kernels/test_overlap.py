@@ -10,6 +10,7 @@ import fastsfvae as sf
 from bench.launches import step
 from bench.peers import SETTINGS
 from bench.problems import build_problem
+from fastsfvae.ground.garbage import uncollected
 from fastsfvae.kernels import _launch
 from fastsfvae.kernels._launch import DeviceLimits, overlaps
 from fastsfvae.kernels._machine_code import disassemble
@@ -79,7 +80,7 @@ def test_the_same_bits_where_launches_overlap(captured, monkeypatch):
             for _ in range(3):
                 step()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with uncollected(), torch.cuda.graph(graph):
                 results = step()
         # Again and again, each time right behind itself.
         for _ in range(20):

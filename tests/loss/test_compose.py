@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastsfvae as sf
 from fastsfvae.gram import query as queries
+from fastsfvae.ground.garbage import uncollected
 from tests.decoders import M, batch, build
 from tests.gram.test_operator import is_swept
 
@@ -235,7 +236,7 @@ def test_cuda_graph_replays_a_step():
             want = step(loss, decoder, tensors)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with uncollected(), torch.cuda.graph(graph):
         ours = step(loss, decoder, tensors)
     graph.replay()
     torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -220,8 +221,10 @@ def test_a_learning_rate_on_the_host_is_part_of_the_graph():
         step(x)
 
 
-def test_a_step_is_captured_on_its_own_device(monkeypatch):
-    current, streams = [], []
+@pytest.fixture
+def captures(monkeypatch):
+    """Stands in for torch.cuda's captures: (current device, stream, gc.isenabled()) of each."""
+    current, seen = [], []
 
     @contextlib.contextmanager
     def made_current(device):
@@ -230,18 +233,52 @@ def test_a_step_is_captured_on_its_own_device(monkeypatch):
 
     @contextlib.contextmanager
     def graph(_, *, stream=None, **options):
-        streams.append(stream)
+        seen.append((current[-1], stream, gc.isenabled()))
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
     monkeypatch.setattr(torch.cuda, "device", made_current)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    return seen
+
+
+def uncaptured():
     encoder, decoder = modules()
     optimizer = adam(encoder, decoder, capturable=False)
-    x = batches(1)[0]
-    sf.GraphedStep(encoder, sf.SamplingFreeLoss(decoder), optimizer).capture(x)
-    assert current == streams == [x.device]
+    return sf.GraphedStep(encoder, sf.SamplingFreeLoss(decoder), optimizer), batches(1)[0]
+
+
+def test_a_step_is_captured_on_its_own_device(captures):
+    step, x = uncaptured()
+    step.capture(x)
+    assert [seen[:2] for seen in captures] == [(x.device, x.device)]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_no_garbage_is_collected_in_a_capture(captures, monkeypatch, collects, fails):
+    step, x = uncaptured()
+    step.warm_up(x)
+    rounds, train = [], step._train
+
+    def trained(*given):
+        rounds.append(gc.isenabled())
+        if fails and captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return train(*given)
+
+    monkeypatch.setattr(step, "_train", trained)
+    if not collects:
+        gc.disable()
+    try:
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            step.capture(x)
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+    # Three steps to warm up, and the captured one.
+    assert rounds == [collects] * 3 + [False] and captures[0][2] is False
 
 
 def unhandled():

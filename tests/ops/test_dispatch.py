@@ -182,6 +182,19 @@ def test_what_was_measured_overrides_the_model(monkeypatch):
         assert choice.why.startswith("model") and choice.product == "tf32x3"
 
 
+def test_a_last_layer_goes_by_what_was_measured_with_its_gram(monkeypatch):
+    sizes = "conv_transpose2d", (32, 16, 16), (32, 3, 4, 4), "half"
+    table = {"layers": {layer_key(*sizes): "library"}}
+    monkeypatch.setitem(_gpu.MEASURED, "a card", table)
+    # Alone, where with its Gram nobody has measured it.
+    assert layer(ADA, of_gram=True)[:2] == ("library", "measured on a card")
+    table["layers"][layer_key(*sizes, of_gram=True)] = "fused"
+    assert layer(ADA, of_gram=True)[:2] == ("fused", "measured with its Gram on a card")
+    assert layer(ADA)[:2] == ("library", "measured on a card")
+    with cudnn("tf32"):
+        assert layer(ADA, torch.float32, of_gram=True).why.startswith("model")
+
+
 def test_a_driver_that_does_not_tell_leaves_the_library():
     silent = layer(ADA._replace(bandwidth=0.0))
     assert silent[:2] == ("library", "the driver does not tell the memory's speed")

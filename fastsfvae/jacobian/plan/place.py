@@ -27,6 +27,7 @@ from fastsfvae.jacobian.rules.jet import Jet
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.rules.triton_activation import kernel_of
 from fastsfvae.kernels._contract import reads_result
+from fastsfvae.ops import gram_tail
 from fastsfvae.ops.dispatch import NO_ACTIVATION, Choice, decide, decide_of_latents, is_forced
 from fastsfvae.ops.latent_layer import takes_latents
 from fastsfvae.ops.tangent_layer import Layer, largest_batch
@@ -141,10 +142,23 @@ def _place(z: fx.Node, jets: set[fx.Node], apart: set[fx.Node], node: fx.Node) -
         return Placed(Choice("library", "no kernel for its geometry, dtype or size"))
     sizes = x_shape, tuple(weight.shape), tuple(map(int, out.shape[1:]))
     around = _activation_in_front(node, apart) is not None or _can_apply_behind(node)
-    choice = decide(name, *sizes, device=out.device, dtype=out.dtype, activated=around)
+    of_gram = _is_last(node) and bool(
+        gram_tail.largest_batch(Layer(geometry), 1 + m, x_shape, weight.shape, out.dtype)
+    )
+    choice = decide(
+        *(name, *sizes), device=out.device, dtype=out.dtype, activated=around, of_gram=of_gram
+    )
     if choice.how == "library":
         return Placed(choice)
     return Placed(choice, Layer(geometry, product=choice.product), None, most)
+
+
+def _is_last(layer: fx.Node) -> bool:
+    """Whether the decoder returns a layer's result, behind an activation at most."""
+    users = list(layer.users)
+    if len(users) == 1 and _kernel(users[0]) is not None:
+        users = list(users[0].users)
+    return len(users) == 1 and users[0].op == "output"
 
 
 def bias_fits(node: fx.Node) -> bool:
