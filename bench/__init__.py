@@ -6,12 +6,13 @@ cases_*.py          what is timed: operations with given tensors; single layers;
 measure.py, timing.py, memory.py    how one case is checked, timed, and its memory taken
 suite.py, conftest.py, bench_*.py   `make bench`: pytest-benchmark over those cases
 claims.py           `python -m bench.claims`: each claim of the README by one command
-gpu*.py             `python -m bench.gpu`: all of it on a GPU, unattended
+gpu/                `python -m bench.gpu`: all of it on a GPU, unattended, and a page of what was found
 ledger.py           results/ledger.csv, which only grows
 choices.py          the library's table of faster layers, from the ledger
 report.py           `python -m bench.report`: its tables and plots
 compare.py          `python -m bench.compare A B`: two commits in one run
 command.py          what the commands share
 model.py            `python -m bench.model`: what to expect of a card, from counts alone
+triton_calls.py     launches of Triton kernels as they are made
 profile.py          `python -m bench.profile`: each named range's share of a step
 """

@@ -55,3 +55,7 @@ def product_case(device: str, quick: bool, name: str) -> Case:
 
     labels = "ceiling", "mm", "forward", f"{size}x{size}x{size}", name
     return Case(*labels, prepare, flops=2 * size**3)
+
+
+def compared(rows):
+    return []

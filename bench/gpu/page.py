@@ -215,20 +215,23 @@ def _others(rows: list[Row], *_: object) -> list[str]:
     return table((*head, "peak MiB", "note"), body)
 
 
-def _kernels(rows: list[Row], kernels: list[Row], limits: dict[str, float]) -> list[str]:
-    lines: list[str] = []
+def _kernels(rows: list[Row], kernels: list[Row], *_: object) -> list[str]:
+    steps = [
+        [row[name] for name in ("implementation", "shape", "mode", "dtype", "p50_ms", "note")]
+        for row in rows
+        if row["op"] == "profile"
+    ]
+    head = ("implementation", "workload", "launched", "products", "ms", "kernels")
+    lines = table(head, steps)
     which = itemgetter("step", "implementation", "dtype", "launch")
     for step in dict.fromkeys(map(which, kernels)):
         of_step = [row for row in kernels if which(row) == step and row["us"]]
         of_step.sort(key=lambda row: -float(row["us"]))
-        if step[0] != "loss" and step[3] == "eager":
-            continue
-        title = f"**{step[0]}, {step[1]}, {step[2]}, {step[3]}**"
-        lines += ["", title, "", *kernel_table(of_step[:LISTED])]
-        if len(of_step) > LISTED:
-            rest = sum(float(row["us"]) for row in of_step[LISTED:])
-            lines += ["", f"and {len(of_step) - LISTED} more, {rest:.1f} us together"]
-    return lines[1:]
+        lines += ["", f"**{', '.join(step)}**", "", *kernel_table(of_step[:LISTED])]
+        if rest := of_step[LISTED:]:
+            us = sum(float(row["us"]) for row in rest)
+            lines += ["", f"and {len(rest)} more, {us:.1f} us together"]
+    return lines
 
 
 def kernel_table(kernels: Sequence[Row]) -> list[str]:
