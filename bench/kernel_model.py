@@ -26,7 +26,7 @@ import numpy as np
 
 from bench.l2_cache import L2_BYTES, L2_SHARE, L2Cache, Span
 from bench.launches import Other, divides_with, step
-from fastsfvae.jacobian.cost import CARDS
+from fastsfvae.jacobian.cost import CARDS, Card
 from fastsfvae.kernels._code_gate import CARDS as LIMITS
 from fastsfvae.kernels._code_gate import labels, resident
 from fastsfvae.kernels._machine_code import Access, Code, Followed, count, disassemble
@@ -52,6 +52,31 @@ _L2_RATES = {
 _WARP_SHARE = {90: 0.62}
 MODELLED = tuple(_L2_RATES)
 DTYPES = "bfloat16", "tf32"
+
+
+class Guesses(NamedTuple):
+    """What the model takes a card for.
+
+    Attributes:
+        sheet: bandwidth and products' rates by data sheet.
+        clock: of a multiprocessor, Hz, likewise.
+        l2: its L2's bytes a second.
+        launch: seconds of a launch in a graph.
+    """
+
+    sheet: Card
+    clock: float
+    l2: float
+    launch: float
+
+
+def guesses_of(device: str) -> Guesses | None:
+    """Those for a device by the name that its driver gives; None of a card not in `MODELLED`."""
+    for card in MODELLED:
+        if card in device:
+            _, clock, l2 = _L2_RATES[card]
+            return Guesses(CARDS[card], clock, l2, LAUNCH_SECONDS)
+    return None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ COLUMNS = (
     "bytes_per_s", "flop_per_s", "share_of_ceiling", "error", "peak_mib", "ratio", "ratio_to",
     "note",
 )  # fmt: skip
+# What a ceiling's row was measured with, where others are held to it.
+COPY, PRODUCT = "copy_", "mm"
 TIMES = "p50_ms", "p20_ms", "p80_ms"
 
 
@@ -70,12 +72,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def ceiling(row: Mapping[str, str]) -> tuple[str, float] | None:
-    """What a row measured of the device: "copy" and bytes/s, or a dtype and FLOP/s; else None."""
+    """What a row says that bounds others: "copy" and bytes/s, or a dtype and FLOP/s; else None.
+
+    Of `bench.ceilings`' rows those of device memory and of products do, no others.
+    """
     if row["op"] != "ceiling" or not row["p50_ms"]:
         return None
-    if row["bytes_per_s"]:
+    if row["implementation"] == COPY:
         return "copy", float(row["bytes_per_s"])
-    return row["dtype"], float(row["flop_per_s"])
+    if row["implementation"] == PRODUCT:
+        return row["dtype"], float(row["flop_per_s"])
+    return None
 
 
 def merge(rows: Iterable[Mapping[str, str]]) -> int:
