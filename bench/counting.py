@@ -22,12 +22,19 @@ _FREE = frozenset(
 
 # Told of each of PyTorch's launches: the operation, its arguments and its result.
 Told = Callable[[Any, Any, Any], None]
+# Makes such a launch: given the operation, its arguments, and what makes it and gives its result.
+Around = Callable[[Any, Any, Callable[[], Any]], Any]
 
 
-class _Calls(TorchDispatchMode):
-    def __init__(self, counts: Counter[str], told: Told | None):
+class LibraryCalls(TorchDispatchMode):
+    """Has each of PyTorch's launches made by ``around``, those inside this library's operators too.
+
+    Within `constants_kept`, as a plain step would.
+    """
+
+    def __init__(self, around: Around):
         super().__init__()
-        self._counts, self._told = counts, told
+        self._around = around
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastsfvae":
@@ -41,12 +48,16 @@ class _Calls(TorchDispatchMode):
             parts = func.decompose(*args, **(kwargs or {}))
         if parts is not NotImplemented:
             return parts
-        name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
-        if name not in _FREE:
-            self._counts[name] += 1
-            if self._told is not None:
-                self._told(func, (args, kwargs or {}), result)
-        return result
+        given = args, kwargs or {}
+        if func.overloadpacket.__name__ in _FREE:
+            return func(*given[0], **given[1])
+        return self._around(func, given, lambda: func(*given[0], **given[1]))
+
+
+def constants_kept() -> Any:
+    """Constants are kept outside of dispatch modes only: inside, as if there was none."""
+    kept = "fastsfvae._constants._get_current_dispatch_mode"
+    return mock.patch(kept, return_value=None)
 
 
 @contextmanager
@@ -65,10 +76,15 @@ def counted_launches(*, skip_kernels: bool = True, told: Told | None = None):
         counts[self.fn.__name__] += 1
         return None if skip_kernels else run(self, *args, **kwargs)
 
+    def around(func: Any, given: Any, go: Callable[[], Any]) -> Any:
+        counts[func.overloadpacket.__name__] += 1
+        result = go()
+        if told is not None:
+            told(func, given, result)
+        return result
+
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch))
-        # Constants are kept outside of such modes only.
-        kept = "fastsfvae._constants._get_current_dispatch_mode"
-        stack.enter_context(mock.patch(kept, return_value=None))
-        stack.enter_context(_Calls(counts, told))
+        stack.enter_context(constants_kept())
+        stack.enter_context(LibraryCalls(around))
         yield counts

@@ -61,6 +61,12 @@ class Step(NamedTuple):
     order: list[Launch | Other]
 
 
+def import_kernels() -> None:
+    """Import every kernel: once the interpreter is named, they would be the interpreter's."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+
+
 def step(
     workload: str,
     dtype: str,
@@ -83,9 +89,7 @@ def step(
             on a few samples at a time; 0 for all samples at once.
         layers: which are fused, as in `fastsfvae.fused_layers`; "auto" fuses none without a GPU.
     """
-    # Kernels first: with the interpreter named, they would be the interpreter's.
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    import_kernels()
     problem = build_problem(workload, batch)
     loss = sf.SamplingFreeLoss(
         problem.decoder, reduction="sum", backend="triton", chunk_size=batch, **SETTINGS
@@ -103,7 +107,7 @@ def step(
             # Again: the first time a plan is made, once and for all.
             with (
                 recorded(limits) as order,
-                counted_launches(told=lambda *call: order.append(_other(*call))) as counted,
+                counted_launches(told=lambda *call: order.append(other_launch(*call))) as counted,
             ):
                 loss_and_gradients(loss, problem, dtype)
     return Step([x for x in order if isinstance(x, Launch)], counted, order)
@@ -125,7 +129,7 @@ def _captured(l2: int) -> Iterator[None]:
         yield
 
 
-def _other(operation: Any, given: tuple[tuple, dict], result: Any) -> Other:
+def other_launch(operation: Any, given: tuple[tuple, dict], result: Any) -> Other:
     """Describe a launch: what it is given is read, but for what it writes in place."""
     schema = operation._schema.arguments
     arguments = [*zip(schema, given[0], strict=False)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
@@ -29,6 +30,23 @@ class Call:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, the parts of a tuple as "name.0" and so on."""
+        found = {}
+        for name, value in self.arguments.items():
+            several = isinstance(value, tuple)
+            for at, part in enumerate(value if several else (value,)):
+                if isinstance(part, Tensor):
+                    found[f"{name}.{at}" if several else name] = part
+        return found
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all tensors, each once."""
+        tensors = self.tensors.values()
+        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 @contextmanager

@@ -162,17 +162,14 @@ class Checker:
 
 def described(call: Call) -> dict[str, str]:
     """Kernel, configuration and input of a launch."""
-    shapes, constants = [], []
-    for name, value in call.arguments.items():
-        tensors = [t for t in _leaves(value) if isinstance(t, Tensor)]
-        if tensors:
-            each = (f"{'x'.join(map(str, t.shape))} {str(t.dtype)[6:]}" for t in tensors)
-            shapes.append(f"{name} {', '.join(each)}")
-        else:
-            constants.append(f"{name}={value}")
-    options = [f"{name}={value}" for name, value in call.options.items()]
-    grid = "x".join(map(str, call.grid))
-    configuration = f"grid {grid}; {' '.join([*constants, *options])}"
+    shapes = [
+        f"{name} {'x'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}"
+        for name, t in call.tensors.items()
+    ]
+    named = {name.partition(".")[0] for name in call.tensors}
+    numbers = {name: value for name, value in call.arguments.items() if name not in named}
+    given = [f"{name}={value}" for name, value in (numbers | call.options).items()]
+    configuration = f"grid {'x'.join(map(str, call.grid))}; {' '.join(given)}"
     return {"kernel": call.kernel, "shapes": "; ".join(shapes), "configuration": configuration}
 
 
@@ -188,10 +185,6 @@ def on_host(arguments: dict[str, Any]) -> dict[str, Any]:
         return kept.set_(storages[storage.data_ptr()], t.storage_offset(), t.size(), t.stride())
 
     return tree_map_only(Tensor, lambda t: copied(t.detach()), arguments)
-
-
-def _leaves(value: Any) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def main(arguments: list[str] | None = None) -> None:

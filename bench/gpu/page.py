@@ -48,8 +48,8 @@ def write(folder: Path, rows_name: str, *, rehearsal: bool = False) -> list[str]
     if not rows:
         write_text(folder / PAGE, "# Nothing was measured\n")
         return ["no rows"]
-    kernels = _of_one_run(read_kernels(folder))
     limits = dict(filter(None, map(ceiling, rows)))
+    kernels = [row | {"floor_us": _floor(row, limits)} for row in _of_one_run(read_kernels(folder))]
     pictures, left_out = _pictures(folder, rows, kernels, limits)
     last = rows[-1]
     lines = [f"# {last['device']}", ""]
@@ -78,6 +78,13 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
         return []
     lines = [head, ["---"] * len(head), *body]
     return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
+
+
+def _floor(row: Row, limits: dict[str, float]) -> str:
+    """Microseconds of a kernel's bytes and FLOPs at the measured ceilings, where both are known."""
+    pairs = (row["bytes"], limits.get("copy")), (row["flops"], limits.get(row["dtype"]))
+    seconds = [float(amount) / limit for amount, limit in pairs if amount and limit]
+    return f"{1e6 * max(seconds):.3f}" if seconds else ""
 
 
 def _of_one_run(rows: Sequence[Row]) -> list[Row]:
@@ -217,11 +224,11 @@ def _others(rows: list[Row], *_: object) -> list[str]:
 
 def _kernels(rows: list[Row], kernels: list[Row], *_: object) -> list[str]:
     steps = [
-        [row[name] for name in ("implementation", "shape", "mode", "dtype", "p50_ms", "note")]
+        [row[name] for name in ("implementation", "shape", "mode", "dtype", "note")]
         for row in rows
         if row["op"] == "profile"
     ]
-    head = ("implementation", "workload", "launched", "products", "ms", "kernels")
+    head = ("implementation", "workload", "step", "products", "kernels")
     lines = table(head, steps)
     which = itemgetter("step", "implementation", "dtype", "launch")
     for step in dict.fromkeys(map(which, kernels)):

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect garbage once, and none inside; a context manager for captures of a CUDA graph.
+    """Collect no garbage inside; a context manager for captures of a CUDA graph.
 
     A collection may finalise what holds memory or a compiled kernel: the driver's call that frees
     it is not allowed while a stream is captured, and ends the capture.
     """
     collects = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from bench.gpu import page
+from bench.gpu import kernel_profile, page
 from bench.ledger import COLUMNS, Recorder
 from bench.peers import FUSED, SAMPLING, TRITON, UNFUSED
 
@@ -27,15 +27,17 @@ def text_of(recorder):
 
 def kernels(recorder, *rows):
     """A kernels' table as the profile writes it."""
-    names = "step implementation dtype launch kernel name launches us share bytes gb_per_s flops"
-    names = [*names.split(), "tflop_per_s", "floor_us", "registers", "shared"]
-    given = dict.fromkeys(names, "") | recorder.provenance
-    path = recorder.path.parent / "profile.csv"
+    path = recorder.path.parent / kernel_profile.TABLE
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, given)
+        writer = csv.DictWriter(file, kernel_profile.COLUMNS, restval="")
         writer.writeheader()
-        for row in rows:
-            writer.writerow(given | {k: str(v) for k, v in row.items()})
+        writer.writerows(recorder.provenance | row for row in rows)
+
+
+def ceilings(recorder):
+    copy, product = ({"op": "ceiling", "implementation": name} for name in ("copy_", "mm"))
+    recorder.write(**copy, dtype="float32", bytes_per_s="2e12", **times(1))
+    recorder.write(**product, dtype="bfloat16", flop_per_s="5e14", **times(1))
 
 
 def test_an_empty_run_has_a_page(tmp_path):
@@ -45,13 +47,15 @@ def test_an_empty_run_has_a_page(tmp_path):
 
 def test_what_is_wrong_comes_first_then_the_largest_loss(recorder):
     step = {"step": "loss", "implementation": TRITON, "dtype": "bfloat16", "launch": "graph"}
+    # At 2 TB/s and 500 TFLOP/s: floors of 9 and 5 us.
     kernels(
         recorder,
-        step | {"kernel": "small_loss", "us": 10, "floor_us": 9},
-        step | {"kernel": "large_loss", "us": 20, "floor_us": 5},
+        step | {"kernel": "small_loss", "us": 10, "bytes": 18e6},
+        step | {"kernel": "large_loss", "us": 20, "bytes": 2e6, "flops": 25e8},
         step | {"kernel": "no_floor", "us": 90},
-        step | {"kernel": "another", "implementation": SAMPLING, "us": 900, "floor_us": 1},
+        step | {"kernel": "another", "implementation": SAMPLING, "us": 900, "bytes": 2e6},
     )
+    ceilings(recorder)
     smoke = {"op": "smoke", "mode": "both, graph", "shape": SHAPE, "dtype": "tf32"}
     recorder.write(**smoke, implementation=UNFUSED, note="loss 1e-7")
     recorder.write(**smoke, implementation=FUSED, note="wrong against float64; samples 1.0")
@@ -67,6 +71,7 @@ def test_what_is_wrong_comes_first_then_the_largest_loss(recorder):
     said = ["wrong against float64", "bad_kernel", "large_loss", "small_loss", "1.50 times as fast"]
     places = [todo.index(words) for words in said]
     assert places == sorted(places)
+    assert "20.0 us where its floor is 5.0: 15.0 us" in todo
     assert "no_floor" not in todo and "another" not in todo and "loss 1e-7" not in todo
     assert "no_floor" in text and "another" in text
 
@@ -111,7 +116,7 @@ def test_pictures_are_drawn_of_what_there_is(recorder):
     pytest.importorskip("matplotlib")
     step = {"step": "loss", "implementation": TRITON, "dtype": "bfloat16", "launch": "graph"}
     rates = {"gb_per_s": 1500, "tflop_per_s": 80}
-    kernels(recorder, step | rates | {"kernel": "a_kernel 64x3", "us": 10, "floor_us": 9})
+    kernels(recorder, step | rates | {"kernel": "a_kernel 64x3", "us": 10, "bytes": 18e6})
     recorder.write(
         op="ceiling", implementation="copy_", dtype="float32", bytes_per_s="2e12", **times(1)
     )
