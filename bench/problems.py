@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastsfvae.models import ModelConfig, build
+from fastsfvae.models import Encoder, ModelConfig, build
 
 NOISE_VAR = 0.5
 # The peers know no other: the plain Gaussian.
@@ -46,12 +46,25 @@ WORKLOADS = {
     "tanh": Workload("tanh", 50, 20, DIGIT),
     "celeba16-32px": Workload("conv", 16, 64, (3, 32, 32)),
     # Tests the benchmarks, measures nothing.
-    "tiny": Workload("mlp", 2, 2, (1, 4, 4)),
+    "tiny": Workload("bench.problems:tiny", 2, 2, (1, 8, 8)),
 }
 # All but the last.
 FULL = tuple(WORKLOADS)[:-1]
 # The log-density with J given: (B, n, m).
 GIVEN = {"m16": (64, 12288, 16), "m64": (64, 12288, 64), "m200": (1000, 784, 200), "m4": (2, 48, 4)}
+
+
+def tiny(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """Networks small enough for the interpreter, with the layers of the paper's."""
+    outputs, m = torch.Size(config.image_shape).numel(), config.latent_dim
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(outputs, 8), nn.ReLU(), nn.Linear(8, 2 * m))
+    doubling = {"kernel_size": 4, "stride": 2, "padding": 1}
+    decoder = nn.Sequential(
+        *(nn.Linear(m, 16), nn.ReLU(), nn.Unflatten(1, (4, 2, 2))),
+        *(nn.ConvTranspose2d(4, 4, **doubling), nn.ReLU()),
+        nn.ConvTranspose2d(4, config.image_shape[0], **doubling),
+    )
+    return Encoder(trunk), decoder
 
 
 class Problem(NamedTuple):

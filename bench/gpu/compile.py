@@ -55,7 +55,7 @@ def part(context: Context) -> None:
 
 def larger(context: Context) -> None:
     """Compile what the headlines launch besides."""
-    _compile(context, ["mnist2"] if context.quick else ["celeba32", "celeba64"])
+    _compile(context, ["tiny"] if context.quick else ["celeba32", "celeba64"])
 
 
 def _compile(context: Context, names: Sequence[str]) -> None:

@@ -235,6 +235,7 @@ def test_rehearsal(tmp_path):
     for name in ("kernels.png", "peers.png"):
         assert f"({name})" in text and (tmp_path / name).stat().st_size > 10_000
     # A second call finds nothing left to do.
+    command += ["--only", "smoke", "peers", "layers"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     again = read_rows(tmp_path / gpu.QUICK_ROWS)[len(rows) :]
     assert {row["op"] for row in again} == {"part", "compile"}, done.stdout
