@@ -14,6 +14,6 @@ compare.py          `python -m bench.compare A B`: two commits in one run
 command.py          what the commands share
 model.py            `python -m bench.model`: what to expect of a card, from counts alone
 triton_calls.py     launches of Triton kernels as they are made
-trace.py, kernel_flops.py   kernels in a trace of the profiler; FLOPs of this library's
+trace.py, kernel_counts.py  kernels in the profiler's trace; bytes and FLOPs of this library's
 profile.py          `python -m bench.profile`: each named range's share of a step
 """

@@ -28,6 +28,7 @@ class Kernel(NamedTuple):
         us: how long it took.
         launched: when it was launched.
         correlation: of its launch.
+        of_graph: whether that launched a graph.
         registers: of a thread.
         shared: bytes of a program.
     """
@@ -37,6 +38,7 @@ class Kernel(NamedTuple):
     us: float
     launched: float | None = None
     correlation: int | None = None
+    of_graph: bool = False
     registers: int | None = None
     shared: int | None = None
 
@@ -70,7 +72,7 @@ def of_events(events: Iterable[dict[str, Any]]) -> Trace:
     for event in events:
         of.setdefault(event.get("cat", ""), []).append(event)
     launched = {
-        event["args"]["correlation"]: float(event["ts"])
+        event["args"]["correlation"]: (float(event["ts"]), "GraphLaunch" in event.get("name", ""))
         for category in _LAUNCHES
         for event in of.get(category, ())
         if "correlation" in event.get("args", ())
@@ -84,12 +86,13 @@ def of_events(events: Iterable[dict[str, Any]]) -> Trace:
     return Trace(sorted(kernels, key=lambda kernel: kernel.start), ranges)
 
 
-def _kernel(event: dict[str, Any], launched: dict[int, float]) -> Kernel:
+def _kernel(event: dict[str, Any], launched: dict[int, tuple[float, bool]]) -> Kernel:
     args = event.get("args", {})
     correlation = args.get("correlation")
+    at, of_graph = launched.get(correlation, (None, False))
     return Kernel(
         *(event["name"], float(event["ts"]), float(event["dur"])),
-        *(launched.get(correlation), correlation),
+        *(at, correlation, of_graph),
         *(args.get("registers per thread"), args.get("shared memory")),
     )
 
@@ -107,11 +110,15 @@ def within(trace: Trace, prefix: str, times: Iterable[float | None]) -> list[str
 def replays(trace: Trace, count: int) -> list[list[Kernel]]:
     """Kernels of each replay of a graph, in order; of so many replays.
 
-    Where no correlation tells them apart, they are as many equal parts; nothing where they are not.
+    A session may lose what it began with: where launches of graphs are told, it is their kernels,
+    however many are left. Where no correlation tells replays apart, they are as many equal parts;
+    nothing where they are not.
     """
     of: dict[int | None, list[Kernel]] = {}
     for kernel in trace.kernels:
         of.setdefault(kernel.correlation, []).append(kernel)
+    if graphs := [kernels for kernels in of.values() if kernels[0].of_graph]:
+        return graphs
     found = [kernels for number, kernels in of.items() if number is not None]
     if len(found) != count:
         size, rest = divmod(len(trace.kernels), count)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import cases_steps, trace
 from bench.counting import LibraryCalls, constants_kept
-from bench.kernel_flops import flops_of
+from bench.kernel_counts import bytes_of, flops_of, part_of
 from bench.launches import other_launch
 from bench.ledger import read_rows
 from bench.measure import Case, Context
@@ -40,6 +40,8 @@ COLUMNS = (
 # Runs under the profiler.
 EAGER, REPLAYS = 3, 20
 _RUN, _AT = "run:", "at:"
+# The host's too where the device's alone are read: sessions without them were seen to lose kernels.
+_ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 
 
 class Origin(NamedTuple):
@@ -117,7 +119,7 @@ def _profiled(context: Context, step: str, case: Case, named: dict[str, dict[str
 
 def _eager(run: Callable[[], Any], path: Path, cuda: bool) -> list[Found]:
     """A step's kernels in order, with their origins."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    activities = _ACTIVITIES if cuda else _ACTIVITIES[:1]
     origins: dict[str, Origin] = {}
     with _told(origins), profile(activities=activities) as profiler:
         for at in range(EAGER):
@@ -139,8 +141,9 @@ def of_eager(of: trace.Trace, origins: dict[str, Origin]) -> list[Found]:
     """One run's kernels with median times, and the origins that their ranges name."""
     runs: dict[str, list[tuple[Kernel, str | None]]] = {}
     inner = trace.within(of, _AT, (kernel.launched for kernel in of.kernels))
-    # Every run waits for its kernels.
-    outer = trace.within(of, _RUN, (kernel.start for kernel in of.kernels))
+    # By the host's clock, which a device's may lie apart from. Without a launch: every run waits.
+    began = (k.start if k.launched is None else k.launched for k in of.kernels)
+    outer = trace.within(of, _RUN, began)
     for kernel, at, number in zip(of.kernels, inner, outer, strict=True):
         if number is not None:
             runs.setdefault(number, []).append((kernel, at))
@@ -153,7 +156,7 @@ def of_eager(of: trace.Trace, origins: dict[str, Origin]) -> list[Found]:
 
 
 def _graph(replay: Callable[[], Any], path: Path) -> list[Kernel]:
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=_ACTIVITIES) as profiler:
         for _ in range(REPLAYS):
             replay()
         torch.cuda.synchronize()
@@ -196,11 +199,12 @@ def _told(origins: dict[str, Origin]) -> Iterator[None]:
 
 def of_call(call: Call) -> Origin:
     """The origin of one of this library's launches: its two largest tensors tell it apart."""
-    tensors = call.tensors.values()
+    # Of two on the same memory one stands in for what is not there.
+    tensors = {t.data_ptr(): t for t in call.tensors.values()}.values()
     largest = sorted(tensors, key=lambda t: -t.numel() * t.element_size())[:2]
     shapes = ["x".join(map(str, t.shape)) for t in tensors if any(t is other for other in largest)]
-    label = " ".join((call.kernel, *shapes))
-    return Origin(label, call.moved, flops_of(call.kernel, call.arguments), call.kernel)
+    label = " ".join((call.kernel, *shapes, *part_of(call)))
+    return Origin(label, bytes_of(call), flops_of(call.kernel, call.arguments), call.kernel)
 
 
 def of_operation(func: Any, given: tuple[tuple, dict], result: Any) -> Origin:

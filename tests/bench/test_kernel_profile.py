@@ -13,7 +13,7 @@ from bench import trace
 from bench.cases_steps import decoder_loss
 from bench.gpu import kernel_profile
 from bench.gpu.kernel_profile import Origin
-from bench.kernel_flops import flops_of
+from bench.kernel_counts import flops_of
 from bench.launches import import_kernels
 from bench.ledger import Recorder
 from bench.measure import Context
@@ -81,6 +81,28 @@ def test_without_launches_kernels_keep_their_times():
     ]
 
 
+def test_a_device_clock_apart_from_the_hosts_changes_nothing():
+    apart = [e | {"ts": e["ts"] + 5000} if e.get("cat") in trace._DEVICE else e
+             for e in eager_trace()[1:]]  # fmt: skip
+    found = kernel_profile.of_eager(trace.of_events(apart), {"at:0": Origin("mm")})
+    assert [kernel.us for kernel, _ in found] == [55, 2, 30.5]
+
+
+def test_replays_that_a_session_lost_are_not_missed():
+    events = []
+    for at in range(1, 4):
+        # Fills of the seeds, launched on their own, go before each replay.
+        events += [event("cuda_runtime", "cudaLaunchKernel", 100 * at, 1, correlation=50 + at)]
+        events += [event("kernel", "fill", 100 * at + 1, 1, correlation=50 + at)]
+        events += [event("cuda_runtime", "cudaGraphLaunch", 100 * at + 2, 1, correlation=at)]
+        events += [event("kernel", n, 100 * at + i, at, correlation=at)
+                   for i, n in enumerate("ab", 10)]  # fmt: skip
+    # Of four replays the first is lost, and half of the second.
+    kept = [e for e in events if (e["name"], e["args"]["correlation"]) != ("a", 1)]
+    found = trace.medians(trace.replays(trace.of_events(kept), 4))
+    assert [(kernel.name, kernel.us) for kernel in found] == [("a", 2.5), ("b", 2.5)]
+
+
 def test_replays_are_told_apart_by_their_launch_or_by_their_number():
     def kernels(correlations):
         return [
@@ -112,7 +134,7 @@ def test_captured_kernels_are_told_by_the_order_of_their_names():
 
 def test_launches_of_one_kernel_for_alike_are_summed():
     own = Origin("own 3", 2e6, 4e9)
-    found = [(Kernel("own", 0, us, None, None, 80, 1024), own) for us in (10.0, 30.0)]
+    found = [(Kernel("own", 0, us, None, None, False, 80, 1024), own) for us in (10.0, 30.0)]
     found += [(Kernel("own", 0, 5.0), None), (Kernel("fill", 0, 50.0), Origin("fill", 1e6))]
     fill, first, rest = kernel_profile.table_of(found, 200.0)
     assert (first["launches"], first["us"], first["share"]) == ("2", "40.000", "0.2000")
@@ -136,6 +158,33 @@ def test_flops_of_the_kernels_are_those_of_the_step(workload):
     (case,) = decoder_loss("cpu", [workload], 4, ["bfloat16"], [FUSED])
     # All but the layer of the latents, whose products are no products of matrices there.
     assert 0.99 * case.flops < sum(total) < case.flops
+
+
+def test_launches_count_the_slots_that_they_take():
+    import_kernels()
+    problem, found = build_problem("celeba16", 4), {}
+    loss = DECODER_LOSSES[FUSED](problem.decoder)
+
+    def note(call, go):
+        origin = kernel_profile.of_call(call)
+        found.setdefault(origin.label, (origin, call.moved))
+
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        intercepted(note),
+    ):
+        loss_and_gradients(loss, problem, "bfloat16")
+    stacks = "tangent_doubling_kernel 17x4x16x16x32 17x4x32x32x32"
+    values, tangents = (found[f"{stacks} {part}"][0] for part in ("values", "tangents"))
+    x, y, weight = 2 * 4 * 16 * 16 * 32, 2 * 4 * 32 * 32 * 32, 2 * 32 * 16 * 32
+    assert values.bytes == pytest.approx(x + y + weight + 4 * 32, abs=4 * 32)
+    # The slope is read off the values' result.
+    assert tangents.bytes == pytest.approx(16 * x + 17 * y + weight)
+    # Whatever takes no part of a stack moves what it is given.
+    for origin, moved in found.values():
+        assert origin.bytes <= moved
+        if not origin.label.startswith(("tangent_product", "tangent_doubling", "tangent_narrow")):
+            assert origin.bytes == moved
 
 
 def test_operations_tell_their_bytes_and_flops():
