@@ -11,6 +11,7 @@ would write it; those that give a Jacobian hand it to LowRankMultivariateNormal.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -52,6 +53,16 @@ def lowrank_mvn(jacobian: Tensor, residual: Tensor, latent_var: Tensor) -> Tenso
     return LowRankMultivariateNormal(torch.zeros_like(residual), factor, noise).log_prob(residual)
 
 
+@functools.cache
+def _compiler() -> LogProb:
+    # Late: the compiler takes seconds to import.
+    return torch.compile(lowrank_mvn, dynamic=False)
+
+
+def _compiled_mvn(jacobian: Tensor, residual: Tensor, latent_var: Tensor) -> Tensor:
+    return _compiler()(jacobian, residual, latent_var)
+
+
 def linear_operator(jacobian: Tensor, residual: Tensor, latent_var: Tensor) -> Tensor:
     """linear_operator's inv_quad_logdet of a low-rank root plus a constant diagonal (Woodbury)."""
     from linear_operator import operators
@@ -71,7 +82,7 @@ LOG_PROBS: dict[str, LogProb] = {
     TRITON: _ours_log_prob("triton"),
     OURS: _ours_log_prob("torch"),
     "LowRankMultivariateNormal": lowrank_mvn,
-    "LowRankMultivariateNormal compiled": torch.compile(lowrank_mvn, dynamic=False),
+    "LowRankMultivariateNormal compiled": _compiled_mvn,
     # The paper's formulas in plain torch, differentiated by autograd.
     "plain closed form": _ours_log_prob("reference"),
     "linear_operator": linear_operator,

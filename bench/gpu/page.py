@@ -135,6 +135,7 @@ def _losses(kernels: list[Row]) -> list[Row]:
         if row["us"] and row["floor_us"] and row["implementation"] == TRITON
         if row["launch"] == _best_launch(kernels)
         if row["step"] == "loss"
+        if float(row["us"]) > float(row["floor_us"])
     ]
     return sorted(own, key=lambda row: float(row["floor_us"]) - float(row["us"]))
 

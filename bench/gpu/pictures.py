@@ -70,8 +70,10 @@ def _bars(kernels: Sequence[Row], path: Path) -> None:
 
 
 def _roof(kernels: Sequence[Row], limits: dict[str, float], path: Path) -> None:
-    points = [row for row in kernels if row["gb_per_s"] and row["tflop_per_s"]]
-    points = [row for row in points if float(row["tflop_per_s"]) > 0][:LISTED]
+    # By their numbers in the other picture.
+    numbered = enumerate((row for row in kernels if row["us"]), 1)
+    points = [of for of in numbered if of[1]["gb_per_s"] and of[1]["tflop_per_s"] not in ("", "0")]
+    points = [(number, row) for number, row in points if number <= LISTED]
     rates = {name: rate for name, rate in limits.items() if name in ("float32", "tf32", "bfloat16")}
     if "copy" not in limits or not rates or not points:
         raise ValueError("wants ceilings, and kernels with bytes and FLOPs")
@@ -80,18 +82,17 @@ def _roof(kernels: Sequence[Row], limits: dict[str, float], path: Path) -> None:
         corners = [1 / 8, rate / limits["copy"], 4096]
         roof = [min(rate, x * limits["copy"]) / 1e12 for x in corners]
         axis.plot(corners, roof, label=name, color=PEER_COLOUR if len(rates) == 1 else None)
-    key = []
-    for row in points:
+    for number, row in points:
         y = float(row["tflop_per_s"])
         x = 1e3 * y / float(row["gb_per_s"])
         axis.plot(x, y, "o", color=OURS_COLOUR)
-        key.append(f"{len(key) + 1}  {_label(row)}")
-        axis.annotate(str(len(key)), (x, y), (5, 3), textcoords="offset points", fontsize=8)
+        axis.annotate(str(number), (x, y), (5, 3), textcoords="offset points", fontsize=8)
     axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
-    axis.set_title(_title(points[0]), loc="left", fontsize=9)
+    axis.set_title(_title(points[0][1]), loc="left", fontsize=9)
     axis.legend(title="measured ceilings", loc="upper left", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.text(0.01, -0.02, "\n".join(key), fontsize=6.5, va="top")
+    key = "\n".join(f"{number}  {_label(row)}" for number, row in points)
+    figure.text(0.01, -0.02, key, fontsize=6.5, va="top")
     save(figure, path)
 
 

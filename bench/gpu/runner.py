@@ -18,8 +18,8 @@ from pathlib import Path
 
 from bench.command import ROOT
 from bench.gpu.parts import PARTS
-from bench.ledger import Recorder
-from bench.measure import RUNNING
+from bench.ledger import Recorder, read_rows
+from bench.measure import RUNNING, is_final
 
 LOG = "parts.log"
 # The operation of a row that says how a part went, and the status of one that ran out of time.
@@ -79,9 +79,16 @@ class Runner:
             failures.append(failure)
             if not running.exists():
                 break
-            self._recorder.write(**json.loads(running.read_text()), note=failure)
+            self._blame(json.loads(running.read_text()), failure)
             running.unlink()
         return failures
+
+    def _blame(self, labels: dict[str, str], failure: str) -> None:
+        """Write down what a case has done to its process, unless its own words stand there."""
+        rows = read_rows(self._recorder.path)[-2:]
+        said = [row for row in rows if row.items() >= labels.items() and is_final(row["note"])]
+        if not said:
+            self._recorder.write(**labels, note=failure)
 
     def _process(self, name: str, seconds: float) -> str:
         """Run a part in a process of its own; return why it failed, or nothing."""

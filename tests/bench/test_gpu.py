@@ -1,5 +1,6 @@
 """The GPU runbook, run small on the CPU: its parts, its page, and how it survives."""
 
+import json
 import os
 import select
 import subprocess
@@ -15,7 +16,7 @@ from bench.gpu import __main__ as gpu
 from bench.gpu import correctness, page, runner, timings
 from bench.gpu.parts import PARTS, Part, with_needed
 from bench.ledger import Recorder, read_rows
-from bench.measure import RUNNING, Case, Context, Prepared
+from bench.measure import LABELS, RUNNING, Case, Context, Prepared
 from bench.peers import OURS, SAMPLING, TRITON
 from bench.problems import TOLERANCE
 from tests._triton import INTERPRETER
@@ -146,6 +147,17 @@ def test_a_part_begins_again_behind_what_ended_it(tmp_path, monkeypatch):
     assert layers["op"] == "part" and "status -11" in layers["note"]
     # Without a word on what it was at there is nothing to begin behind.
     assert "status 3" in peers["note"] and sweep["note"].startswith("out of time")
+
+
+def test_a_case_that_has_said_what_broke_the_device_is_not_told_again(tmp_path, monkeypatch):
+    labels = dict.fromkeys(LABELS, "") | {"op": "bad"}
+    Recorder(tmp_path / "said.csv", "cpu", "x").write(**labels, note="failed: illegal access")
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    dies = f"cd {tmp_path}; cp said.csv rows.csv; cp labels.json {RUNNING}; exit 1"
+    children = Children(monkeypatch, layers=[dies, "exit 0"])
+    bad, part = run_parts(tmp_path, ["layers"])
+    assert bad["note"] == "failed: illegal access" and part["op"] == "part"
+    assert children.started == ["layers", "layers"]
 
 
 def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path, monkeypatch):
