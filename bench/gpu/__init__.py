@@ -10,5 +10,5 @@ kernel_profile.py   where a step's time goes
 timings.py          cases: headlines, peers, layers, operations, training curves
 sweep.py            tiles
 correctness.py      the kernels' own tests
-page.py             the page that says what was found; pictures.py draws
+page.py             the page that says what was found: sections.py has its tables, pictures.py draws
 """

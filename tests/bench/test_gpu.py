@@ -13,7 +13,7 @@ import torch
 
 from bench import choices, ledger
 from bench.gpu import __main__ as gpu
-from bench.gpu import correctness, page, runner, timings
+from bench.gpu import correctness, page, runner, sections, timings
 from bench.gpu.parts import PARTS, Part, with_needed
 from bench.ledger import Recorder, read_rows
 from bench.measure import LABELS, RUNNING, Case, Context, Prepared
@@ -240,10 +240,10 @@ def test_rehearsal(tmp_path):
     wanted = {"smoke", "profile", "ceiling", "decoder+loss", "training step", "sweep", "tests"}
     assert wanted | {"training on digits"} <= {row["op"] for row in rows}
     # What failed is a peer that is not installed, and nothing else.
-    failed = page.failures(rows)
+    failed = sections.failures(rows)
     assert all("ModuleNotFoundError" in row["note"] for row in failed), failed
     text = (tmp_path / page.PAGE).read_text()
-    assert "A rehearsal" in text and all(f"## {title}" in text for title in page.SECTIONS)
+    assert "A rehearsal" in text and all(f"## {title}" in text for title in sections.SECTIONS)
     for name in ("kernels.png", "peers.png"):
         assert f"({name})" in text and (tmp_path / name).stat().st_size > 10_000
     # A second call finds nothing left to do.

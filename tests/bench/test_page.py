@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from bench.gpu import kernel_profile, page
+from bench.gpu import kernel_profile, page, sections
 from bench.ledger import COLUMNS, Recorder
 from bench.peers import FUSED, SAMPLING, TRITON, UNFUSED
 
@@ -67,7 +67,8 @@ def test_what_is_wrong_comes_first_then_the_largest_loss(recorder):
     recorder.write(**layer, dtype="tf32", implementation="fused, tf32", **times(3.0))
     recorder.write(**layer, dtype="tf32", implementation="activation kernel + library", **times(2))
     text = text_of(recorder)
-    todo = text.split("## ")[1]
+    assert "- 2 cases of loss and gradients at full size, 1 wrong" in text
+    todo = text.split("## ")[2]
     said = ["wrong against float64", "bad_kernel", "large_loss", "small_loss", "1.50 times as fast"]
     places = [todo.index(words) for words in said]
     assert places == sorted(places)
@@ -83,7 +84,8 @@ def test_peers_are_compared_with_the_fastest_of_this_library(recorder):
     recorder.write(**loss, implementation="vmap(jacfwd)", **times(30), peak_mib="812")
     recorder.write(**loss, implementation="stochman nnj", note="failed: ModuleNotFoundError: no")
     text = text_of(recorder)
-    (line,) = [line for line in text.splitlines() if "vmap(jacfwd)" in line]
+    short, line = [line for line in text.splitlines() if "vmap(jacfwd)" in line]
+    assert f"tf32: 2 ms ({FUSED}, both, graph) here" in short and "15.00 times as long" in short
     assert "| 30 | 15.0x | 812 |" in line
     assert "## What failed" in text and text.count("ModuleNotFoundError") == 2
 
@@ -108,8 +110,8 @@ def test_every_row_is_told_somewhere(recorder):
 
 
 def test_cells_do_not_break_a_table():
-    assert page.table(("a",), [["x | y"]]) == ["| a |", "| --- |", "| x / y |"]
-    assert page.table(("a",), []) == []
+    assert sections.table(("a",), [["x | y"]]) == ["| a |", "| --- |", "| x / y |"]
+    assert sections.table(("a",), []) == []
 
 
 def test_pictures_are_drawn_of_what_there_is(recorder):
