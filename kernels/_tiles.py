@@ -64,7 +64,9 @@ def tunes(limits: DeviceLimits) -> bool:
     return limits.name in _measured or _tried is not None or _asked is not None
 
 
-def tuned(kernel: str, tile: T, limits: DeviceLimits, blocks: Mapping[str, int], **given: Any) -> T:
+def tuned(
+    kernel: str, tile: T, limits: DeviceLimits, blocks: Mapping[str, int], /, **given: Any
+) -> T:
     """The tile to launch with: the measured one, and in a sweep the one that is tried.
 
     Args:
@@ -138,7 +140,7 @@ def _takes(name: str, value: Any, blocks: Mapping[str, int]) -> bool:
         return power and value <= 32
     return {
         "num_stages": 1 <= value <= 8,
-        "maxnreg": 24 <= value <= 255,
+        "maxnreg": 24 <= value <= 256,
         "programs": 1 <= value <= 32,
     }.get(name, False)
 

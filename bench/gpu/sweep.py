@@ -26,15 +26,23 @@ from unittest import mock
 
 import torch
 
-from bench.gpu.tile_jobs import Compiled, Job, cases, combined, compile_tries, neighbours, rank
-from bench.ledger import times
+from bench.gpu.tile_jobs import (
+    Compiled,
+    Job,
+    cases,
+    combined,
+    compile_tries,
+    neighbours,
+    rank,
+    weighs,
+)
+from bench.ledger import SWEEP, times
 from bench.measure import Case, Context, OutOfTime, Run, check
 from bench.timing import Timing, captured, time_events, time_wall
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.kernels._launch import device_limits
 from fastsfvae.kernels._tiles import TILES, Asked, Fields, asking, trying, version
 
-OPERATION = "sweep"
 # A tile takes the place of another where it takes at most so much of its time.
 FASTER = 0.97
 # Cases that are compiled while one before them is timed.
@@ -74,7 +82,7 @@ class _Launch:
         changes = " ".join(f"{name}={value}" for name, value in fields.items())
         given = self.key.removeprefix(self.asked.kernel).strip()
         return self.case.labels | {
-            **{"op": OPERATION, "implementation": self.asked.kernel},
+            **{"op": SWEEP, "implementation": self.asked.kernel},
             "shape": f"{given}; {changes or 'as it is'}",
         }
 
@@ -155,7 +163,7 @@ class _Sweep:
 
     def begin(self, case: Case) -> None:
         """Check a case as it is, and have the neighbours of its launches' tiles compiled."""
-        labels = case.labels | {"op": OPERATION}
+        labels = case.labels | {"op": SWEEP}
         if self._context.known(labels):
             return
         with self._context.running(labels):
@@ -168,7 +176,7 @@ class _Sweep:
             except Exception as reason:
                 self._context.fail(labels, reason)
                 return
-        for key in [key for key in asked if key not in self._through]:
+        for key in [key for key in asked if key not in self._through and weighs(case, key)]:
             self._through.add(key)
             self._compile(_Launch(case, runs, key, asked[key]), neighbours(asked[key]))
         self._tell(case)
@@ -253,7 +261,7 @@ class _Sweep:
     def _tell(self, case: Case) -> None:
         """Say that a case is through, where none of its launches waits."""
         if all(launch.case is not case for launch in self._queue):
-            labels = case.labels | {"op": OPERATION}
+            labels = case.labels | {"op": SWEEP}
             self._context.recorder.write(**labels, note="all its launches' tiles are tried")
 
 

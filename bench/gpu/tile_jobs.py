@@ -99,6 +99,12 @@ def rank(case: Case, times: Mapping[tuple[str, ...], float], bytes_per_ms: float
     return DTYPES.index(case.dtype), -times.get(tuple(case.labels.values()), guessed)
 
 
+def weighs(case: Case, key: str) -> bool:
+    """Whether a launch is one that a case is of; beside a last layer's there are small ones."""
+    small = ("tangent_product ", "tangent_weight ")
+    return case.op != cases_last_layer.OPERATION or not key.startswith(small)
+
+
 def neighbours(asked: Asked) -> list[dict[str, Any]]:
     """Tiles that differ from a launch's in one field."""
     tile = asdict(asked.tile)
