@@ -91,7 +91,7 @@ def tuned(
 
 @functools.lru_cache(maxsize=4096)
 def _found(kernel: str, tile: Any, name: str, blocks: tuple, given: tuple) -> Any:
-    fields = _measured[name].get(key_of(kernel, dict(given)), {})
+    fields = _measured.get(name, {}).get(key_of(kernel, dict(given)), {})
     return changed(tile, fields, dict(blocks))
 
 
