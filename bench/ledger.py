@@ -24,6 +24,8 @@ COLUMNS = (
 # What a ceiling's row was measured with, where others are held to it.
 COPY, PRODUCT = "copy_", "mm"
 TIMES = "p50_ms", "p20_ms", "p80_ms"
+# The operation of a tile that was tried.
+SWEEP = "sweep"
 
 
 def provenance(device: str) -> dict[str, str]:
@@ -86,14 +88,17 @@ def ceiling(row: Mapping[str, str]) -> tuple[str, float] | None:
 
 
 def merge(rows: Iterable[Mapping[str, str]]) -> int:
-    """Append the rows that carry a time and do not stand in the ledger yet; return how many."""
+    """Append the rows that carry a time and do not stand in the ledger yet; return how many.
+
+    Not those of tiles that were tried: what comes of them stands in a table of its own.
+    """
 
     def key(row: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(row.get(column, "") for column in COLUMNS)
 
     known = {key(row) for row in read_rows(LEDGER)}
     # A dictionary keeps the order in which the rows were measured.
-    timed = dict.fromkeys(key(row) for row in rows if row["p50_ms"])
+    timed = dict.fromkeys(key(row) for row in rows if row["p50_ms"] and row["op"] != SWEEP)
     new = [row for row in timed if row not in known]
     with LEDGER.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(new)

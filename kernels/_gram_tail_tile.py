@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -15,10 +15,13 @@ from torch import Tensor
 from ._contract import GRAM_TAIL_MAX_CHANNELS, GRAM_TAIL_MAX_M, reads_result, tangents_like
 from ._launch import DeviceLimits, cdiv, check_dtypes, pointer
 from ._stack_geometry import Front
+from ._tiles import tuned
 from .activations import EXAMPLES, front_constexprs
 
 # A cell's share of Z: four outputs of four channels, those beyond the layer's own zeros.
 COLUMNS = 16
+# What may be another size, and the least: a program holds all tangents, and walks along rows.
+_BLOCKS = {"tile_x": 1, "block_c": 8}
 
 
 @triton.jit
@@ -40,6 +43,8 @@ class Tile:
         num_stages: of its software pipeline.
         programs: that an SM holds, by registers and shared memory.
         maxnreg: as in `Configuration`.
+        by_l1: whether the forward copies T by 8 bytes, through L1, or by 16, past it; where it is
+            aligned so.
     """
 
     block_m: int
@@ -50,6 +55,7 @@ class Tile:
     num_stages: int
     programs: int
     maxnreg: int | None = None
+    by_l1: bool = True
 
     def count(self, height: int, width: int) -> int:
         """Tiles of an image."""
@@ -59,6 +65,36 @@ class Tile:
     def options(self) -> dict:
         """What a launch is given besides arguments and constexprs."""
         return {n: getattr(self, n) for n in ("num_warps", "num_stages", "maxnreg")}
+
+
+def tuned_tile(
+    kernel: str,
+    tile: Tile,
+    m: int,
+    dtype: torch.dtype,
+    constexprs: Mapping[str, Any],
+    limits: DeviceLimits,
+    **given: Any,
+) -> Tile:
+    """The tile as it is, or the one that was measured for this launch, where a device has such.
+
+    Args:
+        kernel: the launch's name.
+        tile: as it was chosen.
+        m: tangents.
+        dtype: of T.
+        constexprs: as `prepare` gives them.
+        limits: of the device.
+        given: what else the launch depends on.
+    """
+    product = constexprs["PRECISION"] if dtype == torch.float32 else "half"
+    sizes = {name: constexprs[name] for name in ("H", "W", "C", "CO")}
+    others = {"kind": constexprs["KIND"], "sloped": constexprs["SLOPED"]}
+    return tuned(
+        *(kernel, tile, limits, _BLOCKS),
+        **{"dtype": dtype, "product": product, "m": m, **sizes, **others},
+        **{"round": constexprs["ROUND_T"], **given},
+    )
 
 
 def block_of(m: int) -> int:

@@ -42,10 +42,12 @@ class DeviceLimits:
     Attributes:
         sm_count: streaming multiprocessors of the device.
         capability: compute capability, 86 for 8.6.
+        name: as the driver gives it; "" of a device that none was measured on.
     """
 
     sm_count: int
     capability: int = 80
+    name: str = ""
 
 
 _pretended: ContextVar[DeviceLimits | None] = ContextVar("device_limits", default=None)
@@ -54,7 +56,7 @@ _pretended: ContextVar[DeviceLimits | None] = ContextVar("device_limits", defaul
 @functools.cache
 def _cuda_limits(index: int) -> DeviceLimits:
     found = torch.cuda.get_device_properties(index)
-    return DeviceLimits(found.multi_processor_count, 10 * found.major + found.minor)
+    return DeviceLimits(found.multi_processor_count, 10 * found.major + found.minor, found.name)
 
 
 def device_limits(tensor: torch.Tensor) -> DeviceLimits:

@@ -14,13 +14,20 @@ from torch import Tensor
 from ._contract import PARAMETERS, reads_result, room_for, samples_apart
 from ._doubling_gemm import tangent_doubling_kernel
 from ._implicit_gemm import tangent_product_kernel
-from ._launch import Configuration, cdiv, device_limits, launch, pointer
+from ._launch import Configuration, DeviceLimits, cdiv, device_limits, launch, pointer
 from ._narrow_gemm import tangent_narrow_kernel
 from ._product_tile import NARROW, Sizes, doubling_tile, narrow_tile, product_tile
 from ._stack_geometry import POINTWISE, Front, Gather, Geometry
 from ._stack_tile import Tile, is_curved
 from ._stack_weight import weight_configuration
+from ._tiles import tuned, tunes
 from .activations import EXAMPLES, front_constexprs
+
+# What may be another size, and the least; the narrow kernel's columns are its own.
+_BLOCKS = {
+    "narrow": {"block_m": 16, "block_k": 16},
+    **dict.fromkeys(("doubling", "product"), {"block_m": 16, "block_n": 16, "block_k": 16}),
+}
 
 
 class Plan(NamedTuple):
@@ -57,7 +64,7 @@ def plan(
     sizes: Sizes,
     dtype: torch.dtype,
     front: Front,
-    capability: int,
+    limits: DeviceLimits,
     *,
     inner_is_input: bool,
     pull: bool,
@@ -73,7 +80,7 @@ def plan(
         sizes: of a slot of one sample.
         dtype: of the stack.
         front: of the layer.
-        capability: of the device.
+        limits: of the device.
         inner_is_input: as in `product`, like `pull`.
         pull: whether the result is pulled back.
         bias_size: numbers of the bias, 0 without one.
@@ -99,6 +106,7 @@ def plan(
         by = "narrow" if whole and plain and sizes.N <= NARROW else "doubling"
     if data != "none" and by != "narrow":
         raise ValueError(f"data for a {by} kernel: only the narrow one subtracts")
+    capability = limits.capability
     if by == "narrow":
         tile = narrow_tile(sizes, dtype, front.precision, capability)
     elif by == "doubling":
@@ -108,6 +116,16 @@ def plan(
         tile = product_tile(
             *(gather, sizes, dtype, front.precision, (on_load[0], result[0])),
             *(on_x != "none", capability),
+        )
+    if tunes(limits):
+        of_narrow = {"data": data}
+        of_all = {**asdict(gather), "pull": pull, "on_load": on_load[0], "aligned": aligned}
+        tile = tuned(
+            *(f"tangent_{by}", tile, limits, _BLOCKS[by]),
+            **{"dtype": dtype, "product": front.precision if is_full else "half"},
+            **{**sizes._asdict(), "result": result[0], "round": on_x},
+            **(of_narrow if by == "narrow" else of_all),
+            **({"inner_is_input": inner_is_input} if by == "product" else {}),
         )
     result_kind, R0, R1 = front_constexprs(*result).values()
     rounds = is_full and (pull or result_kind != "none")
@@ -123,7 +141,7 @@ def plan(
         constexprs["DATA"] = data
     else:
         wide = all(n * dtype.itemsize % 16 == 0 for n in (sizes.C, sizes.N))
-        constexprs["BY_L1"] = aligned and gather.taps > 1 and wide
+        constexprs["BY_L1"] = tile.by_l1 and aligned and gather.taps > 1 and wide
         constexprs |= {"GRID_H": cdiv(sizes.OH, gather.phases), **front_constexprs(*on_load)}
         constexprs |= {"GRID_W": cdiv(sizes.OW, gather.phases), "OH": sizes.OH, "OW": sizes.OW}
         constexprs |= {"PULL": pull, "KERNEL": gather.kernel, "BLOCK_N": tile.block_n}
@@ -198,7 +216,7 @@ def product(
     out = room_for(out, (S, B, *out_size, sizes.N), stack)
     apart = [samples_apart(t) for t in (stack, out if pull is None else pull, out)]
     chosen = plan(
-        *(gather, sizes, stack.dtype, front, device_limits(stack).capability),
+        *(gather, sizes, stack.dtype, front, device_limits(stack)),
         inner_is_input=inner_is_input,
         pull=pull is not None,
         bias_size=0 if bias is None else bias.numel(),
@@ -285,7 +303,7 @@ def audited(
         data: orders of data that the forward's values are subtracted from besides, as `plan` has.
     """
     forward, backward, inner_is_input = geometry
-    capability = device_limits(torch.empty(0)).capability
+    limits = device_limits(torch.empty(0))
     size = 1 if forward == POINTWISE else size
     out = size * forward.phases // forward.stride
     for (dtype, precision, kind, channels, columns), known in itertools.product(
@@ -315,7 +333,7 @@ def audited(
         ):
             chosen = plan(
                 *(gather, Sizes(*from_, *into) if pull else Sizes(*into, *from_), dtype, front),
-                capability,
+                limits,
                 inner_is_input=inner_is_input != pull,
                 pull=pull,
                 bias_size=0 if pull else columns,

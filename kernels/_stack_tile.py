@@ -11,7 +11,18 @@ from ._contract import PIECEWISE_LINEAR
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes and launch options of one program."""
+    """Block sizes and launch options of one program.
+
+    Attributes:
+        block_m: rows.
+        block_n: columns.
+        block_k: of a step of the sum.
+        num_warps: of a program.
+        num_stages: of its software pipeline.
+        maxnreg: as in `Configuration`.
+        by_l1: whether what neighbours read again is copied by 8 bytes, through L1, or by 16, past
+            it; where it is aligned so.
+    """
 
     block_m: int
     block_n: int
@@ -19,6 +30,7 @@ class Tile:
     num_warps: int
     num_stages: int
     maxnreg: int | None
+    by_l1: bool = True
 
     @property
     def launch(self) -> dict:

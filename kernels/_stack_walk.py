@@ -13,11 +13,14 @@ import triton
 from ._launch import DeviceLimits, cdiv
 from ._stack_geometry import POINTWISE, Front, Gather
 from ._stack_tile import Tile
+from ._tiles import tuned, tunes
 from .activations import front_constexprs
 
 # Rows of a TF32 product on sm_90: of 64 it takes operands from shared memory the other way round,
 # where nothing but single elements, far apart, can be copied.
 _TF32_ROWS = 32
+# What may be another size, and the least.
+_BLOCKS = {"block_m": 16, "block_n": 16, "block_k": 16}
 
 
 class Walk(NamedTuple):
@@ -169,19 +172,38 @@ def weight_constexprs(
         front: of the layer.
         on_window: as there.
         limits: of the device.
+
+    Raises:
+        ValueError: a tile, among those that are measured or tried, that the kernel cannot take.
     """
     (H, W, C) = size
     half, eight_bytes = dtype != torch.float32, 8 // dtype.itemsize
     single = C % eight_bytes > 0 or outer % eight_bytes > 0
     columns, hopper = gather.kernel**2 * C, limits.capability // 10 == 9
     tile = weight_tile_of(outer, columns, dtype, front, limits, single)
-    twice = hopper and not half and front.precision == "tf32" and tile.block_m > _TF32_ROWS
     rounds = front.rounds(not half)
     if tile.maxnreg == 128 and (single or (not half and on_window and limits.capability >= 120)):
         # Single elements have a mask each; and on sm_120 TF32 windows of a layer's input spill, and
         # single elements that no tensor core multiplies.
         most = 255 if not half and front.precision == "ieee" and limits.capability >= 120 else 168
         tile = replace(tile, maxnreg=most)
+    if tunes(limits):
+        tile = tuned(
+            *("tangent_weight", tile, limits, _BLOCKS),
+            **{"dtype": dtype, "product": "half" if half else front.precision},
+            **{"M": outer, "h": grid[0], "w": grid[1], "H": H, "W": W, "C": C},
+            **{"kernel": gather.kernel, "stride": gather.stride, "offset": gather.offset},
+            **{"on_load": front.on_load[0], "on_window": on_window},
+            **{"round_x": rounds[0], "round_g": rounds[1]},
+        )
+    twice = hopper and not half and front.precision == "tf32" and tile.block_m > _TF32_ROWS
+    if twice and (tile.block_m > 2 * _TF32_ROWS or front.on_load[0] != "none"):
+        raise ValueError(f"block_m={tile.block_m}: TF32 on sm_90 takes {_TF32_ROWS} rows, or twice")
+    if tile.maxnreg is None:
+        raise ValueError("maxnreg=None: a walk is split by the registers of a program")
+    vector = eight_bytes
+    if not tile.by_l1 and C % (2 * eight_bytes) == 0:
+        vector = 2 * eight_bytes
     constexprs = {
         **{"GRID_H": grid[0], "GRID_W": grid[1], "M": outer, "H": H, "W": W, "C": C},
         **front_constexprs(*front.on_load),
@@ -190,7 +212,7 @@ def weight_constexprs(
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
         "PRODUCT_M": _TF32_ROWS if twice else tile.block_m,
         "POSITIONS": min(tile.block_k, triton.next_power_of_2(grid[0] * grid[1])),
-        "VECTOR": eight_bytes if C % eight_bytes == 0 else 1,
+        "VECTOR": vector if C % eight_bytes == 0 else 1,
         # Then programs whose columns meet other pixels share none of a window.
         "BY_PIXEL": hopper
         and gather.stride > 1

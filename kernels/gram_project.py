@@ -16,7 +16,6 @@ the factorisation): the same bits on every run, and a full chip when the batch i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -26,10 +25,10 @@ from torch import Tensor
 
 from ._blocks import dot, store_sums
 from ._contract import rows_dense
+from ._gram_project_tile import Tile, bwd_tile, fwd_tile, splits
 from ._launch import (
     INTERPRET,
     Configuration,
-    DeviceLimits,
     begin,
     cdiv,
     check_dtypes,
@@ -204,36 +203,6 @@ def _gram_project_bwd_kernel(
     tl.store(dr_ptr + b * n + ks, dr, mask=(ks < n) & (row_tile == 0))
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Block sizes of either kernel; wider where m is smaller, so that a tile keeps its size."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def _fwd_tile(m: int, dtype: torch.dtype) -> _Tile:
-    block_m = min(max(16, triton.next_power_of_2(m)), 64)
-    # 8 KiB in flight. Above one tile of rows, two tiles of J share them.
-    elements = 8192 // dtype.itemsize // (1 if m <= block_m else 2)
-    return _Tile(block_m, elements // block_m, num_warps=8 if block_m == 64 else 4, num_stages=2)
-
-
-def _bwd_tile(m: int) -> _Tile:
-    block_m = min(max(16, triton.next_power_of_2(m)), 64)
-    return _Tile(block_m, 2048 // block_m, num_warps=8, num_stages=1)
-
-
-def _splits(B: int, n: int, pairs: int, block_n: int, limits: DeviceLimits) -> tuple[int, int]:
-    """Parts of n and columns per part: about three programs an SM, at least two blocks a part."""
-    wanted = max(1, 3 * limits.sm_count // (B * pairs))
-    blocks = cdiv(n, block_n)
-    blocks_per_split = cdiv(blocks, max(1, min(wanted, blocks // 2)))
-    return cdiv(blocks, blocks_per_split), blocks_per_split * block_n
-
-
 def gram_project_partials(
     J: Tensor, r: Tensor, input_precision: str = "ieee"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,17 +222,17 @@ def gram_project_partials(
     check_dtypes(J=J, r=r)
     J, r = rows_dense(J), rows_dense(r.to(torch.float32))
     B, m, n = J.shape
-    tile = _fwd_tile(m, J.dtype)
+    limits = device_limits(J)
+    tile = fwd_tile(m, n, J.dtype, input_precision, limits)
     tiles = cdiv(m, tile.block_m)
-    splits, n_per_split = _splits(B, n, tiles * tiles, tile.block_n, device_limits(J))
-    G, p, rr = empty_sums(splits, B, m, J.device)
+    parts, n_per_split = splits(B, n, tiles * tiles, tile.block_n, limits)
+    G, p, rr = empty_sums(parts, B, m, J.device)
     launch(
-        *(_gram_project_fwd_kernel, (B * splits * tiles * tiles,)),
-        *(J, r, G, p, rr, B, m, n, splits, n_per_split, tiles),
+        *(_gram_project_fwd_kernel, (B * parts * tiles * tiles,)),
+        *(J, r, G, p, rr, B, m, n, parts, n_per_split, tiles),
         *(J.stride(0), J.stride(1), r.stride(0)),
-        **_fwd_constexprs(m, J.dtype, input_precision),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **_fwd_constexprs(tile, m, input_precision),
+        **tile.options,
     )
     return G, p, rr
 
@@ -273,8 +242,8 @@ def gram_project_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return float32 ``(G [B, m, m], p [B, m], rr [B])``; arguments as `gram_project_partials`."""
     parts = gram_project_partials(J, r, input_precision)
-    splits, B, m = parts[1].shape
-    if splits == 1:
+    count, B, m = parts[1].shape
+    if count == 1:
         G, p, rr = parts
         return G.squeeze(0), p.squeeze(0), rr.squeeze(0)
     sums = tuple(torch.empty(part.shape[1:], dtype=part.dtype, device=J.device) for part in parts)
@@ -285,7 +254,7 @@ def gram_project_fwd(
         *sums,
         B,
         m,
-        splits,
+        count,
         blocks,
         BLOCK=_SUM_BLOCK,
         num_warps=4,
@@ -325,7 +294,7 @@ def gram_project_bwd(
     J, r32 = rows_dense(J), rows_dense(r.to(torch.float32))
     M, u, g_rr = (t.to(torch.float32).contiguous() for t in (M, u, g_rr))
     B, m, n = J.shape
-    tile = _bwd_tile(m)
+    tile = bwd_tile(m, n, J.dtype, input_precision, device_limits(J))
     tiles, n_blocks = cdiv(m, tile.block_m), cdiv(n, tile.block_n)
     dJ = torch.empty_like(J) if out is None else out
     dr = torch.empty((B, n), dtype=torch.float32, device=r.device)
@@ -333,15 +302,13 @@ def gram_project_bwd(
         *(_gram_project_bwd_kernel, (B * tiles * n_blocks,)),
         *(J, r32, M, u, g_rr, dJ, dr, m, n, tiles, n_blocks),
         *(J.stride(0), J.stride(1), r32.stride(0), dJ.stride(0), dJ.stride(1)),
-        **_bwd_constexprs(m, input_precision),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **_bwd_constexprs(tile, input_precision),
+        **tile.options,
     )
     return dJ, dr.to(r.dtype)
 
 
-def _fwd_constexprs(m: int, dtype: torch.dtype, precision: str) -> dict:
-    tile = _fwd_tile(m, dtype)
+def _fwd_constexprs(tile: Tile, m: int, precision: str) -> dict:
     one_tile = m <= tile.block_m
     return {
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
@@ -349,24 +316,24 @@ def _fwd_constexprs(m: int, dtype: torch.dtype, precision: str) -> dict:
     }
 
 
-def _bwd_constexprs(m: int, precision: str) -> dict:
-    tile = _bwd_tile(m)
+def _bwd_constexprs(tile: Tile, precision: str) -> dict:
     return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": precision}
 
 
 def configurations() -> Iterator[Configuration]:
     """Every compilation at the default precision: m's buckets, J's dtypes, even and odd sizes."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    limits = device_limits(torch.empty(0))
     for m, dtype, is_odd in product((16, 32, 64, 128), dtypes, (False, True)):
         label = f"m{'>64' if m > 64 else f'={m}'} J {pointer(dtype)[1:]}"
         label += " odd" if is_odd else ""
         odd = ("j_ptr", "r_ptr", "n", "stride_j_b", "stride_j_m", "stride_r_b") if is_odd else ()
-        fwd, bwd = _fwd_tile(m, dtype), _bwd_tile(m)
+        fwd, bwd = (tile(m, 12288, dtype, "ieee", limits) for tile in (fwd_tile, bwd_tile))
         yield Configuration(
             _gram_project_fwd_kernel,
             label,
             _pointers("r g p rr") | {"j_ptr": pointer(dtype)},
-            _fwd_constexprs(m, dtype, "ieee"),
+            _fwd_constexprs(fwd, m, "ieee"),
             fwd.num_warps,
             fwd.num_stages,
             odd,
@@ -375,7 +342,7 @@ def configurations() -> Iterator[Configuration]:
             _gram_project_bwd_kernel,
             label,
             _pointers("r m u g_rr dr") | {"j_ptr": pointer(dtype), "dj_ptr": pointer(dtype)},
-            _bwd_constexprs(m, "ieee"),
+            _bwd_constexprs(bwd, "ieee"),
             bwd.num_warps,
             bwd.num_stages,
             (*odd, "stride_dj_b", "stride_dj_m") if is_odd else (),

@@ -55,6 +55,7 @@ from ._gram_tail_tile import (
     block_of,
     prepare,
     shares,
+    tuned_tile,
     variants,
 )
 from ._implicit_gemm import within
@@ -67,6 +68,7 @@ from ._launch import (
     launch,
     pointer,
 )
+from ._tiles import tunes
 from .activations import front_constexprs
 
 
@@ -285,12 +287,17 @@ def gram_tail_partials(
         )
     if applied:
         constexprs |= front_constexprs("none", ())
-    limits = device_limits(T)
+    limits, aligned = device_limits(T), lost is None and _by_l1(T)
     if lost is None:
         tile = forward_tile(
             *(m, channels_in, T.dtype, constexprs["PRECISION"]),
             *(constexprs["KIND"] == "none", limits),
         )
+        if tunes(limits):
+            tile = tuned_tile(
+                *("gram_tail_fwd", tile, m, T.dtype, constexprs, limits),
+                **{"write": Z is not None, "aligned": aligned},
+            )
     else:
         tile = rescue_tile(block_of(m))
         constexprs |= {"PRECISION": "ieee", "ROUND_T": "none"}
@@ -303,7 +310,7 @@ def gram_tail_partials(
         *(B, m, splits, T.stride(0)),
         **constexprs,
         **_constexprs(tile, T.dtype, constexprs["PRECISION"], lost is not None, Z is not None),
-        BY_L1=lost is None and _by_l1(T),
+        BY_L1=aligned and tile.by_l1,
         **tile.options,
     )
     return sums

@@ -46,11 +46,13 @@ from ._gram_tail_tile import (
     block_of,
     prepare,
     shares,
+    tuned_tile,
     variants,
 )
 from ._launch import INTERPRET, Configuration, begin, cdiv, device_limits, launch, pointer
 from ._stack_sums import Room, Rooms, room_of_width
 from ._stack_tile import is_curved
+from ._tiles import tunes
 from .activations import activation
 
 
@@ -308,6 +310,11 @@ def gram_tail_bwd(
     plain = (applied or kind == "none") and slope is None
     limits = device_limits(T)
     tile = backward_tile(m, channels_in, T.dtype, constexprs["PRECISION"], plain, limits)
+    if tunes(limits):
+        tile = tuned_tile(
+            *("gram_tail_bwd", tile, m, T.dtype, constexprs, limits),
+            **{"applied": applied, "of_data": of_data, "output": output_dtype},
+        )
     dT = empty_tangents(T[0], T) if out is None else out
     dr, d_output = torch.empty_like(r) if of_data else None, torch.empty_like(r, dtype=output_dtype)
     d_slope = None if slope is None else torch.empty_like(r)

@@ -8,7 +8,7 @@ smoke.py            whether loss and gradients are right at full size, and the s
 launch_check.py     which kernel of a step is wrong; interpreted.py runs some programs of it
 kernel_profile.py   where a step's time goes
 timings.py          cases: headlines, peers, layers, operations, training curves
-sweep.py            tiles
+sweep.py            tiles; tile_jobs.py says which, and compiles them ahead
 correctness.py      the kernels' own tests
 page.py             the page that says what was found: sections.py has its tables, pictures.py draws
 """

@@ -11,7 +11,8 @@ the tests of hostile numbers want hypothesis and mpmath too, and the page's pict
     python -m bench.gpu --out DIR --device cpu --quick     the same code, tiny, interpreted
     python -m bench.gpu --out DIR --page                   write the page anew
     python -m bench.gpu --out DIR --merge                  append DIR's times to the ledger, and
-                                                           have the library choose by them
+                                                           have the library choose by them and by
+                                                           the tiles that were the fastest
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 
 from bench import choices, ledger
 from bench.command import make_parser
-from bench.gpu import page
+from bench.gpu import page, sweep
 from bench.gpu.parts import PARTS, with_needed
 from bench.gpu.runner import OUT_OF_TIME, Runner
 from bench.ledger import Recorder, read_rows
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.merge:
         print(f"{ledger.merge(read_rows(options.out / ROWS))} rows appended to {ledger.LEDGER}")
         print(f"{choices.update()} devices with measured layers in {choices.MEASURED}")
+        print(f"{sweep.merge(options.out)} tiles taken over into {sweep.TILES}")
         return 0
     if options.page:
         return _write_page(options)
@@ -87,7 +89,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--after", type=Path, help="folder of a call before, to go on from")
     parser.add_argument("--commit", help="for a copy of the files that has no git history")
     parser.add_argument("--page", action="store_true", help="write DIR/README.md and its pictures")
-    parser.add_argument("--merge", action="store_true", help="append the times to the ledger")
+    parser.add_argument("--merge", action="store_true", help="take times and tiles over")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
