@@ -21,7 +21,6 @@ import argparse
 import importlib
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -91,6 +90,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", action="store_true", help="write DIR/README.md and its pictures")
     parser.add_argument("--merge", action="store_true", help="take times and tiles over")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -99,12 +99,11 @@ def _recorder(options: argparse.Namespace) -> Recorder:
 
 
 def _run_part(options: argparse.Namespace) -> int:
-    started = time.monotonic()
     module, function = PARTS[options.part].function.split(":")
     # For every candidate alike.
     torch.backends.cudnn.benchmark = True
-    recorder, deadline = _recorder(options), started + 60 * options.minutes
-    context = Context(options.device, options.quick, recorder, deadline, goes_on=True)
+    recorder = _recorder(options)
+    context = Context(options.device, options.quick, recorder, options.until, goes_on=True)
     try:
         getattr(importlib.import_module(module), function)(context)
     except OutOfTime:

@@ -1,7 +1,7 @@
 """Runs each part in a process of its own, so that a kernel which breaks the device costs one case.
 
 What ends a process leaves behind what it was at (`bench.measure.Context.running`): that becomes a
-row, and the part begins again behind it.
+row, and the part begins again behind it, unless the same has ended it before.
 """
 
 from __future__ import annotations
@@ -69,18 +69,23 @@ class Runner:
 
     def _part(self, name: str, deadline: float) -> list[str]:
         """Run a part until it ends by itself; return what ended its processes before."""
-        failures = []
-        while (seconds := deadline - time.monotonic()) > 0:
+        failures: list[str] = []
+        blamed: list[dict[str, str]] = []
+        while time.monotonic() < deadline:
             running = self._folder / RUNNING
             running.unlink(missing_ok=True)
-            failure = self._process(name, seconds)
+            failure = self._process(name, deadline)
             if not failure:
                 break
             failures.append(failure)
             if not running.exists():
                 break
-            self._blame(json.loads(running.read_text()), failure)
+            labels = json.loads(running.read_text())
+            self._blame(labels, failure)
             running.unlink()
+            if labels in blamed:
+                break
+            blamed.append(labels)
         return failures
 
     def _blame(self, labels: dict[str, str], failure: str) -> None:
@@ -90,10 +95,12 @@ class Runner:
         if not said:
             self._recorder.write(**labels, note=failure)
 
-    def _process(self, name: str, seconds: float) -> str:
+    def _process(self, name: str, deadline: float) -> str:
         """Run a part in a process of its own; return why it failed, or nothing."""
+        seconds = deadline - time.monotonic()
         command = [sys.executable, "-m", "bench.gpu", *self._arguments]
-        command += ["--part", name, "--minutes", str(seconds / 60)]
+        # By the clock that all processes share: a start takes seconds.
+        command += ["--part", name, "--until", str(deadline)]
         with Path(self._folder, LOG).open("a") as log:
             log.write(f"== {name}\n")
             log.flush()

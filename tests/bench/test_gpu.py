@@ -160,6 +160,13 @@ def test_a_case_that_has_said_what_broke_the_device_is_not_told_again(tmp_path, 
     assert children.started == ["layers", "layers"]
 
 
+def test_a_part_does_not_begin_again_at_what_has_ended_it_twice(tmp_path, monkeypatch):
+    dies = f'echo \'{{"op": "bad"}}\' > {tmp_path / RUNNING}; exit 1'
+    children = Children(monkeypatch, layers=[dies] * 3)
+    rows = run_parts(tmp_path, ["layers"])
+    assert children.started == ["layers", "layers"] and rows[-1]["note"].count("status 1") == 2
+
+
 def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path, monkeypatch):
     reading, writing = os.pipe()
     children = Children(monkeypatch, layers=["sleep 60 & wait"])

@@ -213,3 +213,13 @@ def test_the_part_writes_a_table_and_goes_on(tmp_path, monkeypatch):
     before = recorder.path.read_text()
     kernel_profile.part(again)
     assert recorder.path.read_text() == before
+
+
+def test_a_case_that_has_ended_its_process_is_not_profiled_again(tmp_path, monkeypatch):
+    recorder = Recorder(tmp_path / "rows.csv", "cpu", "abc1234")
+    context = Context("cpu", True, recorder, time.monotonic() + 60, goes_on=True)
+    for step, case in kernel_profile._steps(context):
+        ended = f"ended its process with status {step}"
+        recorder.write(**case.labels | {"op": "profile"}, note=ended)
+    monkeypatch.setattr(kernel_profile, "_profiled", lambda *_: pytest.fail("profiled"))
+    kernel_profile.part(Context("cpu", True, recorder, context.deadline, goes_on=True))
