@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot, store_sums
+from ._blocks import as_mask, dot, store_sums
 from ._contract import rows_dense
 from ._launch import (
     INTERPRET,
@@ -201,7 +201,7 @@ def _gram_project_bwd_kernel(
 
     dj_ptrs = dj_ptr + b * stride_dj_b + rows.to(tl.int64)[:, None] * stride_dj_m + ks[None, :]
     tl.store(dj_ptrs, dJ, mask=(rows < m)[:, None] & (ks < n)[None, :])
-    tl.store(dr_ptr + b * n + ks, dr, mask=(ks < n) & (row_tile == 0))
+    tl.store(dr_ptr + b * n + ks, dr, mask=(ks < n) & as_mask(row_tile == 0))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot, readied, rounded
+from ._blocks import as_mask, dot, readied, rounded
 from ._contract import empty_tangents
 from ._gram_tail_tile import (
     CASES,
@@ -131,7 +131,7 @@ def _gram_tail_bwd_kernel(
     q = tl.arange(0, POSITIONS * 64)
     ky, kx, co = q // 16 % 4, q // 4 % 4, q % 4
     down, right = (ky + 1) // 2 - 1, (kx + 1) // 2 - 1
-    own = (down == 0) & (right == 0) & (tl.program_id(1) == 0)
+    own = (down == 0) & (right == 0) & as_mask(tl.program_id(1) == 0)
     image = b * (4 * H * W * CO)
     r_ptr, dr_ptr, dv_ptr = r_ptr + image, dr_ptr + image, dv_ptr + image
     slope_ptr, d_slope_ptr = slope_ptr + image, d_slope_ptr + image
