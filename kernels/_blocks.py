@@ -70,6 +70,16 @@ def add_gram_float64(G, J, m):
 
 
 @triton.jit
+def as_mask(holds):
+    """A comparison of two numbers, to be joined with masks of a block; no instruction.
+
+    Triton's interpreter takes it for a number of the compared type when it spreads it over a block,
+    and from 3.9 on refuses such a mask. "And" with a constant tells it the right type.
+    """
+    return True & holds
+
+
+@triton.jit
 def store_sums(g_ptr, p_ptr, rr_ptr, part, m, rows, cols, G, p, rr, first_col, first):
     """Store a program's share of G, p and rr as part (split, sample) of [splits * B, ...].
 
@@ -77,5 +87,5 @@ def store_sums(g_ptr, p_ptr, rr_ptr, part, m, rows, cols, G, p, rr, first_col, f
     """
     at = part * m * m + (rows[:, None] * m + cols[None, :])
     tl.store(g_ptr + at, G, mask=(rows < m)[:, None] & (cols < m)[None, :])
-    tl.store(p_ptr + part * m + rows, p, mask=(rows < m) & first_col)
+    tl.store(p_ptr + part * m + rows, p, mask=(rows < m) & as_mask(first_col))
     tl.store(rr_ptr + part, rr, mask=first)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._blocks import dot, readied, rounded
+from ._blocks import as_mask, dot, readied, rounded
 from ._implicit_gemm import image_of, moved, position, rows_of, sloped, through, within
 from ._launch import begin
 from .activations import activation
@@ -127,7 +127,7 @@ def tangent_doubling_kernel(
         if N % BLOCK_N:
             used &= (cols < N)[None, :]
         if KERNEL == 3:
-            used &= 1 - parity + 2 * ty < KERNEL
+            used &= as_mask(1 - parity + 2 * ty < KERNEL)
         tile = (is_primal, in_channels)
         dy = parity - ty
         shift = (dy * (W * C) + c)[None, :]

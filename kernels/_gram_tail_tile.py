@@ -135,6 +135,9 @@ def backward_tile(
     # TF32 on sm_90 would be copied number by number.
     if channels % 16 or exact and (block_m < 64 or limits.capability // 10 == 9):
         stages = 1
+    if exact and not plain and limits.capability // 10 == 9 and channels % 32 == 0:
+        # Around activations copies are wide; without one Triton 3.9's code spills.
+        stages = 3
     if plain and block_m == 16 and dtype == torch.bfloat16:
         return Tile(block_m, 1, 2, block_c, warps, stages, 4, 128)
     return Tile(block_m, 1, positions, block_c, warps, stages, 8 // warps, 255)

@@ -55,7 +55,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._blocks import dot, readied, rounded
+from ._blocks import as_mask, dot, readied, rounded
 from ._launch import begin
 from .activations import activation, times_slope
 
@@ -198,7 +198,7 @@ def _product_tile(
                 inside &= within(left[:, None] + STEP * tx[None, :], W)
         if STEP_W * TAPS > KERNEL:
             fits = (ky < KERNEL) & (kx < KERNEL)
-            used &= fits if ONE_TAP else fits[:, None]
+            used &= as_mask(fits) if ONE_TAP else fits[:, None]
         if N % BLOCK_N:
             used &= (cols < N)[None, :]
         x_ptrs = through(x_ptr, at_x[:, None] + shift[None, :], BY_L1)

@@ -25,6 +25,9 @@ from ._contract import asked_for
 # The interpreter computes tl.dot on bf16 operands from their bit patterns; kernels upcast there.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
+# Whether this is a later compiler than the one that the code was counted with, Triton 3.8.
+NEWER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 8))
+
 # Said at every compilation, as what Triton does unasked is about to change: a product and a sum are
 # one instruction.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._launch import NEWER
 from ._stack_geometry import Gather
 from ._stack_tile import Tile, bucket, is_curved
 
@@ -34,12 +35,15 @@ def _block_k(channels: int, most: int) -> int:
 
 def narrow_tile(sizes: Sizes, dtype: torch.dtype, precision: str, capability: int) -> Tile:
     simple, registers = dtype != torch.float32 or precision == "tf32", None
+    odd = sizes.C % 16 > 0
     if dtype != torch.float32:
         registers = 168 if capability >= 100 else None
-    elif precision == "ieee" and sizes.C % 16 == 0:
+    elif precision == "ieee" and not odd:
         registers = 128
+    # Beside the masks of odd channels 64 rows of plain products would spill a few bytes.
+    few = odd and dtype == torch.float32 and precision == "ieee"
     return Tile(
-        block_m=128 if simple and sizes.C % 16 == 0 else 64,
+        block_m=128 if simple and not odd else 32 if few else 64,
         block_n=16,
         # 64 bytes of a position.
         block_k=_block_k(sizes.C, 64 // dtype.itemsize),
@@ -53,13 +57,21 @@ def narrow_tile(sizes: Sizes, dtype: torch.dtype, precision: str, capability: in
 
 
 def doubling_tile(
-    sizes: Sizes, dtype: torch.dtype, precision: str, kind: str, rounds: bool, capability: int
+    sizes: Sizes,
+    dtype: torch.dtype,
+    precision: str,
+    kinds: tuple[str, str],
+    rounds: bool,
+    capability: int,
 ) -> Tile:
     is_full = dtype == torch.float32
     exact, three = (is_full and precision == of for of in ("ieee", "tf32x3"))
     # Two accumulators, and with an activation in front two tiles for each of the stack's three.
-    small, hopper = kind != "none" or exact or three, capability // 10 == 9
-    if hopper and not small and sizes.C % 32 == 0:
+    (kind, behind), hopper = kinds, capability // 10 == 9
+    small = kind != "none" or exact or three
+    # Of a slope that takes a product behind the loop a newer compiler would spill parts.
+    light = is_full or behind != "leaky_relu" or not NEWER.value
+    if hopper and light and not small and sizes.C % 32 == 0:
         # Two warp groups share a copy of the weight: L2 is what would bound fewer rows. Thin steps,
         # so that in half precision two programs find registers.
         return Tile(
@@ -120,14 +132,15 @@ def product_tile(
         registers = 136
     if three and block_n < 64 and not curved:
         registers = 128
-    if exact and is_curved(on_load):
-        # Between 192, which spills on sm_90, and 224, which spills on sm_120.
-        registers = 200
+    alone = exact and is_curved(on_load)
+    if alone:
+        # Steps that overlap would spill a few bytes, whatever the bound: four programs an SM do.
+        registers = 128
     return Tile(
         block_m=block_m,
         block_n=block_n,
         block_k=block_k,
         num_warps=8 if crowded and not exact or wide or block_m == 256 else 4,
-        num_stages=2 if exact else 3,
+        num_stages=1 if alone else 2 if exact else 3,
         maxnreg=registers,
     )

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ._launch import OPTIONS, DeviceLimits, pretend
+from ._launch import DeviceLimits, pretend
 
 # Where the storages of recorded tensors lie, by where they really do: far apart, so that an address
 # outside of one is near no other, and low bits carry into no high ones.
@@ -218,9 +218,7 @@ def recorded(limits: DeviceLimits) -> Iterator[list[Launch]]:
         }
         chosen = {n: v for n, v in kwargs.items() if n not in signature and v is not None}
         grid = grid(bound) if callable(grid) else grid
-        launches.append(
-            Launch(self, signature, constants, attributes, OPTIONS | chosen, tuple(grid), values)
-        )
+        launches.append(Launch(self, signature, constants, attributes, chosen, tuple(grid), values))
 
     before = driver.active if driver._active is not None else None
     driver.set_active(_Absent(limits.capability))

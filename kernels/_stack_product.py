@@ -110,7 +110,8 @@ def plan(
     if by == "narrow":
         tile = narrow_tile(sizes, dtype, front.precision, capability)
     elif by == "doubling":
-        given = sizes, dtype, front.precision, on_load[0], on_x != "none", capability
+        kinds = on_load[0], "none" if pull else result[0]
+        given = sizes, dtype, front.precision, kinds, on_x != "none", capability
         tile = doubling_tile(*given)
     else:
         tile = product_tile(

@@ -182,11 +182,13 @@ def weight_constexprs(
     columns, hopper = gather.kernel**2 * C, limits.capability // 10 == 9
     tile = weight_tile_of(outer, columns, dtype, front, limits, single)
     rounds = front.rounds(not half)
-    if tile.maxnreg == 128 and (single or (not half and on_window and limits.capability >= 120)):
-        # Single elements have a mask each; and on sm_120 TF32 windows of a layer's input spill, and
-        # single elements that no tensor core multiplies.
-        most = 255 if not half and front.precision == "ieee" and limits.capability >= 120 else 168
-        tile = replace(tile, maxnreg=most)
+    exact = not half and front.precision == "ieee"
+    if single and exact:
+        # Steps that overlap would spill a few bytes beside a mask for each element.
+        tile = replace(tile, num_stages=1)
+    elif tile.maxnreg == 128 and (single or (not half and on_window and limits.capability >= 120)):
+        # Single elements have a mask each; and on sm_120 windows of a layer's input spill.
+        tile = replace(tile, maxnreg=255 if exact else 168)
     if tunes(limits):
         tile = tuned(
             *("tangent_weight", tile, limits, _BLOCKS),

@@ -107,16 +107,17 @@ def times_slope(x, a, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
 
     Where the result tells the slope (`_contract.reads_result`), `a` may be phi(a).
     """
+    # Compared in float32, where bounds are what they were given as: Triton 3.9 would round them to
+    # a's dtype, and its interpreter compares bit patterns of bfloat16.
+    a = a.to(tl.float32)
     if KIND == "relu":
         return tl.where(a <= 0.0, 0.0, x)
     elif KIND == "leaky_relu":
         return tl.where(a > 0.0, x, (x.to(tl.float32) * P0).to(x.dtype))
     elif KIND == "hardtanh":
-        # In float32, where the bounds are what they were given as.
-        a = a.to(tl.float32)
         return tl.where((a <= P0) | (a >= P1), 0.0, x)
     else:
-        _, d1, _ = activation(a.to(tl.float32), KIND, P0, P1)
+        _, d1, _ = activation(a, KIND, P0, P1)
         return (d1 * x.to(tl.float32)).to(x.dtype)
 
 

@@ -13,7 +13,7 @@ is its machine code: see `_code_gate`. It exits 1 where that is more than `bound
 --write-bounds what is counted becomes the bound. Below stands what a first step waits for: the CPU
 time that compiling its kernels takes.
 
-The tiles are chosen for Triton 3.8's code, and the bounds are of it; with an older Triton only
+The tiles are chosen for Triton 3.8's code, and the bounds are of it; with another Triton only
 spills are errors. Of 3.6's code for 494 launches none spills, and all have the same tensor-core
 instructions. A loop of a product is between 0.69 (sm_80, bfloat16, 784 features to 512) and 1.20
 times as long (sm_120, TF32, 784 to 512), 0.98 in the median; a whole kernel between 0.60 (sm_80, a
@@ -248,8 +248,8 @@ def _print(lines: Sequence[tuple[str, ...]]) -> None:
 
 
 def _writes_bounds() -> bool:
-    """Whether this is the compiler, or a newer one, whose code the bounds are of."""
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+    """Whether this is the compiler whose code the bounds are of."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) == (3, 8)
 
 
 def _code(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

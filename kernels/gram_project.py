@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot, store_sums
+from ._blocks import as_mask, dot, store_sums
 from ._contract import rows_dense
 from ._gram_project_tile import Tile, bwd_tile, fwd_tile, splits
 from ._launch import (
@@ -200,7 +200,7 @@ def _gram_project_bwd_kernel(
 
     dj_ptrs = dj_ptr + b * stride_dj_b + rows.to(tl.int64)[:, None] * stride_dj_m + ks[None, :]
     tl.store(dj_ptrs, dJ, mask=(rows < m)[:, None] & (ks < n)[None, :])
-    tl.store(dr_ptr + b * n + ks, dr, mask=(ks < n) & (row_tile == 0))
+    tl.store(dr_ptr + b * n + ks, dr, mask=(ks < n) & as_mask(row_tile == 0))
 
 
 def gram_project_partials(
@@ -328,7 +328,9 @@ def configurations() -> Iterator[Configuration]:
         label = f"m{'>64' if m > 64 else f'={m}'} J {pointer(dtype)[1:]}"
         label += " odd" if is_odd else ""
         odd = ("j_ptr", "r_ptr", "n", "stride_j_b", "stride_j_m", "stride_r_b") if is_odd else ()
-        fwd, bwd = (tile(m, 12288, dtype, "ieee", limits) for tile in (fwd_tile, bwd_tile))
+        # Odd sizes, and those of the paper's images.
+        n = 12287 if is_odd else 12288
+        fwd, bwd = (tile(m, n, dtype, "ieee", limits) for tile in (fwd_tile, bwd_tile))
         yield Configuration(
             _gram_project_fwd_kernel,
             label,
@@ -343,9 +345,8 @@ def configurations() -> Iterator[Configuration]:
             label,
             _pointers("r m u g_rr dr") | {"j_ptr": pointer(dtype), "dj_ptr": pointer(dtype)},
             _bwd_constexprs(bwd, "ieee"),
-            bwd.num_warps,
-            bwd.num_stages,
-            (*odd, "stride_dj_b", "stride_dj_m") if is_odd else (),
+            odd=(*odd, "stride_dj_b", "stride_dj_m") if is_odd else (),
+            **bwd.options,
         )
     yield Configuration(
         _gram_project_sum_kernel,

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import dot, readied, rounded
+from ._blocks import as_mask, dot, readied, rounded
 from ._contract import empty_tangents
 from ._gram_tail_tile import (
     CASES,
@@ -49,7 +49,16 @@ from ._gram_tail_tile import (
     tuned_tile,
     variants,
 )
-from ._launch import INTERPRET, Configuration, begin, cdiv, device_limits, launch, pointer
+from ._launch import (
+    INTERPRET,
+    NEWER,
+    Configuration,
+    begin,
+    cdiv,
+    device_limits,
+    launch,
+    pointer,
+)
 from ._stack_sums import Room, Rooms, room_of_width
 from ._stack_tile import is_curved
 from ._tiles import tunes
@@ -58,9 +67,13 @@ from .activations import activation
 
 @triton.jit
 def _mixed(M, Z, PRECISION: tl.constexpr):
-    """M Z [BLOCK_M, N] for a float32 M, as exact as float32 but for the rounding of Z."""
+    """M Z [BLOCK_M, N] for a symmetric float32 M, as exact as float32 but for Z's rounding."""
     zero = tl.zeros(Z.shape, tl.float32)
-    if INTERPRET:
+    if NEWER and Z.dtype == tl.float32 and PRECISION == "ieee" and M.shape[0] == 64:
+        # Z first, and M = M^T: Triton 3.9 has a barrier in front of the read of Z, which is stored
+        # last, and what is read before that, 256 numbers of M a thread, would be spilled.
+        return tl.trans(tl.dot(tl.trans(Z), M, tl.trans(zero), input_precision=PRECISION))
+    elif INTERPRET:
         return tl.dot(M, Z.to(tl.float32), zero, input_precision="ieee")
     elif Z.dtype == tl.float32 and PRECISION != "tf32":
         return tl.dot(M, Z, zero, input_precision=PRECISION)
@@ -133,13 +146,17 @@ def _gram_tail_bwd_kernel(
     q = tl.arange(0, POSITIONS * 64)
     ky, kx, co = q // 16 % 4, q // 4 % 4, q % 4
     down, right = (ky + 1) // 2 - 1, (kx + 1) // 2 - 1
-    own = (down == 0) & (right == 0) & (tl.program_id(1) == 0)
+    own = (down == 0) & (right == 0) & as_mask(tl.program_id(1) == 0)
     image = b * (4 * H * W * CO)
     r_ptr, dr_ptr, dv_ptr = r_ptr + image, dr_ptr + image, dv_ptr + image
     slope_ptr, d_slope_ptr = slope_ptr + image, d_slope_ptr + image
     # Told otherwise than below, so that the loop does not keep it in registers.
     has_dw = (c < C)[:, None] & (k % 4 < CO)[None, :]
-    at_dw = c[:, None] * (16 * CO) + (k // 4 * CO + k % 4)[None, :]
+    in_dw = k // 4 * CO + k % 4
+    if NEWER:
+        # Which sees that both are the same; where this is read `filled` is 1.
+        in_dw *= filled
+    at_dw = c[:, None] * (16 * CO) + in_dw[None, :]
     dw_ptr += pid.to(tl.int64) * (C * 16 * CO)
     dW = tl.zeros([BLOCK_C, 64], tl.float32)
     if filled:

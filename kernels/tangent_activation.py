@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import as_mask
 from ._contract import (
     PARAMETERS,
     PIECEWISE_LINEAR,
@@ -88,7 +89,7 @@ def _tangent_activation_fwd_kernel(
 
     a = _load_argument(a_ptr, bias_ptr, at, mask, channels, inner, HAS_BIAS)
     phi, d1, _ = activation(a, KIND, P0, P1)
-    tl.store(out_ptr + at, phi, mask=mask & (first == 0))
+    tl.store(out_ptr + at, phi, mask=mask & as_mask(first == 0))
     at_t = at % sample_numel if SHARED else at
     for i in range(first, last):
         tangent = tl.cast(i, tl.int64)
