@@ -49,6 +49,8 @@ FASTER = 0.97
 _AHEAD = 2
 # Of the tile as it is and the other one, in turn.
 _TURNS, _SECONDS = 3, 0.02
+# Processes that compile: each may take 2 GB.
+_MOST = 24
 # Tiles of a launch that a rehearsal tries.
 _QUICK = 2
 
@@ -301,7 +303,7 @@ def in_turn(context: Context, *replays: _Replay) -> list[Timing]:
 
 def _processes(quick: bool) -> int:
     """How many compile: all cores but the one that launches."""
-    return 1 if quick else max(1, len(os.sched_getaffinity(0)) - 1)
+    return 1 if quick else max(1, min(len(os.sched_getaffinity(0)) - 1, _MOST))
 
 
 def _keep(context: Context, key: str, tile: Fields | None) -> None:
@@ -310,11 +312,11 @@ def _keep(context: Context, key: str, tile: Fields | None) -> None:
     path = context.folder / (f"quick_{TILES.name}" if context.quick else TILES.name)
     table = json.loads(path.read_text()) if path.exists() else {}
     told = context.recorder.provenance
-    before = table.get(told["device"], {"triton": ""})
-    tiles = before["tiles"] if before["triton"] == version() else {}
-    tiles.pop(key, None)
+    head = {name: told[name] for name in ("torch", "commit")} | {"triton": version()}
+    before = table.get(told["device"], {})
+    # As with the rows: nothing holds for another compiler or commit.
+    tiles = before["tiles"] if before.items() >= head.items() else {}
     if tile is not None:
         tiles[key] = tile
-    head = {name: told[name] for name in ("torch", "commit", "date")}
-    table[told["device"]] = {**head, "triton": version(), "tiles": tiles}
+    table[told["device"]] = {**head, "date": told["date"], "tiles": tiles}
     write_text(path, _text(table))

@@ -159,7 +159,7 @@ def compile_tries(job: Job) -> list[Compiled]:
     return [_compiled(run, usual, job, fields) for fields in job.tries]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _recorded_case(
     labels: tuple[tuple[str, str], ...], quick: bool, limits: DeviceLimits
 ) -> tuple[Run, list[Launch]]:

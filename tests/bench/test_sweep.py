@@ -285,6 +285,7 @@ def test_merge_takes_tiles_over(tmp_path, monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETER, reason="needs TRITON_INTERPRET=1")
 def test_rehearsal(tmp_path):
     recorder = Recorder(tmp_path / "quick.csv", "cpu", "abc1234")
