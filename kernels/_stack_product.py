@@ -90,7 +90,7 @@ def plan(
 
     Raises:
         ValueError: an activation that cannot be applied where it is; data and another kernel than
-            the narrow one.
+            the narrow one; a tile, measured or tried, that the kernel cannot take.
     """
     in_front, behind = (front.kind, front.params), (front.behind, front.behind_params)
     for kind, params in (*([in_front] if front.applied else []), behind):

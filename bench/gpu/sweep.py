@@ -18,6 +18,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from bench.gpu.tile_jobs import (
     compile_tries,
     neighbours,
     rank,
+    ready,
     weighs,
 )
 from bench.ledger import SWEEP, times
@@ -49,6 +51,8 @@ FASTER = 0.97
 _AHEAD = 2
 # Of the tile as it is and the other one, in turn.
 _TURNS, _SECONDS = 3, 0.02
+# Processes that compile: each may take 2 GB.
+_MOST = 24
 # Tiles of a launch that a rehearsal tries.
 _QUICK = 2
 
@@ -62,8 +66,7 @@ class _Launch:
         runs: of the case, one per input set.
         key: its name.
         asked: its tile as it is.
-        tries: what is compiled now.
-        jobs: with the results of `tries`, some in each.
+        jobs: tiles that are compiled now, some in each.
         first: whether these are the neighbours, tried before any are combined.
         ratios: of what was timed, its time over that of the tile as it is.
     """
@@ -72,8 +75,7 @@ class _Launch:
     runs: Sequence[Run]
     key: str
     asked: Asked
-    tries: list[dict[str, Any]] = field(default_factory=list)
-    jobs: list[Future[list[Compiled]]] = field(default_factory=list)
+    jobs: list[tuple[Sequence[Fields], Future[list[Compiled]]]] = field(default_factory=list)
     first: bool = True
     ratios: list[tuple[float, Fields]] = field(default_factory=list)
 
@@ -95,11 +97,17 @@ class _Launch:
 
 def part(context: Context) -> None:
     """Sweep; what a second call finds in the rows is not timed again."""
-    spawning = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(_processes(context.quick), mp_context=spawning)
+    left = [case for case in _in_order(context) if not context.known(_labels(case))]
+    if not left:
+        return
+    spawning, count = multiprocessing.get_context("spawn"), _processes(context.quick)
+    pool = ProcessPoolExecutor(count, mp_context=spawning)
     try:
+        for _ in range(count):
+            # They load what they need while the first case is prepared.
+            _submit(pool, ready)
         sweep = _Sweep(context, pool)
-        for case in _in_order(context):
+        for case in left:
             sweep.begin(case)
             sweep.go_on(_AHEAD)
         sweep.go_on(0)
@@ -135,6 +143,19 @@ def _text(table: Mapping[str, Any]) -> str:
     return json.dumps(table, indent=1, sort_keys=True) + "\n"
 
 
+def _labels(case: Case) -> dict[str, str]:
+    """Of the row that says that a case is through."""
+    return case.labels | {"op": SWEEP}
+
+
+def _submit(pool: Executor, function: Callable[..., Any], *given: Any) -> Future[Any]:
+    """Run a function in another process, which may have to start: it is to compile."""
+    with mock.patch.dict(os.environ):
+        # The interpreter compiles nothing.
+        os.environ.pop("TRITON_INTERPRET", None)
+        return pool.submit(function, *given)
+
+
 def _in_order(context: Context) -> list[Case]:
     found = [*cases(context.device, context.quick)]
     measured: dict[tuple[str, ...], float] = {}
@@ -163,9 +184,7 @@ class _Sweep:
 
     def begin(self, case: Case) -> None:
         """Check a case as it is, and have the neighbours of its launches' tiles compiled."""
-        labels = case.labels | {"op": SWEEP}
-        if self._context.known(labels):
-            return
+        labels = _labels(case)
         with self._context.running(labels):
             try:
                 prepared = case.prepare()
@@ -201,29 +220,25 @@ class _Sweep:
 
     def _compile(self, launch: _Launch, tries: list[dict[str, Any]]) -> None:
         """Have tiles compiled that no row knows; of those that one does, take the times."""
-        launch.tries, launch.jobs = [], []
+        launch.jobs, left = [], []
         for fields in tries[:_QUICK] if self._context.quick else tries:
             row = self._context.known(launch.labels(fields))
             if row is None:
-                launch.tries.append(fields)
+                left.append(fields)
             elif row["ratio"]:
                 launch.ratios.append((float(row["ratio"]), fields))
-        each = -(-len(launch.tries) // _processes(self._context.quick))
-        with mock.patch.dict(os.environ):
-            # Processes start when they are needed; the interpreter compiles nothing.
-            os.environ.pop("TRITON_INTERPRET", None)
-            for at in range(0, len(launch.tries), max(each, 1)):
-                given = launch.case.labels, self._context.quick, launch.key
-                job = Job(*given, launch.tries[at : at + each], self._limits)
-                launch.jobs.append(self._pool.submit(compile_tries, job))
+        each = -(-len(left) // _processes(self._context.quick))
+        for at in range(0, len(left), max(each, 1)):
+            given = launch.case.labels, self._context.quick, launch.key
+            job = Job(*given, left[at : at + each], self._limits)
+            launch.jobs.append((job.tries, _submit(self._pool, compile_tries, job)))
         self._queue.append(launch)
 
     def _time(self, launch: _Launch) -> None:
         """Time a launch's tiles as they are compiled; each becomes a row."""
         as_it_is = None
-        tries = iter(launch.tries)
-        for job in launch.jobs:
-            for compiled, fields in zip(self._result(job), tries, strict=False):
+        for tries, job in launch.jobs:
+            for compiled, fields in zip(self._result(job), tries, strict=True):
                 labels = launch.labels(fields)
                 if compiled.problem:
                     self._context.recorder.write(**labels, note=compiled.problem)
@@ -235,7 +250,7 @@ class _Sweep:
     def _result(self, job: Future[list[Compiled]]) -> list[Compiled]:
         try:
             return job.result(max(1.0, self._context.deadline - time.monotonic()))
-        except TimeoutError:
+        except futures.TimeoutError:
             raise OutOfTime from None
 
     def _try(self, launch: _Launch, fields: Fields, says: str, as_it_is: _Replay) -> None:
@@ -252,7 +267,8 @@ class _Sweep:
         if not context.known(launch.labels({})) and not launch.ratios:
             tile = " ".join(f"{n}={value}" for n, value in asdict(launch.asked.tile).items())
             context.recorder.write(**launch.labels({}), **times(before), note=tile)
-        ratio = timing.p50 / before.p50
+        # As a second call reads it.
+        ratio = float(f"{timing.p50 / before.p50:.4f}")
         launch.ratios.append((ratio, fields))
         compared = {"ratio": f"{ratio:.4f}", "ratio_to": "as it is"}
         note = f"{ratio:.3f} of the time as it is; {says}".removesuffix("; ")
@@ -261,8 +277,7 @@ class _Sweep:
     def _tell(self, case: Case) -> None:
         """Say that a case is through, where none of its launches waits."""
         if all(launch.case is not case for launch in self._queue):
-            labels = case.labels | {"op": SWEEP}
-            self._context.recorder.write(**labels, note="all its launches' tiles are tried")
+            self._context.recorder.write(**_labels(case), note="all its launches' tiles are tried")
 
 
 class _Replay:
@@ -301,7 +316,7 @@ def in_turn(context: Context, *replays: _Replay) -> list[Timing]:
 
 def _processes(quick: bool) -> int:
     """How many compile: all cores but the one that launches."""
-    return 1 if quick else max(1, len(os.sched_getaffinity(0)) - 1)
+    return 1 if quick else max(1, min(len(os.sched_getaffinity(0)) - 1, _MOST))
 
 
 def _keep(context: Context, key: str, tile: Fields | None) -> None:
@@ -310,11 +325,11 @@ def _keep(context: Context, key: str, tile: Fields | None) -> None:
     path = context.folder / (f"quick_{TILES.name}" if context.quick else TILES.name)
     table = json.loads(path.read_text()) if path.exists() else {}
     told = context.recorder.provenance
-    before = table.get(told["device"], {"triton": ""})
-    tiles = before["tiles"] if before["triton"] == version() else {}
-    tiles.pop(key, None)
+    head = {name: told[name] for name in ("torch", "commit")} | {"triton": version()}
+    before = table.get(told["device"], {})
+    # As with the rows: nothing holds for another compiler or commit.
+    tiles = before["tiles"] if before.items() >= head.items() else {}
     if tile is not None:
         tiles[key] = tile
-    head = {name: told[name] for name in ("torch", "commit", "date")}
-    table[told["device"]] = {**head, "triton": version(), "tiles": tiles}
+    table[told["device"]] = {**head, "date": told["date"], "tiles": tiles}
     write_text(path, _text(table))

@@ -153,20 +153,25 @@ def combined(asked: Asked, ratios: Sequence[tuple[float, Fields]]) -> list[dict[
     return found
 
 
+def ready() -> None:
+    """Load what compiling needs."""
+    # Before the interpreter is named: they would be the interpreter's.
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+
+
 def compile_tries(job: Job) -> list[Compiled]:
     """Compile a job's tiles for its card, in their order."""
     run, usual = _recorded_case(tuple(job.labels.items()), job.quick, job.limits)
     return [_compiled(run, usual, job, fields) for fields in job.tries]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _recorded_case(
     labels: tuple[tuple[str, str], ...], quick: bool, limits: DeviceLimits
 ) -> tuple[Run, list[Launch]]:
     """A case on the CPU, and what it launches as it is."""
-    # Kernels first: with the interpreter named, they would be the interpreter's.
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    ready()
     case = next(case for case in cases("cpu", quick) if case.labels == dict(labels))
     # Nothing runs, so numbers need not be drawn.
     with _recording(limits), mock.patch.object(torch, "randn", _blank):

@@ -38,12 +38,16 @@ class Pool:
     def __init__(self, *_, **__):
         self.submitted = []
 
-    def submit(self, function, job):
-        self.submitted += job.tries
-        done = [Compiled(self.problems.get(str(fields), ""), "9 registers") for fields in job.tries]
+    def submit(self, function, *jobs):
         future = sweep.Future()
-        future.set_result(done)
+        for job in jobs:
+            future.set_result(self.compile(job))
         return future
+
+    def compile(self, job):
+        self.submitted += job.tries
+        told = [self.problems.get(str(fields), "") for fields in job.tries]
+        return [Compiled(problem, "9 registers") for problem in told]
 
     def shutdown(self, **_):
         pass
@@ -285,6 +289,7 @@ def test_merge_takes_tiles_over(tmp_path, monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETER, reason="needs TRITON_INTERPRET=1")
 def test_rehearsal(tmp_path):
     recorder = Recorder(tmp_path / "quick.csv", "cpu", "abc1234")
