@@ -104,7 +104,8 @@ def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
                 raise
     except Exception as reason:
         # The end of a broken capture raises once more, less to the point, and leaves its stream.
-        torch.cuda.set_stream(before)
+        if torch.cuda.current_stream() != before:
+            torch.cuda.set_stream(before)
         raise own or reason from None
     return graph.replay, results
 

@@ -174,11 +174,12 @@ def test_a_broken_capture_tells_what_the_run_says_and_leaves_no_stream(monkeypat
         finally:
             raise RuntimeError("failed due to a previous error during capture")
 
-    before = SimpleNamespace(wait_stream=lambda other: None)
+    before, its = (SimpleNamespace(wait_stream=lambda other: None, at=at) for at in range(2))
+    current = iter([before, before, its])
     for name, value in {
         "Stream": lambda: before,
         "stream": lambda _: contextlib.nullcontext(),
-        "current_stream": lambda: before,
+        "current_stream": lambda: next(current),
         "synchronize": lambda: None,
         "CUDAGraph": lambda: None,
         "graph": graph,
