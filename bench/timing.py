@@ -80,17 +80,33 @@ def time_events(runs: Sequence[Run], seconds: float) -> Timing:
 
 
 def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """A run in a CUDA graph: what replays it, and its results, which every replay overwrites."""
+    """A run in a CUDA graph: what replays it, and its results, which every replay overwrites.
+
+    Raises:
+        Exception: the run's own, where it has broken the capture.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(side)
+    before = torch.cuda.current_stream()
+    before.wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with uncollected(), torch.cuda.graph(graph):
-        results = run()
+    own: Exception | None = None
+    try:
+        with uncollected(), torch.cuda.graph(graph):
+            try:
+                results = run()
+            except Exception as reason:
+                own = reason
+                raise
+    except Exception as reason:
+        # The end of a broken capture raises once more, less to the point, and leaves its stream.
+        if torch.cuda.current_stream() != before:
+            torch.cuda.set_stream(before)
+        raise own or reason from None
     return graph.replay, results
 
 

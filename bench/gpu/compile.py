@@ -1,6 +1,7 @@
 """Compiles what the first parts launch, ahead and on every core: a launch finds it on the disk.
 
-The launches are recorded, so that this takes no GPU; what each compiles is what the JIT would.
+The launches are recorded, so that this takes no GPU; what each compiles is what the JIT would: the
+kernel and, where Triton builds one for each signature (before 3.8), the C code that launches it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from bench.cases_steps import PRECISIONS
 from bench.launches import divides_with, step
-from bench.measure import Context, OutOfTime
+from bench.measure import Context, OutOfTime, why
 from bench.problems import WORKLOADS
 from fastsfvae.kernels._launch import DeviceLimits
 
@@ -37,6 +38,7 @@ class Job(NamedTuple):
         first: of the launches.
         every: which of them.
         limits: of the card.
+        launchers: whether to build the C code, which is linked with the driver's library.
     """
 
     workload: str
@@ -46,6 +48,7 @@ class Job(NamedTuple):
     first: int
     every: int
     limits: DeviceLimits
+    launchers: bool
 
 
 def part(context: Context) -> None:
@@ -67,7 +70,8 @@ def _compile(context: Context, names: Sequence[str]) -> None:
     divided = {0, l2 if divides_with(l2) else 0}
     steps = [*product(names, dtypes, SETTINGS, divided)]
     every = -(-cores // len(steps))
-    jobs = [Job(*of, first, every, limits) for of in steps for first in range(every)]
+    on_gpu = context.device == "cuda"
+    jobs = [Job(*of, first, every, limits, on_gpu) for of in steps for first in range(every)]
     started, failed = time.monotonic(), []
     count = 0
     with context.running(labels), mock.patch.dict(os.environ):
@@ -81,8 +85,13 @@ def _compile(context: Context, names: Sequence[str]) -> None:
                     compiled, reasons = done.result()
                     count += compiled
                     failed += reasons
+            except BrokenExecutor as reason:
+                # A compiler that aborts takes its process along; a launch will tell which it is.
+                failed.append(("", why(reason)))
             except TimeoutError:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # They would be waited for.
+                for worker in multiprocessing.active_children():
+                    worker.kill()
                 raise OutOfTime from None
     for reason in sorted(set(failed)):
         context.recorder.write(op="compile", implementation=reason[0], note=reason[1])
@@ -92,6 +101,8 @@ def _compile(context: Context, names: Sequence[str]) -> None:
 
 def compile_job(job: Job) -> tuple[int, list[tuple[str, str]]]:
     """Compile a job's kernels: how many, and name and reason of those that did not."""
+    # As many as the cores do this at once.
+    torch.set_num_threads(1)
     batch = WORKLOADS[job.workload].batch
     launches = step(
         *(job.workload, job.dtype, job.limits, batch), divides=job.divides, layers=job.layers
@@ -101,10 +112,21 @@ def compile_job(job: Job) -> tuple[int, list[tuple[str, str]]]:
     mine = unique[job.first :: job.every]
     for launch in mine:
         try:
-            launch.compile(job.limits.capability)
+            compiled = launch.compile(job.limits.capability)
+            if job.launchers:
+                build_launcher(compiled)
         except Exception as reason:
             failed.append((launch.name, f"failed: {type(reason).__name__}: {reason}"[:300]))
     return len(mine), failed
+
+
+def build_launcher(kernel: Any) -> None:
+    """Build the C code that launches a compiled kernel, where there is any of its own."""
+    # Late: it is the vendor's.
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
 def _card(device: str) -> tuple[DeviceLimits, int]:

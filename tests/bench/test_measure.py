@@ -11,6 +11,7 @@ import torch
 from bench.ledger import Recorder, read_rows
 from bench.measure import RUNNING, Case, Context, OutOfTime, Prepared
 from bench.problems import relative_error
+from bench.timing import captured
 
 
 @pytest.fixture
@@ -161,3 +162,31 @@ def test_the_last_row_of_a_case_counts(context):
     context.recorder.write(op="a", implementation="y", note="other")
     Recorder(context.recorder.path, "cpu", "def5678").write(op="a", implementation="z")
     assert [row["note"] for row in context.rows("a")] == ["new", "other"]
+
+
+def test_a_broken_capture_tells_what_the_run_says_and_leaves_no_stream(monkeypatch):
+    set_to = []
+
+    @contextlib.contextmanager
+    def graph(_):
+        try:
+            yield
+        finally:
+            raise RuntimeError("failed due to a previous error during capture")
+
+    before, its = (SimpleNamespace(wait_stream=lambda other: None, at=at) for at in range(2))
+    current = iter([before, before, its])
+    for name, value in {
+        "Stream": lambda: before,
+        "stream": lambda _: contextlib.nullcontext(),
+        "current_stream": lambda: next(current),
+        "synchronize": lambda: None,
+        "CUDAGraph": lambda: None,
+        "graph": graph,
+        "set_stream": set_to.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    runs = iter([lambda: 1, lambda: 2, lambda: 1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        captured(lambda: next(runs)())
+    assert set_to == [before]
