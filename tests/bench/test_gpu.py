@@ -73,7 +73,7 @@ def test_every_module_with_a_test_for_a_device_is_a_suite():
     folder = Path(__file__).parents[1] / "kernels"
     kernels = {f"kernels/{path.stem}" for path in folder.glob("test_*.py")}
     # The interpreter's and the compiler's alone.
-    names = "test_offsets", "test_audit", "test_machine_code", "test_launches"
+    names = "test_offsets", "test_audit", "test_machine_code", "test_launches", "test_options"
     assert kernels - chosen == {f"kernels/{name}" for name in names}
     loss = {"loss/test_graphed", "loss/test_compose", "loss/test_elbo_triton"}
     assert loss | {"gram/test_sources"} <= chosen
