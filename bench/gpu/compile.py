@@ -135,4 +135,5 @@ def _card(device: str) -> tuple[DeviceLimits, int]:
         return DeviceLimits(108, 80), 40 * 2**20
     found = torch.cuda.get_device_properties(0)
     capability = 10 * found.major + found.minor
-    return DeviceLimits(found.multi_processor_count, capability), found.L2_cache_size
+    limits = DeviceLimits(found.multi_processor_count, capability, found.name)
+    return limits, found.L2_cache_size

@@ -35,9 +35,9 @@ from bench.gpu.tile_jobs import (
     compile_tries,
     neighbours,
     rank,
-    ready,
     weighs,
 )
+from bench.launches import import_kernels
 from bench.ledger import SWEEP, times
 from bench.measure import Case, Context, OutOfTime, Run, check
 from bench.timing import Timing, captured, time_events, time_wall
@@ -105,7 +105,7 @@ def part(context: Context) -> None:
     try:
         for _ in range(count):
             # They load what they need while the first case is prepared.
-            _submit(pool, ready)
+            _submit(pool, import_kernels)
         sweep = _Sweep(context, pool)
         for case in left:
             sweep.begin(case)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
 import os
-import pkgutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,20 +21,19 @@ import torch
 
 from bench import cases_kernels, cases_last_layer, cases_layers
 from bench.cases_layers import DTYPES
+from bench.launches import import_kernels
 from bench.measure import Case, Run
-from fastsfvae import kernels
 from fastsfvae.kernels._launch import DeviceLimits
 from fastsfvae.kernels._machine_code import resource_usage
 from fastsfvae.kernels._record import Launch, recorded
 from fastsfvae.kernels._tiles import Asked, Fields, trying
+from fastsfvae.kernels.audit import SHARED_KIB
 
 # Of the fused layers: of their backward each gradient by itself, which is one launch.
 MODES = ("forward", "data gradient", "weight gradient")
 FUSED = ("fused", "gram_tail", "fastsfvae[triton]")
 # Registers that a thread may be bound to; None is no bound.
 _BOUNDS = (64, 96, 128, 168, 255, None)
-# A shared memory of nearly all cards, and of those that have more.
-_KIB = {75: 64, 80: 163, 86: 99, 90: 227, 120: 99}
 # So many fields that are each faster are tried together.
 TOGETHER = 3
 
@@ -153,13 +150,6 @@ def combined(asked: Asked, ratios: Sequence[tuple[float, Fields]]) -> list[dict[
     return found
 
 
-def ready() -> None:
-    """Load what compiling needs."""
-    # Before the interpreter is named: they would be the interpreter's.
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
-
-
 def compile_tries(job: Job) -> list[Compiled]:
     """Compile a job's tiles for its card, in their order."""
     run, usual = _recorded_case(tuple(job.labels.items()), job.quick, job.limits)
@@ -171,7 +161,7 @@ def _recorded_case(
     labels: tuple[tuple[str, str], ...], quick: bool, limits: DeviceLimits
 ) -> tuple[Run, list[Launch]]:
     """A case on the CPU, and what it launches as it is."""
-    ready()
+    import_kernels()
     case = next(case for case in cases("cpu", quick) if case.labels == dict(labels))
     # Nothing runs, so numbers need not be drawn.
     with _recording(limits), mock.patch.object(torch, "randn", _blank):
@@ -226,4 +216,4 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 def shared_bytes(capability: int) -> int:
     """Shared memory that one program can have; of an unknown card, as of the one before it."""
-    return 1024 * _KIB[max(known for known in _KIB if known <= capability)]
+    return 1024 * SHARED_KIB[max(known for known in SHARED_KIB if known <= capability)]
