@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
+from concurrent import futures
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from itertools import product
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def _compile(context: Context, names: Sequence[str]) -> None:
             except BrokenExecutor as reason:
                 # A compiler that aborts takes its process along; a launch will tell which it is.
                 failed.append(("", why(reason)))
-            except TimeoutError:
+            except futures.TimeoutError:
                 # They would be waited for.
                 for worker in multiprocessing.active_children():
                     worker.kill()

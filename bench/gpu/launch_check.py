@@ -40,6 +40,8 @@ TOLERANCE = {"bfloat16": 2e-2, "tf32": 5e-3, "float32": 1e-4}
 # Programs of a launch that the interpreter runs.
 PROGRAMS = 4
 LOG = "launches-{}.txt"
+# What a process is said to have ended with where its time was up.
+STOPPED = "stopped"
 _SANITIZER = "compute-sanitizer"
 
 
@@ -78,7 +80,10 @@ def search(context: Context, workload: str, implementation: str, dtype: str, sec
     found = f"{len(lines)} launches looked at, {len(wrong)} wrong"
     if wrong:
         found += f", the first {wrong[0]['kernel']}"
-    if status:
+    if status == STOPPED:
+        # A second call looks further.
+        found = f"not run to its end: {found}"
+    elif status:
         found += f"; the process ended with status {status}"
     left = stop - time.monotonic()
     if context.device == "cuda" and shutil.which(_SANITIZER) and left > 10:
@@ -91,7 +96,7 @@ def _run(command: list[str], seconds: float) -> int | str:
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return "stopped"
+        return STOPPED
     return done.returncode
 
 

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ _MOST = 24
 # Tiles of a launch that a rehearsal tries.
 _QUICK = 2
 
+_Compiling = Future[list[Compiled]]
+
 
 @dataclass
 class _Launch:
@@ -66,7 +68,7 @@ class _Launch:
         runs: of the case, one per input set.
         key: its name.
         asked: its tile as it is.
-        jobs: tiles that are compiled now, some in each.
+        jobs: tiles that are compiled now, some in each, and where.
         first: whether these are the neighbours, tried before any are combined.
         ratios: of what was timed, its time over that of the tile as it is.
     """
@@ -75,7 +77,7 @@ class _Launch:
     runs: Sequence[Run]
     key: str
     asked: Asked
-    jobs: list[tuple[Sequence[Fields], Future[list[Compiled]]]] = field(default_factory=list)
+    jobs: list[tuple[Job, Executor, _Compiling]] = field(default_factory=list)
     first: bool = True
     ratios: list[tuple[float, Fields]] = field(default_factory=list)
 
@@ -100,19 +102,14 @@ def part(context: Context) -> None:
     left = [case for case in _in_order(context) if not context.known(_labels(case))]
     if not left:
         return
-    spawning, count = multiprocessing.get_context("spawn"), _processes(context.quick)
-    pool = ProcessPoolExecutor(count, mp_context=spawning)
+    sweep = _Sweep(context)
     try:
-        for _ in range(count):
-            # They load what they need while the first case is prepared.
-            _submit(pool, import_kernels)
-        sweep = _Sweep(context, pool)
         for case in left:
             sweep.begin(case)
             sweep.go_on(_AHEAD)
         sweep.go_on(0)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        sweep.end()
 
 
 def merge(folder: Path) -> int:
@@ -148,12 +145,26 @@ def _labels(case: Case) -> dict[str, str]:
     return case.labels | {"op": SWEEP}
 
 
+def _pool(count: int) -> Executor:
+    """So many processes that compile."""
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    for _ in range(count):
+        # They load what they need while a case is prepared.
+        _submit(pool, import_kernels)
+    return pool
+
+
 def _submit(pool: Executor, function: Callable[..., Any], *given: Any) -> Future[Any]:
     """Run a function in another process, which may have to start: it is to compile."""
     with mock.patch.dict(os.environ):
         # The interpreter compiles nothing.
         os.environ.pop("TRITON_INTERPRET", None)
-        return pool.submit(function, *given)
+        try:
+            return pool.submit(function, *given)
+        except BrokenExecutor as reason:
+            broken: Future[Any] = Future()
+            broken.set_exception(reason)
+            return broken
 
 
 def _in_order(context: Context) -> list[Case]:
@@ -173,11 +184,10 @@ class _Sweep:
 
     Args:
         context: of the part.
-        pool: of the processes that compile.
     """
 
-    def __init__(self, context: Context, pool: Executor):
-        self._context, self._pool = context, pool
+    def __init__(self, context: Context):
+        self._context, self._pools = context, [_pool(_processes(context.quick))]
         self._limits = device_limits(torch.empty(0, device=context.device))
         self._queue: deque[_Launch] = deque()
         self._through: set[str] = set()
@@ -231,14 +241,16 @@ class _Sweep:
         for at in range(0, len(left), max(each, 1)):
             given = launch.case.labels, self._context.quick, launch.key
             job = Job(*given, left[at : at + each], self._limits)
-            launch.jobs.append((job.tries, _submit(self._pool, compile_tries, job)))
+            pool = self._pools[-1]
+            launch.jobs.append((job, pool, _submit(pool, compile_tries, job)))
         self._queue.append(launch)
 
     def _time(self, launch: _Launch) -> None:
         """Time a launch's tiles as they are compiled; each becomes a row."""
         as_it_is = None
-        for tries, job in launch.jobs:
-            for compiled, fields in zip(self._result(job), tries, strict=True):
+        for job, pool, future in launch.jobs:
+            found = self._compiled(job, pool, future)
+            for compiled, fields in zip(found, job.tries, strict=True):
                 labels = launch.labels(fields)
                 if compiled.problem:
                     self._context.recorder.write(**labels, note=compiled.problem)
@@ -247,11 +259,34 @@ class _Sweep:
                     as_it_is = as_it_is or _Replay(self._context.device, launch, {})
                     self._try(launch, fields, compiled.says, as_it_is)
 
-    def _result(self, job: Future[list[Compiled]]) -> list[Compiled]:
+    def _compiled(self, job: Job, pool: Executor, future: _Compiling) -> list[Compiled]:
         try:
-            return job.result(max(1.0, self._context.deadline - time.monotonic()))
+            return self._result(future)
+        except BrokenExecutor:
+            # A compiler that aborts takes all that wait along: one by one tells which it is.
+            if pool is self._pools[-1]:
+                self._pools.append(_pool(_processes(self._context.quick)))
+            return [self._alone(job._replace(tries=[fields])) for fields in job.tries]
+
+    def _alone(self, job: Job) -> Compiled:
+        pool = _pool(1)
+        try:
+            return self._result(_submit(pool, compile_tries, job))[0]
+        except BrokenExecutor:
+            return Compiled("the compiler aborts")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _result(self, future: _Compiling) -> list[Compiled]:
+        try:
+            return future.result(max(1.0, self._context.deadline - time.monotonic()))
         except futures.TimeoutError:
             raise OutOfTime from None
+
+    def end(self) -> None:
+        """Wait for nothing that is still compiled."""
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _try(self, launch: _Launch, fields: Fields, says: str, as_it_is: _Replay) -> None:
         """Check a tile, time it in turn with the one that is, and write its row."""

@@ -141,6 +141,33 @@ def test_the_tile_stays_unless_another_is_3_percent_faster(ran, tmp_path, factor
 
 
 @once
+def test_a_compiler_that_aborts_costs_its_tile_alone(ran, tmp_path, monkeypatch):
+    pools = []
+
+    class Breaks(Pool):
+        def __init__(self, *_, **__):
+            super().__init__()
+            self.broken = False
+            pools.append(self)
+
+        def submit(self, function, *jobs):
+            bad = any({"block_m": 32} in job.tries for job in jobs)
+            self.broken |= bad
+            if not self.broken:
+                return super().submit(function, *jobs)
+            future = sweep.Future()
+            future.set_exception(sweep.BrokenExecutor("a process has ended"))
+            return future
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Breaks)
+    sweep.part(context_of(tmp_path))
+    rows = rows_of(tmp_path)
+    assert rows["block_m=32"]["note"] == "the compiler aborts"
+    assert [name for name, row in rows.items() if "aborts" in row["note"]] == ["block_m=32"]
+    assert tiles_in(tmp_path) == {KEY: asdict(TILE) | {"block_m": 256}}
+
+
+@once
 def test_a_second_call_goes_on_with_what_is_missing(ran, tmp_path, monkeypatch):
     timed, pools = sweep._Sweep._try, []
 
