@@ -38,7 +38,7 @@ def narrow_tile(sizes: Sizes, dtype: torch.dtype, precision: str, capability: in
     odd = sizes.C % 16 > 0
     if dtype != torch.float32:
         registers = 168 if capability >= 100 else None
-    elif precision == "ieee" and (not odd or capability == 80):
+    elif precision == "ieee" and not odd:
         registers = 128
     # Beside the masks of odd channels 64 rows of plain products would spill a few bytes.
     few = odd and dtype == torch.float32 and precision == "ieee"
