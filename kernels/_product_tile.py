@@ -40,14 +40,14 @@ def narrow_tile(sizes: Sizes, dtype: torch.dtype, precision: str, capability: in
         registers = 168 if capability >= 100 else None
     elif precision == "ieee" and not odd:
         registers = 128
-    # Beside the masks of odd channels 64 rows of plain products would spill a few bytes.
+    # Beside the masks of odd channels programs of 64 rows would spill a few bytes.
     few = odd and dtype == torch.float32 and precision == "ieee"
     return Tile(
         block_m=128 if simple and not odd else 32 if few else 64,
         block_n=16,
         # 64 bytes of a position.
         block_k=_block_k(sizes.C, 64 // dtype.itemsize),
-        num_warps=4,
+        num_warps=2 if few else 4,
         # All loads of a step are on their way together, and wider than copies through L1.
         num_stages=1,
         # Left to itself the assembler spills a few bytes for the sake of more programs: of half
