@@ -39,7 +39,7 @@ from bench.gpu.tile_jobs import (
 )
 from bench.launches import import_kernels
 from bench.ledger import SWEEP, times
-from bench.measure import Case, Context, OutOfTime, Run, check
+from bench.measure import Case, Context, OutOfTime, Run, Wrong, check
 from bench.timing import Timing, captured, time_events, time_wall
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.kernels._launch import device_limits
@@ -47,6 +47,9 @@ from fastsfvae.kernels._tiles import TILES, Asked, Fields, asking, trying, versi
 
 # A tile takes the place of another where it takes at most so much of its time.
 FASTER = 0.97
+# It changes the order of sums alone: its error is at most so many times that of the tile as it is,
+# and so much more of numbers that are nearly exact.
+_WORSE, _LEAST = 4, 1e-6
 # Cases that are compiled while one before them is timed.
 _AHEAD = 2
 # Of the tile as it is and the other one, in turn.
@@ -68,6 +71,7 @@ class _Launch:
         runs: of the case, one per input set.
         key: its name.
         asked: its tile as it is.
+        error: of the case with that, against float64.
         jobs: tiles that are compiled now, some in each, and where.
         first: whether these are the neighbours, tried before any are combined.
         ratios: of what was timed, its time over that of the tile as it is.
@@ -77,6 +81,7 @@ class _Launch:
     runs: Sequence[Run]
     key: str
     asked: Asked
+    error: float
     jobs: list[tuple[Job, Executor, _Compiling]] = field(default_factory=list)
     first: bool = True
     ratios: list[tuple[float, Fields]] = field(default_factory=list)
@@ -199,7 +204,7 @@ class _Sweep:
             try:
                 prepared = case.prepare()
                 case = replace(case, prepare=lambda: prepared)
-                runs, _ = check(case, self._context.device)
+                runs, columns = check(case, self._context.device)
                 with asking() as asked:
                     runs[0]()
             except Exception as reason:
@@ -207,7 +212,8 @@ class _Sweep:
                 return
         for key in [key for key in asked if key not in self._through and weighs(case, key)]:
             self._through.add(key)
-            self._compile(_Launch(case, runs, key, asked[key]), neighbours(asked[key]))
+            launch = _Launch(case, runs, key, asked[key], float(columns["error"]))
+            self._compile(launch, neighbours(asked[key]))
         self._tell(case)
 
     def go_on(self, ahead: int) -> None:
@@ -294,6 +300,9 @@ class _Sweep:
         try:
             with trying({launch.key: fields}):
                 known = check(launch.case, context.device)[1]
+            if not float(known["error"]) <= _WORSE * launch.error + _LEAST:
+                usual = f"{launch.error:.2e} as it is"
+                raise Wrong(f"not timed: wrong against float64, {usual}, by {known['error']}")
             other = _Replay(context.device, launch, fields)
             before, timing = in_turn(context, as_it_is, other)
         except Exception as reason:

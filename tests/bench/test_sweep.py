@@ -133,6 +133,30 @@ def test_a_tile_that_is_wrong_does_not_count(ran, tmp_path, monkeypatch):
 
 
 @once
+def test_a_tile_is_as_exact_as_the_one_there_is(ran, tmp_path, monkeypatch):
+    # Far below what bfloat16 is allowed against float64.
+    errors = {64: 0.01, 128: 0.05, 32: 0.03}
+    ran.cost |= {"block_m": {128: 0.5, 32: 0.9}, "num_warps": {}, "block_k": {}}
+    monkeypatch.setattr(sweep, "check", lambda case, device: checked(case, errors))
+    sweep.part(context_of(tmp_path))
+    rows = rows_of(tmp_path)
+    assert (
+        rows["block_m=128"]["note"].startswith("not timed: wrong") and rows["block_m=32"]["ratio"]
+    )
+    assert float(rows["block_m=128"]["error"]) == 0.05 and not rows["block_m=128"]["p50_ms"]
+    assert tiles_in(tmp_path)[KEY]["block_m"] == 32
+
+
+def checked(case, errors):
+    """What `check` finds where a tile's error depends on its rows."""
+    runs = case.prepare().runs
+    with asking() as asked:
+        runs[0]()
+    rows = (_tiles._tried or {}).get(KEY, {}).get("block_m", asked[KEY].tile.block_m)
+    return runs, {"error": f"{errors.get(rows, 0.01):.2e}"}
+
+
+@once
 @pytest.mark.parametrize("factor, kept", [(0.96, True), (0.98, False), (1.2, False)])
 def test_the_tile_stays_unless_another_is_3_percent_faster(ran, tmp_path, factor, kept):
     ran.cost |= {"block_m": {128: factor}, "num_warps": {}, "block_k": {}}
