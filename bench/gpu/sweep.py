@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 
 from bench.gpu.tile_jobs import (
+    SPILLS,
     Compiled,
     Job,
     cases,
@@ -75,6 +76,7 @@ class _Launch:
         jobs: tiles that are compiled now, some in each, and where.
         first: whether these are the neighbours, tried before any are combined.
         ratios: of what was timed, its time over that of the tile as it is.
+        spilt: what wanted more registers than it may have.
     """
 
     case: Case
@@ -85,6 +87,7 @@ class _Launch:
     jobs: list[tuple[Job, Executor, _Compiling]] = field(default_factory=list)
     first: bool = True
     ratios: list[tuple[float, Fields]] = field(default_factory=list)
+    spilt: list[Fields] = field(default_factory=list)
 
     def labels(self, fields: Fields) -> dict[str, str]:
         """Of a tile's row."""
@@ -232,7 +235,7 @@ class _Sweep:
                 self._tell(launch.case)
                 continue
             launch.first = False
-            self._compile(launch, combined(launch.asked, launch.ratios))
+            self._compile(launch, combined(launch.asked, launch.ratios, launch.spilt))
 
     def _compile(self, launch: _Launch, tries: list[dict[str, Any]]) -> None:
         """Have tiles compiled that no row knows; of those that one does, take the times."""
@@ -243,6 +246,8 @@ class _Sweep:
                 left.append(fields)
             elif row["ratio"]:
                 launch.ratios.append((float(row["ratio"]), fields))
+            elif row["note"].startswith(SPILLS):
+                launch.spilt.append(fields)
         each = -(-len(left) // _processes(self._context.quick))
         for at in range(0, len(left), max(each, 1)):
             given = launch.case.labels, self._context.quick, launch.key
@@ -259,6 +264,7 @@ class _Sweep:
             for compiled, fields in zip(found, job.tries, strict=True):
                 labels = launch.labels(fields)
                 if compiled.problem:
+                    launch.spilt += [fields] * compiled.problem.startswith(SPILLS)
                     self._context.recorder.write(**labels, note=compiled.problem)
                     continue
                 with self._context.running(labels):

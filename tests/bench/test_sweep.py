@@ -157,6 +157,19 @@ def checked(case, errors):
 
 
 @once
+def test_what_spills_is_tried_with_more_registers(ran, tmp_path, monkeypatch):
+    tile = Tile(64, 16, 32, 4, 2, 128)
+    monkeypatch.setattr("tests.bench.test_sweep.TILE", tile)
+    Pool.problems |= {"{'block_n': 32}": "spills 8 bytes", "{'maxnreg': 96}": "spills 8 bytes"}
+    ran.cost["block_n"] = {32: 0.5}
+    sweep.part(context_of(tmp_path))
+    rows = rows_of(tmp_path)
+    assert not rows["block_n=32"]["p50_ms"] and "maxnreg=96 maxnreg=255" not in rows
+    assert float(rows["block_n=32 maxnreg=255"]["ratio"]) == pytest.approx(0.5)
+    assert tiles_in(tmp_path) == {KEY: asdict(tile) | {"block_n": 32, "maxnreg": 255}}
+
+
+@once
 @pytest.mark.parametrize("factor, kept", [(0.96, True), (0.98, False), (1.2, False)])
 def test_the_tile_stays_unless_another_is_3_percent_faster(ran, tmp_path, factor, kept):
     ran.cost |= {"block_m": {128: factor}, "num_warps": {}, "block_k": {}}
