@@ -155,7 +155,9 @@ def _labels(case: Case) -> dict[str, str]:
 
 def _pool(count: int) -> Executor:
     """So many processes that compile."""
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    spawning = multiprocessing.get_context("spawn")
+    # On one thread each, as there is one for every core.
+    pool = ProcessPoolExecutor(count, spawning, torch.set_num_threads, (1,))
     for _ in range(count):
         # They load what they need while a case is prepared.
         _submit(pool, import_kernels)
