@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 
 from bench.gpu.tile_jobs import (
+    SPILLS,
     Compiled,
     Job,
     cases,
@@ -39,7 +40,7 @@ from bench.gpu.tile_jobs import (
 )
 from bench.launches import import_kernels
 from bench.ledger import SWEEP, times
-from bench.measure import Case, Context, OutOfTime, Run, check
+from bench.measure import Case, Context, OutOfTime, Run, Wrong, check
 from bench.timing import Timing, captured, time_events, time_wall
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.kernels._launch import device_limits
@@ -47,6 +48,9 @@ from fastsfvae.kernels._tiles import TILES, Asked, Fields, asking, trying, versi
 
 # A tile takes the place of another where it takes at most so much of its time.
 FASTER = 0.97
+# It changes the order of sums alone: its error is at most so many times that of the tile as it is,
+# and so much more of numbers that are nearly exact.
+_WORSE, _LEAST = 4, 1e-6
 # Cases that are compiled while one before them is timed.
 _AHEAD = 2
 # Of the tile as it is and the other one, in turn.
@@ -68,18 +72,22 @@ class _Launch:
         runs: of the case, one per input set.
         key: its name.
         asked: its tile as it is.
+        error: of the case with that, against float64.
         jobs: tiles that are compiled now, some in each, and where.
         first: whether these are the neighbours, tried before any are combined.
         ratios: of what was timed, its time over that of the tile as it is.
+        spilt: what wanted more registers than it may have.
     """
 
     case: Case
     runs: Sequence[Run]
     key: str
     asked: Asked
+    error: float
     jobs: list[tuple[Job, Executor, _Compiling]] = field(default_factory=list)
     first: bool = True
     ratios: list[tuple[float, Fields]] = field(default_factory=list)
+    spilt: list[Fields] = field(default_factory=list)
 
     def labels(self, fields: Fields) -> dict[str, str]:
         """Of a tile's row."""
@@ -147,7 +155,9 @@ def _labels(case: Case) -> dict[str, str]:
 
 def _pool(count: int) -> Executor:
     """So many processes that compile."""
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    spawning = multiprocessing.get_context("spawn")
+    # On one thread each, as there is one for every core.
+    pool = ProcessPoolExecutor(count, spawning, torch.set_num_threads, (1,))
     for _ in range(count):
         # They load what they need while a case is prepared.
         _submit(pool, import_kernels)
@@ -199,7 +209,7 @@ class _Sweep:
             try:
                 prepared = case.prepare()
                 case = replace(case, prepare=lambda: prepared)
-                runs, _ = check(case, self._context.device)
+                runs, columns = check(case, self._context.device)
                 with asking() as asked:
                     runs[0]()
             except Exception as reason:
@@ -207,7 +217,8 @@ class _Sweep:
                 return
         for key in [key for key in asked if key not in self._through and weighs(case, key)]:
             self._through.add(key)
-            self._compile(_Launch(case, runs, key, asked[key]), neighbours(asked[key]))
+            launch = _Launch(case, runs, key, asked[key], float(columns["error"]))
+            self._compile(launch, neighbours(asked[key]))
         self._tell(case)
 
     def go_on(self, ahead: int) -> None:
@@ -226,7 +237,7 @@ class _Sweep:
                 self._tell(launch.case)
                 continue
             launch.first = False
-            self._compile(launch, combined(launch.asked, launch.ratios))
+            self._compile(launch, combined(launch.asked, launch.ratios, launch.spilt))
 
     def _compile(self, launch: _Launch, tries: list[dict[str, Any]]) -> None:
         """Have tiles compiled that no row knows; of those that one does, take the times."""
@@ -237,6 +248,8 @@ class _Sweep:
                 left.append(fields)
             elif row["ratio"]:
                 launch.ratios.append((float(row["ratio"]), fields))
+            elif row["note"].startswith(SPILLS):
+                launch.spilt.append(fields)
         each = -(-len(left) // _processes(self._context.quick))
         for at in range(0, len(left), max(each, 1)):
             given = launch.case.labels, self._context.quick, launch.key
@@ -253,6 +266,7 @@ class _Sweep:
             for compiled, fields in zip(found, job.tries, strict=True):
                 labels = launch.labels(fields)
                 if compiled.problem:
+                    launch.spilt += [fields] * compiled.problem.startswith(SPILLS)
                     self._context.recorder.write(**labels, note=compiled.problem)
                     continue
                 with self._context.running(labels):
@@ -294,6 +308,9 @@ class _Sweep:
         try:
             with trying({launch.key: fields}):
                 known = check(launch.case, context.device)[1]
+            if not float(known["error"]) <= _WORSE * launch.error + _LEAST:
+                usual = f"{launch.error:.2e} as it is"
+                raise Wrong(f"not timed: wrong against float64, {usual}, by {known['error']}")
             other = _Replay(context.device, launch, fields)
             before, timing = in_turn(context, as_it_is, other)
         except Exception as reason:

@@ -34,6 +34,8 @@ MODES = ("forward", "data gradient", "weight gradient")
 FUSED = ("fused", "gram_tail", "fastsfvae[triton]")
 # Registers that a thread may be bound to; None is no bound.
 _BOUNDS = (64, 96, 128, 168, 255, None)
+# Begins the problem of a tile that wants more registers, and so many of them it is tried with then.
+SPILLS, _MOST_REGISTERS = "spills", 255
 # So many fields that are each faster are tried together.
 TOGETHER = 3
 
@@ -125,12 +127,17 @@ def _bounds_beside(bound: int | None) -> list[int | None]:
     return [*below[-1:], *above[:1]]
 
 
-def combined(asked: Asked, ratios: Sequence[tuple[float, Fields]]) -> list[dict[str, Any]]:
+def combined(
+    asked: Asked, ratios: Sequence[tuple[float, Fields]], spilt: Sequence[Fields] = ()
+) -> list[dict[str, Any]]:
     """Tiles of several fields that are each faster, and the fastest field once more.
+
+    What has spilt under a bound of registers is tried without that.
 
     Args:
         asked: the launch.
         ratios: of each field that was tried, its time over that of the tile as it is.
+        spilt: fields that were not timed for want of registers.
     """
     best: dict[str, tuple[float, Any]] = {}
     for ratio, fields in ratios:
@@ -147,6 +154,9 @@ def combined(asked: Asked, ratios: Sequence[tuple[float, Fields]]) -> list[dict[
         was, now = getattr(asked.tile, names[0]), best[names[0]][1]
         further = now * 2 if now > was else now // 2
         found += [{names[0]: further}] * (further >= asked.blocks[names[0]])
+    if (asked.tile.maxnreg or _MOST_REGISTERS) < _MOST_REGISTERS:
+        free = {"maxnreg": _MOST_REGISTERS}
+        found += [{**fields, **free} for fields in spilt if "maxnreg" not in fields]
     return found
 
 
@@ -201,7 +211,7 @@ def _compiled(run: Run, usual: Sequence[Launch], job: Job, fields: Fields) -> Co
         usage = {name: max(value, of.get(name, 0)) for name, value in usage.items()}
     says = f"{usage['REG']} registers, {usage['shared'] / 1024:.0f} KiB" if usage["REG"] else ""
     if spilt := usage["STACK"] + usage["LOCAL"]:
-        return Compiled(f"spills {spilt} bytes: {says}")
+        return Compiled(f"{SPILLS} {spilt} bytes: {says}")
     if usage["shared"] > shared_bytes(job.limits.capability):
         return Compiled(f"wants more shared memory than there is: {says}")
     return Compiled("", says)

@@ -133,6 +133,43 @@ def test_a_tile_that_is_wrong_does_not_count(ran, tmp_path, monkeypatch):
 
 
 @once
+def test_a_tile_is_as_exact_as_the_one_there_is(ran, tmp_path, monkeypatch):
+    # Far below what bfloat16 is allowed against float64.
+    errors = {64: 0.01, 128: 0.05, 32: 0.03}
+    ran.cost |= {"block_m": {128: 0.5, 32: 0.9}, "num_warps": {}, "block_k": {}}
+    monkeypatch.setattr(sweep, "check", lambda case, device: checked(case, errors))
+    sweep.part(context_of(tmp_path))
+    rows = rows_of(tmp_path)
+    assert (
+        rows["block_m=128"]["note"].startswith("not timed: wrong") and rows["block_m=32"]["ratio"]
+    )
+    assert float(rows["block_m=128"]["error"]) == 0.05 and not rows["block_m=128"]["p50_ms"]
+    assert tiles_in(tmp_path)[KEY]["block_m"] == 32
+
+
+def checked(case, errors):
+    """What `check` finds where a tile's error depends on its rows."""
+    runs = case.prepare().runs
+    with asking() as asked:
+        runs[0]()
+    rows = (_tiles._tried or {}).get(KEY, {}).get("block_m", asked[KEY].tile.block_m)
+    return runs, {"error": f"{errors.get(rows, 0.01):.2e}"}
+
+
+@once
+def test_what_spills_is_tried_with_more_registers(ran, tmp_path, monkeypatch):
+    tile = Tile(64, 16, 32, 4, 2, 128)
+    monkeypatch.setattr("tests.bench.test_sweep.TILE", tile)
+    Pool.problems |= {"{'block_n': 32}": "spills 8 bytes", "{'maxnreg': 96}": "spills 8 bytes"}
+    ran.cost["block_n"] = {32: 0.5}
+    sweep.part(context_of(tmp_path))
+    rows = rows_of(tmp_path)
+    assert not rows["block_n=32"]["p50_ms"] and "maxnreg=96 maxnreg=255" not in rows
+    assert float(rows["block_n=32 maxnreg=255"]["ratio"]) == pytest.approx(0.5)
+    assert tiles_in(tmp_path) == {KEY: asdict(tile) | {"block_n": 32, "maxnreg": 255}}
+
+
+@once
 @pytest.mark.parametrize("factor, kept", [(0.96, True), (0.98, False), (1.2, False)])
 def test_the_tile_stays_unless_another_is_3_percent_faster(ran, tmp_path, factor, kept):
     ran.cost |= {"block_m": {128: factor}, "num_warps": {}, "block_k": {}}
