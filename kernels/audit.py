@@ -141,7 +141,7 @@ def _cpu_seconds() -> float:
 def compile_configuration(configuration: Configuration, arch: int) -> Row:
     """Compile for ``sm_<arch>`` and read the resources off the machine code."""
     compiled = _compiled(configuration, arch)
-    usage = _resource_usage(compiled.asm["cubin"])
+    usage = cubin_usage(compiled.asm["cubin"])
     stack, shared = usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
     return Row(
         kernel=configuration.kernel.__name__,
@@ -185,7 +185,8 @@ def _compiled(configuration: Configuration, arch: int):
     )
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def cubin_usage(cubin: bytes) -> dict[str, int]:
+    """`resource_usage` of machine code in memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)

@@ -10,10 +10,8 @@ import contextlib
 import functools
 import itertools
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,10 +22,9 @@ from bench.cases_layers import DTYPES
 from bench.launches import import_kernels
 from bench.measure import Case, Run
 from fastsfvae.kernels._launch import DeviceLimits
-from fastsfvae.kernels._machine_code import resource_usage
 from fastsfvae.kernels._record import Launch, recorded
 from fastsfvae.kernels._tiles import Asked, Fields, trying
-from fastsfvae.kernels.audit import SHARED_KIB
+from fastsfvae.kernels.audit import SHARED_KIB, cubin_usage
 
 # Of the fused layers: of their backward each gradient by itself, which is one launch.
 MODES = ("forward", "data gradient", "weight gradient")
@@ -207,7 +204,7 @@ def _compiled(run: Run, usual: Sequence[Launch], job: Job, fields: Fields) -> Co
         except Exception as reason:
             lines = str(reason).strip().splitlines() or [""]
             return Compiled(f"does not compile: {type(reason).__name__}: {lines[0]}"[:200])
-        of = _usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+        of = cubin_usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
         usage = {name: max(value, of.get(name, 0)) for name, value in usage.items()}
     says = f"{usage['REG']} registers, {usage['shared'] / 1024:.0f} KiB" if usage["REG"] else ""
     if spilt := usage["STACK"] + usage["LOCAL"]:
@@ -215,13 +212,6 @@ def _compiled(run: Run, usual: Sequence[Launch], job: Job, fields: Fields) -> Co
     if usage["shared"] > shared_bytes(job.limits.capability):
         return Compiled(f"wants more shared memory than there is: {says}")
     return Compiled("", says)
-
-
-def _usage(cubin: bytes) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        return resource_usage(path)
 
 
 def shared_bytes(capability: int) -> int:

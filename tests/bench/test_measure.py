@@ -54,30 +54,6 @@ def test_no_case_starts_after_the_deadline(context):
     assert rows_of(context) == []
 
 
-@pytest.fixture
-def pretended_cuda(monkeypatch):
-    """Stands in for what the timing calls of torch.cuda; 6 ms pass between any two events."""
-    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 6.0)
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    replays = []
-    stubs = {
-        "Event": lambda enable_timing: event,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": contextlib.nullcontext,
-        "graph": contextlib.nullcontext,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: replays.append(1)),
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 2**20,
-        "max_memory_allocated": lambda: 3 * 2**20,
-    }
-    for name, stub in stubs.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
-    return replays
-
-
 def test_cuda_rows_name_their_launch_and_peak_memory(context, pretended_cuda):
     context.device = "cuda"
     made = case(lambda: (torch.ones(3),), lambda outputs: 0.0, launches=("eager", "graph"))
