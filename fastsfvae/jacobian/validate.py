@@ -18,11 +18,16 @@ _WRAPPERS = {
     "DataParallel": "pass its .module and use DistributedDataParallel around the loss",
 }
 
+# The name of a module inside of what is derived from it; in no message.
+_INNER = "_inner"
+
 
 def layer_name(path: str) -> str:
     """How messages call the module at a path, as it would be written: ``decoder.blocks[2]``."""
     name = "decoder"
     for part in filter(None, path.split(".")):
+        if part == _INNER:
+            continue
         if part.isdigit():
             name += f"[{part}]"
         else:
@@ -30,17 +35,33 @@ def layer_name(path: str) -> str:
     return name
 
 
-class Method(nn.Module):
+class Derived(nn.Module):
+    """A function that calls a module, which its parameters and its plans belong to.
+
+    Args:
+        inner: the module, or another function of it.
+    """
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.add_module(_INNER, inner)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The module."""
+        return self._modules[_INNER]  # type: ignore[return-value]
+
+
+class Method(Derived):
     """A method of a module as a module, so that its parameters are known by name."""
 
     def __init__(self, owner: nn.Module, function: Callable[..., Any]):
-        super().__init__()
-        self.owner = owner
+        super().__init__(owner)
         self.function = function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method."""
-        return self.function(self.owner, *args, **kwargs)
+        return self.function(self.inner, *args, **kwargs)
 
 
 def unwrap(

@@ -24,7 +24,7 @@ from fastsfvae.jacobian.plan.fingerprint import (
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.run.history import History
 from fastsfvae.jacobian.run.numbers import Place, number_tensor, numbers_of, put_numbers
-from fastsfvae.jacobian.validate import Method, check_inputs, unwrap
+from fastsfvae.jacobian.validate import Derived, check_inputs, unwrap
 from fastsfvae.ops import dispatch
 
 # Plans per decoder; more than a training loop needs, few enough that a key which changes at every
@@ -222,10 +222,11 @@ class Linearizer:
         return plan
 
     def _home(self) -> Any:
-        """The module that the plans belong to, if any: a method's wrapper lives for one call."""
-        if isinstance(self.decoder, Method):
-            return self.decoder.owner
-        return self.decoder if isinstance(self.decoder, nn.Module) else None
+        """The module that the plans belong to, if any: what is derived of it lives for one call."""
+        home = self.decoder
+        while isinstance(home, Derived):
+            home = home.inner
+        return home if isinstance(home, nn.Module) else None
 
     def _note(self, decoder: Any, history: History, effects: Any) -> None:
         """Learn from a trace what belongs into the key, and say what makes traces frequent."""
