@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsfvae.gram.pullback import Pullback, pullback
 from fastsfvae.ground.provenance import VERSION
-from fastsfvae.jacobian.api import decode_with_jacobian
+from fastsfvae.jacobian.api import decode_with_jacobian, jvp, vjp
 from fastsfvae.loss import Elbo, SamplingFreeLoss, low_rank_log_prob, sampling_free_elbo
 from fastsfvae.ops.dispatch import fused_layers
 
@@ -26,16 +26,21 @@ __version__ = VERSION
 _LATE = {
     "DecoderReport": "fastsfvae.jacobian.check",
     "GraphedStep": "fastsfvae.graphed",
+    "KalmanUpdate": "fastsfvae.distributions",
     "LinearizedGaussian": "fastsfvae.distributions",
+    "SingularDirections": "fastsfvae.gram.singular",
     "check_decoder": "fastsfvae.jacobian.check",
     "evaluate": "fastsfvae.evaluate",
+    "kalman_update": "fastsfvae.distributions",
     "load": "fastsfvae.training.checkpoint",
     "make_graphed_step": "fastsfvae.graphed",
+    "singular_directions": "fastsfvae.gram.singular",
 }
 
 if TYPE_CHECKING:
     from fastsfvae import evaluate
-    from fastsfvae.distributions import LinearizedGaussian
+    from fastsfvae.distributions import KalmanUpdate, LinearizedGaussian, kalman_update
+    from fastsfvae.gram.singular import SingularDirections, singular_directions
     from fastsfvae.graphed import GraphedStep, make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport, check_decoder
     from fastsfvae.training.checkpoint import load
@@ -54,18 +59,24 @@ __all__ = [
     "DecoderReport",
     "Elbo",
     "GraphedStep",
+    "KalmanUpdate",
     "LinearizedGaussian",
     "Pullback",
     "SamplingFreeLoss",
+    "SingularDirections",
     "check_decoder",
     "decode_with_jacobian",
     "evaluate",
     "fused_layers",
+    "jvp",
+    "kalman_update",
     "load",
     "low_rank_log_prob",
     "make_graphed_step",
     "pullback",
     "sampling_free_elbo",
+    "singular_directions",
+    "vjp",
 ]
 
 
