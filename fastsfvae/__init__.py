@@ -25,10 +25,12 @@ __version__ = VERSION
 # Imported on first use: the loss needs none of them.
 _LATE = {
     "DecoderReport": "fastsfvae.jacobian.check",
+    "Fit": "fastsfvae.fit",
     "GraphedStep": "fastsfvae.graphed",
     "LinearizedGaussian": "fastsfvae.distributions",
     "check_decoder": "fastsfvae.jacobian.check",
     "evaluate": "fastsfvae.evaluate",
+    "fit_latents": "fastsfvae.fit",
     "load": "fastsfvae.training.checkpoint",
     "make_graphed_step": "fastsfvae.graphed",
 }
@@ -36,6 +38,7 @@ _LATE = {
 if TYPE_CHECKING:
     from fastsfvae import evaluate
     from fastsfvae.distributions import LinearizedGaussian
+    from fastsfvae.fit import Fit, fit_latents
     from fastsfvae.graphed import GraphedStep, make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport, check_decoder
     from fastsfvae.training.checkpoint import load
@@ -53,6 +56,7 @@ else:
 __all__ = [
     "DecoderReport",
     "Elbo",
+    "Fit",
     "GraphedStep",
     "LinearizedGaussian",
     "Pullback",
@@ -60,6 +64,7 @@ __all__ = [
     "check_decoder",
     "decode_with_jacobian",
     "evaluate",
+    "fit_latents",
     "fused_layers",
     "load",
     "low_rank_log_prob",
