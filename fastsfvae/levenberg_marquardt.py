@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 # digits, trained and drawn, from three starts each.
 _DAMPING, _FALL = 1e-2, 0.1
 # A damped step that promises less than that share of the tolerance is not worth more steps.
-_HOPELESS = 1e-2
+_HOPELESS = 1e-4
 
 
 class Point(NamedTuple):

@@ -90,9 +90,10 @@ def _jacobian(decoder: Callable, z: Tensor, x: Tensor, args: tuple, kwargs: dict
     residual = (x - output.detach()).flatten(1)
     if not output.requires_grad:
         return z.new_zeros(len(columns), *z.shape), residual
+    ones = torch.ones_like(columns[0])
     rows = [
         # Samples do not depend on each other: the gradient of their sum is each one's own.
-        torch.autograd.grad(f.sum(), z, retain_graph=True, materialize_grads=True)[0]
+        torch.autograd.grad(f, z, ones, retain_graph=True, materialize_grads=True)[0]
         for f in columns
     ]
     return torch.stack(rows), residual
