@@ -90,26 +90,38 @@ def linearized(decoder: Decoder, x: Tensor, mean: Tensor, noise_var: float | Ten
         mean: a, ``[b, m]``.
         noise_var: c.
     """
-    output, jacobian = decode_with_jacobian(decoder, mean)
-    # In float64: a float32 Gram matrix may cost Lambda its positive definiteness.
-    J = jacobian.flatten(2).double()
+    output, J, precision, c = _linearise(decoder, mean, noise_var)
     r = (x - output).flatten(1).double().unsqueeze(-1)
-    a, c = mean.double(), torch.as_tensor(noise_var, dtype=torch.float64, device=mean.device)
-    identity = torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device)
-    precision = identity + J @ J.mT / c
-    score = J @ r / c - a.unsqueeze(-1)
+    score = J @ r / c - mean.double().unsqueeze(-1)
     step = torch.cholesky_solve(score, torch.linalg.cholesky_ex(precision).L).squeeze(-1)
-    return Gaussian(a + step, precision, mean.dtype)
+    return Gaussian(mean.double() + step, precision, mean.dtype)
 
 
 def laplace(decoder: Decoder, x: Tensor, mean: Tensor, noise_var: float | Tensor) -> Gaussian:
-    """Laplace's approximation: `linearized` at the posterior's mode, found from the mean.
+    """Laplace's approximation: around the posterior's mode, with the precision Lambda there.
 
-    At the mode the score vanishes, so that its mean is the mode itself. Args: as `linearized`.
+    Args:
+        decoder: f.
+        x: ``[b, *out]``.
+        mean: where the mode is looked for, ``[b, m]``.
+        noise_var: c.
     """
-    mode = fit_latents(decoder, x, mean, steps=_STEPS, prior_var=1.0, noise_var=noise_var, tol=0)
-    # Whatever is left of the score is one more Gauss-Newton step, exact for a linear decoder.
-    return linearized(decoder, x, mode.z, noise_var)
+    mode = fit_latents(decoder, x, mean, steps=_STEPS, prior_var=1.0, noise_var=noise_var, tol=0).z
+    # Not the fit's covariance, which is in the latents' own dtype.
+    _, _, precision, _ = _linearise(decoder, mode, noise_var)
+    return Gaussian(mode.double(), precision, mean.dtype)
+
+
+def _linearise(
+    decoder: Decoder, z: Tensor, noise_var: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f(z), J ``[b, m, n]``, Lambda and c, the last three in float64."""
+    output, jacobian = decode_with_jacobian(decoder, z)
+    # In float64: a float32 Gram matrix may cost Lambda its positive definiteness.
+    J = jacobian.flatten(2).double()
+    c = torch.as_tensor(noise_var, dtype=torch.float64, device=z.device)
+    identity = torch.eye(z.shape[1], dtype=torch.float64, device=z.device)
+    return output, J, identity + J @ J.mT / c, c
 
 
 class Defensive:
