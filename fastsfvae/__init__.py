@@ -27,10 +27,12 @@ __version__ = VERSION
 # Imported on first use: the loss needs none of them.
 _LATE = {
     "DecoderReport": "fastsfvae.jacobian.check",
+    "Fit": "fastsfvae.fit",
     "GraphedStep": "fastsfvae.graphed",
     "LinearizedGaussian": "fastsfvae.distributions",
     "check_decoder": "fastsfvae.jacobian.check",
     "evaluate": "fastsfvae.evaluate",
+    "fit_latents": "fastsfvae.fit",
     "kalman_update": "fastsfvae.distributions",
     "load": "fastsfvae.training.checkpoint",
     "make_graphed_step": "fastsfvae.graphed",
@@ -40,6 +42,8 @@ _LATE = {
 if TYPE_CHECKING:
     from fastsfvae import evaluate
     from fastsfvae.distributions import LinearizedGaussian, kalman_update
+    from fastsfvae.fit import Fit as Fit
+    from fastsfvae.fit import fit_latents
     from fastsfvae.gram.singular import singular_directions
     from fastsfvae.graphed import GraphedStep as GraphedStep
     from fastsfvae.graphed import make_graphed_step
@@ -64,6 +68,7 @@ __all__ = [
     "check_decoder",
     "decode_with_jacobian",
     "evaluate",
+    "fit_latents",
     "fused_layers",
     "jvp",
     "kalman_update",

@@ -17,7 +17,7 @@ from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.jacobian.run.chunks import map_chunks
 from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
-from fastsfvae.jacobian.validate import check_chunk_size
+from fastsfvae.jacobian.validate import check_chunk_size, check_shape
 
 
 class Query(NamedTuple):
@@ -104,7 +104,7 @@ def prepare(query: Query) -> Prepared | None:
             return None
         z, found = asked.z, gathered
     x = query.x
-    _check_shape(x, (z.shape[0], *found.shape))
+    check_shape(x, (z.shape[0], *found.shape))
     kind = z.device.type
     problem = Problem(
         data=x is not None,
@@ -138,19 +138,12 @@ def _is_transformed() -> bool:
     return transforms() not in ([], [TransformType.Grad]) or forward_ad._current_level >= 0
 
 
-def _check_shape(x: Tensor | None, shape: tuple[int, ...]) -> None:
-    if x is not None and list(x.shape[1:]) != list(shape[1:]):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} but the decoder returns {tuple(shape)}: they must match"
-        )
-
-
 def recomputed(query: Query) -> tuple[Tensor, ...]:
     """The outputs by autograd, for what has no adjoints; several chunks are computed twice."""
     query, of_batch = query.asked(), HEADS[query.head].along
 
     def finish(output: Tensor, tangents: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
-        _check_shape(query.x, (query.z.shape[0], *output.shape[1:]))
+        check_shape(query.x, (query.z.shape[0], *output.shape[1:]))
         x = () if query.x is None else (query.x[start:stop],)
         pairs = zip(query.inputs, of_batch, strict=True)
         inputs = [t[start:stop] if each else t for t, each in pairs]
