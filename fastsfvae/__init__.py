@@ -29,13 +29,17 @@ _LATE = {
     "LinearizedGaussian": "fastsfvae.distributions",
     "check_decoder": "fastsfvae.jacobian.check",
     "evaluate": "fastsfvae.evaluate",
+    "isometry_loss": "fastsfvae.gram.isometry",
     "load": "fastsfvae.training.checkpoint",
+    "log_volume": "fastsfvae.gram.volume",
     "make_graphed_step": "fastsfvae.graphed",
 }
 
 if TYPE_CHECKING:
     from fastsfvae import evaluate
     from fastsfvae.distributions import LinearizedGaussian
+    from fastsfvae.gram.isometry import isometry_loss
+    from fastsfvae.gram.volume import log_volume
     from fastsfvae.graphed import GraphedStep, make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport, check_decoder
     from fastsfvae.training.checkpoint import load
@@ -61,7 +65,9 @@ __all__ = [
     "decode_with_jacobian",
     "evaluate",
     "fused_layers",
+    "isometry_loss",
     "load",
+    "log_volume",
     "low_rank_log_prob",
     "make_graphed_step",
     "pullback",

@@ -11,7 +11,7 @@ from fastsfvae.jacobian.rules.jet import Jet, full_tangent
 from fastsfvae.jacobian.run.chunks import empty_gradient, flatten_in_memory_order
 from fastsfvae.ops.elbo import Parts, jacobian_parts
 from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
-from fastsfvae.ops.low_rank import Solved, low_rank_forward, squared_norms
+from fastsfvae.ops.low_rank import Redo, Solved, float64_sums, low_rank_forward, squared_norms
 
 
 class Pulled(NamedTuple):
@@ -58,6 +58,14 @@ class Written:
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
         """As `low_rank_forward`, with h ``[b, m]`` and c ``[b]``."""
         return low_rank_forward(self._J, self._r, h, c, second_var, self._backend)
+
+    def redo(self) -> Redo | None:
+        """As `low_rank_of_sums` takes it."""
+        return float64_sums(self._J, self._r)
+
+    def scale(self) -> Tensor | None:
+        """What G_kk is rounded against, ``[b, m]``; None for G_kk itself."""
+        return None
 
     def norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """r^T r ``[b]`` and the squared norms of J's rows ``[b, m]``, without any G."""
