@@ -114,6 +114,15 @@ class Contracted:
             return self._pulled(dT, torch.bmm(0.5 * M, self._T), u, g_rr, df)
 
     @ranged("gram backward")
+    def pull_root(self, R: Tensor, g: Tensor) -> Pulled:
+        """As `Written`."""
+        R, g = R.to(self._dtype), g.to(self._dtype)
+        back = g[:, None, None] * R.mT
+        with full_products(R):
+            dT, half = back @ (R @ self._U), (0.5 * back) @ (R @ self._T)
+            return self._pulled(dT, half, None, torch.zeros_like(g))
+
+    @ranged("gram backward")
     def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
         """As `Written`."""
         rate, g_rr = rate.to(self._dtype), g_rr.to(self._dtype)
@@ -170,6 +179,10 @@ class ThroughLayer:
     def pull(self, M: Tensor, u: Tensor, g_rr: Tensor, df: Tensor | None = None) -> Pulled:
         """As `Written`."""
         return self._through(self._written.pull(M, u, g_rr, None if df is None else df.flatten(1)))
+
+    def pull_root(self, R: Tensor, g: Tensor) -> Pulled:
+        """As `Written`."""
+        return self._through(self._written.pull_root(R, g))
 
     def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
         """As `Written`."""

@@ -1,6 +1,7 @@
 """The log-volume of a decoder, 1/2 log det (J^T J + damping I), with its gradient by hand.
 
 With C = G + cI and a cotangent g of the value, M = dG + dG^T = g C^-1 and dc = g tr(C^-1) / 2.
+PyTorch takes M in two factors (`fastsfvae.ops.log_det`), the kernels whole.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from fastsfvae.gram.tail import Unwritten
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.validate import check_latents
 from fastsfvae.ops.log_det import log_det_of_parts, log_det_of_sums
-from fastsfvae.ops.woodbury import LogDet
 
 
 class LogVolume:
-    """The log-volume and whether it is lost, each ``[B]`` (see `fastsfvae.gram.heads`).
+    """The log-volume, and 1 where it is lost or else 0, each ``[B]`` (see `fastsfvae.gram.heads`).
 
     Args:
         damped: whether there is a damping, its only input (0-d).
@@ -38,7 +38,8 @@ class LogVolume:
         self, batch: int, m: int, out: tuple[int, ...], dtype: torch.dtype, sums: torch.dtype
     ) -> list[Shape]:
         """Two of ``[B]``."""
-        return [((batch,), sums), ((batch,), torch.bool)]
+        # The mark is a number: torch.func refuses outputs that are not.
+        return [((batch,), sums)] * 2
 
     def find(
         self,
@@ -47,10 +48,19 @@ class LogVolume:
         cotangents: Sequence[Tensor] | None = None,
     ) -> Found:
         """The log-volumes of a chunk."""
-        found = _log_det(gram, *inputs)
-        if not inputs:
-            _refuse_flat(found.inverse.shape[-1], gram.n)
-        return Found((0.5 * found.value, found.lost), found.inverse)
+        c, parts = inputs[0] if inputs else None, gram.parts()
+        if parts is None:
+            assert not isinstance(gram, Unwritten)
+            G, _, _ = gram.sums()
+            value, root, lost = log_det_of_sums(G, c, gram.scale(), gram.redo())
+            kept = root, None
+        else:
+            G, _, _ = parts.sums
+            value, inverse, lost = log_det_of_parts(parts, c)
+            kept = None, inverse
+        if c is None:
+            _refuse_flat(G.shape[-1], gram.n)
+        return Found((0.5 * value, lost.to(value.dtype)), kept)
 
     def pull(
         self,
@@ -61,10 +71,14 @@ class LogVolume:
         needs: Sequence[bool] = (),
     ) -> Gradients:
         """The gradients of a chunk."""
-        g, inverse = cotangents[0], found.kept
-        M = g[:, None, None] * inverse
-        of_damping = 0.5 * M.diagonal(dim1=-2, dim2=-1).sum() if any(needs) else None
-        pulled = gram.pull(M, torch.zeros_like(M[:, 0]), torch.zeros_like(g))
+        g, (root, inverse) = cotangents[0], found.kept
+        if inverse is None:
+            assert not isinstance(gram, Unwritten)
+            pulled, trace = gram.pull_root(root, g), root.square().sum((-2, -1))
+        else:
+            M, trace = g[:, None, None] * inverse, inverse.diagonal(dim1=-2, dim2=-1).sum(-1)
+            pulled = gram.pull(M, torch.zeros_like(M[:, 0]), torch.zeros_like(g))
+        of_damping = 0.5 * (g * trace).sum() if any(needs) else None
         return Gradients(pulled, (of_damping,) * len(inputs))
 
     def plain(
@@ -92,7 +106,7 @@ class LogVolume:
         value = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         if not inputs:
             value = value.masked_fill(singular & total.isfinite(), -torch.inf)
-        return value.to(dtype), lost
+        return value.to(dtype), lost.to(dtype)
 
 
 HEADS.update({"log_volume": LogVolume(False), "damped_log_volume": LogVolume(True)})
@@ -144,11 +158,15 @@ def log_volume(
     / 2 with C = G + damping I; nothing is estimated. With reduction "mean" or "sum" it is finished
     chunk by chunk while the value is computed.
 
-    The pivot rule is that of `fastsfvae.ops.woodbury`. A sample that the dtype cannot resolve is
+    The pivot rule is that of `fastsfvae.ops.woodbury`. A sample that float32 cannot resolve is
     computed again in float64 where its tangents are float32: on the CPU, and on the Triton kernels
-    up to m = 64. What float64 cannot resolve either is lost. Where even the floor of the rule
-    decides, a damped value is bounded by it, and one without damping is singular: its value is
-    -inf, and its gradient 0.
+    up to m = 64. It is lost where a pivot keeps fewer than half of its digits even so. One that is
+    rounding noise altogether counts at the rule's floor with a damping, which bounds the value from
+    below; without one the sample is singular: its value is -inf and its gradient 0.
+
+    On the Triton kernels the gradient is a float32 product with C^-1, which needs a condition of J
+    below some 50 to keep half of its digits: other samples' values are rescued, not their
+    gradients, and they are marked as lost, too. PyTorch's error is eps times that condition.
 
     Args:
         decoder: see `decode_with_jacobian`.
@@ -190,15 +208,7 @@ def log_volume(
         share = 1 / len(z) if reduction == "mean" else 1.0
         weights = _constants.full(z.shape[:1], share, dtype, z.device)
         value, (_, lost) = weighted_total(query, weights)
-    return (value, lost) if return_lost else value
-
-
-def _log_det(gram: ChunkGram, c: Tensor | None = None) -> LogDet:
-    parts = gram.parts()
-    if parts is not None:
-        return log_det_of_parts(parts, c)
-    assert not isinstance(gram, Unwritten)
-    return log_det_of_sums(gram.sums()[0], c, gram.scale(), gram.redo())
+    return (value, lost > 0) if return_lost else value
 
 
 def _refuse_flat(m: int, n: int) -> None:

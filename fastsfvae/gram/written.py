@@ -10,7 +10,11 @@ from torch import Tensor
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent
 from fastsfvae.jacobian.run.chunks import empty_gradient, flatten_in_memory_order
 from fastsfvae.ops.elbo import Parts, jacobian_parts
-from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
+from fastsfvae.ops.gram_project import (
+    full_products,
+    gram_project_backward,
+    gram_project_forward,
+)
 from fastsfvae.ops.low_rank import Redo, Solved, float64_sums, low_rank_forward, squared_norms
 
 
@@ -83,6 +87,20 @@ class Written:
         grad, dJ, of_value = empty_gradient(self._result)
         _, dr = gram_project_backward(self._J, self._r, M, u, g_rr, self._backend, dJ)
         return self._pulled(grad, of_value, dr, df)
+
+    def pull_root(self, R: Tensor, g: Tensor) -> Pulled:
+        """As `pull` with M = g R^T R alone, by two products: see `fastsfvae.ops.log_det`.
+
+        Args:
+            R: ``[b, m, m]``.
+            g: ``[b]``.
+        """
+        grad, dJ, of_value = empty_gradient(self._result)
+        with full_products(self._J):
+            J = R @ self._J.to(R.dtype)
+        back, zeros = g[:, None, None] * R.mT, (torch.zeros_like(R[:, 0]), torch.zeros_like(g))
+        _, dr = gram_project_backward(J, self._r, back, *zeros, self._backend, dJ)
+        return self._pulled(grad, of_value, dr, None)
 
     def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
         """The gradients for cotangents of `norms`: ``[b, m]`` of the rows', ``[b]`` of r's."""

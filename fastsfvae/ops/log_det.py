@@ -1,6 +1,8 @@
 """log det C and C^-1 of C = G + cI, c = 0 allowed, with the float64 rescue of lost samples.
 
-Its derivative is d log det C = tr(C^-1 dG) + tr(C^-1) dc. The pivot rule and what is singular are
+Its derivative is d log det C = tr(C^-1 dG) + tr(C^-1) dc. PyTorch gives a root of C^-1, by which a
+gradient M J = R^T (R J) keeps in float32 what float64 has found: rounded, C^-1 itself has lost it
+where the square of J's condition exceeds 1 / eps. The pivot rule and what is singular are
 `fastsfvae.ops.woodbury`'s.
 """
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from fastsfvae._ranges import ranged
 from fastsfvae.ops.elbo import Parts
+from fastsfvae.ops.gram_project import full_products
 from fastsfvae.ops.low_rank import Redo, low_rank_of_partials
 from fastsfvae.ops.woodbury import LogDet, log_det_native
 
@@ -38,11 +41,13 @@ def log_det_of_sums(
 
 
 @ranged("solve")
-def log_det_of_parts(parts: Parts, c: Tensor | None) -> LogDet:
-    """On the Triton kernels, up to m = 64; nothing waits for the host.
+def log_det_of_parts(parts: Parts, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log det C, C^-1, lost) on the Triton kernels, up to m = 64; nothing waits for the host.
 
     With a c one launch factorises all samples, and two more rescue. Without, PyTorch does, in about
-    ten launches a pivot, for every sample in float32 and in float64.
+    ten launches a pivot, for every sample in float32 and in float64. A sample is lost as well where
+    float32 products with C^-1 would keep fewer than half of their digits: C_kk (C^-1)_kk, which no
+    scaling of the latents changes, is above 1 / sqrt(eps).
 
     Args:
         parts: of G.
@@ -52,22 +57,26 @@ def log_det_of_parts(parts: Parts, c: Tensor | None) -> LogDet:
     if c is not None:
         # h = 1: log det (I + G/c), and K = C^-1.
         ones, each = torch.ones_like(p[0]), c.expand(p.shape[1])
-        solved = low_rank_of_partials(parts.sums, ones, each, None, parts.redo).first
-        return LogDet(solved.log_det + p.shape[-1] * c.log(), solved.K, solved.lost)
-    gram = G.sum(0)
-    found = log_det_native(gram, None)
-    if parts.redo is None:
-        return found
-    again, _, _ = parts.redo(found.lost)
-    # What was not lost is not in it.
-    marked = found.lost[:, None, None]
-    whole = torch.where(marked, again.sum(0), gram.double())
-    value, inverse, lost = log_det_native(whole, None, dtype=gram.dtype)
-    return LogDet(
-        torch.where(found.lost, value, found.value),
-        torch.where(marked, inverse, found.inverse),
-        found.lost & lost,
-    )
+        solved = low_rank_of_partials(parts.sums, ones, each, None, parts.redo)
+        value, inverse, lost = solved.first.log_det, solved.first.K, solved.first.lost
+        value = value + p.shape[-1] * c.log()
+        C_diag = solved.gram.diagonal(dim1=-2, dim2=-1) + c
+    else:
+        gram = G.sum(0)
+        C_diag = gram.diagonal(dim1=-2, dim2=-1)
+        value, root, lost = log_det_native(gram, None)
+        if parts.redo is not None:
+            again, _, _ = parts.redo(lost)
+            # What was not lost is not in it.
+            whole = torch.where(lost[:, None, None], again.sum(0), gram.double())
+            redone = log_det_native(whole, None, dtype=gram.dtype)
+            value = torch.where(lost, redone.value, value)
+            root = torch.where(lost[:, None, None], redone.root, root)
+            lost = lost & redone.lost
+        with full_products(root):
+            inverse = root.mT @ root
+    inflated = inverse.diagonal(dim1=-2, dim2=-1) * C_diag
+    return value, inverse, lost | (inflated > torch.finfo(G.dtype).eps ** -0.5).any(-1)
 
 
 def _double(c: Tensor | None) -> Tensor | None:

@@ -56,9 +56,10 @@ def _solve(
     floor = torch.maximum(noise_var.unsqueeze(-1), 4 * eps * C_diag)
     L, d, floored = _factorise(C, floor)
 
-    L_inv, C_inv = _inverses(L, d)
+    L_inv = _inverse(L)
     v_hat = (L_inv @ v.unsqueeze(-1)).squeeze(-1).masked_fill(floored, 0)
     D_inv_v = v_hat / d
+    C_inv = L_inv.mT @ (L_inv / d.unsqueeze(-1))
     w = (L_inv.mT @ D_inv_v.unsqueeze(-1)).squeeze(-1)
 
     C_inv_diag = C_inv.diagonal(dim1=-2, dim2=-1)
@@ -83,12 +84,12 @@ class LogDet(NamedTuple):
 
     Attributes:
         value: log det C, ``[B]``, in nats; -inf where C is singular.
-        inverse: C^-1, ``[B, m, m]``; zeros where C is singular.
-        lost: bool ``[B]``, as `Woodbury.lost`; also where C is singular, or C^-1 leaves the dtype.
+        root: R with R^T R = C^-1, ``[B, m, m]``; zeros where C is singular.
+        lost: bool ``[B]``, as `Woodbury.lost`; also where C is singular.
     """
 
     value: Tensor
-    inverse: Tensor
+    root: Tensor
     lost: Tensor
 
 
@@ -101,19 +102,21 @@ def log_det_native(
     """Factorise C = G + cI for each sample, where c may be missing.
 
     By the module's rule. Without a c nothing bounds a pivot from below: a sample with one below
-    4 eps C_kk is singular.
+    4 eps C_kk is singular. Where G is the rest of something larger, which has another way to it, a
+    pivot that has kept fewer than two thirds of its digits is lost already.
 
     Args:
         gram: G, ``[B, m, m]``.
         c: > 0, 0-d; None for C = G.
-        scale: ``[B, m]``, what G_kk is the rest of, with an absolute error of a few eps times that;
-            None for G_kk itself.
+        scale: ``[B, m]``, what G_kk is a rest of, with an error of a few eps times that; None for
+            G_kk itself.
         dtype: of the result; None for that of G.
     """
     dtype = dtype or gram.dtype
     with full_products(gram):
         C = gram.clone()
         C_diag = C.diagonal(dim1=-2, dim2=-1)
+        kept = 1 / 2 if scale is None else 1 / 3
         scale = C_diag if scale is None else scale
         if c is not None:
             scale = scale + c
@@ -122,22 +125,19 @@ def log_det_native(
         # A row of zeros is singular, too.
         floor = (4 * info.eps * scale).clamp(min=info.tiny)
         L, d, floored = _factorise(C, floor if c is None else torch.maximum(c, floor))
-        value, inverse = d.log().sum(-1).to(dtype), _inverses(L, d)[1].to(dtype)
-    resolved = (d >= info.eps**0.5 * scale) & d.isfinite() & ~floored
-    held = inverse.isfinite().flatten(1).all(-1)
+        value, root = d.log().sum(-1), _inverse(L) * d.rsqrt().unsqueeze(-1)
+    resolved = (d >= info.eps**kept * scale) & d.isfinite() & ~floored
     if c is None:
         singular = floored.any(-1)
         value = value.masked_fill(singular, -torch.inf)
-        held = held & ~singular
-    inverse = inverse.masked_fill(~held[:, None, None], 0)
-    return LogDet(value, inverse, ~(resolved.all(-1) & held))
+        root = root.masked_fill(singular[:, None, None], 0)
+    return LogDet(value.to(dtype), root.to(dtype), ~resolved.all(-1))
 
 
-def _inverses(L: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """L^-1 and C^-1, both ``[B, m, m]``, of C = L diag(d) L^T."""
+def _inverse(L: Tensor) -> Tensor:
+    """L^-1, ``[B, m, m]``, of a unit-lower L."""
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
-    L_inv = torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
-    return L_inv, L_inv.mT @ (L_inv / d.unsqueeze(-1))
+    return torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
 
 
 def _factorise(C: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
