@@ -51,7 +51,7 @@ def results(value, leaves):
 
 def near(ours, theirs, tolerance=1e-10):
     """Each within a share of its own largest entry, or of the largest of all where that is 0."""
-    least = 1e-6 * max(t.abs().max() for t in theirs)
+    least = 1e-3 * max(t.abs().max() for t in theirs)
     for mine, want in zip(ours, theirs, strict=True):
         assert (mine - want).abs().max() <= tolerance * want.abs().max().clamp(min=least)
 
