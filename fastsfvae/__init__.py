@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsfvae.gram.pullback import Pullback, pullback
 from fastsfvae.ground.provenance import VERSION
-from fastsfvae.jacobian.api import decode_with_jacobian
+from fastsfvae.jacobian.api import decode_with_jacobian, jvp, vjp
 from fastsfvae.loss import Elbo, SamplingFreeLoss, low_rank_log_prob, sampling_free_elbo
 from fastsfvae.ops.dispatch import fused_layers
 
@@ -26,19 +26,24 @@ __version__ = VERSION
 _LATE = {
     "DecoderReport": "fastsfvae.jacobian.check",
     "GraphedStep": "fastsfvae.graphed",
+    "KalmanUpdate": "fastsfvae.distributions",
     "LinearizedGaussian": "fastsfvae.distributions",
+    "SingularDirections": "fastsfvae.gram.singular",
     "check_decoder": "fastsfvae.jacobian.check",
     "evaluate": "fastsfvae.evaluate",
     "isometry_loss": "fastsfvae.gram.isometry",
+    "kalman_update": "fastsfvae.distributions",
     "load": "fastsfvae.training.checkpoint",
     "log_volume": "fastsfvae.gram.volume",
     "make_graphed_step": "fastsfvae.graphed",
+    "singular_directions": "fastsfvae.gram.singular",
 }
 
 if TYPE_CHECKING:
     from fastsfvae import evaluate
-    from fastsfvae.distributions import LinearizedGaussian
+    from fastsfvae.distributions import KalmanUpdate, LinearizedGaussian, kalman_update
     from fastsfvae.gram.isometry import isometry_loss
+    from fastsfvae.gram.singular import SingularDirections, singular_directions
     from fastsfvae.gram.volume import log_volume
     from fastsfvae.graphed import GraphedStep, make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport, check_decoder
@@ -58,20 +63,26 @@ __all__ = [
     "DecoderReport",
     "Elbo",
     "GraphedStep",
+    "KalmanUpdate",
     "LinearizedGaussian",
     "Pullback",
     "SamplingFreeLoss",
+    "SingularDirections",
     "check_decoder",
     "decode_with_jacobian",
     "evaluate",
     "fused_layers",
     "isometry_loss",
+    "jvp",
+    "kalman_update",
     "load",
     "log_volume",
     "low_rank_log_prob",
     "make_graphed_step",
     "pullback",
     "sampling_free_elbo",
+    "singular_directions",
+    "vjp",
 ]
 
 

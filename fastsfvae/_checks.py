@@ -78,6 +78,19 @@ def settings(
     choice("likelihood", likelihood, LIKELIHOODS)
 
 
+def probes(value: int | None, likelihood: str) -> None:
+    """Raise unless probes are None, or an int >= 1 for the likelihood that can take them."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"probes={value!r} must be None or an int >= 1")
+    if likelihood != "expected":
+        raise ValueError(
+            f'probes={value} estimate a trace, which likelihood="{likelihood}" does not have: use '
+            'likelihood="expected", or probes=None'
+        )
+
+
 def tensors(**named: Tensor) -> None:
     """Raise TypeError unless all of these are tensors."""
     for name, value in named.items():
@@ -105,13 +118,18 @@ def same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) -> None:
             )
 
 
-def latent(mean: Tensor, log_var: Tensor) -> None:
-    """Raise unless mean and log_var are floating [B, m] of one shape with B, m >= 1."""
+def latent(mean: Tensor, log_var: Tensor, factor: bool = False) -> None:
+    """Raise unless mean and log_var are floating [B, m] of one shape with B, m >= 1.
+
+    With `factor`, log_var may be a covariance's factor [B, m, m] as well.
+    """
     floating("mean", mean)
     floating("log_var", log_var)
-    if mean.dim() != 2 or mean.shape != log_var.shape:
+    is_factor = factor and log_var.shape == (*mean.shape, *mean.shape[1:])
+    if mean.dim() != 2 or not (mean.shape == log_var.shape or is_factor):
         raise ValueError(
             f"mean {tuple(mean.shape)} and log_var {tuple(log_var.shape)} must both be [B, m]"
+            + (", or log_var a factor [B, m, m] of the covariance" if factor else "")
         )
     if 0 in mean.shape:
         raise ValueError(f"mean has shape {tuple(mean.shape)}: the batch is empty")

@@ -1,14 +1,19 @@
-"""The pushed-forward Gaussian as a `torch.distributions` distribution."""
+"""Gaussians through a linearised decoder: pushed forward, and conditioned on what it shows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from fastsfvae import _checks
+from fastsfvae._checks import Backend
+from fastsfvae.gram.pullback import pullback
+from fastsfvae.jacobian.api import decode_with_jacobian
 from fastsfvae.ops.low_rank import low_rank_terms
 
 
@@ -53,6 +58,50 @@ class LinearizedGaussian(Distribution):
         self.latent_var = latent_var
         self.noise_var = torch.as_tensor(noise_var, dtype=loc.dtype, device=loc.device)
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+
+    @classmethod
+    def from_decoder(
+        cls,
+        decoder: Callable[..., Tensor],
+        mean: Tensor,
+        cov: Tensor,
+        noise_var: float | Tensor,
+        *args: Any,
+        backend: Backend = "auto",
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> LinearizedGaussian:
+        """Push N(mean, cov) through a decoder linearised at the mean; outputs are flattened.
+
+        A full covariance P = L L^T is pushed forward along the columns of L: J is then J L and the
+        latent variances are 1. Differentiable as `decode_with_jacobian`.
+
+        Args:
+            decoder: see `decode_with_jacobian`.
+            mean: ``[B, m]``.
+            cov: variances ``[B, m]``, or positive definite covariances ``[B, m, m]``.
+            noise_var: c, in squared units of the output.
+            *args: further decoder inputs.
+            backend: see `decode_with_jacobian`.
+            chunk_size: likewise.
+            **kwargs: further decoder inputs by name.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; a covariance of another
+                shape, or one that is not positive definite.
+        """
+        _checks.noise_var(noise_var)
+        factor = _factor(mean, cov)
+        tangents = None if factor is None else factor.permute(2, 0, 1)
+        output, jacobian = decode_with_jacobian(
+            *(decoder, mean, *args),
+            tangents=tangents,
+            backend=backend,
+            chunk_size=chunk_size,
+            **kwargs,
+        )
+        variances = cov if factor is None else torch.ones_like(mean)
+        return cls(output.flatten(1), jacobian.flatten(2), variances, noise_var)
 
     def expand(self, batch_shape, _instance=None) -> LinearizedGaussian:
         """Return the same distribution over a larger batch ``[B]`` (one leading axis at most)."""
@@ -127,3 +176,119 @@ class LinearizedGaussian(Distribution):
         constant = residual.shape[-1] * (2 * math.pi * noise_var).log()
         mahalanobis = (terms.squared_error - terms.explained) / noise_var
         return -0.5 * (constant + terms.log_det + mahalanobis)
+
+
+class KalmanUpdate(NamedTuple):
+    """A latent Gaussian after an observation, in the latents' dtype.
+
+    Attributes:
+        mean: ``[B, m]``.
+        cov: ``[B, m, m]``, symmetric.
+        log_prob: of the observation beforehand, ``[B]``, in nats.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    log_prob: Tensor
+
+
+def kalman_update(
+    decoder: Callable[..., Tensor],
+    x: Tensor,
+    mean: Tensor,
+    cov: Tensor,
+    noise_var: float | Tensor,
+    *args: Any,
+    backend: Backend = "auto",
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> KalmanUpdate:
+    """Condition z ~ N(mean, cov) on x = f(z) + noise, f linearised at the mean.
+
+    The extended Kalman filter's update with the observation noise cI, by m x m systems whatever the
+    size of x. With cov = L L^T, J_L = J L, G = J_L^T J_L, p = J_L^T (x - f(mean)), C = cI + G:
+
+        mean + L C^-1 p        c L C^-1 L^T        log N(x; f(mean), J_L J_L^T + cI)
+
+    For a linear decoder that is the Kalman filter, and the posterior exact. Differentiable in every
+    tensor and in the decoder's parameters. Where rounding of G costs C its positive definiteness,
+    4 eps of G's largest diagonal entry is added to c.
+
+    Args:
+        decoder: see `decode_with_jacobian`.
+        x: observations ``[B, *out]``.
+        mean: ``[B, m]``.
+        cov: variances ``[B, m]``, or positive definite covariances ``[B, m, m]``.
+        noise_var: c, in squared units of x.
+        *args: further decoder inputs.
+        backend: see `decode_with_jacobian`.
+        chunk_size: likewise.
+        **kwargs: further decoder inputs by name.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `LinearizedGaussian.from_decoder`; an x that does
+            not match the decoder's output.
+    """
+    _checks.noise_var(noise_var)
+    factor = _factor(mean, cov)
+    tangents = None if factor is None else factor.permute(2, 0, 1)
+    found = pullback(
+        *(decoder, mean, x, *args),
+        tangents=tangents,
+        backend=backend,
+        chunk_size=chunk_size,
+        **kwargs,
+    )
+    assert found.projection is not None and found.squared_error is not None
+    G, p, rr = (t.double() for t in (found.gram, found.projection, found.squared_error))
+    c = torch.as_tensor(noise_var, device=mean.device).double()
+    L = torch.diag_embed(cov.double().sqrt()) if factor is None else factor.double()
+    if factor is None:
+        G, p = L @ G @ L, (L @ p.unsqueeze(-1)).squeeze(-1)
+    root = _root(G, c, torch.finfo(found.gram.dtype).eps)
+    # Rows of (L C^-1/2)^T and C^-1/2 p.
+    whitened = torch.linalg.solve_triangular(root, L.mT, upper=False)
+    score = torch.linalg.solve_triangular(root, p.unsqueeze(-1), upper=False)
+    n, m = found.output[0].numel(), mean.shape[1]
+    log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (n - m) * c.log()
+    mahalanobis = (rr - score.square().sum((-2, -1))) / c
+    log_prob = -0.5 * (n * math.log(2 * math.pi) + log_det + mahalanobis)
+    step = (whitened.mT @ score).squeeze(-1)
+    updated = mean + step, c * (whitened.mT @ whitened), log_prob
+    return KalmanUpdate(*(t.to(mean.dtype) for t in updated))
+
+
+def _root(G: Tensor, c: Tensor, eps: float) -> Tensor:
+    """The lower Cholesky factor of cI + G, of a larger c where there is none."""
+    C = G + c * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    with torch.no_grad():
+        broken = torch.linalg.cholesky_ex(C).info > 0
+        largest = G.diagonal(dim1=-2, dim2=-1).amax(-1)
+        more = torch.where(broken, 4 * eps * largest, 0).unsqueeze(-1)
+    return torch.linalg.cholesky_ex(C + torch.diag_embed(more.expand(G.shape[:-1]))).L
+
+
+def _factor(mean: Tensor, cov: Tensor) -> Tensor | None:
+    """The Cholesky factor ``[B, m, m]`` of full covariances; None for variances ``[B, m]``.
+
+    Raises:
+        TypeError, ValueError: what is neither.
+    """
+    _checks.floating("mean", mean)
+    _checks.floating("cov", cov)
+    _checks.same_device(("mean", mean), ("cov", cov))
+    if mean.dim() == 2 and cov.shape == mean.shape:
+        if cov.is_cpu and bool((cov < 0).any()):
+            raise ValueError(f"cov holds a variance of {float(cov.min())}: give none below 0")
+        return None
+    if mean.dim() != 2 or cov.shape != (*mean.shape, mean.shape[1]):
+        raise ValueError(
+            f"mean {tuple(mean.shape)} and cov {tuple(cov.shape)} do not fit: give mean [B, m] and "
+            "variances [B, m] or covariances [B, m, m]"
+        )
+    factor, info = torch.linalg.cholesky_ex(cov.to(mean.dtype))
+    # Read where that is free; a GPU would be waited for.
+    if info.is_cpu and bool(info.any()):
+        sample = int(info.nonzero()[0])
+        raise ValueError(f"cov of sample {sample} is not positive definite: add to its diagonal")
+    return factor

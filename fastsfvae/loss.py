@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastsfvae import _checks, _constants
 from fastsfvae._checks import Backend, Likelihood, Reduction
+from fastsfvae._spread import spread_of
 from fastsfvae.gram.query import Query, head_outputs, weighted_total
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.known import remember
@@ -68,6 +69,8 @@ class SamplingFreeLoss(nn.Module):
         backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
             the plain formulas, slow.
         chunk_size: samples whose tangents exist at one time; None chooses.
+        probes: of "expected", K random tangents in place of all m: its log_det, a trace, is then an
+            unbiased estimate, and so are the gradients. For m in the hundreds and more.
 
     Raises:
         TypeError, ValueError: for a setting out of range or a wrapped decoder, in one line.
@@ -84,9 +87,11 @@ class SamplingFreeLoss(nn.Module):
         reduction: Reduction = "mean",
         backend: Backend = "auto",
         chunk_size: int | None = None,
+        probes: int | None = None,
     ):
         super().__init__()
         _checks.settings(noise_var, gamma, kl_weight, likelihood)
+        _checks.probes(probes, likelihood)
         _warn_of_weak(likelihood, gamma)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("backend", backend, _checks.BACKENDS)
@@ -102,6 +107,7 @@ class SamplingFreeLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.backend: Backend = backend
         self.chunk_size = chunk_size
+        self.probes = probes
 
     def forward(
         self,
@@ -111,6 +117,7 @@ class SamplingFreeLoss(nn.Module):
         *args: Any,
         sample_weight: Tensor | None = None,
         return_terms: bool = False,
+        generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Elbo]:
         """Return the loss, and with `return_terms` also the detached `Elbo` of each sample.
@@ -118,10 +125,12 @@ class SamplingFreeLoss(nn.Module):
         Args:
             x: data ``[B, *out]``, floating point.
             mean: mu ``[B, m]``.
-            log_var: log h ``[B, m]``.
+            log_var: log h ``[B, m]``; or, for a full covariance L L^T, its factor L ``[B, m, m]``,
+                such as the Cholesky factor.
             *args: passed to the decoder after z; tensors whose first axis is B are chunked with it.
             sample_weight: ``[B]``, multiplies each sample's loss; "mean" divides by its sum.
             return_terms: also return the terms, for logging at no second pass.
+            generator: source of the probes' signs, on the latents' device.
             **kwargs: passed to the decoder, chunked like `args`.
 
         Returns:
@@ -136,7 +145,7 @@ class SamplingFreeLoss(nn.Module):
                 "use DistributedDataParallel around the module that computes the loss"
             )
         # Before a mean over the batch is taken.
-        _checks.latent(mean, log_var)
+        _checks.latent(mean, log_var, factor=True)
         if sample_weight is not None:
             _checks.tensors(sample_weight=sample_weight)
         if sample_weight is not None and sample_weight.shape != mean.shape[:1]:
@@ -145,7 +154,7 @@ class SamplingFreeLoss(nn.Module):
                 f"give [B] = {tuple(mean.shape[:1])}"
             )
         weight = None if self.reduction == "none" else self._share(mean, sample_weight)
-        settings = self.likelihood, self.backend, self.chunk_size
+        settings = self.likelihood, self.backend, self.chunk_size, self.probes, generator
         scalars = self.noise_var, self.gamma, self.kl_weight
         inputs = x, mean, log_var, args, kwargs
         elbo, total = _objective(self.decoder, *inputs, *scalars, *settings, weight)
@@ -166,6 +175,7 @@ class SamplingFreeLoss(nn.Module):
             *args: Any,
             sample_weight: Tensor | None = None,
             return_terms: Literal[False] = False,
+            generator: torch.Generator | None = None,
             **kwargs: Any,
         ) -> Tensor: ...
 
@@ -178,6 +188,7 @@ class SamplingFreeLoss(nn.Module):
             *args: Any,
             sample_weight: Tensor | None = None,
             return_terms: Literal[True],
+            generator: torch.Generator | None = None,
             **kwargs: Any,
         ) -> tuple[Tensor, Elbo]: ...
 
@@ -190,6 +201,7 @@ class SamplingFreeLoss(nn.Module):
             *args: Any,
             sample_weight: Tensor | None = None,
             return_terms: bool,
+            generator: torch.Generator | None = None,
             **kwargs: Any,
         ) -> Tensor | tuple[Tensor, Elbo]: ...
 
@@ -212,7 +224,8 @@ class SamplingFreeLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as they would be written in a call."""
-        names = ("noise_var", "gamma", "kl_weight", "likelihood", "reduction", "backend")
+        names = ["noise_var", "gamma", "kl_weight", "likelihood", "reduction", "backend"]
+        names += ["probes"] * (self.probes is not None)
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
@@ -226,6 +239,8 @@ def sampling_free_elbo(
     gamma: float | Tensor = 0.5,
     kl_weight: float | Tensor = 1.0,
     likelihood: Likelihood = "precision",
+    probes: int | None = None,
+    generator: torch.Generator | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
     **kwargs: Any,
@@ -236,12 +251,15 @@ def sampling_free_elbo(
         decoder: f, an ``nn.Module`` (or callable) ``z [B, m] -> [B, *out]``.
         x: data ``[B, *out]``, floating point, in the units of the decoder's output.
         mean: mu ``[B, m]``.
-        log_var: log h ``[B, m]``.
+        log_var: log h ``[B, m]``; or, for a full covariance L L^T, its factor L ``[B, m, m]``, such
+            as the Cholesky factor.
         *args: passed to the decoder after z; tensors whose first axis is B are chunked with it.
         noise_var: c, variance of the observation noise in squared units of x.
         gamma: weight of the low-rank precision, in [0, 1]; "expected" has none.
         kl_weight: factor of the KL divergence.
         likelihood: "precision", "mixture", "normalized" or "expected" (`fastsfvae.likelihoods`).
+        probes: see `SamplingFreeLoss`.
+        generator: source of the probes' signs, on the latents' device.
         backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
             the plain formulas, slow.
         chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
@@ -260,7 +278,7 @@ def sampling_free_elbo(
         ValueError: for shapes, devices or settings that do not fit, in one line that quotes them.
         RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
     """
-    settings = noise_var, gamma, kl_weight, likelihood, backend, chunk_size
+    settings = noise_var, gamma, kl_weight, likelihood, backend, chunk_size, probes, generator
     terms, _ = _objective(decoder, x, mean, log_var, args, kwargs, *settings)
     _warn_of_weak(likelihood, gamma)
     return terms
@@ -322,6 +340,8 @@ def _objective(
     likelihood: Likelihood,
     backend: Backend,
     chunk_size: int | None,
+    probes: int | None,
+    generator: torch.Generator | None,
     weight: Tensor | None = None,
 ) -> tuple[Elbo, Tensor | None]:
     """The objective of each sample; for a weight ``[B]`` of each also their weighted sum (0-d).
@@ -331,7 +351,8 @@ def _objective(
     if not torch.compiler.is_compiling():
         # A compiler may hold the numbers as symbols.
         _checks.settings(noise_var, gamma, kl_weight, likelihood)
-    _checks.latent(mean, log_var)
+    _checks.probes(probes, likelihood)
+    _checks.latent(mean, log_var, factor=True)
     _checks.batch(x, mean)
     dtype = torch.promote_types(torch.promote_types(mean.dtype, x.dtype), torch.float32)
     scalars = [
@@ -341,13 +362,27 @@ def _objective(
         else _constants.full((), t, dtype, mean.device)
         for t in (noise_var, gamma, kl_weight)
     ]
+    spread, tangents = spread_of(mean, log_var, probes, generator), None
     # The mean again, as an alias: one tensor in two places has no gradient for each.
-    inputs, resolved = (mean.view_as(mean), log_var, *scalars), resolve_backend(backend, mean)
-    query = Query(likelihood, decoder, mean, x, inputs, args, kwargs, resolved, chunk_size)
+    latents = mean.view_as(mean), log_var
+    if spread is not None:
+        # Unit variances along its directions, whose own KL divergence is 0.
+        tangents = spread.tangents
+        latents = (mean.new_zeros(tangents.shape[1::-1]),) * 2
+    resolved = resolve_backend(backend, mean)
+    given = x, (*latents, *scalars), args, kwargs, resolved, chunk_size, tangents
+    query = Query(likelihood, decoder, mean, *given)
+    total = None
     if weight is None:
-        return Elbo(*head_outputs(query)), None
-    total, terms = weighted_total(query, weight)
-    return Elbo(*terms), total
+        terms = Elbo(*head_outputs(query))
+    else:
+        total, found = weighted_total(query, weight)
+        terms = Elbo(*found)
+    if spread is None:
+        return terms, total
+    cost = scalars[2] * spread.kl
+    total = None if total is None else total - (cost * weight).sum()
+    return terms._replace(elbo=terms.elbo - cost, kl=spread.kl), total
 
 
 def _warn_of_weak(likelihood: str, gamma: float | Tensor) -> None:

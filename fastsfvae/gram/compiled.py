@@ -14,28 +14,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae.jacobian.directed import Directed, directed_inputs
 from fastsfvae.jacobian.plan.fingerprint import plain_attributes
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.known import known_decoders
 from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
+from fastsfvae.jacobian.validate import outer_name
 
 # The preludes of the programs that compiled functions use, by the programs' numbers; kept, as a
 # compiled function may trace them at any time.
 _preludes: dict[int, tuple[Callable[..., tuple], Callable[..., tuple]]] = {}
 
 
-def gather(decoder: Any, z: Tensor, args: tuple, kwargs: dict[str, Any], backend: str) -> Gathered:
+def gather(
+    decoder: Any,
+    z: Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
+    backend: str,
+    tangents: Tensor | None = None,
+) -> tuple[Tensor, Gathered]:
     """Find the decoder's program for every batch size and what it reads; runs under a compiler.
+
+    Args:
+        decoder: the module.
+        z: ``[B, m]``.
+        args: further inputs.
+        kwargs: further inputs by name.
+        backend: "torch" or "triton".
+        tangents: directions ``[k, B, m]``, None for the unit vectors.
+
+    Returns:
+        The program's latents, and the rest.
 
     Raises:
         RuntimeError: a decoder that this is not possible for.
     """
+    if tangents is not None:
+        z, inputs_of_directed = directed_inputs(z, tangents)
+        kwargs = {**kwargs, **inputs_of_directed}
     # A loop over a size makes the compiler fix it: m belongs to the decoder.
     m = _fixed(z.shape[1])
     leaves = [*args, *kwargs.values()]
     inputs = tuple(_described(leaf, z) for leaf in leaves)
     extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    found = _program(id(decoder), m, z.dtype, z.device, backend, inputs, tuple(kwargs))
+    directed = tangents is not None
+    found = _program(id(decoder), directed, m, z.dtype, z.device, backend, inputs, tuple(kwargs))
     number, chunk_size, output_shape, output_dtype, names, used, plain = found
     for name, value in plain:
         # The compiler guards on what it compares, and compiles again when it changes.
@@ -48,7 +72,7 @@ def gather(decoder: Any, z: Tensor, args: tuple, kwargs: dict[str, Any], backend
     along = [t for t in extras if _along(t, z)]
     fixed = [t for t in extras if not _along(t, z)]
     whole = [*[tensors[index] for index in used], *fixed, *statics]
-    return Gathered(number, chunk_size, output_shape, output_dtype, [*along, *sides], whole)
+    return z, Gathered(number, chunk_size, output_shape, output_dtype, [*along, *sides], whole)
 
 
 def _fixed(size: int) -> int:
@@ -85,6 +109,7 @@ def _stand_in(description: tuple) -> Any:
 @torch.compiler.assume_constant_result
 def _program(
     identity: int,
+    directed: bool,
     m: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -109,9 +134,11 @@ def _program(
     leaves = [_stand_in(description) for description in inputs]
     args, named = leaves[: len(leaves) - len(keywords)], leaves[len(leaves) - len(keywords) :]
     kwargs = dict(zip(keywords, named, strict=True))
-    z = torch.zeros(2, m, dtype=dtype, device=device)
+    z, target = torch.zeros(2, m, dtype=dtype, device=device), decoder
+    if directed:
+        target = Directed(decoder)
     # A compiler sees to numbers itself.
-    linearizer = Linearizer(decoder, z, tuple(args), kwargs, backend, lift=False)
+    linearizer = Linearizer(target, z, tuple(args), kwargs, backend, lift=False)
     program = program_of(linearizer, (2, 1))
     if program is None:
         reasons = ", ".join(linearizer.plan(2).obstacles) or "parts that depend on the batch size"
@@ -121,7 +148,7 @@ def _program(
         )
     plan = program.plans[0]
     _preludes[program.number] = plan.prelude, plan.side
-    chunk_size, names = default_chunk(linearizer), tuple(linearizer.names)
+    chunk_size, names = default_chunk(linearizer), tuple(map(outer_name, linearizer.names))
     output = plan.output_shape, plan.output_dtype
     plain = plain_attributes(decoder)
     return program.number, chunk_size, *output, names, tuple(plan.body_inputs), plain

@@ -12,7 +12,8 @@ from fastsfvae._checks import Backend
 from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
 from fastsfvae.gram.query import Query, head_outputs
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.validate import check_latents, check_target
+from fastsfvae.jacobian.directed import check_tangents
+from fastsfvae.jacobian.validate import check_target
 from fastsfvae.ops.gram_project import gram_project
 
 
@@ -21,8 +22,8 @@ class Pullback(NamedTuple):
 
     Attributes:
         output: f(z), [B, *out].
-        gram: G = J^T J, [B, m, m].
-        projection: p = J^T (x - f(z)), [B, m]; None without x.
+        gram: G = J^T J, [B, m, m]; along k tangents [B, k, k].
+        projection: p = J^T (x - f(z)), [B, m]; None without x. Along tangents [B, k].
         squared_error: |x - f(z)|^2, [B]; None without x.
     """
 
@@ -90,6 +91,7 @@ def pullback(
     z: Tensor,
     x: Tensor | None = None,
     *args: Any,
+    tangents: Tensor | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
     **kwargs: Any,
@@ -107,6 +109,8 @@ def pullback(
         z: latents [B, m].
         x: data [B, *out], or None for the Gram matrix alone.
         *args: further decoder inputs.
+        tangents: directions V [k, B, m], in z's dtype, for G = V^T J^T J V [B, k, k] and
+            p = V^T J^T r [B, k]; None for the unit vectors.
         backend: see `decode_with_jacobian`.
         chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
         **kwargs: further decoder inputs by name.
@@ -118,8 +122,8 @@ def pullback(
         TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; x that is not floating
             point or does not match the output.
     """
-    check_latents(z)
+    check_tangents(tangents, z)
     check_target(x, z)
     head, resolved = "gram" if x is None else "sums", resolve_backend(backend, z)
-    query = Query(head, decoder, z, x, (), args, kwargs, resolved, chunk_size)
+    query = Query(head, decoder, z, x, (), args, kwargs, resolved, chunk_size, tangents)
     return Pullback(*head_outputs(query))

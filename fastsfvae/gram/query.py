@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from fastsfvae.gram.autograd import outputs_of, plain_outputs, total_of, transforms, weigh
 from fastsfvae.gram.heads import HEADS
 from fastsfvae.gram.operator import Prepared, Problem
+from fastsfvae.jacobian.directed import along
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.jacobian.run.chunks import map_chunks
 from fastsfvae.jacobian.run.known import remember
@@ -33,6 +34,7 @@ class Query(NamedTuple):
         kwargs: likewise, by name.
         backend: "torch", "triton" or "reference" (resolved: not "auto").
         chunk_size: samples whose tangents exist at one time; None chooses.
+        tangents: directions ``[k, B, m]`` in place of the unit vectors.
     """
 
     head: str
@@ -44,6 +46,12 @@ class Query(NamedTuple):
     kwargs: dict[str, Any]
     backend: str
     chunk_size: int | None
+    tangents: Tensor | None = None
+
+    def asked(self) -> Query:
+        """The same, of what has the unit vectors for its directions."""
+        decoder, z, kwargs = along(self.decoder, self.z, self.tangents, self.kwargs)
+        return self._replace(decoder=decoder, z=z, kwargs=kwargs, tangents=None)
 
 
 def weighted_total(query: Query, weights: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
@@ -80,16 +88,20 @@ def prepare(query: Query) -> Prepared | None:
     # read: a compiler of torch 2.11 takes is_exporting() for always true.
     if query.backend == "reference" or torch.compiler._is_exporting_flag:
         return None
-    z, x = query.z, query.x
     if torch.compiler.is_compiling():
         from fastsfvae.gram import compiled
 
-        found = compiled.gather(query.decoder, z, query.args, query.kwargs, query.backend)
+        z, found = compiled.gather(
+            *(query.decoder, query.z, query.args, query.kwargs, query.backend, query.tangents)
+        )
     else:
-        gathered = None if _is_transformed() else _gather(query)
+        asked = query.asked()
+        remember(query.decoder)
+        gathered = None if _is_transformed() else _gather(asked)
         if gathered is None:
             return None
-        found = gathered
+        z, found = asked.z, gathered
+    x = query.x
     _check_shape(x, (z.shape[0], *found.shape))
     kind = z.device.type
     problem = Problem(
@@ -108,7 +120,6 @@ def prepare(query: Query) -> Prepared | None:
 
 
 def _gather(query: Query) -> Gathered | None:
-    remember(query.decoder)
     linearizer = Linearizer(query.decoder, query.z, query.args, query.kwargs, query.backend)
     size = query.chunk_size or default_chunk(linearizer)
     bounds = chunk_bounds(query.z.shape[0], size)
@@ -134,13 +145,13 @@ def _check_shape(x: Tensor | None, shape: tuple[int, ...]) -> None:
 
 def recomputed(query: Query) -> tuple[Tensor, ...]:
     """The outputs by autograd, for what has no adjoints; several chunks are computed twice."""
-    along = HEADS[query.head].along
+    query, of_batch = query.asked(), HEADS[query.head].along
 
     def finish(output: Tensor, tangents: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         _check_shape(query.x, (query.z.shape[0], *output.shape[1:]))
         x = () if query.x is None else (query.x[start:stop],)
-        pairs = zip(query.inputs, along, strict=True)
-        inputs = [t[start:stop] if of_batch else t for t, of_batch in pairs]
+        pairs = zip(query.inputs, of_batch, strict=True)
+        inputs = [t[start:stop] if each else t for t, each in pairs]
         return plain_outputs(query, output, tangents, x, inputs)
 
     return map_chunks(

@@ -22,12 +22,15 @@ _WRAPPERS = {
 _INNER = "_inner"
 
 
+def outer_name(path: str) -> str:
+    """A path or a parameter's name as it is in the module that something was derived from."""
+    return ".".join(part for part in path.split(".") if part != _INNER)
+
+
 def layer_name(path: str) -> str:
     """How messages call the module at a path, as it would be written: ``decoder.blocks[2]``."""
     name = "decoder"
-    for part in filter(None, path.split(".")):
-        if part == _INNER:
-            continue
+    for part in filter(None, outer_name(path).split(".")):
         if part.isdigit():
             name += f"[{part}]"
         else:

@@ -24,7 +24,7 @@ LAYERS = """
     fastsfvae
     training | evaluate
     objectives
-    loss likelihoods distributions graphed
+    loss likelihoods _spread distributions graphed
     gram
     jacobian
     jacobian.run

@@ -69,7 +69,7 @@ def decode_by_reference(
     """f(z) [B, *out] and J [B, m, *out] by the oracle; see `decode_with_jacobian`."""
     decoder, kwargs = unwrap(decoder, kwargs)
     check_inputs(z, [], [])
-    with _eager(), _twice_differentiable():
+    with _eager(), twice_differentiable():
         output = decoder(z, *args, **kwargs)
         check_output(output, z)
         # What a decoder stores inside torch.func is of no use outside. A compiler cannot look.
@@ -78,7 +78,7 @@ def decode_by_reference(
             return output, reference_jacobian(decoder, z, args, kwargs)
 
 
-def _twice_differentiable() -> contextlib.AbstractContextManager[Any]:
+def twice_differentiable() -> contextlib.AbstractContextManager[Any]:
     """Run attention unfused, as PyTorch's fused ones have no second derivative."""
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
