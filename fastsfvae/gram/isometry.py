@@ -21,6 +21,7 @@ from fastsfvae import _checks, _constants
 from fastsfvae._checks import Backend
 from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
 from fastsfvae.gram.query import Query, head_outputs, weighted_total
+from fastsfvae.jacobian.api import jvp, vjp
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.validate import check_latents
 from fastsfvae.ops.gram_project import gram_project
@@ -123,6 +124,7 @@ def isometry_loss(
     decoder: Callable[..., Tensor],
     z: Tensor,
     *args: Any,
+    probes: Tensor | None = None,
     over: Literal["batch", "sample"] = "batch",
     backend: Backend = "auto",
     chunk_size: int | None = None,
@@ -137,10 +139,15 @@ def isometry_loss(
     G_b are one multiple of the identity (the decoder is a scaled isometry at z), "sample" where
     each is a multiple of its own (it is conformal).
 
+    With `probes` v, drawn from N(0, I), it is their estimator: tr G is the mean of |J v|^2 over the
+    probes and tr G^2 that of |J^T J v|^2, by `jvp` and `vjp`, whatever m is. Both are without bias,
+    their ratio is not, and may lie below 1/m; least so for "batch", which averages first.
+
     Args:
         decoder: see `decode_with_jacobian`.
         z: latents [B, m].
         *args: further decoder inputs.
+        probes: [B, m], or several a sample, [k, B, m], in z's dtype; None for the exact traces.
         over: what the ratio is taken of; "sample" finishes its gradients chunk by chunk while the
             value is computed, "batch" computes the tangents of several chunks twice.
         backend: see `decode_with_jacobian`.
@@ -149,21 +156,55 @@ def isometry_loss(
 
     Returns:
         The measure, 0-d, in float32 at least; NaN where tr G is 0: the decoder does not move.
-        Second order needs over="batch" and backend "torch" (or "reference").
+        Second order needs over="batch" or probes, and backend "torch" (or "reference").
 
     Raises:
-        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; another `over`.
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; another `over`, or probes
+            that do not fit z.
     """
     check_latents(z)
     _checks.choice("over", over, _OVER)
+    if probes is not None:
+        _checks.floating("probes", probes)
+        if probes.shape[-2:] != z.shape or probes.dim() > 3 or not len(probes):
+            raise ValueError(
+                f"probes have shape {tuple(probes.shape)}: give [B, m] or [k, B, m] with k >= 1 "
+                f"and the [B, m] of z, {list(z.shape)}"
+            )
+        several = probes.unsqueeze(0) if probes.dim() == 2 else probes
+        settings = {"backend": backend, "chunk_size": chunk_size}
+        traces, squares = _estimates(decoder, z, several, args, settings, kwargs)
+        return _ratio(traces, squares, over)
     head, resolved = "traces" if over == "batch" else "trace_ratio", resolve_backend(backend, z)
     query = Query(head, decoder, z, None, (), args, kwargs, resolved, chunk_size)
     if over == "batch":
         traces, squares = head_outputs(query)
-        return squares.mean() / traces.mean().square()
+        return _ratio(traces, squares, over)
     dtype = torch.promote_types(z.dtype, torch.float32)
     weights = _constants.full(z.shape[:1], 1 / len(z), dtype, z.device)
     return weighted_total(query, weights)[0]
+
+
+def _ratio(traces: Tensor, squares: Tensor, over: str) -> Tensor:
+    if over == "batch":
+        return squares.mean() / traces.mean().square()
+    return (squares / traces.square()).mean()
+
+
+def _estimates(
+    decoder: Callable[..., Tensor],
+    z: Tensor,
+    probes: Tensor,
+    args: tuple,
+    settings: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Of tr G and of tr G^2, ``[B]``, by probes ``[k, B, m]``."""
+    _, pushed = jvp(decoder, z, probes, *args, **settings, **kwargs)
+    _, pulled = vjp(decoder, z, pushed, *args, **kwargs)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    squares = [t.to(dtype).flatten(2).square().sum(-1).mean(0) for t in (pushed, pulled)]
+    return squares[0], squares[1]
 
 
 def _traces(G: Tensor) -> tuple[Tensor, Tensor]:

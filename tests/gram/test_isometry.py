@@ -60,6 +60,57 @@ def test_further_inputs(over):
     near(results(value, leaves), want)
 
 
+def estimate(decoder, z, probes, over):
+    """As it was published: J v by double backward, J^T J v, and their squares, of each probe."""
+    traces, squares = [], []
+    for v in probes:
+        _, Jv = torch.autograd.functional.jvp(decoder, z, v, create_graph=True)
+        _, JTJv = torch.autograd.functional.vjp(decoder, z, Jv, create_graph=True)
+        traces.append(Jv.flatten(1).square().sum(1))
+        squares.append(JTJv.square().sum(1))
+    trace, square = torch.stack(traces).mean(0), torch.stack(squares).mean(0)
+    if over == "batch":
+        return square.mean() / trace.mean() ** 2
+    return (square / trace**2).mean()
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("count", [None, 1, 3])
+@pytest.mark.parametrize("name", ["higgins", "residual", "tanh", "wide"])
+def test_probes(name, count, over):
+    decoder = BUILD[name]()
+    z = latents(decoder)
+    g = torch.Generator().manual_seed(3)
+    probes = torch.randn(count or 1, *z.shape, generator=g, dtype=torch.float64)
+    probes.requires_grad_()
+    leaves = [z, probes, *decoder.parameters()]
+    want = results(estimate(decoder, z, probes, over), leaves)
+    given = probes if count else probes[0]
+    for chunk_size in (None, 2):
+        value = sf.isometry_loss(decoder, z, probes=given, over=over, chunk_size=chunk_size)
+        near(results(value, leaves), want)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "attention", "weight_norm"])
+def test_scaled_unit_vectors_are_probes_that_give_the_exact_measure(name):
+    # Third derivatives of layer_norm as published code takes them are wrong in PyTorch.
+    decoder = build(name)
+    z = latents(decoder)
+    leaves = [z, *decoder.parameters()]
+    probes = M**0.5 * torch.eye(M, dtype=torch.float64).unsqueeze(1).expand(M, 5, M)
+    want = results(oracle(decoder, z, "batch"), leaves)
+    near(results(sf.isometry_loss(decoder, z, probes=probes), leaves), want)
+
+
+def test_many_probes_come_to_the_exact_measure():
+    decoder = build("tanh")
+    z = latents(decoder).detach()
+    g = torch.Generator().manual_seed(3)
+    probes = torch.randn(4000, *z.shape, generator=g, dtype=torch.float64)
+    found = sf.isometry_loss(decoder, z, probes=probes)
+    assert found.item() == pytest.approx(sf.isometry_loss(decoder, z).item(), rel=0.02)
+
+
 class Conformal(nn.Module):
     """Isometric up to a scale of each sample's own, or of all samples' in common."""
 
@@ -160,6 +211,10 @@ def test_errors_say_what_to_do():
     decoder = build("tanh")
     with pytest.raises(ValueError, match="over='all' is not one of 'batch', 'sample'"):
         sf.isometry_loss(decoder, latents(decoder), over="all")
+    with pytest.raises(ValueError, match=r"probes have shape \(5, 3\): give .* of z, \[5, 4\]"):
+        sf.isometry_loss(decoder, latents(decoder), probes=torch.zeros(5, 3).double())
+    with pytest.raises(TypeError, match="probes has dtype torch.int64"):
+        sf.isometry_loss(decoder, latents(decoder), probes=torch.zeros(5, 4).long())
     with pytest.raises(ValueError, match=r"z must be \[B, m\]"):
         sf.isometry_loss(decoder, torch.zeros(3, dtype=torch.float64))
 
