@@ -49,18 +49,17 @@ class LogVolume:
     ) -> Found:
         """The log-volumes of a chunk."""
         c, parts = inputs[0] if inputs else None, gram.parts()
+        root = inverse = None
         if parts is None:
             assert not isinstance(gram, Unwritten)
             G, _, _ = gram.sums()
             value, root, lost = log_det_of_sums(G, c, gram.scale(), gram.redo())
-            kept = root, None
         else:
             G, _, _ = parts.sums
             value, inverse, lost = log_det_of_parts(parts, c)
-            kept = None, inverse
         if c is None:
             _refuse_flat(G.shape[-1], gram.n)
-        return Found((0.5 * value, lost.to(value.dtype)), kept)
+        return Found((0.5 * value, lost.to(value.dtype)), (root, inverse))
 
     def pull(
         self,
@@ -88,7 +87,8 @@ class LogVolume:
         _, m, n = J.shape
         dtype, wide = torch.promote_types(J.dtype, torch.float32), J.double()
         info, eye = torch.finfo(wide.dtype), torch.eye(m, dtype=wide.dtype, device=J.device)
-        C, floor = wide @ wide.mT, 0.0
+        C = wide @ wide.mT
+        floor = torch.zeros_like(C[0, 0, 0])
         if inputs:
             C, floor = C + inputs[0].double() * eye, inputs[0].detach().double()
         else:
@@ -138,6 +138,20 @@ def log_volume(
     chunk_size: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def log_volume(
+    decoder: Callable[..., Tensor],
+    z: Tensor,
+    *args: Any,
+    damping: float | Tensor = 0.0,
+    reduction: Reduction = "none",
+    return_lost: bool,
+    backend: Backend = "auto",
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def log_volume(
@@ -214,5 +228,6 @@ def log_volume(
 def _refuse_flat(m: int, n: int) -> None:
     if m > n:
         raise ValueError(
-            f"damping=0 with m = {m} latents and n = {n} outputs: J^T J is singular, give damping > 0"
+            f"damping=0 with m = {m} latents and n = {n} outputs: J^T J is singular, "
+            "give damping > 0"
         )

@@ -40,7 +40,6 @@ from fastsfvae.ops.woodbury import (
     woodbury_triton,
 )
 
-
 # From samples that were lost to their sums in float64.
 Redo = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 

@@ -441,7 +441,9 @@ class TestKernels:
         for settings, want in (({}, right), ({"reduction": "mean", "chunk_size": 2}, mean)):
             value = sf.log_volume(decoder, z, damping=damping, backend="triton", **settings)
             mine = results(value, [z, *decoder.parameters()])
-            assert (mine[0] - want[0]).abs().max() <= 16 * m * eps * (condition + want[0].abs().max())
+            assert (mine[0] - want[0]).abs().max() <= 16 * m * eps * (
+                condition + want[0].abs().max()
+            )
             scale = max(w.abs().max() for w in want[1:])
             for g, w in zip(mine[1:], want[1:], strict=True):
                 assert (g - w).abs().max() <= 64 * eps * condition * scale

@@ -109,7 +109,6 @@ def test_beyond_the_range_of_float32():
     J[1] *= 1e-25
     right, _ = exact(J, None)
     value, root, lost = found(J, None)
-    inverse = root.double().mT @ root.double()
     assert (value - right).abs().max() <= 1e-6 * right.abs().max()
     # C^-1 of 1e50 is no float32, its root is.
     assert not lost.any() and root.isfinite().all()
