@@ -14,10 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastsfvae.gram.pullback import Pullback, pullback
+from fastsfvae.gram.pullback import Pullback as Pullback
+from fastsfvae.gram.pullback import pullback
 from fastsfvae.ground.provenance import VERSION
 from fastsfvae.jacobian.api import decode_with_jacobian, jvp, vjp
-from fastsfvae.loss import Elbo, SamplingFreeLoss, low_rank_log_prob, sampling_free_elbo
+from fastsfvae.loss import Elbo as Elbo
+from fastsfvae.loss import SamplingFreeLoss, low_rank_log_prob, sampling_free_elbo
 from fastsfvae.ops.dispatch import fused_layers
 
 __version__ = VERSION
@@ -26,9 +28,7 @@ __version__ = VERSION
 _LATE = {
     "DecoderReport": "fastsfvae.jacobian.check",
     "GraphedStep": "fastsfvae.graphed",
-    "KalmanUpdate": "fastsfvae.distributions",
     "LinearizedGaussian": "fastsfvae.distributions",
-    "SingularDirections": "fastsfvae.gram.singular",
     "check_decoder": "fastsfvae.jacobian.check",
     "evaluate": "fastsfvae.evaluate",
     "isometry_loss": "fastsfvae.gram.isometry",
@@ -41,12 +41,14 @@ _LATE = {
 
 if TYPE_CHECKING:
     from fastsfvae import evaluate
-    from fastsfvae.distributions import KalmanUpdate, LinearizedGaussian, kalman_update
+    from fastsfvae.distributions import LinearizedGaussian, kalman_update
     from fastsfvae.gram.isometry import isometry_loss
-    from fastsfvae.gram.singular import SingularDirections, singular_directions
+    from fastsfvae.gram.singular import singular_directions
     from fastsfvae.gram.volume import log_volume
-    from fastsfvae.graphed import GraphedStep, make_graphed_step
-    from fastsfvae.jacobian.check import DecoderReport, check_decoder
+    from fastsfvae.graphed import GraphedStep as GraphedStep
+    from fastsfvae.graphed import make_graphed_step
+    from fastsfvae.jacobian.check import DecoderReport as DecoderReport
+    from fastsfvae.jacobian.check import check_decoder
     from fastsfvae.training.checkpoint import load
 else:
     # Not for a type checker, which would then believe in every name.
@@ -59,15 +61,10 @@ else:
         return found
 
 
+# What is called; the types of results can be imported from here as well.
 __all__ = [
-    "DecoderReport",
-    "Elbo",
-    "GraphedStep",
-    "KalmanUpdate",
     "LinearizedGaussian",
-    "Pullback",
     "SamplingFreeLoss",
-    "SingularDirections",
     "check_decoder",
     "decode_with_jacobian",
     "evaluate",

@@ -8,7 +8,7 @@ L^T G L alone, so that random directions in their place give an unbiased estimat
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,10 +66,11 @@ def _hadamard_probes(mean: Tensor, count: int, generator: torch.Generator | None
     Different rows of a Hadamard matrix, behind signs of each sample's own. They are orthogonal, and
     so estimate a trace with less variance than independent ones, with none where all are taken.
     """
-    (B, m), options = mean.shape, {"device": mean.device, "generator": generator}
+    options: Any = {"device": mean.device, "generator": generator}
+    m = mean.shape[1]
     rows = _hadamard(m, mean.device, mean.dtype)
     chosen = rows[torch.randperm(len(rows), **options)[:count]]
-    signs = torch.randint(0, 2, (B, m), **options).to(mean.dtype) * 2 - 1
+    signs = torch.randint(0, 2, mean.shape, **options).to(mean.dtype) * 2 - 1
     return chosen.unsqueeze(1) * signs
 
 

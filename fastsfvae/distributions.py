@@ -241,7 +241,7 @@ def kalman_update(
     )
     assert found.projection is not None and found.squared_error is not None
     G, p, rr = (t.double() for t in (found.gram, found.projection, found.squared_error))
-    c = torch.as_tensor(noise_var, device=mean.device).double()
+    c = torch.as_tensor(noise_var, dtype=torch.float64, device=mean.device)
     L = torch.diag_embed(cov.double().sqrt()) if factor is None else factor.double()
     if factor is None:
         G, p = L @ G @ L, (L @ p.unsqueeze(-1)).squeeze(-1)

@@ -29,6 +29,7 @@ With cotangents a of the objective, log_likelihood - w_kl kl, its part of h adds
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,8 +37,9 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae._checks import Likelihood
+from fastsfvae._checks import Backend, Likelihood
 from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
+from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.ops.elbo import elbo_of_parts
 from fastsfvae.ops.low_rank import (
     Solved,
@@ -102,6 +104,49 @@ def likelihood_terms(
             log_det = log_det - second
     value = _log_likelihood(rr, log_det, explained, n, c, gamma, likelihood)
     return LikelihoodTerms(value, rr, log_det, explained, lost)
+
+
+def low_rank_log_prob(
+    residual: Tensor,
+    jacobian: Tensor,
+    latent_var: Tensor,
+    *,
+    noise_var: float | Tensor,
+    gamma: float | Tensor = 1.0,
+    likelihood: Likelihood = "precision",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Log-density of a residual under N(0, J diag(h) J^T + cI), gamma-regularised (eq. 19, 21).
+
+    Args:
+        residual: r = x - f(mu), ``[B, n]``.
+        jacobian: J, tangent-major ``[B, m, n]``, any strides.
+        latent_var: h >= 0, ``[B, m]``.
+        noise_var: c > 0.
+        gamma: in [0, 1]; 1 is the Gaussian itself.
+        likelihood: as in `sampling_free_elbo`.
+        backend: as in `sampling_free_elbo`.
+
+    Returns:
+        ``[B]``, in nats; differentiable in every tensor.
+
+    Raises:
+        TypeError: for tensors that are not floating point.
+        ValueError: for shapes, devices or settings that do not fit.
+        RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
+    """
+    _checks.settings(noise_var, gamma, 1.0, likelihood)
+    warn_of_weak(likelihood, gamma)
+    _checks.low_rank(residual, jacobian, latent_var)
+    return likelihood_terms(
+        jacobian,
+        residual,
+        latent_var,
+        noise_var=noise_var,
+        gamma=gamma,
+        likelihood=likelihood,
+        backend=resolve_backend(backend, jacobian),
+    ).log_likelihood
 
 
 def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
@@ -282,3 +327,16 @@ def _expected_log_det(row_norms: Tensor, h: Tensor, c: Tensor) -> Tensor:
         c: 0-d, in float32 at least, like every sum here.
     """
     return (h.to(c.dtype) * row_norms).sum(-1) / c
+
+
+def warn_of_weak(likelihood: str, gamma: float | Tensor) -> None:
+    """Warn the caller's caller of a gamma with which the objective is pointless."""
+    # A compiler may hold the number as a symbol.
+    if isinstance(gamma, Tensor) or torch.compiler.is_compiling():
+        return
+    if likelihood in ("mixture", "normalized") and gamma < 0.5:
+        warnings.warn(
+            f'likelihood="{likelihood}" with gamma={gamma!r} hardly penalises the decoder\'s noise '
+            'and trains an auto-encoder: use gamma >= 0.5, or likelihood="precision"',
+            stacklevel=3,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 
 from fastsfvae import _checks, _constants
 from fastsfvae._checks import Backend, Likelihood, Reduction
-from fastsfvae._spread import spread_of
 from fastsfvae.gram.query import Query, head_outputs, weighted_total
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.validate import check_chunk_size, unwrap
 from fastsfvae.likelihoods import gaussian_kl as gaussian_kl
-from fastsfvae.likelihoods import likelihood_terms
+from fastsfvae.likelihoods import low_rank_log_prob as low_rank_log_prob
+from fastsfvae.likelihoods import warn_of_weak
 
 
 class Elbo(NamedTuple):
@@ -92,7 +91,7 @@ class SamplingFreeLoss(nn.Module):
         super().__init__()
         _checks.settings(noise_var, gamma, kl_weight, likelihood)
         _checks.probes(probes, likelihood)
-        _warn_of_weak(likelihood, gamma)
+        warn_of_weak(likelihood, gamma)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.choice("backend", backend, _checks.BACKENDS)
         check_chunk_size(chunk_size)
@@ -154,10 +153,9 @@ class SamplingFreeLoss(nn.Module):
                 f"give [B] = {tuple(mean.shape[:1])}"
             )
         weight = None if self.reduction == "none" else self._share(mean, sample_weight)
-        settings = self.likelihood, self.backend, self.chunk_size, self.probes, generator
-        scalars = self.noise_var, self.gamma, self.kl_weight
-        inputs = x, mean, log_var, args, kwargs
-        elbo, total = _objective(self.decoder, *inputs, *scalars, *settings, weight)
+        settings = _Settings(*(getattr(self, name) for name in _Settings._fields))
+        inputs = self.decoder, x, mean, log_var, args, kwargs
+        elbo, total = _objective(settings, *inputs, generator, weight)
         loss = -elbo.elbo if total is None else total
         if self.reduction == "none" and sample_weight is not None:
             loss = loss * sample_weight
@@ -278,69 +276,30 @@ def sampling_free_elbo(
         ValueError: for shapes, devices or settings that do not fit, in one line that quotes them.
         RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
     """
-    settings = noise_var, gamma, kl_weight, likelihood, backend, chunk_size, probes, generator
-    terms, _ = _objective(decoder, x, mean, log_var, args, kwargs, *settings)
-    _warn_of_weak(likelihood, gamma)
+    settings = _Settings(noise_var, gamma, kl_weight, likelihood, backend, chunk_size, probes)
+    terms, _ = _objective(settings, decoder, x, mean, log_var, args, kwargs, generator)
+    warn_of_weak(likelihood, gamma)
     return terms
 
 
-def low_rank_log_prob(
-    residual: Tensor,
-    jacobian: Tensor,
-    latent_var: Tensor,
-    *,
-    noise_var: float | Tensor,
-    gamma: float | Tensor = 1.0,
-    likelihood: Likelihood = "precision",
-    backend: Backend = "auto",
-) -> Tensor:
-    """Log-density of a residual under N(0, J diag(h) J^T + cI), gamma-regularised (eq. 19, 21).
-
-    Args:
-        residual: r = x - f(mu), ``[B, n]``.
-        jacobian: J, tangent-major ``[B, m, n]``, any strides.
-        latent_var: h >= 0, ``[B, m]``.
-        noise_var: c > 0.
-        gamma: in [0, 1]; 1 is the Gaussian itself.
-        likelihood: as in `sampling_free_elbo`.
-        backend: as in `sampling_free_elbo`.
-
-    Returns:
-        ``[B]``, in nats; differentiable in every tensor.
-
-    Raises:
-        TypeError: for tensors that are not floating point.
-        ValueError: for shapes, devices or settings that do not fit.
-        RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
-    """
-    _checks.settings(noise_var, gamma, 1.0, likelihood)
-    _warn_of_weak(likelihood, gamma)
-    _checks.low_rank(residual, jacobian, latent_var)
-    return likelihood_terms(
-        jacobian,
-        residual,
-        latent_var,
-        noise_var=noise_var,
-        gamma=gamma,
-        likelihood=likelihood,
-        backend=resolve_backend(backend, jacobian),
-    ).log_likelihood
+class _Settings(NamedTuple):
+    noise_var: float | Tensor
+    gamma: float | Tensor
+    kl_weight: float | Tensor
+    likelihood: Likelihood
+    backend: Backend
+    chunk_size: int | None
+    probes: int | None
 
 
 def _objective(
+    settings: _Settings,
     decoder: Any,
     x: Tensor,
     mean: Tensor,
     log_var: Tensor,
     args: tuple,
     kwargs: dict[str, Any],
-    noise_var: float | Tensor,
-    gamma: float | Tensor,
-    kl_weight: float | Tensor,
-    likelihood: Likelihood,
-    backend: Backend,
-    chunk_size: int | None,
-    probes: int | None,
     generator: torch.Generator | None,
     weight: Tensor | None = None,
 ) -> tuple[Elbo, Tensor | None]:
@@ -348,6 +307,7 @@ def _objective(
 
     With weights the sum alone is sure to be differentiable (see `weighted_total`).
     """
+    noise_var, gamma, kl_weight, likelihood, backend, chunk_size, probes = settings
     if not torch.compiler.is_compiling():
         # A compiler may hold the numbers as symbols.
         _checks.settings(noise_var, gamma, kl_weight, likelihood)
@@ -362,7 +322,12 @@ def _objective(
         else _constants.full((), t, dtype, mean.device)
         for t in (noise_var, gamma, kl_weight)
     ]
-    spread, tangents = spread_of(mean, log_var, probes, generator), None
+    spread = tangents = None
+    if log_var.dim() == 3 or probes is not None:
+        # Late: seldom needed.
+        from fastsfvae._spread import spread_of
+
+        spread = spread_of(mean, log_var, probes, generator)
     # The mean again, as an alias: one tensor in two places has no gradient for each.
     latents = mean.view_as(mean), log_var
     if spread is not None:
@@ -372,27 +337,14 @@ def _objective(
     resolved = resolve_backend(backend, mean)
     given = x, (*latents, *scalars), args, kwargs, resolved, chunk_size, tangents
     query = Query(likelihood, decoder, mean, *given)
-    total = None
     if weight is None:
-        terms = Elbo(*head_outputs(query))
+        total, found = None, head_outputs(query)
     else:
         total, found = weighted_total(query, weight)
-        terms = Elbo(*found)
+    terms = Elbo(*found)
     if spread is None:
         return terms, total
     cost = scalars[2] * spread.kl
-    total = None if total is None else total - (cost * weight).sum()
+    if total is not None and weight is not None:
+        total = total - (cost * weight).sum()
     return terms._replace(elbo=terms.elbo - cost, kl=spread.kl), total
-
-
-def _warn_of_weak(likelihood: str, gamma: float | Tensor) -> None:
-    """Warn the caller's caller of a gamma with which the objective is pointless."""
-    # A compiler may hold the number as a symbol.
-    if isinstance(gamma, Tensor) or torch.compiler.is_compiling():
-        return
-    if likelihood in ("mixture", "normalized") and gamma < 0.5:
-        warnings.warn(
-            f'likelihood="{likelihood}" with gamma={gamma!r} hardly penalises the decoder\'s noise '
-            'and trains an auto-encoder: use gamma >= 0.5, or likelihood="precision"',
-            stacklevel=3,
-        )

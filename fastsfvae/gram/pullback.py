@@ -12,8 +12,7 @@ from fastsfvae._checks import Backend
 from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
 from fastsfvae.gram.query import Query, head_outputs
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.directed import check_tangents
-from fastsfvae.jacobian.validate import check_target
+from fastsfvae.jacobian.validate import check_tangents, check_target
 from fastsfvae.ops.gram_project import gram_project
 
 

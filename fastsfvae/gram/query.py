@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from fastsfvae.gram.autograd import outputs_of, plain_outputs, total_of, transforms, weigh
 from fastsfvae.gram.heads import HEADS
 from fastsfvae.gram.operator import Prepared, Problem
-from fastsfvae.jacobian.directed import along
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.jacobian.run.chunks import map_chunks
 from fastsfvae.jacobian.run.known import remember
@@ -50,6 +49,11 @@ class Query(NamedTuple):
 
     def asked(self) -> Query:
         """The same, of what has the unit vectors for its directions."""
+        if self.tangents is None:
+            return self
+        # Late: seldom needed.
+        from fastsfvae.jacobian.directed import along
+
         decoder, z, kwargs = along(self.decoder, self.z, self.tangents, self.kwargs)
         return self._replace(decoder=decoder, z=z, kwargs=kwargs, tangents=None)
 

@@ -115,10 +115,9 @@ def _in_subspace(
     kwargs: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
-    """J's singular values on a subspace: values, right ``[B, m, k]``, left ``[B, n, k]``, *out.
+    """J's singular values on the span of orthonormal columns ``[B, m, k]``.
 
-    Args:
-        basis: orthonormal columns ``[B, m, k]``.
+    Values ``[B, k]``, right ``[B, m, k]`` and left ``[B, n, k]`` vectors, and the extents *out.
     """
     _, derivatives = jvp(decoder, z, basis.permute(2, 0, 1), *args, **options, **kwargs)
     columns = derivatives.flatten(2).permute(1, 2, 0).to(z.dtype)

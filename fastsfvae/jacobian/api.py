@@ -11,10 +11,14 @@ from torch import Tensor
 from fastsfvae import _checks
 from fastsfvae._checks import Backend
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.directed import along, check_tangents
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.chunks import decode_by_reference, twice_differentiable
-from fastsfvae.jacobian.validate import check_chunk_size, check_latents, unwrap
+from fastsfvae.jacobian.validate import (
+    check_chunk_size,
+    check_latents,
+    check_tangents,
+    unwrap,
+)
 
 
 def decode_with_jacobian(
@@ -59,11 +63,15 @@ def decode_with_jacobian(
     """
     check_tangents(tangents, z)
     check_chunk_size(chunk_size)
-    backend = resolve_backend(backend, z)
-    decoder, z, kwargs = along(decoder, z, tangents, kwargs)
+    resolved = resolve_backend(backend, z)
+    if tangents is not None:
+        # Late, like the rules: seldom needed.
+        from fastsfvae.jacobian.directed import along
+
+        decoder, z, kwargs = along(decoder, z, tangents, kwargs)
     if backend == "reference":
         return decode_by_reference(decoder, z, args, kwargs)
-    linearizer = Linearizer(decoder, z, args, kwargs, backend)
+    linearizer = Linearizer(decoder, z, args, kwargs, resolved)
     parts = [linearizer.run(*bounds) for bounds in linearizer.chunks(chunk_size)]
     if len(parts) == 1:
         output, tangents = parts[0]
@@ -140,7 +148,7 @@ def vjp(
         pulled: J^T u, [B, m]; or [k, B, m].
 
     Raises:
-        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; cotangents of another shape.
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; cotangents that do not fit.
     """
     check_latents(z)
     _checks.floating("cotangents", cotangents)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastsfvae import _checks
-from fastsfvae.jacobian.validate import Derived, check_latents, unwrap
+from fastsfvae.jacobian.validate import Derived, unwrap
+
 
 class Directed(Derived):
     """The function of the module's docstring."""
@@ -29,8 +29,8 @@ class Asked(NamedTuple):
     """What to differentiate: ``decoder(z, *args, **kwargs)`` with the further inputs as they are.
 
     Attributes:
-        decoder: of the latents z.
-        z: ``[B, m]``, or zeros ``[B, k]``.
+        decoder: of the steps along the tangents.
+        z: zeros ``[B, k]``.
         kwargs: by name.
     """
 
@@ -40,17 +40,13 @@ class Asked(NamedTuple):
 
 
 def along(
-    decoder: Callable[..., Tensor], z: Tensor, tangents: Tensor | None, kwargs: dict[str, Any]
+    decoder: Callable[..., Tensor], z: Tensor, tangents: Tensor, kwargs: dict[str, Any]
 ) -> Asked:
     """What to differentiate for the derivatives of a decoder along tangents ``[k, B, m]``.
-
-    Without tangents that is the decoder itself, and its derivatives are J.
 
     Raises:
         TypeError: a wrapped decoder.
     """
-    if tangents is None:
-        return Asked(decoder, z, kwargs)
     target, kwargs = unwrap(decoder, kwargs)
     if isinstance(target, nn.Module):
         target = Directed(target)
@@ -82,25 +78,3 @@ def _moved(
 
         z = directed(steps, _latents, _directions)
     return decoder(z, *args, **kwargs)
-
-
-def check_tangents(tangents: Tensor | None, z: Tensor) -> None:
-    """Refuse what are no directions ``[k, B, m]`` of latents ``[B, m]``; None stands for none.
-
-    Raises:
-        TypeError: no floating-point tensor, or of another dtype than z.
-        ValueError: another shape or device.
-    """
-    check_latents(z)
-    if tangents is None:
-        return
-    _checks.floating("tangents", tangents)
-    if tangents.dtype != z.dtype:
-        raise TypeError(f"tangents are {tangents.dtype} but z is {z.dtype}: convert one of them")
-    if tangents.dim() != 3 or tangents.shape[1:] != z.shape or not tangents.shape[0]:
-        B, m = z.shape
-        raise ValueError(
-            f"tangents have shape {tuple(tangents.shape)}: give [k, B, m] with k >= 1 and the "
-            f"[B, m] of z, [{B}, {m}]"
-        )
-    _checks.same_device(("z", z), ("tangents", tangents))

@@ -147,6 +147,28 @@ def check_latents(z: Tensor) -> None:
         raise ValueError(f"z must be [B, m] with B, m >= 1, got shape {shape}")
 
 
+def check_tangents(tangents: Tensor | None, z: Tensor) -> None:
+    """Refuse what are no directions ``[k, B, m]`` of latents ``[B, m]``; None stands for none.
+
+    Raises:
+        TypeError: no floating-point tensor, or of another dtype than z.
+        ValueError: another shape or device.
+    """
+    check_latents(z)
+    if tangents is None:
+        return
+    _checks.floating("tangents", tangents)
+    if tangents.dtype != z.dtype:
+        raise TypeError(f"tangents are {tangents.dtype} but z is {z.dtype}: convert one of them")
+    if tangents.dim() != 3 or tangents.shape[1:] != z.shape or not tangents.shape[0]:
+        B, m = z.shape
+        raise ValueError(
+            f"tangents have shape {tuple(tangents.shape)}: give [k, B, m] with k >= 1 and the "
+            f"[B, m] of z, [{B}, {m}]"
+        )
+    _checks.same_device(("z", z), ("tangents", tangents))
+
+
 def check_inputs(z: Tensor, names: list[str], tensors: list[Tensor]) -> None:
     """Refuse latents that no decoder here can take.
 

@@ -11,7 +11,7 @@ from fastsfvae.jacobian.rules.registry import adjoint, always, rule
 
 @torch.library.custom_op("fastsfvae::directed", mutates_args=())
 def directed(steps: Tensor, z: Tensor, directions: Tensor) -> Tensor:
-    """z + sum_i steps_i directions_i at steps = 0, as one operation of a trace.
+    """Z + sum_i steps_i directions_i at steps = 0, as one operation of a trace.
 
     Args:
         steps: zeros ``[B, k]``, which a plan takes for its latents.
