@@ -33,8 +33,10 @@ _LATE = {
     "check_decoder": "fastsfvae.jacobian.check",
     "evaluate": "fastsfvae.evaluate",
     "fit_latents": "fastsfvae.fit",
+    "isometry_loss": "fastsfvae.gram.isometry",
     "kalman_update": "fastsfvae.distributions",
     "load": "fastsfvae.training.checkpoint",
+    "log_volume": "fastsfvae.gram.volume",
     "make_graphed_step": "fastsfvae.graphed",
     "singular_directions": "fastsfvae.gram.singular",
 }
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
     from fastsfvae.distributions import LinearizedGaussian, kalman_update
     from fastsfvae.fit import Fit as Fit
     from fastsfvae.fit import fit_latents
+    from fastsfvae.gram.isometry import isometry_loss
     from fastsfvae.gram.singular import singular_directions
+    from fastsfvae.gram.volume import log_volume
     from fastsfvae.graphed import GraphedStep as GraphedStep
     from fastsfvae.graphed import make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport as DecoderReport
@@ -70,9 +74,11 @@ __all__ = [
     "evaluate",
     "fit_latents",
     "fused_layers",
+    "isometry_loss",
     "jvp",
     "kalman_update",
     "load",
+    "log_volume",
     "low_rank_log_prob",
     "make_graphed_step",
     "pullback",

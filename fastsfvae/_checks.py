@@ -73,6 +73,16 @@ def not_negative(name: str, value: float, otherwise: str = "") -> None:
         raise ValueError(f"{name}={value!r} must be finite and not negative{otherwise}")
 
 
+def damping(value: float | Tensor, dtype: torch.dtype) -> None:
+    """Raise unless damping is a 0-d tensor, 0, or a finite number > 0 that `dtype` can hold."""
+    if not _number("damping", value):
+        return
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"damping={value!r} must be finite and not negative")
+    if 0 < value < torch.finfo(dtype).tiny:
+        raise ValueError(f"damping={value!r} is no normal number of {dtype}: give more, or 0")
+
+
 def settings(
     noise_var_: float | Tensor,
     gamma_: float | Tensor,

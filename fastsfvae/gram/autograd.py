@@ -166,6 +166,8 @@ class _Last(torch.autograd.Function):
     torch.func.grad always runs a backward as with create_graph, so that it cannot refuse at once.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(count, *tensors):
         return tuple(t.view_as(t) for t in tensors[:count])

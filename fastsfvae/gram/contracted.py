@@ -16,7 +16,7 @@ from fastsfvae.jacobian.plan.last_layer import Linear
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent
 from fastsfvae.jacobian.run.chunks import empty_gradient
 from fastsfvae.ops.gram_project import full_products
-from fastsfvae.ops.low_rank import Solved, low_rank_of_sums
+from fastsfvae.ops.low_rank import Redo, Solved, low_rank_of_sums
 
 
 class Contracted:
@@ -84,14 +84,22 @@ class Contracted:
 
     def solve(self, h: Tensor, c: Tensor, second_var: Tensor | None) -> Solved:
         """As `Written`."""
+        return low_rank_of_sums(self.sums(), h, c, second_var, self.redo())
+
+    def redo(self) -> Redo | None:
+        """As `Written`; of float64 as well, as J keeps digits that W^T W does not."""
 
         def redo(lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             J = self._T[lost].double() @ self._W.double().mT
             return reference.gram_project(J, self._r[lost].double())
 
         # Rounded tangents cannot be rescued.
-        rescues = self._source.tangent.dtype == self._tail.weight.dtype == torch.float32
-        return low_rank_of_sums(self.sums(), h, c, second_var, redo if rescues else None)
+        given = {self._source.tangent.dtype, self._tail.weight.dtype}
+        return redo if given <= {torch.float32, torch.float64} else None
+
+    def scale(self) -> Tensor:
+        """As `Written`: |T_k|^2 |H|, of which the sum T_k H T_k^T may be a small rest."""
+        return self._T.square().sum(-1) * self._tail.metric.norm().to(self._dtype)
 
     def norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As `Written`."""
@@ -104,6 +112,15 @@ class Contracted:
         with full_products(self._T):
             dT = torch.baddbmm(u.unsqueeze(-1) * self._q.unsqueeze(-2), M, self._U)
             return self._pulled(dT, torch.bmm(0.5 * M, self._T), u, g_rr, df)
+
+    @ranged("gram backward")
+    def pull_root(self, R: Tensor, g: Tensor) -> Pulled:
+        """As `Written`."""
+        R, g = R.to(self._dtype), g.to(self._dtype)
+        back = g[:, None, None] * R.mT
+        with full_products(R):
+            dT, half = back @ (R @ self._U), (0.5 * back) @ (R @ self._T)
+            return self._pulled(dT, half, None, torch.zeros_like(g))
 
     @ranged("gram backward")
     def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
@@ -157,10 +174,15 @@ class ThroughLayer:
         self._written = flat = Written(Jet(f, J), None if x is None else x.flatten(1), "torch")
         self.n, self.sums, self.parts = flat.n, flat.sums, flat.parts
         self.solve, self.norms = flat.solve, flat.norms
+        self.redo, self.scale = flat.redo, flat.scale
 
     def pull(self, M: Tensor, u: Tensor, g_rr: Tensor, df: Tensor | None = None) -> Pulled:
         """As `Written`."""
         return self._through(self._written.pull(M, u, g_rr, None if df is None else df.flatten(1)))
+
+    def pull_root(self, R: Tensor, g: Tensor) -> Pulled:
+        """As `Written`."""
+        return self._through(self._written.pull_root(R, g))
 
     def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
         """As `Written`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsfvae._checks import Backend
 from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
-from fastsfvae.gram.query import Query, head_outputs, recomputed
+from fastsfvae.gram.query import Query, head_outputs
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.validate import check_tangents, check_target
 from fastsfvae.ops.gram_project import gram_project
@@ -125,7 +125,4 @@ def pullback(
     check_target(x, z)
     head, resolved = "gram" if x is None else "sums", resolve_backend(backend, z)
     query = Query(head, decoder, z, x, (), args, kwargs, resolved, chunk_size, tangents)
-    # An exported graph outlives this process, and a program's number does not. The flag itself is
-    # read: a compiler of torch 2.11 takes is_exporting() for always true.
-    ask = recomputed if torch.compiler._is_exporting_flag else head_outputs
-    return Pullback(*ask(query))
+    return Pullback(*head_outputs(query))

@@ -88,7 +88,9 @@ def prepare(query: Query) -> Prepared | None:
         ValueError: x does not match the decoder's output, or chunk_size is no int >= 1.
     """
     check_chunk_size(query.chunk_size)
-    if query.backend == "reference":
+    # An exported graph outlives this process, and a program's number does not. The flag itself is
+    # read: a compiler of torch 2.11 takes is_exporting() for always true.
+    if query.backend == "reference" or torch.compiler._is_exporting_flag:
         return None
     if torch.compiler.is_compiling():
         from fastsfvae.gram import compiled

@@ -10,8 +10,12 @@ from torch import Tensor
 from fastsfvae.jacobian.rules.jet import Jet, full_tangent
 from fastsfvae.jacobian.run.chunks import empty_gradient, flatten_in_memory_order
 from fastsfvae.ops.elbo import Parts, jacobian_parts
-from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
-from fastsfvae.ops.low_rank import Solved, low_rank_forward, squared_norms
+from fastsfvae.ops.gram_project import (
+    full_products,
+    gram_project_backward,
+    gram_project_forward,
+)
+from fastsfvae.ops.low_rank import Redo, Solved, float64_sums, low_rank_forward, squared_norms
 
 
 class Pulled(NamedTuple):
@@ -59,6 +63,14 @@ class Written:
         """As `low_rank_forward`, with h ``[b, m]`` and c ``[b]``."""
         return low_rank_forward(self._J, self._r, h, c, second_var, self._backend)
 
+    def redo(self) -> Redo | None:
+        """As `low_rank_of_sums` takes it."""
+        return float64_sums(self._J, self._r)
+
+    def scale(self) -> Tensor | None:
+        """What G_kk is rounded against, ``[b, m]``; None for G_kk itself."""
+        return None
+
     def norms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """r^T r ``[b]`` and the squared norms of J's rows ``[b, m]``, without any G."""
         return squared_norms(self._J, self._r, dtype)
@@ -75,6 +87,20 @@ class Written:
         grad, dJ, of_value = empty_gradient(self._result)
         _, dr = gram_project_backward(self._J, self._r, M, u, g_rr, self._backend, dJ)
         return self._pulled(grad, of_value, dr, df)
+
+    def pull_root(self, R: Tensor, g: Tensor) -> Pulled:
+        """As `pull` with M = g R^T R alone, by two products: see `fastsfvae.ops.log_det`.
+
+        Args:
+            R: ``[b, m, m]``.
+            g: ``[b]``.
+        """
+        grad, dJ, of_value = empty_gradient(self._result)
+        with full_products(self._J):
+            J = R @ self._J.to(R.dtype)
+        back, zeros = g[:, None, None] * R.mT, (torch.zeros_like(R[:, 0]), torch.zeros_like(g))
+        _, dr = gram_project_backward(J, self._r, back, *zeros, self._backend, dJ)
+        return self._pulled(grad, of_value, dr, None)
 
     def pull_norms(self, rate: Tensor, g_rr: Tensor) -> Pulled:
         """The gradients for cotangents of `norms`: ``[b, m]`` of the rows', ``[b]`` of r's."""

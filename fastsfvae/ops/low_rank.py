@@ -40,6 +40,9 @@ from fastsfvae.ops.woodbury import (
     woodbury_triton,
 )
 
+# From samples that were lost to their sums in float64.
+Redo = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
 
 class LowRankTerms(NamedTuple):
     """Results of `low_rank_terms`, each ``[B]``.
@@ -132,20 +135,26 @@ def low_rank_forward(
     backend: str,
 ) -> Solved:
     """`low_rank_terms` without a graph of its own, for use inside an autograd.Function."""
-    is_full = jacobian.dtype == torch.float32
     if backend == "triton" and jacobian.shape[1] <= WOODBURY_MAX_M:
         sums, first = gram_woodbury_triton(jacobian, residual, latent_var, noise_var)
         second = None
         if second_var is not None:
-            rescue = (jacobian, residual) if is_full else ()
+            rescue = (jacobian, residual) if jacobian.dtype == torch.float32 else ()
             second = woodbury_triton(*sums, second_var, noise_var, *rescue)
         return Solved(*sums, first, second)
 
-    def redo(lost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return reference.gram_project(jacobian[lost].double(), residual[lost].double())
+    sums, redo = gram_project_forward(jacobian, residual, backend), float64_sums(jacobian, residual)
+    return low_rank_of_sums(sums, latent_var, noise_var, second_var, redo)
 
-    sums = gram_project_forward(jacobian, residual, backend)
-    return low_rank_of_sums(sums, latent_var, noise_var, second_var, redo if is_full else None)
+
+def float64_sums(jacobian: Tensor, residual: Tensor) -> Redo | None:
+    """G, p and rr again, in float64, of the samples whose indices it is given.
+
+    None where J is not float32: rounded tangents cannot be rescued.
+    """
+    if jacobian.dtype != torch.float32:
+        return None
+    return lambda lost: reference.gram_project(jacobian[lost].double(), residual[lost].double())
 
 
 @ranged("solve")
@@ -154,7 +163,7 @@ def low_rank_of_sums(
     latent_var: Tensor,
     noise_var: Tensor,
     second_var: Tensor | None,
-    redo: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    redo: Redo | None = None,
 ) -> Solved:
     """`low_rank_forward` of sums at hand, by PyTorch, with the float64 rescue of lost samples.
 
@@ -194,7 +203,7 @@ def low_rank_of_partials(
     latent_var: Tensor,
     noise_var: Tensor,
     second_var: Tensor | None,
-    redo: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    redo: Redo | None = None,
 ) -> Solved:
     """`low_rank_forward` of a Jacobian that was never written, on the Triton kernels.
 

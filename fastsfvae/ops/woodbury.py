@@ -15,6 +15,8 @@ finite: the Gram has left the range of its dtype, which a wider one may hold.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -54,8 +56,7 @@ def _solve(
     floor = torch.maximum(noise_var.unsqueeze(-1), 4 * eps * C_diag)
     L, d, floored = _factorise(C, floor)
 
-    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand_as(C)
-    L_inv = torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
+    L_inv = _inverse(L)
     v_hat = (L_inv @ v.unsqueeze(-1)).squeeze(-1).masked_fill(floored, 0)
     D_inv_v = v_hat / d
     C_inv = L_inv.mT @ (L_inv / d.unsqueeze(-1))
@@ -76,6 +77,67 @@ def _solve(
         w=w,
         lost=~resolved.all(-1),
     )
+
+
+class LogDet(NamedTuple):
+    """Of C = G + cI.
+
+    Attributes:
+        value: log det C, ``[B]``, in nats; -inf where C is singular.
+        root: R with R^T R = C^-1, ``[B, m, m]``; zeros where C is singular.
+        lost: bool ``[B]``, as `Woodbury.lost`; also where C is singular.
+    """
+
+    value: Tensor
+    root: Tensor
+    lost: Tensor
+
+
+def log_det_native(
+    gram: Tensor,
+    c: Tensor | None,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> LogDet:
+    """Factorise C = G + cI for each sample, where c may be missing.
+
+    By the module's rule. Without a c nothing bounds a pivot from below: a sample with one below
+    4 eps C_kk is singular. Where G is the rest of something larger, which has another way to it, a
+    pivot that has kept fewer than two thirds of its digits is lost already.
+
+    Args:
+        gram: G, ``[B, m, m]``.
+        c: > 0, 0-d; None for C = G.
+        scale: ``[B, m]``, what G_kk is a rest of, with an error of a few eps times that; None for
+            G_kk itself.
+        dtype: of the result; None for that of G.
+    """
+    dtype = dtype or gram.dtype
+    with full_products(gram):
+        C = gram.clone()
+        C_diag = C.diagonal(dim1=-2, dim2=-1)
+        kept = 1 / 2 if scale is None else 1 / 3
+        scale = C_diag if scale is None else scale
+        if c is not None:
+            scale = scale + c
+            C_diag.add_(c)
+        info = torch.finfo(C.dtype)
+        # A row of zeros is singular, too.
+        floor = (4 * info.eps * scale).clamp(min=info.tiny)
+        L, d, floored = _factorise(C, floor if c is None else torch.maximum(c, floor))
+        value, root = d.log().sum(-1), _inverse(L) * d.rsqrt().unsqueeze(-1)
+    resolved = (d >= info.eps**kept * scale) & d.isfinite() & ~floored
+    if c is None:
+        singular = floored.any(-1)
+        value = value.masked_fill(singular, -torch.inf)
+        root = root.masked_fill(singular[:, None, None], 0)
+    return LogDet(value.to(dtype), root.to(dtype), ~resolved.all(-1))
+
+
+def _inverse(L: Tensor) -> Tensor:
+    """L^-1, ``[B, m, m]``, of a unit-lower L."""
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    return torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
 
 
 def _factorise(C: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

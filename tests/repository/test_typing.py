@@ -41,6 +41,9 @@ def measure(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> flo
     density: Tensor = sf.low_rank_log_prob(
         (x - output).flatten(1), jacobian.flatten(2), log_var.exp(), noise_var=0.5
     )
+    volume: Tensor = sf.log_volume(decoder, mean, damping=0.1, reduction="mean")
+    volumes, lost = sf.log_volume(decoder, mean, return_lost=True)
+    density = density + volume + volumes + lost + sf.isometry_loss(decoder, mean, over="sample")
     gaussian = sf.LinearizedGaussian(output, jacobian, log_var.exp(), 0.5)
     with sf.fused_layers("never"):
         report: sf.DecoderReport = sf.check_decoder(decoder, mean)
@@ -63,6 +66,8 @@ WRONG = {
     'sf.low_rank_log_prob(x, x, x, noise_var=1.0, likelihood="mix")': "likelihood",
     'sf.decode_with_jacobian(decoder, x, backend="jax")': "backend",
     'sf.pullback(decoder, x, backend="tritn")': "backend",
+    'sf.log_volume(decoder, x, reduction="all")': "log_volume",
+    'sf.isometry_loss(decoder, x, over="all")': "over",
     'sf.fused_layers("sometimes")': "fused_layers",
     'sf.evaluate.log_marginal_likelihood(decoder, x, x, x, noise_var=1.0, proposal="prior")': (
         "proposal"
