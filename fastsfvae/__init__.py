@@ -31,11 +31,13 @@ _LATE = {
     "evaluate": "fastsfvae.evaluate",
     "load": "fastsfvae.training.checkpoint",
     "make_graphed_step": "fastsfvae.graphed",
+    "metric": "fastsfvae.geometry",
 }
 
 if TYPE_CHECKING:
     from fastsfvae import evaluate
     from fastsfvae.distributions import LinearizedGaussian
+    from fastsfvae.geometry import metric
     from fastsfvae.graphed import GraphedStep, make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport, check_decoder
     from fastsfvae.training.checkpoint import load
@@ -64,6 +66,7 @@ __all__ = [
     "load",
     "low_rank_log_prob",
     "make_graphed_step",
+    "metric",
     "pullback",
     "sampling_free_elbo",
 ]

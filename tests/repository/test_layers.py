@@ -24,7 +24,7 @@ LAYERS = """
     fastsfvae
     training | evaluate
     objectives
-    loss likelihoods distributions graphed
+    loss likelihoods distributions graphed geometry
     gram
     jacobian
     jacobian.run

@@ -42,6 +42,9 @@ def measure(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> flo
         (x - output).flatten(1), jacobian.flatten(2), log_var.exp(), noise_var=0.5
     )
     gaussian = sf.LinearizedGaussian(output, jacobian, log_var.exp(), 0.5)
+    metric = sf.metric(decoder, backend="torch")
+    gram, slope = metric(mean, derivative=True)
+    density = density + metric(mean).sum() + gram.sum() + slope.sum()
     with sf.fused_layers("never"):
         report: sf.DecoderReport = sf.check_decoder(decoder, mean)
     log_ml = sf.evaluate.log_marginal_likelihood(
@@ -63,6 +66,8 @@ WRONG = {
     'sf.low_rank_log_prob(x, x, x, noise_var=1.0, likelihood="mix")': "likelihood",
     'sf.decode_with_jacobian(decoder, x, backend="jax")': "backend",
     'sf.pullback(decoder, x, backend="tritn")': "backend",
+    'sf.metric(decoder, backend="tritn")': "backend",
+    "sf.metric(decoder)(x, derivative=True).sum()": "sum",
     'sf.fused_layers("sometimes")': "fused_layers",
     'sf.evaluate.log_marginal_likelihood(decoder, x, x, x, noise_var=1.0, proposal="prior")': (
         "proposal"
