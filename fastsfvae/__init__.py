@@ -38,6 +38,7 @@ _LATE = {
     "load": "fastsfvae.training.checkpoint",
     "log_volume": "fastsfvae.gram.volume",
     "make_graphed_step": "fastsfvae.graphed",
+    "metric": "fastsfvae.geometry",
     "singular_directions": "fastsfvae.gram.singular",
 }
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fastsfvae.distributions import LinearizedGaussian, kalman_update
     from fastsfvae.fit import Fit as Fit
     from fastsfvae.fit import fit_latents
+    from fastsfvae.geometry import metric
     from fastsfvae.gram.isometry import isometry_loss
     from fastsfvae.gram.singular import singular_directions
     from fastsfvae.gram.volume import log_volume
@@ -81,6 +83,7 @@ __all__ = [
     "log_volume",
     "low_rank_log_prob",
     "make_graphed_step",
+    "metric",
     "pullback",
     "sampling_free_elbo",
     "singular_directions",

@@ -12,12 +12,13 @@ from torch.autograd import forward_ad
 
 from fastsfvae.gram.autograd import outputs_of, plain_outputs, total_of, transforms, weigh
 from fastsfvae.gram.heads import HEADS
-from fastsfvae.gram.operator import Prepared, Problem
+from fastsfvae.gram.operator import Prepared, Problem, call, output_shapes
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.jacobian.run.chunks import map_chunks
 from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
 from fastsfvae.jacobian.validate import check_chunk_size, check_shape
+from fastsfvae.ops._library import differentiate
 
 
 class Query(NamedTuple):
@@ -79,6 +80,27 @@ def head_outputs(query: Query) -> Sequence[Tensor]:
     """A head's outputs, each differentiable."""
     prepared = prepare(query)
     return recomputed(query) if prepared is None else outputs_of(prepared)
+
+
+def gradient_of_sum(query: Query, wanted: Tensor) -> Tensor:
+    """The gradient, in one tensor alone, of the sum of a head's first output; without a graph.
+
+    Args:
+        query: what is evaluated.
+        wanted: one of the further decoder inputs, with a batch axis and without a graph.
+    """
+    with torch.no_grad():
+        prepared = prepare(query)
+        if prepared is not None:
+            problem, tensors = prepared
+            shape, dtype = output_shapes(problem, tensors)[0]
+            needs = [t is wanted for t in tensors]
+            _, (gradient,) = call(problem, needs, [wanted.new_ones(shape, dtype=dtype)], tensors)
+            return gradient
+    with torch.enable_grad():
+        wanted.requires_grad_()
+        output = recomputed(query)[0]
+        return differentiate([output], [torch.ones_like(output)], [wanted], create_graph=False)[0]
 
 
 def prepare(query: Query) -> Prepared | None:
