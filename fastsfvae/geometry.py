@@ -16,7 +16,8 @@ that nothing of a latent to which the output hardly reacts is lost in the differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -24,56 +25,11 @@ from torch import Tensor, nn
 
 from fastsfvae._checks import Backend
 from fastsfvae.gram.autograd import transforms
-from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
+from fastsfvae.gram.isometry import TRACES
 from fastsfvae.gram.pullback import pullback
 from fastsfvae.gram.query import Query, gradient_of_sum
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.validate import Derived, check_chunk_size, check_latents, unwrap
-from fastsfvae.ops.gram_project import gram_project
-
-
-class GramHead:
-    """G alone, without the output (see `fastsfvae.gram.heads`)."""
-
-    along: tuple[bool, ...] = ()
-    fresh = True
-
-    def shapes(
-        self, batch: int, m: int, out: tuple[int, ...], dtype: torch.dtype, sums: torch.dtype
-    ) -> list[Shape]:
-        """One of ``[B, m, m]``."""
-        return [((batch, m, m), sums)]
-
-    def find(
-        self,
-        gram: ChunkGram,
-        inputs: Sequence[Tensor],
-        cotangents: Sequence[Tensor] | None = None,
-    ) -> Found:
-        """G of a chunk."""
-        return Found(gram.sums()[:1])
-
-    def pull(
-        self,
-        gram: ChunkGram,
-        found: Found,
-        inputs: Sequence[Tensor],
-        cotangents: Sequence[Tensor],
-        needs: Sequence[bool] = (),
-    ) -> Gradients:
-        """The gradients of a chunk."""
-        (dG,) = cotangents
-        dp, drr = torch.zeros_like(dG[:, 0]), torch.zeros_like(dG[:, 0, 0])
-        return Gradients(gram.pull(dG + dG.mT, dp, drr))
-
-    def plain(
-        self, output: Tensor, J: Tensor, r: Tensor, inputs: Sequence[Tensor], backend: str
-    ) -> tuple[Tensor, ...]:
-        """G by autograd."""
-        return gram_project(J, r, backend)[:1]
-
-
-HEADS["metric"] = GramHead()
 
 
 class _Bound(Derived):
@@ -87,11 +43,8 @@ class _Bound(Derived):
         return self.inner(z, *self.args, **self.kwargs)
 
 
-class _Line(Derived):
-    """A decoder on the lines z + t d: its tangent in t is J d."""
-
-    def forward(self, t: Tensor, z: Tensor, d: Tensor) -> Tensor:
-        return self.inner(z + t * d)
+def _call(decoder: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any], z: Tensor) -> Tensor:
+    return decoder(z, *args, **kwargs)
 
 
 class Metric:
@@ -111,12 +64,11 @@ class Metric:
     ):
         check_chunk_size(chunk_size)
         inner, kwargs = unwrap(decoder, kwargs)
-        self.decoder, self._line = inner, lambda t, z, d: self.decoder(z + t * d)
-        if isinstance(inner, nn.Module):
-            self.decoder = _Bound(inner, args, kwargs) if args or kwargs else inner
-            self._line = _Line(self.decoder)
+        if isinstance(inner, nn.Module) and (args or kwargs):
+            inner = _Bound(inner, args, kwargs)
         elif args or kwargs:
-            self.decoder = lambda z: inner(z, *args, **kwargs)
+            inner = functools.partial(_call, inner, args, kwargs)
+        self.decoder = inner
         self._backend: Backend = backend
         self._chunk_size = chunk_size
 
@@ -167,9 +119,10 @@ class Metric:
         # Twice an axis where i = j.
         d = (axes[:, i] + axes[:, j]).flatten(0, 1)
         points = z.detach().repeat_interleave(len(i), 0)
-        t, backend = torch.zeros_like(points[:, :1]), resolve_backend(self._backend, z)
+        backend = resolve_backend(self._backend, z)
+        # Of one tangent the trace is |J d|^2.
         query = Query(
-            *("metric", self._line, t, None, (), (points, d), {}, backend, self._chunk_size)
+            *(TRACES, self.decoder, points, None, (), (), {}, backend, self._chunk_size, d[None])
         )
         q = gradient_of_sum(query, points).view(B, -1, m).to(G.dtype)
         dG = G.new_empty(B, m, m, m)

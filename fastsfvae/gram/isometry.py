@@ -60,8 +60,8 @@ class Traces:
         needs: Sequence[bool] = (),
     ) -> Gradients:
         """The gradients of a chunk."""
-        a, b = cotangents
-        M = 4 * b[:, None, None] * found.kept
+        a, *others = cotangents
+        M = sum((4 * b[:, None, None] * found.kept for b in others), torch.zeros_like(found.kept))
         M.diagonal(dim1=-2, dim2=-1).add_(2 * a.unsqueeze(-1))
         return Gradients(gram.pull(M, torch.zeros_like(M[:, 0]), torch.zeros_like(a)))
 
@@ -117,7 +117,8 @@ class Ratio:
         return (N.square().sum((-2, -1)),)
 
 
-HEADS.update({"traces": Traces(), "trace_ratio": Ratio()})
+TRACES, RATIO = "traces", "trace_ratio"
+HEADS.update({TRACES: Traces(), RATIO: Ratio()})
 
 
 def isometry_loss(
@@ -175,7 +176,7 @@ def isometry_loss(
         settings = {"backend": backend, "chunk_size": chunk_size}
         traces, squares = _estimates(decoder, z, several, args, settings, kwargs)
         return _ratio(traces, squares, over)
-    head, resolved = "traces" if over == "batch" else "trace_ratio", resolve_backend(backend, z)
+    head, resolved = TRACES if over == "batch" else RATIO, resolve_backend(backend, z)
     query = Query(head, decoder, z, None, (), args, kwargs, resolved, chunk_size)
     if over == "batch":
         traces, squares = head_outputs(query)
