@@ -27,21 +27,27 @@ __version__ = VERSION
 # Imported on first use: the loss needs none of them.
 _LATE = {
     "DecoderReport": "fastsfvae.jacobian.check",
+    "Fit": "fastsfvae.fit",
     "GraphedStep": "fastsfvae.graphed",
     "LinearizedGaussian": "fastsfvae.distributions",
     "check_decoder": "fastsfvae.jacobian.check",
     "evaluate": "fastsfvae.evaluate",
+    "fit_latents": "fastsfvae.fit",
     "isometry_loss": "fastsfvae.gram.isometry",
     "kalman_update": "fastsfvae.distributions",
     "load": "fastsfvae.training.checkpoint",
     "log_volume": "fastsfvae.gram.volume",
     "make_graphed_step": "fastsfvae.graphed",
+    "metric": "fastsfvae.geometry",
     "singular_directions": "fastsfvae.gram.singular",
 }
 
 if TYPE_CHECKING:
     from fastsfvae import evaluate
     from fastsfvae.distributions import LinearizedGaussian, kalman_update
+    from fastsfvae.fit import Fit as Fit
+    from fastsfvae.fit import fit_latents
+    from fastsfvae.geometry import metric
     from fastsfvae.gram.isometry import isometry_loss
     from fastsfvae.gram.singular import singular_directions
     from fastsfvae.gram.volume import log_volume
@@ -68,6 +74,7 @@ __all__ = [
     "check_decoder",
     "decode_with_jacobian",
     "evaluate",
+    "fit_latents",
     "fused_layers",
     "isometry_loss",
     "jvp",
@@ -76,6 +83,7 @@ __all__ = [
     "log_volume",
     "low_rank_log_prob",
     "make_graphed_step",
+    "metric",
     "pullback",
     "sampling_free_elbo",
     "singular_directions",

@@ -55,6 +55,24 @@ def kl_weight(value: float | Tensor) -> None:
         raise ValueError(f"kl_weight={value!r} must be finite and not negative")
 
 
+def prior_var(value: float | Tensor | None) -> None:
+    """Raise unless the prior's variance is None, a 0-d tensor or a finite positive number."""
+    if value is None or not _number("prior_var", value):
+        return
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"prior_var={value!r} must be finite and positive (a variance), or None for no prior"
+        )
+
+
+def not_negative(name: str, value: float, otherwise: str = "") -> None:
+    """Raise unless `value` is a finite number >= 0; `otherwise` says what else it may be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is not a number: give one that is >= 0{otherwise}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value!r} must be finite and not negative{otherwise}")
+
+
 def damping(value: float | Tensor, dtype: torch.dtype) -> None:
     """Raise unless damping is a 0-d tensor, 0, or a finite number > 0 that `dtype` can hold."""
     if not _number("damping", value):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsfvae.likelihoods import gaussian_kl
+from fastsfvae.likelihoods import gaussian_kl, gaussian_kl_of_factor
 
 
 class Spread(NamedTuple):
@@ -43,7 +43,7 @@ def spread_of(
     few = probes is not None and probes < m
     if not is_full and not few:
         return None
-    kl = _kl_of_factor(mean, log_var) if is_full else gaussian_kl(mean, log_var)
+    kl = gaussian_kl_of_factor(mean, log_var) if is_full else gaussian_kl(mean, log_var)
     if not few:
         return Spread(log_var.permute(2, 0, 1), kl)
     assert probes is not None
@@ -53,11 +53,6 @@ def spread_of(
     else:
         tangents = torch.exp(0.5 * log_var) * signs
     return Spread(tangents * probes**-0.5, kl)
-
-
-def _kl_of_factor(mean: Tensor, factor: Tensor) -> Tensor:
-    squares = factor.square().sum((-2, -1)) + mean.square().sum(-1)
-    return 0.5 * (squares - mean.shape[1]) - torch.linalg.slogdet(factor).logabsdet
 
 
 def _hadamard_probes(mean: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -154,6 +154,12 @@ def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
 
 
+def gaussian_kl_of_factor(mean: Tensor, factor: Tensor) -> Tensor:
+    """KL(N(mean, L L^T) || N(0, I)) per sample, ``[B]``, in nats, for any factor ``[B, m, m]``."""
+    squares = factor.square().sum((-2, -1)) + mean.square().sum(-1)
+    return 0.5 * (squares - mean.shape[1]) - torch.linalg.slogdet(factor).logabsdet
+
+
 class LikelihoodHead:
     """The objective as what a decoder's Gram is used for (see `fastsfvae.gram.heads`).
 

@@ -54,7 +54,7 @@ class CompareArguments:
     """Importance weights per image of the log marginal likelihood."""
 
     proposal: str = "defensive"
-    """What they are drawn from: posterior, linearized or defensive."""
+    """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 20
     """Draws of the posterior per image of the sampled ELBO."""

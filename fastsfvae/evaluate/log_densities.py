@@ -111,7 +111,9 @@ def log_marginal_likelihood(
         samples: K.
         proposal: the density that z is drawn from: "posterior", i.e. q(z|x); "linearized", the
             exact posterior of the decoder linearised at `mean`; "defensive", a mixture of a tenth
-            of the first with the second. The latter two differentiate the decoder once an image.
+            of the first with the second; "laplace", of a tenth of the first with the Gaussian at
+            the mode of p(z|x), found from `mean`. "linearized" and "defensive" differentiate the
+            decoder once an image, "laplace" up to twelve times.
         generator: source of the noise, on x's device.
         chunk_size: latents decoded at one time; None keeps their outputs near 4 MiB.
         progress: called with the number of latents decoded since its last call.

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from fastsfvae.evaluate._decode import Decoder, Proposal
+from fastsfvae.fit import fit_latents
 from fastsfvae.jacobian.api import decode_with_jacobian
 
-ProposalName: TypeAlias = Literal["posterior", "linearized", "defensive"]
+ProposalName: TypeAlias = Literal["posterior", "linearized", "defensive", "laplace"]
 PROPOSALS: tuple[ProposalName, ...] = get_args(ProposalName)
 
+# Towards the posterior's mode.
+_STEPS = 10
 _DEFENSIVE_SHARE = 0.1
 # A standard normal number lies below it with that probability.
 _DEFENSIVE_BELOW = -1.2815515655446004
@@ -46,34 +49,18 @@ class Posterior:
         return -0.5 * (whitened.square().sum(-1) + log_det)
 
 
-class Linearized:
-    """The exact posterior of the decoder linearised at a = mean.
+class Gaussian:
+    """N(loc, precision^-1), with loc ``[b, m]`` and precision ``[b, m, m]``, both float64."""
 
-    With r = x - f(a) and p = J^T r its precision is Lambda = I + J^T J / c and its mean
-    a + Lambda^-1 (p / c - a). For a linear decoder every importance weight then equals p(x).
-
-    Args:
-        decoder: f.
-        x: ``[b, *out]``.
-        mean: a, ``[b, m]``.
-        noise_var: c.
-    """
-
-    def __init__(self, decoder: Decoder, x: Tensor, mean: Tensor, noise_var: float | Tensor):
-        self.columns = mean.shape[1]
-        output, jacobian = decode_with_jacobian(decoder, mean)
-        # In float64: a float32 Gram matrix may cost Lambda its positive definiteness.
-        J = jacobian.flatten(2).double()
-        r = (x - output).flatten(1).double().unsqueeze(-1)
-        a, c = mean.double(), torch.as_tensor(noise_var, dtype=torch.float64, device=mean.device)
-        identity = torch.eye(self.columns, dtype=torch.float64, device=mean.device)
+    def __init__(self, loc: Tensor, precision: Tensor, dtype: torch.dtype) -> None:
+        self.columns = loc.shape[1]
+        self._loc = loc
         # cholesky_ex does not wait for the device; a broken image gives NaN weights, no exception.
-        self._factor = torch.linalg.cholesky_ex(identity + J @ J.mT / c).L
-        score = J @ r / c - a.unsqueeze(-1)
-        self._loc = a + torch.cholesky_solve(score, self._factor).squeeze(-1)
+        self._factor = torch.linalg.cholesky_ex(precision).L
         # eps -> L^-T eps, for rows of eps.
+        identity = torch.eye(self.columns, dtype=loc.dtype, device=loc.device)
         inverse = torch.linalg.solve_triangular(self._factor, identity, upper=False)
-        self._spread = inverse.to(mean.dtype)
+        self._spread = inverse.to(dtype)
         self._log_det = self._factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
 
     def draw(self, images: slice, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,16 +78,62 @@ class Linearized:
         return self._log_det[images] - 0.5 * whitened.square().sum(-1)
 
 
+def linearized(decoder: Decoder, x: Tensor, mean: Tensor, noise_var: float | Tensor) -> Gaussian:
+    """The exact posterior of the decoder linearised at a = mean.
+
+    With r = x - f(a) and p = J^T r its precision is Lambda = I + J^T J / c and its mean
+    a + Lambda^-1 (p / c - a). For a linear decoder every importance weight then equals p(x).
+
+    Args:
+        decoder: f.
+        x: ``[b, *out]``.
+        mean: a, ``[b, m]``.
+        noise_var: c.
+    """
+    output, J, precision, c = _linearise(decoder, mean, noise_var)
+    r = (x - output).flatten(1).double().unsqueeze(-1)
+    score = J @ r / c - mean.double().unsqueeze(-1)
+    step = torch.cholesky_solve(score, torch.linalg.cholesky_ex(precision).L).squeeze(-1)
+    return Gaussian(mean.double() + step, precision, mean.dtype)
+
+
+def laplace(decoder: Decoder, x: Tensor, mean: Tensor, noise_var: float | Tensor) -> Gaussian:
+    """Laplace's approximation: around the posterior's mode, with the precision Lambda there.
+
+    Args:
+        decoder: f.
+        x: ``[b, *out]``.
+        mean: where the mode is looked for, ``[b, m]``.
+        noise_var: c.
+    """
+    mode = fit_latents(decoder, x, mean, steps=_STEPS, prior_var=1.0, noise_var=noise_var, tol=0).z
+    # Not the fit's covariance, which is in the latents' own dtype.
+    _, _, precision, _ = _linearise(decoder, mode, noise_var)
+    return Gaussian(mode.double(), precision, mean.dtype)
+
+
+def _linearise(
+    decoder: Decoder, z: Tensor, noise_var: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f(z), J ``[b, m, n]``, Lambda and c, the last three in float64."""
+    output, jacobian = decode_with_jacobian(decoder, z)
+    # In float64: a float32 Gram matrix may cost Lambda its positive definiteness.
+    J = jacobian.flatten(2).double()
+    c = torch.as_tensor(noise_var, dtype=torch.float64, device=z.device)
+    identity = torch.eye(z.shape[1], dtype=torch.float64, device=z.device)
+    return output, J, identity + J @ J.mT / c, c
+
+
 class Defensive:
-    """A tenth of the draws from q(z|x), the others from the linearised posterior.
+    """A tenth of the draws from q(z|x), the others from a Gaussian.
 
     Its density is the mixture's, so that no weight exceeds ten times that under q alone.
     """
 
-    def __init__(self, posterior: Posterior, linearized: Linearized) -> None:
+    def __init__(self, posterior: Posterior, gaussian: Gaussian) -> None:
         # The last number of a row chooses the component.
         self.columns = posterior.columns + 1
-        self._posterior, self._linearized = posterior, linearized
+        self._posterior, self._gaussian = posterior, gaussian
 
     def draw(self, images: slice, noise: Tensor) -> tuple[Tensor, Tensor]:
         """See `Proposal`."""
@@ -108,11 +141,11 @@ class Defensive:
         z = torch.where(
             from_posterior,
             self._posterior.shift(images, noise),
-            self._linearized.shift(images, noise),
+            self._gaussian.shift(images, noise),
         )
         return z, torch.logaddexp(
             math.log(_DEFENSIVE_SHARE) + self._posterior.log_density(images, z),
-            math.log1p(-_DEFENSIVE_SHARE) + self._linearized.log_density(images, z),
+            math.log1p(-_DEFENSIVE_SHARE) + self._gaussian.log_density(images, z),
         )
 
 
@@ -122,5 +155,7 @@ def make_proposal(
     """Build a proposal of `PROPOSALS` for images x ``[b, *out]``."""
     if name == "posterior":
         return Posterior(mean, log_var)
-    linearized = Linearized(decoder, x, mean, noise_var)
-    return linearized if name == "linearized" else Defensive(Posterior(mean, log_var), linearized)
+    if name == "linearized":
+        return linearized(decoder, x, mean, noise_var)
+    make = laplace if name == "laplace" else linearized
+    return Defensive(Posterior(mean, log_var), make(decoder, x, mean, noise_var))

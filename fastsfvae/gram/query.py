@@ -12,12 +12,13 @@ from torch.autograd import forward_ad
 
 from fastsfvae.gram.autograd import outputs_of, plain_outputs, total_of, transforms, weigh
 from fastsfvae.gram.heads import HEADS
-from fastsfvae.gram.operator import Prepared, Problem
+from fastsfvae.gram.operator import Prepared, Problem, call, output_shapes
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.jacobian.run.chunks import map_chunks
 from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
-from fastsfvae.jacobian.validate import check_chunk_size
+from fastsfvae.jacobian.validate import check_chunk_size, check_shape
+from fastsfvae.ops._library import differentiate
 
 
 class Query(NamedTuple):
@@ -81,6 +82,27 @@ def head_outputs(query: Query) -> Sequence[Tensor]:
     return recomputed(query) if prepared is None else outputs_of(prepared)
 
 
+def gradient_of_sum(query: Query, wanted: Tensor) -> Tensor:
+    """The gradient, in one tensor alone, of the sum of a head's first output; without a graph.
+
+    Args:
+        query: what is evaluated.
+        wanted: one of the further decoder inputs, with a batch axis and without a graph.
+    """
+    with torch.no_grad():
+        prepared = prepare(query)
+        if prepared is not None:
+            problem, tensors = prepared
+            shape, dtype = output_shapes(problem, tensors)[0]
+            needs = [t is wanted for t in tensors]
+            _, (gradient,) = call(problem, needs, [wanted.new_ones(shape, dtype=dtype)], tensors)
+            return gradient
+    with torch.enable_grad():
+        wanted.requires_grad_()
+        output = recomputed(query)[0]
+        return differentiate([output], [torch.ones_like(output)], [wanted], create_graph=False)[0]
+
+
 def prepare(query: Query) -> Prepared | None:
     """Trace the decoder and gather what the operator reads; None where autograd has to do it.
 
@@ -106,7 +128,7 @@ def prepare(query: Query) -> Prepared | None:
             return None
         z, found = asked.z, gathered
     x = query.x
-    _check_shape(x, (z.shape[0], *found.shape))
+    check_shape(x, (z.shape[0], *found.shape))
     kind = z.device.type
     problem = Problem(
         data=x is not None,
@@ -140,19 +162,12 @@ def _is_transformed() -> bool:
     return transforms() not in ([], [TransformType.Grad]) or forward_ad._current_level >= 0
 
 
-def _check_shape(x: Tensor | None, shape: tuple[int, ...]) -> None:
-    if x is not None and list(x.shape[1:]) != list(shape[1:]):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} but the decoder returns {tuple(shape)}: they must match"
-        )
-
-
 def recomputed(query: Query) -> tuple[Tensor, ...]:
     """The outputs by autograd, for what has no adjoints; several chunks are computed twice."""
     query, of_batch = query.asked(), HEADS[query.head].along
 
     def finish(output: Tensor, tangents: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
-        _check_shape(query.x, (query.z.shape[0], *output.shape[1:]))
+        check_shape(query.x, (query.z.shape[0], *output.shape[1:]))
         x = () if query.x is None else (query.x[start:stop],)
         pairs = zip(query.inputs, of_batch, strict=True)
         inputs = [t[start:stop] if each else t for t, each in pairs]

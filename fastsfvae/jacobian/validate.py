@@ -247,3 +247,15 @@ def check_target(x: Tensor | None, z: Tensor) -> None:
         )
     if x.device != z.device:
         raise ValueError(f"x is on {x.device} but z is on {z.device}; move one of them")
+
+
+def check_shape(x: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse data that are not like a decoder's output of that shape.
+
+    Raises:
+        ValueError: x has other extents behind the batch's.
+    """
+    if x is not None and list(x.shape[1:]) != list(shape[1:]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} but the decoder returns {tuple(shape)}: they must match"
+        )

@@ -10,3 +10,4 @@ from fastsfvae.objectives.sampling_free import SamplingFree as SamplingFree
 from fastsfvae.objectives.stl import StickingTheLanding as StickingTheLanding
 from fastsfvae.objectives.terms import Objective as Objective
 from fastsfvae.objectives.terms import Terms as Terms
+from fastsfvae.objectives.vlae import VariationalLaplace as VariationalLaplace

@@ -34,7 +34,7 @@ class Settings:
     """Importance weights per image of the log marginal likelihood."""
 
     proposal: str = "defensive"
-    """What they are drawn from: posterior (q), linearized, or defensive (a mixture of both)."""
+    """What they are drawn from: see `evaluate.log_marginal_likelihood`."""
 
     elbo_samples: int = 100
     """Draws of the posterior per image of the sampled ELBO."""

@@ -14,10 +14,13 @@ from torch import Tensor
 from fastsfvae import _checks
 from fastsfvae.data.load import DATA_SETS, load_images
 from fastsfvae.models import Init, ModelConfig, OutputActivation
+from fastsfvae.objectives.vlae import BOUNDS, Bound
 from fastsfvae.training import distributed
 from fastsfvae.training.schedules import Schedule
 
-Method = Literal["sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg"]
+Method = Literal[
+    "sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg", "vlae"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
 DataSet = Literal[
     "digits", "mnist", "omniglot", "omniglot-images", "celeba", "chairs", "folder", "npz"
@@ -26,11 +29,13 @@ DataSet = Literal[
 # The methods that a setting other than its default has a meaning for.
 _TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
 _TAKEN_BY = {
-    "samples": ("sampling", "beta-vae", "iwae", "stl", "dreg"),
+    "samples": ("sampling", "beta-vae", "iwae", "stl", "dreg", "vlae"),
     "kl_weight": _TAKE_KL_WEIGHT,
     "kl_weight_schedule": _TAKE_KL_WEIGHT,
     "gamma_schedule": ("sampling-free",),
     "cuda_graph": ("sampling-free",),
+    "mode_steps": ("vlae",),
+    "bound": ("vlae",),
 }
 
 # What a resumed run may change: how long and where it runs, not what is trained.
@@ -46,7 +51,8 @@ class TrainConfig:
 
     method: Method = "sampling-free"
     """Linearise the decoder at the posterior mean; or the sampling VAE, beta-VAE (--kl-weight),
-    auto-encoder, importance-weighted bound, Sticking-the-Landing, doubly reparameterised."""
+    auto-encoder, importance-weighted bound, Sticking-the-Landing, doubly reparameterised; or
+    the variational Laplace auto-encoder."""
 
     model: str = "mlp"
     """mlp, tanh, linear, conv (digits padded to 32x32), or package.module:function for your own."""
@@ -109,7 +115,13 @@ class TrainConfig:
     """Steps that the schedules take; 0 is --steps as it was when the run was started."""
 
     samples: int = 1
-    """Draws of the posterior per image (sampling, beta-vae, iwae, dreg)."""
+    """Draws of the posterior per image (sampling, beta-vae, iwae, stl, dreg, vlae)."""
+
+    mode_steps: int = 2
+    """Steps from the encoder's mean to the posterior's mode (vlae)."""
+
+    bound: Bound = "sampled"
+    """What the decoder is trained by at the mode: sampled, or closed-form (vlae)."""
 
     seed: int = 0
     """Seeds the weights, the data order and the sampling noise, each on its own."""
@@ -144,7 +156,8 @@ class TrainConfig:
         _checks.gamma(self.gamma)
         _checks.noise_var(self.noise_var)
         _checks.kl_weight(self.kl_weight)
-        for name in ("batch_size", "steps", "samples"):
+        _checks.choice("bound", self.bound, BOUNDS)
+        for name in ("batch_size", "steps", "samples", "mode_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_method()
@@ -158,6 +171,10 @@ class TrainConfig:
             )
         if self.cuda_graph and self.compile:
             raise ValueError("compile and cuda_graph exclude each other: give one of them")
+        if self.compile and self.method == "vlae":
+            raise ValueError(
+                "method='vlae' searches in a loop, which is not compiled: no --compile"
+            )
         if self.train_images < 0:
             raise ValueError(f"train_images={self.train_images} must not be negative")
         if not 0 <= self.data_budget < math.inf:

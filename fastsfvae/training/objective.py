@@ -11,6 +11,7 @@ from fastsfvae.objectives.sampling import Sampling
 from fastsfvae.objectives.sampling_free import SamplingFree
 from fastsfvae.objectives.stl import StickingTheLanding
 from fastsfvae.objectives.terms import Objective
+from fastsfvae.objectives.vlae import VariationalLaplace
 from fastsfvae.training.config import TrainConfig
 
 
@@ -36,5 +37,14 @@ def make_objective(config: TrainConfig, decoder: nn.Module, **scheduled: Tensor)
             return StickingTheLanding(decoder, noise_var=c, samples=samples)
         case "dreg":
             return DoublyReparameterized(decoder, noise_var=c, samples=samples)
+        case "vlae":
+            return VariationalLaplace(
+                decoder,
+                noise_var=c,
+                mode_steps=config.mode_steps,
+                bound=config.bound,
+                samples=samples,
+                backend=config.backend,
+            )
     settings = {"likelihood": config.likelihood, "backend": config.backend}
     return SamplingFree(decoder, noise_var=c, **weights, **settings)

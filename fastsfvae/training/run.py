@@ -257,7 +257,7 @@ def _prepare(config: TrainConfig) -> Run:
     model = Model(encoder, decoder, objective, autocast=config.precision == "bf16")
     if config.compile:
         model.compile()
-    if config.method == "sampling-free":
+    if config.method in ("sampling-free", "vlae"):
         # A decoder or backend that cannot run should say so before anything is written.
         z = torch.zeros(2, config.latent_dim, device=device)
         objective(to_unit(images[:2].to(device)), z, z)

@@ -19,6 +19,7 @@ OPTIONS = {
     "iwae": (["--samples", "4"], o.ImportanceWeighted, {"samples": 4}),
     "stl": (["--samples", "2"], o.StickingTheLanding, {"samples": 2}),
     "dreg": (["--samples", "2"], o.DoublyReparameterized, {"samples": 2}),
+    "vlae": (["--mode-steps", "1"], o.VariationalLaplace, {"mode_steps": 1, "bound": "sampled"}),
 }
 
 
@@ -53,11 +54,14 @@ def test_every_method_is_listed():
     [
         (
             "--method auto-encoder --samples 2",
-            "--samples is for sampling, beta-vae, iwae, stl, dreg",
+            "--samples is for sampling, beta-vae, iwae, stl, dreg, vlae",
         ),
         ("--samples 2", "samples=2 with method='sampling-free'"),
         ("--method iwae --samples 0", "samples=0 must be at least 1"),
         ("--method dreg --kl-weight 2", "kl_weight=2 with method='dreg'"),
+        ("--method iwae --bound closed-form", "--bound is for vlae"),
+        ("--method vlae --mode-steps 0", "mode_steps=0 must be at least 1"),
+        ("--method vlae --compile", "leave out --compile"),
         ("--method beta-vae", "give --kl-weight, or --method sampling"),
     ],
 )

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from fastsfvae import evaluate
+from fastsfvae.evaluate import proposals
 from fastsfvae.objectives.sampling import Sampling
 
 F64 = torch.float64
@@ -46,14 +47,50 @@ def test_all_linearised_weights_of_a_linear_decoder_are_equal():
     assert result.standard_error.max() < 1e-6
 
 
-def test_defensive_weights_never_exceed_ten_times_the_target():
+def test_all_weights_of_laplaces_gaussian_are_equal_for_a_linear_decoder():
+    decoder, x, mean, _, exact = _linear()
+    with torch.no_grad():
+        gaussian = proposals.laplace(decoder, x, mean, 0.3)
+        noise = torch.randn(5, 20, 3, generator=_generator(), dtype=F64)
+        z, log_density = gaussian.draw(slice(5), noise)
+    error = (x.unsqueeze(1) - decoder(z)).square().sum(-1)
+    log_weight = -error / 0.6 - 0.5 * z.square().sum(-1) - log_density
+    log_weight = log_weight - 0.5 * x.shape[1] * math.log(2 * math.pi * 0.3)
+    # The mode is known to the root of the rounding of -log p(x, z).
+    torch.testing.assert_close(log_weight, exact.unsqueeze(1).expand(5, 20), rtol=1e-7, atol=0)
+    log_density_of_z = gaussian.log_density(slice(5), z)
+    torch.testing.assert_close(log_density_of_z, log_density, rtol=1e-9, atol=1e-9)
+
+
+def test_laplaces_gaussian_lies_at_the_mode():
+    decoder, x, mean, _ = _nonlinear()
+    with torch.no_grad():
+        gaussian = proposals.laplace(decoder, x, mean, 0.1)
+        mode = gaussian.shift(slice(4), torch.zeros(4, 1, 2, dtype=F64)).squeeze(1)
+        spread = gaussian.shift(slice(4), torch.eye(2, dtype=F64).expand(4, 2, 2)) - mode[:, None]
+    for i in range(4):
+
+        def joint(z, i=i):
+            return (x[i] - decoder(z)).square().sum() / 0.2 + 0.5 * z.square().sum()
+
+        slope = torch.autograd.functional.jacobian(joint, mode[i])
+        J = torch.autograd.functional.jacobian(decoder, mode[i])
+        precision = torch.eye(2, dtype=F64) + J.T @ J / 0.1
+        # Closer than a thousandth of the Gaussian's own width.
+        assert slope @ torch.linalg.solve(precision, slope) < 1e-6
+        covariance = spread[i].T @ spread[i]
+        torch.testing.assert_close(covariance, torch.linalg.inv(precision), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("proposal", ["defensive", "laplace"])
+def test_defensive_weights_never_exceed_ten_times_the_target(proposal):
     decoder, x, mean, log_var, exact = _linear()
     result = evaluate.log_marginal_likelihood(
         decoder,
         *(x, mean, log_var),
         noise_var=0.3,
         samples=20_000,
-        proposal="defensive",
+        proposal=proposal,
         generator=_generator(),
     )
     assert ((result.estimate - exact).abs() < 5 * result.standard_error).all()

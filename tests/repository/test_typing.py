@@ -45,6 +45,17 @@ def measure(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> flo
     volumes, lost = sf.log_volume(decoder, mean, return_lost=True)
     density = density + volume + volumes + lost + sf.isometry_loss(decoder, mean, over="sample")
     gaussian = sf.LinearizedGaussian(output, jacobian, log_var.exp(), 0.5)
+    pushed = sf.LinearizedGaussian.from_decoder(decoder, mean, log_var.exp(), 0.5)
+    update = sf.kalman_update(decoder, x, mean, log_var.exp(), 0.5)
+    density = density + pushed.log_prob(x.flatten(1)) + update.log_prob + update.cov.sum()
+    _, derivatives = sf.jvp(decoder, mean, mean)
+    _, pulled = sf.vjp(decoder, mean, derivatives)
+    values: Tensor = sf.singular_directions(decoder, mean, 2).values
+    fit: sf.Fit = sf.fit_latents(decoder, x, mean + pulled, prior_var=1.0)
+    density = density + values.sum() + fit.squared_error
+    metric = sf.metric(decoder, backend="torch")
+    gram, slope = metric(mean, derivative=True)
+    density = density + metric(mean).sum() + gram.sum() + slope.sum()
     with sf.fused_layers("never"):
         report: sf.DecoderReport = sf.check_decoder(decoder, mean)
     log_ml = sf.evaluate.log_marginal_likelihood(
@@ -68,6 +79,10 @@ WRONG = {
     'sf.pullback(decoder, x, backend="tritn")': "backend",
     'sf.log_volume(decoder, x, reduction="all")': "log_volume",
     'sf.isometry_loss(decoder, x, over="all")': "over",
+    'sf.metric(decoder, backend="tritn")': "backend",
+    'sf.fit_latents(decoder, x, x, damping="none")': "damping",
+    "sf.kalman_update(decoder, x, x, x)": "noise_var",
+    "sf.metric(decoder)(x, derivative=True).sum()": "sum",
     'sf.fused_layers("sometimes")': "fused_layers",
     'sf.evaluate.log_marginal_likelihood(decoder, x, x, x, noise_var=1.0, proposal="prior")': (
         "proposal"

@@ -1,0 +1,288 @@
+"""Latents that explain given data: a decoder is fitted to them, sample by sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastsfvae import _checks
+from fastsfvae._checks import Backend
+from fastsfvae.gram.pullback import pullback
+from fastsfvae.gram.reverse import reverse_sums
+from fastsfvae.jacobian.backend import resolve_backend
+from fastsfvae.jacobian.validate import (
+    Derived,
+    check_chunk_size,
+    check_latents,
+    check_output,
+    check_shape,
+    check_target,
+    unwrap,
+)
+from fastsfvae.levenberg_marquardt import Point, covariance_of, minimise, rounding_of
+
+# Residuals of that many roundings of the data are none.
+_ROUNDINGS = 32
+
+
+class Fit(NamedTuple):
+    """What `fit_latents` found, without gradients; with `shared` B is 1.
+
+    Attributes:
+        z: the best latents that were met, [B, m].
+        squared_error: sum_k w_k (x_k - f(z)_k)^2 there, weighted, [B], in squared units of x.
+        covariance: (G / c + I / prior_var)^-1 there, [B, m, m], the weights in G: Laplace's
+            approximation of the posterior's. Without a prior it is a pseudo-inverse: eigenvalues of
+            G below m eps of its largest count as 0, and such directions, which the data do not
+            determine, have no variance in it. NaN where f or J is not finite at z0.
+        converged: whether an undamped step would gain no more than `tol` says, [B], bool.
+        steps: steps that were tried, each one evaluation of J, [B], int64.
+    """
+
+    z: Tensor
+    squared_error: Tensor
+    covariance: Tensor
+    converged: Tensor
+    steps: Tensor
+
+
+class _Function(nn.Module):
+    """A function as a module, which keeps its plan from step to step."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call it."""
+        return self.function(*args, **kwargs)
+
+
+class _Weighted(Derived):
+    """A decoder whose outputs are multiplied by the roots of their weights, ``[B, *out]``."""
+
+    def forward(self, z: Tensor, root: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Decode and multiply."""
+        output = self.inner(z, *args, **kwargs)
+        check_output(output, z)
+        check_shape(root, output.shape)
+        return output * root
+
+
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """F of a batch of data.
+
+    Attributes:
+        decoder: a module.
+        x: ``[B, *out]``.
+        leaves: the decoder's further inputs.
+        spec: their structure, (args, kwargs).
+        along: for each, whether it has the batch axis.
+        noise_var: c.
+        prior_var: v, None for no prior.
+        backend: as the user gave it.
+        chunk_size: likewise.
+        shared: whether all data have one latent.
+    """
+
+    decoder: nn.Module
+    x: Tensor
+    leaves: list
+    spec: Any
+    along: list[bool]
+    noise_var: float | Tensor
+    prior_var: float | Tensor | None
+    backend: Backend
+    chunk_size: int | None
+    shared: bool
+
+    def at(self, z: Tensor) -> Point:
+        """Evaluate at z ``[B, m]``."""
+        G, p, rr = self._sums(z)
+        c, wide = self.noise_var, z.double()
+        value, gradient, curvature = rr.double() / (2 * c), -p.double() / c, G.double() / c
+        if self.prior_var is not None:
+            value = value + wide.square().sum(1) / (2 * self.prior_var)
+            gradient = gradient + wide / self.prior_var
+            identity = torch.eye(z.shape[1], dtype=wide.dtype, device=z.device)
+            curvature = curvature + identity / self.prior_var
+        finite = (value + gradient.sum(1) + curvature.sum((1, 2))).isfinite()
+        return Point(z, rr, value, gradient, curvature, finite)
+
+    def _sums(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """G ``[B, m, m]``, p ``[B, m]`` and rr ``[B]``."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        m, n = z.shape[1], self.x[0].numel()
+        if self.shared:
+            z = z.expand(len(self.x), m)
+        if n < m and self.backend in ("auto", "torch"):
+            return reverse_sums(
+                *(self.decoder, z, self.x, args, kwargs),
+                chunk_size=self.chunk_size,
+                total=self.shared,
+            )
+        _, G, p, rr = pullback(
+            *(self.decoder, z, self.x, *args),
+            backend=self.backend,
+            chunk_size=self.chunk_size,
+            **kwargs,
+        )
+        assert p is not None and rr is not None
+        return (G.sum(0, True), p.sum(0, True), rr.sum(0, True)) if self.shared else (G, p, rr)
+
+    def perfect(self, squared_error: Tensor) -> Tensor:
+        """F of residuals that are a few roundings of the data and of f, ``[B]``."""
+        squares = self.x.double().square()
+        data = squares.sum().view(1) if self.shared else squares.flatten(1).sum(1)
+        share = (_ROUNDINGS * rounding_of(self.x)) ** 2
+        return share * (data + squared_error) / (2 * self.noise_var)
+
+    def take(self, rows: Tensor) -> _Objective:
+        """The objective of some of the data."""
+        pairs = zip(self.leaves, self.along, strict=True)
+        leaves = [leaf[rows] if along else leaf for leaf, along in pairs]
+        return dataclasses.replace(self, x=self.x[rows], leaves=leaves)
+
+    def can_take(self, count: int) -> bool:
+        """Whether none of the inputs without a batch axis looks as if it had one of that extent."""
+        pairs = zip(self.leaves, self.along, strict=True)
+        whole = [leaf for leaf, along in pairs if isinstance(leaf, Tensor) and not along]
+        return all(leaf.ndim == 0 or leaf.shape[0] != count for leaf in whole)
+
+
+@torch.no_grad()
+def fit_latents(
+    decoder: Callable[..., Tensor],
+    x: Tensor,
+    z0: Tensor,
+    *args: Any,
+    steps: int = 20,
+    damping: Literal["lm"] | float = "lm",
+    prior_var: float | Tensor | None = None,
+    noise_var: float | Tensor = 1.0,
+    weight: Tensor | None = None,
+    shared: bool = False,
+    tol: float = 1e-4,
+    backend: Backend = "auto",
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> Fit:
+    """The latents that explain data best, by Levenberg-Marquardt on J^T J.
+
+    Minimises, for each sample by itself,
+
+        F(z) = 1/(2c) sum_k w_k (x_k - f(z)_k)^2 + |z|^2 / (2 prior_var)
+
+    which with prior_var = 1 is -log p(x, z) of a VAE, up to a constant. F never rises, and a step
+    to where f or J is not finite is not taken. A step costs one evaluation of J: by forward mode,
+    or by reverse mode where an output has fewer numbers than z. Finds a local minimum, which
+    depends on z0. No gradient flows through it, and none is written.
+
+    Args:
+        decoder: f, see `decode_with_jacobian`.
+        x: data [B, *out]; with `shared` [N, *out].
+        z0: where to start, [B, m]; with `shared` [1, m].
+        *args: further decoder inputs; tensors with x's leading extent go with their samples.
+        steps: how many to try at most; 0 evaluates at z0.
+        damping: "lm" adapts it; a number >= 0 fixes it, as a multiple of the mean of H's diagonal,
+            with H = G / c + I / prior_var: 0 is Gauss-Newton, which ends at a step that fails.
+        prior_var: variance of the prior N(0, prior_var I), in squared units of z; None for none.
+        noise_var: c, variance of the observation noise, in squared units of x.
+        weight: w >= 0, like x; None for ones. Where it is 0, x may be anything, NaN included.
+        shared: whether one latent is seen through all of x, such as the shape of a decoder of
+            coordinates: f is called with z0 expanded to [N, m], and all samples are summed up.
+        tol: a sample has converged where an undamped step would lower F by at most tol F, by the
+            quadratic model; F is not resolved below eps F, nor residuals below 32 eps of x.
+        backend: see `decode_with_jacobian`; reverse mode is part of "auto" and "torch".
+        chunk_size: samples that are differentiated together; None chooses. Changes rounding only.
+        **kwargs: further decoder inputs by name.
+
+    Returns:
+        A `Fit`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; x, z0, weight and settings
+            that do not fit, in one line.
+    """
+    decoder, kwargs = unwrap(decoder, kwargs)
+    check_latents(z0)
+    check_chunk_size(chunk_size)
+    resolve_backend(backend, z0)
+    _check_settings(steps, damping, prior_var, noise_var, tol)
+    _check_data(x, z0, weight, shared)
+    function = decoder if isinstance(decoder, nn.Module) else _Function(decoder)
+    x, z = x.detach(), z0.detach().clone()
+    if weight is not None:
+        root = weight.detach().sqrt()
+        x = torch.where(root > 0, root * x, 0.0)
+        function, args = _Weighted(function), (root, *args)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    objective = _Objective(
+        decoder=function,
+        x=x,
+        leaves=leaves,
+        spec=spec,
+        along=[isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(x) for t in leaves],
+        noise_var=_plain(noise_var, z),
+        prior_var=None if prior_var is None else _plain(prior_var, z),
+        backend=backend,
+        chunk_size=chunk_size,
+        shared=shared,
+    )
+    fixed = None if isinstance(damping, str) else float(damping)
+    state = minimise(objective, z, steps, fixed, tol)
+    z, squared_error, *_ = state.point
+    covariance = covariance_of(state.point, objective.prior_var).to(squared_error.dtype)
+    return Fit(z, squared_error, covariance, state.converged, state.steps)
+
+
+def _plain(value: float | Tensor, z: Tensor) -> float | Tensor:
+    """A setting without a gradient, in float64 where it is a tensor."""
+    return value.detach().to(z.device, torch.float64) if isinstance(value, Tensor) else value
+
+
+def _check_settings(
+    steps: int,
+    damping: str | float,
+    prior_var: float | Tensor | None,
+    noise_var: float | Tensor,
+    tol: float,
+) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps={steps!r} must be an int >= 0")
+    if damping != "lm":
+        _checks.not_negative("damping", damping, ', or "lm"')  # type: ignore[arg-type]
+    _checks.prior_var(prior_var)
+    _checks.noise_var(noise_var)
+    _checks.not_negative("tol", tol)
+
+
+def _check_data(x: Tensor, z0: Tensor, weight: Tensor | None, shared: bool) -> None:
+    _checks.floating("x", x)
+    if shared and len(z0) != 1:
+        raise ValueError(
+            f"z0 has shape {tuple(z0.shape)}: with shared=True one latent [1, m] explains all of x"
+        )
+    check_target(x, z0.expand(len(x), -1) if shared and x.ndim > 0 else z0)
+    if 0 in x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}: it is empty")
+    if weight is None:
+        return
+    _checks.floating("weight", weight)
+    if weight.shape != x.shape:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} but x has {tuple(x.shape)}: "
+            "give weight.expand_as(x)"
+        )
+    _checks.same_device(("x", x), ("weight", weight))
+    # Waits for the device once, before the loop.
+    if not bool((weight >= 0).all()):
+        raise ValueError(
+            f"weight has {float(weight.min())} as its smallest: no weight may be negative or NaN"
+        )

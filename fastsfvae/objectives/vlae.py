@@ -1,0 +1,107 @@
+"""The variational Laplace auto-encoder's objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from fastsfvae import _checks
+from fastsfvae.fit import fit_latents
+from fastsfvae.likelihoods import gaussian_kl_of_factor
+from fastsfvae.loss import sampling_free_elbo
+from fastsfvae.objectives.draws import decode
+from fastsfvae.objectives.terms import Terms
+
+Bound: TypeAlias = Literal["sampled", "closed-form"]
+BOUNDS: tuple[Bound, ...] = get_args(Bound)
+
+
+class VariationalLaplace:
+    """The ELBO of the Laplace approximation at the posterior's mode (Park, Kim & Kim 2019).
+
+    A few steps of `fit_latents` lead from the encoder's mean to a mode z*, where q*(z|x) is
+    N(z*, (I + J^T J / c)^-1), a full covariance. The decoder is trained by the ELBO of q*, held
+    fixed: at a mode its own gradient hardly counts. The encoder is trained to predict q*, by
+    KL(q* || q), so that q(z|x) can be used, and evaluated, without a search. (Park et al.
+    differentiate through the search, by which their encoder learns where to start; that is not done
+    here.)
+
+    Args:
+        decoder: f, ``z [B, m] -> [B, *out]``.
+        noise_var: c, variance of the observation noise in squared units of x.
+        mode_steps: of the search, each with m tangents.
+        bound: "sampled", by `samples` draws of q*; "closed-form", by "expected" of
+            `sampling_free_elbo` with the full covariance, which draws nothing and is no bound.
+        samples: K.
+        backend: of the tangents, as in `SamplingFreeLoss`.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        decoder: Callable[..., Tensor],
+        *,
+        noise_var: float = 0.5,
+        mode_steps: int = 2,
+        bound: Bound = "sampled",
+        samples: int = 1,
+        backend: _checks.Backend = "auto",
+    ) -> None:
+        _checks.noise_var(noise_var)
+        _checks.choice("bound", bound, BOUNDS)
+        for name, value in (("mode_steps", mode_steps), ("samples", samples)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.decoder, self.noise_var, self.mode_steps = decoder, noise_var, mode_steps
+        self.bound, self.samples, self.backend = bound, samples, backend
+
+    def __call__(
+        self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
+    ) -> Terms:
+        """Evaluate; see `Objective`.
+
+        `objective` is the ELBO of q*, `kl` its divergence from the prior; the loss has
+        KL(q* || q) besides.
+        """
+        # Every step is taken, so that no batch waits for its slowest image.
+        found = fit_latents(
+            *(self.decoder, x, mean),
+            steps=self.mode_steps,
+            prior_var=1.0,
+            noise_var=self.noise_var,
+            tol=0.0,
+            backend=self.backend,
+        )
+        mode, covariance = found.z, found.covariance.to(mean.dtype)
+        factor = torch.linalg.cholesky_ex(covariance).L
+        kl = gaussian_kl_of_factor(mode, factor)
+        if self.bound == "closed-form":
+            terms = sampling_free_elbo(
+                *(self.decoder, x, mode, factor),
+                noise_var=self.noise_var,
+                likelihood="expected",
+                backend=self.backend,
+            )
+            log_likelihood, squared_error = terms.log_likelihood, terms.squared_error
+        else:
+            shape = (self.samples, *mode.shape)
+            noise = torch.randn(shape, generator=generator, device=mode.device, dtype=mode.dtype)
+            z = mode + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+            log_likelihood, squared_error = (
+                t.mean(0) for t in decode(self.decoder, x, z, self.noise_var)
+            )
+        elbo = log_likelihood - kl
+        loss = _divergence(mode, factor, mean, log_var).mean() - elbo.mean()
+        detached = (t.detach() for t in (elbo, log_likelihood, kl, squared_error))
+        return Terms(loss, *detached)
+
+
+def _divergence(mode: Tensor, factor: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mode, L L^T) || N(mean, diag(exp(log_var)))), ``[B]``, in nats."""
+    std = torch.exp(0.5 * log_var)
+    return gaussian_kl_of_factor((mode - mean) / std, factor / std.unsqueeze(-1))
