@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.command import ROOT
@@ -40,12 +41,17 @@ def main(workload: str, implementation: str, batch: str | None = None) -> None:
     problem = build_problem(workload, int(batch) if batch else None)
     loss = DECODER_LOSSES[implementation](problem.decoder)
     loss_and_gradients(loss, problem.head(2), "float32")
+    print(rise(lambda: loss_and_gradients(loss, problem, "float32")))
+
+
+def rise(run: Callable[[], object]) -> int:
+    """Bytes by which a run makes this process's resident memory rise at its highest."""
     # Give what is free back to the system, and restart the kernel's own high-water mark.
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")
     before = _resident("VmRSS")
-    loss_and_gradients(loss, problem, "float32")
-    print(_resident("VmHWM") - before)
+    run()
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:
