@@ -1,8 +1,8 @@
 """Gaussians through a decoder, and probes: `python -m bench.uses.uncertainty`.
 
     push     LinearizedGaussian.from_decoder with full covariances and its log-density, with all
-             gradients, against vmap(jacrev) and torch's LowRankMultivariateNormal
-    kalman   kalman_update against the textbook's n x n update with vmap(jacrev)
+             gradients, against vmap(jacrev) and vmap(jacfwd) with torch's LowRankMultivariateNormal
+    kalman   kalman_update against the textbook's n x n update with the same
     full     a step of the loss with a full covariance beside one with a diagonal
     probes   "expected" with K of m = 256 tangents: the variance of the estimated trace against K,
              Hadamard rows beside independent signs; and a step's time beside a sampling step's
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +41,18 @@ def mlp(m: int = M) -> nn.Module:
     )
 
 
-def jacrev(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+def by_func(transform: Callable, decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
     """f(z) and J [B, n, m]."""
 
     def one(z: Tensor) -> tuple[Tensor, Tensor]:
         output = decoder(z[None])[0]
         return output, output
 
-    J, output = torch.func.vmap(torch.func.jacrev(one, has_aux=True))(z)
+    J, output = torch.func.vmap(transform(one, has_aux=True))(z)
     return output, J
+
+
+PEERS = {"vmap(jacrev)": torch.func.jacrev, "vmap(jacfwd)": torch.func.jacfwd}
 
 
 def densities(decoder: nn.Module, x: Tensor, mean: Tensor, L: Tensor) -> dict[str, Callable]:
@@ -56,26 +60,28 @@ def densities(decoder: nn.Module, x: Tensor, mean: Tensor, L: Tensor) -> dict[st
         pushed = sf.LinearizedGaussian.from_decoder(decoder, mean, L @ L.mT, NOISE_VAR)
         return pushed.log_prob(x)
 
-    def peer() -> Tensor:
-        output, J = jacrev(decoder, mean)
+    def peer(transform: Callable) -> Tensor:
+        output, J = by_func(transform, decoder, mean)
         noise = torch.full_like(output, NOISE_VAR)
         return LowRankMultivariateNormal(output, J @ L, noise).log_prob(x)
 
-    return {"from_decoder": ours, "vmap(jacrev), LowRankMultivariateNormal": peer}
+    peers = {f"{name}, LowRankMultivariateNormal": partial(peer, t) for name, t in PEERS.items()}
+    return {"from_decoder": ours} | peers
 
 
 def updates(decoder: nn.Module, x: Tensor, mean: Tensor, L: Tensor) -> dict[str, Callable]:
     def ours() -> Tensor:
         return sf.kalman_update(decoder, x, mean, L @ L.mT, NOISE_VAR).mean
 
-    def peer() -> Tensor:
-        output, J = jacrev(decoder, mean)
+    def peer(transform: Callable) -> Tensor:
+        output, J = by_func(transform, decoder, mean)
         P = L @ L.mT
         S = J @ P @ J.mT + NOISE_VAR * torch.eye(N, dtype=x.dtype)
         gain = torch.linalg.solve(S, J @ P).mT
         return mean + (gain @ (x - output).unsqueeze(-1)).squeeze(-1)
 
-    return {"kalman_update": ours, "vmap(jacrev), n x n": peer}
+    peers = {f"{name}, n x n": partial(peer, t) for name, t in PEERS.items()}
+    return {"kalman_update": ours} | peers
 
 
 def against_peers(name: str, make: Callable, rounds: int, batch: int) -> list[Row]:
