@@ -218,6 +218,7 @@ class _Outputs(torch.autograd.Function):
         if _is_mapped(cotangents):
             # There are rules for every operation of autograd's graph, and none for the operator.
             with torch.enable_grad():
+                tensors = _aliases(tensors)
                 grads = _plain_gradients(problem, needs, cotangents, tensors)
         elif torch.is_grad_enabled():
             if not transforms():
@@ -248,13 +249,17 @@ class _Gradients(torch.autograd.Function):
         _refuse_second_order(ctx.problem)
         needs = ctx.needs_input_grad[4:]
         with torch.enable_grad():
-            # Aliases: a cotangent may depend on z as well, and that path is not this one's.
-            tensors = [t.view_as(t) for t in tensors]
+            tensors = _aliases(tensors)
             cotangents, given = tensors[: ctx.count], tensors[ctx.count :]
             grads = _plain_gradients(ctx.problem, ctx.needs, cotangents, given)
             wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
             seconds = differentiate(grads, upstream, wanted, create_graph=again)
         return None, None, None, None, *_spread(seconds, needs)
+
+
+def _aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors: one of them may depend on another, and that path is not to be taken here."""
+    return [t.view_as(t) for t in tensors]
 
 
 def _plain_gradients(

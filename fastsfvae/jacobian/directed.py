@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastsfvae.jacobian.validate import Derived, unwrap
+from fastsfvae.jacobian.validate import LATENTS, Derived, unwrap
 
 
 class Directed(Derived):
@@ -59,7 +59,7 @@ def along(
 def directed_inputs(z: Tensor, tangents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The latents of a `Directed` decoder, zeros ``[B, k]``, and its own two inputs by name."""
     steps = z.new_zeros(z.shape[0], tangents.shape[0])
-    return steps, {"_latents": z, "_directions": tangents.transpose(0, 1)}
+    return steps, {LATENTS: z, "_directions": tangents.transpose(0, 1)}
 
 
 def _moved(

@@ -20,6 +20,8 @@ _WRAPPERS = {
 
 # The name of a module inside of what is derived from it; in no message.
 _INNER = "_inner"
+# Of a user's z where a plan takes something else for its latents.
+LATENTS = "_latents"
 
 
 def outer_name(path: str) -> str:

@@ -140,6 +140,24 @@ def test_second_order_and_no_graph_where_nothing_asks():
     assert z.grad is None and all(p.grad is None for p in decoder.parameters())
 
 
+def test_directions_that_depend_on_z():
+    decoder = nn.Sequential(nn.Linear(M, 8), nn.Tanh(), nn.Linear(8, 9)).double()
+    _, z, _ = batch(decoder)
+
+    def gram(z, backend="torch", **settings):
+        tangents = torch.stack([z.sin(), 2 * z])
+        return sf.pullback(decoder, z, tangents=tangents, backend=backend, **settings).gram
+
+    jacobian = torch.autograd.functional.jacobian
+    want = jacobian(lambda z: gram(z, "reference"), z)
+    # The last one maps the backward over its cotangents.
+    found = jacobian(gram, z), jacobian(lambda z: gram(z, chunk_size=2), z)
+    close([*found, jacobian(gram, z, vectorize=True)], [want] * 3)
+    hessian = torch.autograd.functional.hessian
+    want = hessian(lambda z: gram(z, "reference").square().sum(), z)
+    close([hessian(lambda z: gram(z).square().sum(), z)], [want])
+
+
 def test_compiled_with_directions():
     decoder = nn.Sequential(nn.Linear(M, 8), nn.Tanh(), nn.Linear(8, 9)).double()
     x, z, _ = batch(decoder)
@@ -184,6 +202,10 @@ def test_wrong_cotangents_and_decoders():
     z = torch.randn(5, M)
     with pytest.raises(ValueError, match=r"give the decoder's \(5, 3\)"):
         sf.vjp(nn.Linear(M, 3), z, torch.zeros(5, 4))
+    with pytest.raises(
+        RuntimeError, match=r"on z of shape \(5, 4\) in decoder\[0\].* m = 4 latents"
+    ):
+        sf.jvp(nn.Sequential(nn.Linear(M + 1, 3)), z, torch.zeros(2, 5, M))
     mixing = nn.Sequential(nn.Linear(M, 3), nn.BatchNorm1d(3))
     for product, given in ((sf.vjp, torch.zeros(5, 3)), (sf.jvp, z)):
         with pytest.raises(RuntimeError, match=r"decoder\[1\]"):

@@ -132,6 +132,18 @@ def test_function_transforms_and_functional_call():
     equal([by_mean, *by_parameters.values()], [want_mean, *want])
 
 
+def test_latents_that_depend_on_each_other_under_a_mapped_backward():
+    decoder = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 9)).double()
+    x, z = torch.randn(4, 9).double(), torch.randn(4, 3).double()
+
+    def objective(z, backend="torch"):
+        return sf.sampling_free_elbo(decoder, x, z, z.sin() - 1, backend=backend).elbo
+
+    jacobian = torch.autograd.functional.jacobian
+    want = jacobian(lambda z: objective(z, "reference"), z)
+    equal([jacobian(objective, z, vectorize=True)], [want])
+
+
 def test_autocast_rounds_no_more_than_autograd_under_autocast(monkeypatch):
     decoder, exact = build("higgins", torch.float32), build("higgins")
     tensors = batch(decoder, dtype=torch.float32)

@@ -30,6 +30,7 @@ _PARTS = frozenset(
     """
     view reshape flatten unflatten unsqueeze squeeze expand permute transpose t chunk split select
     slice getitem unbind narrow clone contiguous alias detach to _to_copy sym_size
+    directed
     """.split()
 )
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

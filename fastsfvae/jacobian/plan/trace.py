@@ -51,7 +51,7 @@ from fastsfvae.jacobian.plan.refuse import (
     refuse_or_warn_about_hooks,
 )
 from fastsfvae.jacobian.plan.restore import Effects, restored
-from fastsfvae.jacobian.validate import check_output
+from fastsfvae.jacobian.validate import LATENTS, check_output
 
 _DATA_DEPENDENT = (
     DataDependentOutputException,
@@ -237,7 +237,8 @@ def _traced(
     except Exception as error:
         if not _raised_by_torch(error):
             raise
-        given = z, fake_z.shape[0], places.current, places.nodes, len(names)
+        latents = rebuild(extras)[1].get(LATENTS, z)
+        given = latents, fake_z.shape[0], places.current, places.nodes, len(names)
         raise RuntimeError(failure(error, *given)) from error
     _refuse_escaped_values(module)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
