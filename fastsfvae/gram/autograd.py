@@ -258,7 +258,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def _aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors: one of them may depend on another, and that path is not to be taken here."""
+    """The same tensors: where one depends on another, that path is not to be taken here."""
     return [t.view_as(t) for t in tensors]
 
 
