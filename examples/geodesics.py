@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import fastsfvae as sf
 from fastsfvae.data import digits
 
-PAIRS = ((0, 1), (1, 5), (3, 4), (7, 6))
-STEPS, BATCH = 600, 128
+PAIRS = ((0, 1), (1, 6), (0, 7))
+STEPS, BATCH = 500, 64
 # Pieces of a curve while it is made shorter, and of each of them where it is measured.
 PIECES, FINER = 24, 8
 
@@ -103,7 +103,7 @@ def draw(metric, means: Tensor, centres: Tensor, straight: Tensor, shortest: Ten
     outline = [patheffects.withStroke(linewidth=3, foreground="black")]
     for digit, centre in enumerate(centres):
         axes.text(
-            *centre.tolist(), str(digit), ha="center", va="center", size=13, weight="bold",
+            *centre.tolist(), str(digit), ha="center", va="center", size=12, weight="bold",
             color="white", path_effects=outline, clip_on=True,
         )  # fmt: skip
     axes.set(xlabel="$z_1$", ylabel="$z_2$", title="Latent plane of the digits")

@@ -211,7 +211,8 @@ def metric(
         decoder: see `decode_with_jacobian`.
         *args: further decoder inputs, without a batch axis: they are the same at every point.
         backend: see `decode_with_jacobian`.
-        chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
+        chunk_size: samples whose tangents exist at one time, of dG's repeated points likewise; None
+            chooses. Changes rounding only.
         **kwargs: further decoder inputs by name, likewise.
 
     Raises:
