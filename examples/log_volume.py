@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import fastsfvae as sf
 from fastsfvae.data import digits
 
-STEPS, BATCH, LATENTS = 600, 128, 2
+STEPS, BATCH, LATENTS = 300, 128, 2
 # Of the isometry measure beside the squared error of a picture.
 WEIGHT = 4.0
 

@@ -110,9 +110,8 @@ def prepare(query: Query) -> Prepared | None:
         ValueError: x does not match the decoder's output, or chunk_size is no int >= 1.
     """
     check_chunk_size(query.chunk_size)
-    # An exported graph outlives this process, and a program's number does not. The flag itself is
-    # read: a compiler of torch 2.11 takes is_exporting() for always true.
-    if query.backend == "reference" or torch.compiler._is_exporting_flag:
+    # An exported graph outlives this process, and a program's number does not.
+    if query.backend == "reference" or _is_exporting():
         return None
     if torch.compiler.is_compiling():
         from fastsfvae.gram import compiled
@@ -157,6 +156,11 @@ def _gather(query: Query) -> Gathered | None:
     return Gathered(program.number, size, plan.output_shape, plan.output_dtype, *tensors)
 
 
+def _is_exporting() -> bool:
+    # A compiler of torch 2.11 takes is_exporting() for always true.
+    return torch.compiler._is_exporting_flag
+
+
 def _is_transformed() -> bool:
     """Whether torch.func does with what is computed more than to differentiate it once."""
     return transforms() not in ([], [TransformType.Grad]) or forward_ad._current_level >= 0
@@ -165,13 +169,15 @@ def _is_transformed() -> bool:
 def recomputed(query: Query) -> tuple[Tensor, ...]:
     """The outputs by autograd, for what has no adjoints; several chunks are computed twice."""
     query, of_batch = query.asked(), HEADS[query.head].along
+    # An exporter follows no branch on a value, which the other formulas have.
+    formulas = query._replace(backend="reference") if _is_exporting() else query
 
     def finish(output: Tensor, tangents: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         check_shape(query.x, (query.z.shape[0], *output.shape[1:]))
         x = () if query.x is None else (query.x[start:stop],)
         pairs = zip(query.inputs, of_batch, strict=True)
         inputs = [t[start:stop] if each else t for t, each in pairs]
-        return plain_outputs(query, output, tangents, x, inputs)
+        return plain_outputs(formulas, output, tangents, x, inputs)
 
     return map_chunks(
         *(finish, query.decoder, query.z, query.args, query.kwargs),

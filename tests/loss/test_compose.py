@@ -253,3 +253,37 @@ def test_cuda_graph_replays_a_step():
     graph.replay()
     torch.cuda.synchronize()
     equal(ours, want, 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_exported_loss_outlives_the_process(reduction):
+    decoder = build("tanh")
+    tensors = [t.detach() for t in batch(decoder)]
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss, self.decoder = sf.SamplingFreeLoss(decoder, reduction=reduction), decoder
+
+        def forward(self, x, mean, log_var):
+            return self.loss(x, mean, log_var)
+
+    module = Loss()
+    module(*tensors)
+    exported = torch.export.export(module, tuple(tensors), strict=False)
+    # A program's number means nothing elsewhere.
+    assert not any("fastsfvae" in str(node.target) for node in exported.graph.nodes)
+    other = [t + 0.5 for t in tensors]
+    equal([exported.module()(*other)], [module(*other)])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_jacrev_of_a_total(reduction):
+    decoder = build("tanh")
+    x, mean, log_var = (t.detach() for t in batch(decoder))
+
+    def gradient(backend):
+        loss = sf.SamplingFreeLoss(decoder, reduction=reduction, backend=backend)
+        return torch.func.jacrev(lambda mean: loss(x, mean, log_var))(mean)
+
+    equal([gradient("torch")], [gradient("reference")])
