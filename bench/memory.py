@@ -43,12 +43,13 @@ def main(workload: str, implementation: str, batch: str | None = None) -> None:
     # Give what is free back to the system, and restart the kernel's own high-water mark.
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     loss_and_gradients(loss, problem, "float32")
-    print(_resident("VmHWM") - before)
+    print(resident("VmHWM") - before)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return 1024 * int(lines[field].split()[0])
 

@@ -1,0 +1,1 @@
+"""Benchmarks of what else a decoder's Jacobian is used for."""
