@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from fastsfvae import _checks
 from fastsfvae._checks import Backend
 from fastsfvae.gram.pullback import pullback
-from fastsfvae.gram.reverse import reverse_sums
+from fastsfvae.gram.reverse import gram_by_rows, projection
 from fastsfvae.jacobian.backend import resolve_backend
+from fastsfvae.jacobian.plan.restore import undone
 from fastsfvae.jacobian.validate import (
     Derived,
     check_chunk_size,
@@ -24,7 +25,7 @@ from fastsfvae.jacobian.validate import (
     check_target,
     unwrap,
 )
-from fastsfvae.levenberg_marquardt import Point, covariance_of, minimise, rounding_of
+from fastsfvae.levenberg_marquardt import Slope, covariance_of, minimise, rounding_of
 
 # Residuals of that many roundings of the data are none.
 _ROUNDINGS = 32
@@ -39,9 +40,9 @@ class Fit(NamedTuple):
         covariance: (G / c + I / prior_var)^-1 there, [B, m, m], the weights in G: Laplace's
             approximation of the posterior's. Without a prior it is a pseudo-inverse: eigenvalues of
             G below m eps of its largest count as 0, and such directions, which the data do not
-            determine, have no variance in it. NaN where f or J is not finite at z0.
+            determine, have no variance in it. NaN where f or J is not finite.
         converged: whether an undamped step would gain no more than `tol` says, [B], bool.
-        steps: steps that were tried, each one evaluation of J, [B], int64.
+        steps: evaluations of J after the first one, [B], int64.
     """
 
     z: Tensor
@@ -102,39 +103,41 @@ class _Objective:
     chunk_size: int | None
     shared: bool
 
-    def at(self, z: Tensor) -> Point:
-        """Evaluate at z ``[B, m]``."""
-        G, p, rr = self._sums(z)
-        c, wide = self.noise_var, z.double()
-        value, gradient, curvature = rr.double() / (2 * c), -p.double() / c, G.double() / c
+    def slope(self, z: Tensor) -> Slope:
+        """F and g at z ``[B, m]``, by one reverse pass."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        given = self.decoder, self._expanded(z), self.x, args, kwargs
+        p, rr = projection(*given, chunk_size=self.chunk_size)
+        if self.shared:
+            p, rr = p.sum(0, True), rr.sum(0, True)
+        wide = z.double()
+        value, gradient = rr.double() / (2 * self.noise_var), -p.double() / self.noise_var
         if self.prior_var is not None:
             value = value + wide.square().sum(1) / (2 * self.prior_var)
             gradient = gradient + wide / self.prior_var
-            identity = torch.eye(z.shape[1], dtype=wide.dtype, device=z.device)
-            curvature = curvature + identity / self.prior_var
-        finite = (value + gradient.sum(1) + curvature.sum((1, 2))).isfinite()
-        return Point(z, rr, value, gradient, curvature, finite)
+        return Slope(z, rr, value, gradient)
 
-    def _sums(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """G ``[B, m, m]``, p ``[B, m]`` and rr ``[B]``."""
+    def curvature(self, z: Tensor) -> Tensor:
+        """H at z, ``[B, m, m]``."""
+        H = self._gram(z).double() / self.noise_var
+        if self.prior_var is None:
+            return H
+        return H + torch.eye(z.shape[1], dtype=H.dtype, device=z.device) / self.prior_var
+
+    def _gram(self, z: Tensor) -> Tensor:
         args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
-        m, n = z.shape[1], self.x[0].numel()
-        if self.shared:
-            z = z.expand(len(self.x), m)
-        if n < m and self.backend in ("auto", "torch"):
-            return reverse_sums(
-                *(self.decoder, z, self.x, args, kwargs),
-                chunk_size=self.chunk_size,
-                total=self.shared,
-            )
-        _, G, p, rr = pullback(
-            *(self.decoder, z, self.x, *args),
-            backend=self.backend,
-            chunk_size=self.chunk_size,
-            **kwargs,
-        )
-        assert p is not None and rr is not None
-        return (G.sum(0, True), p.sum(0, True), rr.sum(0, True)) if self.shared else (G, p, rr)
+        few = self.x[0].numel() < z.shape[1] and self.backend in ("auto", "torch")
+        z, size = self._expanded(z), self.chunk_size
+        if few:
+            given = self.decoder, z, args, kwargs
+            return gram_by_rows(*given, chunk_size=size, total=self.shared)
+        G = pullback(
+            *(self.decoder, z, None, *args), backend=self.backend, chunk_size=size, **kwargs
+        ).gram
+        return G.sum(0, True) if self.shared else G
+
+    def _expanded(self, z: Tensor) -> Tensor:
+        return z.expand(len(self.x), -1) if self.shared else z
 
     def perfect(self, squared_error: Tensor) -> Tensor:
         """F of residuals that are a few roundings of the data and of f, ``[B]``."""
@@ -179,10 +182,11 @@ def fit_latents(
 
         F(z) = 1/(2c) sum_k w_k (x_k - f(z)_k)^2 + |z|^2 / (2 prior_var)
 
-    which with prior_var = 1 is -log p(x, z) of a VAE, up to a constant. F never rises, and a step
-    to where f or J is not finite is not taken. A step costs one evaluation of J: by forward mode,
-    or by reverse mode where an output has fewer numbers than z. Finds a local minimum, which
-    depends on z0. No gradient flows through it, and none is written.
+    which with prior_var = 1 is -log p(x, z) of a VAE, up to a constant. A step takes J once, by
+    forward mode, or by reverse mode where an output has fewer numbers than z; with that J^T J it
+    moves several times, each for one reverse pass. F never rises, and no move is made to where f is
+    not finite. Finds a local minimum, which depends on z0. No gradient flows through it, and none
+    is written.
 
     Args:
         decoder: f, see `decode_with_jacobian`.
@@ -190,16 +194,16 @@ def fit_latents(
         z0: where to start, [B, m]; with `shared` [1, m].
         *args: further decoder inputs; tensors with x's leading extent go with their samples.
         steps: how many to try at most; 0 evaluates at z0.
-        damping: "lm" adapts it; a number >= 0 fixes it, as a multiple of the mean of H's diagonal,
-            with H = G / c + I / prior_var: 0 is Gauss-Newton, which ends at a step that fails.
+        damping: "lm" adapts it; a number >= 0 fixes it, as a multiple of the mean of the diagonal
+            of G / c + I / prior_var at z0: 0 is Gauss-Newton, which ends where a move fails.
         prior_var: variance of the prior N(0, prior_var I), in squared units of z; None for none.
         noise_var: c, variance of the observation noise, in squared units of x.
         weight: w >= 0, like x; None for ones. Where it is 0, x may be anything, NaN included.
         shared: whether one latent is seen through all of x, such as the shape of a decoder of
             coordinates: f is called with z0 expanded to [N, m], and all samples are summed up.
         tol: a sample has converged where an undamped step would lower F by at most tol F, by the
-            quadratic model; F is not resolved below eps F, nor residuals below 32 eps of x.
-        backend: see `decode_with_jacobian`; reverse mode is part of "auto" and "torch".
+            quadratic model; F is not resolved below 8 eps F, nor residuals below 32 eps of x.
+        backend: of J^T J, see `decode_with_jacobian`; reverse mode is in "auto" and "torch".
         chunk_size: samples that are differentiated together; None chooses. Changes rounding only.
         **kwargs: further decoder inputs by name.
 
@@ -236,9 +240,11 @@ def fit_latents(
         shared=shared,
     )
     fixed = None if isinstance(damping, str) else float(damping)
-    state = minimise(objective, z, steps, fixed, tol)
-    z, squared_error, *_ = state.point
-    covariance = covariance_of(state.point, objective.prior_var).to(squared_error.dtype)
+    # Side effects of a forward are no more lasting than those of a trace.
+    with undone(function):
+        state = minimise(objective, z, steps, fixed, tol)
+    z, squared_error, *_ = state.best
+    covariance = covariance_of(state, objective.prior_var).to(squared_error.dtype)
     return Fit(z, squared_error, covariance, state.converged, state.steps)
 
 

@@ -5,13 +5,17 @@ gradient and its Gauss-Newton matrix are
 
     F(z) = r^T W r / (2c) + |z|^2 / (2 v)        g = z / v - p / c        H = G / c + I / v
 
-and a step d solves (H + lambda t I) d = -g, where t = trace(H) / m (Marquardt 1963). With the gain
+and a move d solves (H + lambda I) d = -g (Levenberg 1944, Marquardt 1963). With the gain
 
     rho = (F(z) - F(z + d)) / (the reduction that the quadratic model of F predicts)
 
-lambda is multiplied by max(1/10, 1 - (2 rho - 1)^3) after a step that lowers F, and by 2, 4, 8, ...
-after others, which are not taken (Nielsen 1999; his factor for good steps is 1/3). What a step
-without any damping would gain, g^T H^-1 g / 2 by the model, tells when to stop.
+lambda is multiplied by max(1/10, 1 - (2 rho - 1)^3) after a move that lowers F, and by 2, 4, 8, ...
+after others, which are not made (Nielsen 1999; his factor for good ones is 1/3). It starts in
+proportion to the mean of H's diagonal. What a move without any damping would gain by the model,
+g^T H^-1 g / 2, tells when to stop.
+
+H costs as much as ten or twenty of F and g, and changes less: a step takes it once and moves a few
+times with it (Newton's method with a Hessian that is kept: Shamanskii 1967).
 """
 
 from __future__ import annotations
@@ -22,47 +26,45 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# Of the first step, and how far it may fall after a good one: the fewest steps over decoders of
-# digits, trained and drawn, from three starts each.
-_DAMPING, _FALL = 1e-2, 0.1
-# A damped step that promises less than that share of the tolerance is not worth more steps.
+# Of the first move, and how far it may fall after a good one: the fewest steps over decoders of
+# digits, trained and drawn, from three starts each; likewise the moves of a step.
+_DAMPING, _FALL, _MOVES = 1e-2, 0.1, 6
+# A damped move that promises less than that share of the tolerance is not worth a step.
 _HOPELESS = 1e-4
 
 
-class Point(NamedTuple):
+class Slope(NamedTuple):
     """The objective at some latents.
 
     Attributes:
         z: ``[B, m]``.
         squared_error: r^T W r, ``[B]``.
-        value: F, ``[B]``, float64 like the next two.
-        gradient: g, ``[B, m]``.
-        curvature: H, ``[B, m, m]``.
-        finite: whether F, g and H are, ``[B]``.
+        value: F, ``[B]``, float64.
+        gradient: g, ``[B, m]``, float64.
     """
 
     z: Tensor
     squared_error: Tensor
     value: Tensor
     gradient: Tensor
-    curvature: Tensor
-    finite: Tensor
 
 
 class State(NamedTuple):
     """Where each sample stands.
 
     Attributes:
-        point: the best one.
+        best: the best latents that were met.
+        curvature: H, at them between two steps, ``[B, m, m]``, float64.
         damping: lambda.
-        growth: what it is multiplied by if the next step fails.
+        growth: what it is multiplied by if the next move fails.
         floor: F below which a fit is perfect to rounding.
-        steps: that were tried.
+        steps: that were made.
         converged: as in `Fit`.
         stopped: converged, or no step will help.
     """
 
-    point: Point
+    best: Slope
+    curvature: Tensor
     damping: Tensor
     growth: Tensor
     floor: Tensor
@@ -74,8 +76,12 @@ class State(NamedTuple):
 class Objective(Protocol):
     """F of a batch of data."""
 
-    def at(self, z: Tensor) -> Point:
-        """Evaluate at z ``[B, m]``."""
+    def slope(self, z: Tensor) -> Slope:
+        """F and g at z ``[B, m]``."""
+        ...
+
+    def curvature(self, z: Tensor) -> Tensor:
+        """H at z, ``[B, m, m]``."""
         ...
 
     def perfect(self, squared_error: Tensor) -> Tensor:
@@ -91,34 +97,18 @@ class Objective(Protocol):
         ...
 
 
-def _curvature_with(point: Point, damping: Tensor) -> Tensor:
-    """H + damping t I, with t = trace(H) / m."""
-    mean = point.curvature.diagonal(dim1=1, dim2=2).mean(1)
-    return point.curvature + torch.diag_embed((damping * mean).unsqueeze(1).expand_as(point.z))
+def _solve(state: State, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The move d ``[B, m]`` with that damping, the reduction it promises, and whether there is one.
 
-
-def _solve(point: Point, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """The step (H + damping t I)^-1 (-g), ``[B, m]``, and whether there is one, ``[B]``."""
-    # Neither waits for a device; where a factorisation fails, its numbers are discarded.
-    factor, info = torch.linalg.cholesky_ex(_curvature_with(point, damping))
-    step = -torch.cholesky_solve(point.gradient.unsqueeze(-1), factor).squeeze(-1)
-    found = (info == 0) & step.isfinite().all(1)
-    return step, found
-
-
-def _converged(point: Point, tol: float, floor: Tensor) -> Tensor:
-    """Whether g^T H^-1 g / 2 (Newton's decrement) is at most max(tol, eps) F, or F the floor.
-
-    H gets eps of its trace on the diagonal: what rounding has left of directions without any
-    curvature does not count, and leaves a factor.
+    By the model F falls by d^T (lambda d - g) / 2.
     """
-    rounding = point.z.shape[1] * rounding_of(point.z)
-    step, found = _solve(point, torch.full_like(point.value, rounding))
-    gain = -0.5 * (point.gradient * step).sum(1)
-    small = found & (gain <= _resolved(tol, point))
-    # A flat F has no curvature to be solved with.
-    flat = (point.gradient == 0).all(1)
-    return point.finite & (small | flat | (point.value <= floor))
+    gradient, added = state.best.gradient, damping.unsqueeze(1)
+    damped = state.curvature + torch.diag_embed(added.expand_as(gradient))
+    # Neither waits for a device; where a factorisation fails, its numbers are discarded.
+    factor, info = torch.linalg.cholesky_ex(damped)
+    move = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
+    promised = 0.5 * (move * (added * move - gradient)).sum(1)
+    return move, promised, (info == 0) & promised.isfinite()
 
 
 def rounding_of(z: Tensor) -> float:
@@ -126,60 +116,93 @@ def rounding_of(z: Tensor) -> float:
     return torch.finfo(torch.promote_types(z.dtype, torch.float32)).eps
 
 
-def _resolved(tol: float, point: Point) -> Tensor:
-    """max(tol, eps) F: F is not known any better."""
-    return max(tol, rounding_of(point.z)) * point.value
+def _resolved(tol: float, best: Slope) -> Tensor:
+    """max(tol, 8 eps) F: F is not known any better."""
+    return max(tol, 8 * rounding_of(best.z)) * best.value
+
+
+def _judged(state: State, tol: float) -> State:
+    """The state with new flags, for an H that is that of its latents.
+
+    A sample has converged where g^T H^-1 g / 2 (Newton's decrement) is at most max(tol, 8 eps) F,
+    or F the floor. H gets eps of its trace on the diagonal: what rounding has left of directions
+    without any curvature does not count, and leaves a factor.
+    """
+    best, m = state.best, state.best.z.shape[1]
+    rounding = m * rounding_of(best.z) * _mean_diagonal(state.curvature)
+    _, decrement, found = _solve(state, rounding)
+    # A flat F has no curvature to be solved with.
+    flat = (best.gradient == 0).all(1)
+    close = (found & (decrement <= _resolved(tol, best))) | flat | (best.value <= state.floor)
+    finite = _is_finite(best) & state.curvature.isfinite().all(2).all(1)
+    converged = finite & close
+    # Without curvature there is no move.
+    return state._replace(converged=converged, stopped=converged | ~finite)
+
+
+def _mean_diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=1, dim2=2).mean(1)
+
+
+def _is_finite(at: Slope) -> Tensor:
+    return at.value.isfinite() & at.gradient.isfinite().all(1)
 
 
 def _start(objective: Objective, z: Tensor, damping: float, tol: float) -> State:
-    point = objective.at(z)
-    floor = objective.perfect(point.squared_error)
-    converged = _converged(point, tol, floor)
-    return State(
-        point=point,
-        damping=torch.full_like(point.value, damping),
-        growth=torch.full_like(point.value, 2.0),
-        floor=floor,
-        steps=torch.zeros_like(point.value, dtype=torch.int64),
-        converged=converged,
-        # Without curvature there is no step.
-        stopped=converged | ~point.finite,
+    # The first to be asked, as it refuses what is no decoder.
+    curvature, best = objective.curvature(z), objective.slope(z)
+    no = torch.zeros_like(best.value, dtype=torch.bool)
+    state = State(
+        best=best,
+        curvature=curvature,
+        damping=damping * _mean_diagonal(curvature),
+        growth=torch.full_like(best.value, 2.0),
+        floor=objective.perfect(best.squared_error),
+        steps=torch.zeros_like(best.value, dtype=torch.int64),
+        converged=no,
+        stopped=no,
     )
+    return _judged(state, tol)
 
 
 def _step(objective: Objective, state: State, adaptive: bool, tol: float) -> State:
-    """Try a step of each sample that has not stopped."""
-    point, going = state.point, ~state.stopped
-    step, found = _solve(point, state.damping)
-    z = point.z + step.to(point.z.dtype)
-    tried = going & found & z.isfinite().all(1)
+    """Move each sample that has not stopped a few times, and take H where it is then."""
+    going, before = ~state.stopped, state.best
+    moving = going
+    for _ in range(_MOVES):
+        state, moving = _move(objective, state, moving, adaptive, tol)
+        if moving.device.type == "cpu" and not moving.any():
+            break
+    moved = (state.best.z != before.z).any(1)
+    curvature = _where(moved, objective.curvature(state.best.z), state.curvature)
+    judged = _judged(state._replace(curvature=curvature, steps=state.steps + going), tol)
+    # The next step would be the same.
+    stuck = ~moved & ~moving
+    return judged._replace(stopped=judged.stopped | stuck | ~going)
+
+
+def _move(
+    objective: Objective, state: State, moving: Tensor, adaptive: bool, tol: float
+) -> tuple[State, Tensor]:
+    """Move once by the H that there is; also which samples this H may still help."""
+    best = state.best
+    move, promised, found = _solve(state, state.damping)
+    z = best.z + move.to(best.z.dtype)
+    tried = moving & found & z.isfinite().all(1)
     # What is not tried stays where it is: a decoder meets finite latents alone.
-    trial = objective.at(_where(tried, z, point.z))
-    mean = point.curvature.diagonal(dim1=1, dim2=2).mean(1)
-    damped = (state.damping * mean).unsqueeze(1) * step
-    promised = 0.5 * (step * (damped - point.gradient)).sum(1)
-    gain = (point.value - trial.value) / promised
-    better = tried & trial.finite & (trial.value < point.value)
-    best = Point(*(_where(better, new, old) for new, old in zip(trial, point, strict=True)))
+    trial = objective.slope(_where(tried, z, best.z))
+    better = tried & _is_finite(trial) & (trial.value < best.value)
     damping, growth = state.damping, state.growth
     if adaptive:
+        gain = (best.value - trial.value) / promised
         fall = (1 - (2 * gain - 1) ** 3).clamp_min(_FALL)
-        damping = damping * torch.where(better, fall, growth)
-        growth = torch.where(better, 2.0, 2 * growth)
-    converged = torch.where(better, _converged(best, tol, state.floor), state.converged)
-    hopeless = found & (promised <= _HOPELESS * _resolved(tol, best))
-    if not adaptive:
-        # The same step would fail again.
-        hopeless = hopeless | ~better
-    return State(
-        point=best,
-        damping=_where(going, damping, state.damping),
-        growth=_where(going, growth, state.growth),
-        floor=state.floor,
-        steps=state.steps + going,
-        converged=converged,
-        stopped=state.stopped | converged | (going & hopeless),
-    )
+        damping = _where(moving, damping * torch.where(better, fall, growth), damping)
+        growth = _where(moving, torch.where(better, 2.0, 2 * growth), growth)
+        moving = moving & ~(found & (promised <= _HOPELESS * _resolved(tol, best)))
+    else:
+        moving = better
+    best = Slope(*(_where(better, new, old) for new, old in zip(trial, best, strict=True)))
+    return state._replace(best=best, damping=damping, growth=growth), moving
 
 
 def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -217,13 +240,13 @@ def minimise(
     return pytree.tree_map(lambda *each: torch.cat(each)[order], *states)
 
 
-def covariance_of(point: Point, prior_var: float | Tensor | None) -> Tensor:
+def covariance_of(state: State, prior_var: float | Tensor | None) -> Tensor:
     """H^-1, as `Fit` says."""
-    finite = point.finite.view(-1, 1, 1)
+    finite = state.curvature.isfinite().all(2).all(1).view(-1, 1, 1)
     # Eigenvectors of NaN raise.
-    values, vectors = torch.linalg.eigh(torch.where(finite, point.curvature, 0.0))
+    values, vectors = torch.linalg.eigh(torch.where(finite, state.curvature, 0.0))
     if prior_var is None:
-        cut = values.shape[1] * rounding_of(point.z) * values.amax(1, keepdim=True)
+        cut = values.shape[1] * rounding_of(state.best.z) * values.amax(1, keepdim=True)
         inverse = torch.where(values > cut, 1 / values, 0.0)
     else:
         # Rounding of G may have taken them below.

@@ -1,99 +1,136 @@
-"""G, p and rr where an output has fewer numbers than the latent: J by one reverse pass for each.
+"""What reverse mode gives of a decoder: p = J^T r by one pass, G where an output has few numbers.
 
 Forward mode carries m tangents through the decoder, and reverse mode needs n passes back. A decoder
-of coordinates has m = 256 and n = 1, say.
+of coordinates has m = 256 and n = 1, say. The decoder itself is called: what its forward writes
+into it stays, unless the caller undoes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastsfvae.jacobian.plan.restore import undone
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.jacobian.validate import check_output, check_shape, unwrap
 from fastsfvae.ops.gram_project import gram_project
 
-Sums = tuple[Tensor, Tensor, Tensor]
-# Samples whose graph exists at one time: more are no faster on a CPU, and need more memory.
+# Samples whose graph exists at one time on a CPU: more are no faster, and need more memory.
 _SAMPLES = 1024
 
 
-def reverse_sums(
+def projection(
     decoder: Callable[..., Tensor],
     z: Tensor,
     x: Tensor,
-    args: tuple,
-    kwargs: dict[str, Any],
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
     *,
-    chunk_size: int | None,
-    total: bool,
-) -> Sums:
-    """G = J^T J, p = J^T (x - f(z)) and rr = |x - f(z)|^2, without a graph.
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The projection p = J^T r and rr = r^T r, r = x - f(z), by one reverse pass, without a graph.
 
     Args:
-        decoder: treats its samples one by one.
+        decoder: treats its samples one by one, which is not checked.
         z: latents ``[B, m]``.
         x: data ``[B, *out]``.
         args: further decoder inputs; tensors with leading extent B go with their samples.
         kwargs: likewise, by name.
         chunk_size: samples that are differentiated together; None chooses.
-        total: whether the samples' sums are added up, and B = 1 in what is returned.
 
     Returns:
-        G ``[B, m, m]``, p ``[B, m]`` and rr ``[B]``, in float32 at least.
+        p ``[B, m]`` and rr ``[B]``, the latter in float32 at least.
 
     Raises:
-        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; x that is not like f(z).
+        TypeError, ValueError: what is no output of a decoder, or not like x.
     """
-    decoder, kwargs = unwrap(decoder, kwargs)
-    # A trace refuses what has no Jacobian of its own, such as batch statistics.
+    parts = []
+    for rows, own, output in _outputs(decoder, z, args, kwargs or {}, chunk_size):
+        check_shape(x, output.shape)
+        residual = x[rows] - output.detach()
+        (p,) = _pulled([output], own, [residual.to(output.dtype)])
+        wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        parts.append((p, wide.flatten(1).square().sum(1)))
+    p, rr = (torch.cat(part) for part in zip(*parts, strict=True))
+    return p, rr
+
+
+def gram_by_rows(
+    decoder: Callable[..., Tensor],
+    z: Tensor,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    chunk_size: int | None = None,
+    total: bool = False,
+) -> Tensor:
+    """G = J^T J by a reverse pass for each number of an output, without a graph.
+
+    Args:
+        decoder: as in `projection`, like the rest; that it treats its samples one by one is checked
+            as `decode_with_jacobian` does it.
+        z: latents ``[B, m]``.
+        args: further decoder inputs.
+        kwargs: likewise, by name.
+        chunk_size: samples that are differentiated together; None chooses.
+        total: whether to add up G over all samples, into B = 1.
+
+    Returns:
+        G ``[B, m, m]``, in float32 at least.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `decode_with_jacobian`.
+    """
+    kwargs = kwargs or {}
     Linearizer(decoder, z, args, kwargs, "torch").plan(len(z))
     parts = []
-    with undone(decoder):
-        for start, stop in chunk_bounds(len(z), chunk_size or _SAMPLES):
-            rows = slice(start, stop)
-            own_args, own_kwargs = take((args, kwargs), len(z), rows)
-            J, r = _jacobian(decoder, z[rows], x[rows], own_args, own_kwargs)
-            if total:
-                # Of all samples as of one: [n, b, m] to [1, m, n b].
-                J, r = J.flatten(0, 1).T[None], r.T.reshape(1, -1)
-            else:
-                J = J.permute(1, 2, 0)
-            parts.append(gram_project(J, r, "torch"))
-    G, p, rr = (torch.cat(part) for part in zip(*parts, strict=True))
-    return (G.sum(0, True), p.sum(0, True), rr.sum(0, True)) if total else (G, p, rr)
+    for _, own, output in _outputs(decoder, z, args, kwargs, chunk_size):
+        with torch.enable_grad():
+            columns = output.flatten(1).unbind(1)
+        # Samples do not depend on each other: the gradient of their sum is each one's own.
+        J = torch.stack(_pulled(columns, own, [torch.ones_like(f) for f in columns]))
+        # Of all samples as of one where their sum is wanted: [n, b, m] to [1, m, n b].
+        J = J.flatten(0, 1).T[None] if total else J.permute(1, 2, 0)
+        parts.append(gram_project(J, J.new_zeros(len(J), J.shape[2]), "torch")[0])
+    G = torch.cat(parts)
+    return G.sum(0, True) if total else G
 
 
-def take(inputs: Any, batch: int, rows: Any) -> Any:
-    """Further decoder inputs for some samples of a batch: of tensors with its extent the rows."""
+def _outputs(
+    decoder: Callable[..., Tensor],
+    z: Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
+    chunk_size: int | None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, their latents as a leaf, and their outputs with a graph, a chunk at a time."""
+    decoder, kwargs = unwrap(decoder, kwargs)
+    size = chunk_size or (len(z) if z.is_cuda else _SAMPLES)
 
-    def taken(leaf: Any) -> Any:
-        along = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+    def own(leaf: Any, rows: slice) -> Any:
+        along = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == len(z)
         return leaf[rows] if along else leaf
 
-    return pytree.tree_map(taken, inputs)
+    for start, stop in chunk_bounds(len(z), size):
+        rows = slice(start, stop)
+        part = z[rows].detach().requires_grad_()
+        own_args, own_kwargs = pytree.tree_map(
+            lambda leaf, rows=rows: own(leaf, rows), (args, kwargs)
+        )
+        with torch.enable_grad():
+            output = decoder(part, *own_args, **own_kwargs)
+        check_output(output, part)
+        yield rows, part, output
 
 
-def _jacobian(decoder: Callable, z: Tensor, x: Tensor, args: tuple, kwargs: dict[str, Any]):
-    """The rows of J, ``[n, b, m]``, and r = x - f(z), ``[b, n]``."""
-    z = z.detach().requires_grad_()
-    with torch.enable_grad():
-        output = decoder(z, *args, **kwargs)
-        check_output(output, z)
-        check_shape(x, output.shape)
-        columns = output.flatten(1).unbind(1)
-    residual = (x - output.detach()).flatten(1)
-    if not output.requires_grad:
-        return z.new_zeros(len(columns), *z.shape), residual
-    ones = torch.ones_like(columns[0])
-    rows = [
-        # Samples do not depend on each other: the gradient of their sum is each one's own.
-        torch.autograd.grad(f, z, ones, retain_graph=True, materialize_grads=True)[0]
-        for f in columns
+def _pulled(outputs: Any, z: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
+    """The gradients by z of each output for its cotangent."""
+    return [
+        torch.autograd.grad(f, z, cotangent, retain_graph=True, materialize_grads=True)[0]
+        if f.requires_grad
+        else torch.zeros_like(z)
+        for f, cotangent in zip(outputs, cotangents, strict=True)
     ]
-    return torch.stack(rows), residual

@@ -241,7 +241,7 @@ def test_forward_and_reverse_mode_agree(n, shared, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("fastsfvae.fit.pullback", None)
         assert torch.equal(fit(backend="torch").z, backward.z)
-    monkeypatch.setattr("fastsfvae.fit.reverse_sums", None)
+    monkeypatch.setattr("fastsfvae.fit.gram_by_rows", None)
     with pytest.raises(TypeError):
         fit()
     forward = fit(backend="reference")
@@ -267,8 +267,9 @@ def test_samples_do_not_depend_on_each_other(monkeypatch):
     z0 = draw(16, M, seed=1)
     settings = {"prior_var": 1.0, "noise_var": 0.05, "steps": 40}
     sizes = []
+    curvature = _Objective.curvature
     monkeypatch.setattr(
-        _Objective, "at", lambda self, z, at=_Objective.at: sizes.append(len(z)) or at(self, z)
+        _Objective, "curvature", lambda self, z: sizes.append(len(z)) or curvature(self, z)
     )
     found = sf.fit_latents(decoder, x, z0, **settings)
     assert sizes[0] == 16 and sizes[-1] <= 8 and len(sizes) == 1 + int(found.steps.max())
@@ -410,7 +411,7 @@ def test_a_decoder_that_overflows_keeps_the_best_point():
     assert torch.equal(found.z, z0) and torch.equal(found.squared_error, 2 * value)
     assert found.covariance.isfinite().all() and not found.converged.any()
     assert found.steps.tolist() == [1] * 6
-    few = sf.fit_latents(Steep(), x, z0, steps=3)
+    few = sf.fit_latents(Steep(), x, z0, steps=1)
     assert torch.equal(few.z, z0) and not few.converged.any()
     found = sf.fit_latents(Steep(), x, z0, steps=60, tol=1e-8)
     assert found.converged.all()
@@ -440,25 +441,66 @@ def test_float32_is_as_good_as_its_rounding():
     assert (value <= objective(exact, x, want.z, **settings) * (1 + 4e-6)).all()
 
 
-def test_damping_and_growth_follow_the_rule():
-    """One sample, whose gain ratio is known in closed form."""
-    state = []
-    step = levenberg_marquardt._step
-    decoder, x, z0 = linear(), draw(1, 9), draw(1, M, seed=1)
+def moves_of(decoder, x, z0, monkeypatch, **settings):
+    """The states behind each move."""
+    states, move = [], levenberg_marquardt._move
 
     def noted(*args):
-        state.append(step(*args))
-        return state[-1]
+        found = move(*args)
+        states.append(found[0])
+        return found
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(levenberg_marquardt, "_step", noted)
-        sf.fit_latents(decoder, x, z0, steps=3, tol=0)
+    monkeypatch.setattr(levenberg_marquardt, "_move", noted)
+    sf.fit_latents(decoder, x, z0, **settings)
+    return states
+
+
+def test_damping_falls_after_good_moves(monkeypatch):
     # The model of a linear decoder is exact: each gain ratio is 1.
-    close(torch.cat([s.damping for s in state]), 10.0 ** torch.arange(-3, -6, -1, dtype=F64), 1e-6)
+    decoder, x, z0 = linear(), draw(1, 9), draw(1, M, seed=1)
+    states = moves_of(decoder, x, z0, monkeypatch, steps=1, tol=0)
     A, b = decoder.weight.detach(), decoder.bias.detach()
-    H, g = A.T @ A, ((z0 @ A.T + b) - x) @ A
-    damped = H + 1e-2 * H.trace() / M * torch.eye(M, dtype=F64)
-    close(state[0].point.z, z0 - torch.linalg.solve(damped, g[0])[None])
+    H, z = A.T @ A, z0
+    damping = 1e-2 * H.trace() / M
+    for state in states[:3]:
+        damped = H + damping * torch.eye(M, dtype=F64)
+        damping = damping / 10
+        close(state.damping, damping.view(1))
+        z = z - torch.linalg.solve(damped, A.T @ ((z @ A.T + b) - x)[0])
+        close(state.best.z, z)
+
+
+def test_damping_grows_after_bad_moves(monkeypatch):
+    x, z0 = torch.full((1, 1), 1e6, dtype=F64), torch.full((1, 1), -3.0, dtype=F64)
+    states = moves_of(Steep(), x, z0, monkeypatch, steps=1, tol=1e-12)
+    # 2, 4, 8, ... times as much after each.
+    want = 1e-2 * math.exp(-6) * 2.0 ** torch.tensor([1, 3, 6, 10, 15, 21])
+    close(torch.cat([s.damping for s in states]), want.double(), 1e-6)
+    assert all(torch.equal(s.best.z, z0) for s in states)
+
+
+def test_the_curvature_is_that_of_where_it_ends(monkeypatch):
+    """However often H was kept."""
+    decoder, x, z0 = tanh(), draw(5, 12), draw(5, M, seed=1)
+    for steps in (1, 2):
+        found = sf.fit_latents(decoder, x, z0, steps=steps, prior_var=1.0, noise_var=0.1)
+        assert (found.z != z0).any(1).all()
+        H = gauss_newton(decoder, found.z, c=0.1, prior_var=1.0)
+        close(found.covariance, torch.linalg.inv(H))
+
+
+def test_what_a_forward_writes_is_undone():
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, z):
+            self.calls = self.calls + 1
+            return super().forward(z)
+
+    for n in (2, 9):
+        decoder = Counting(M, n)
+        sf.fit_latents(decoder, torch.ones(3, n), torch.zeros(3, M))
+        assert decoder.calls == 0
 
 
 REFUSED = {

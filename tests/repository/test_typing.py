@@ -38,6 +38,8 @@ def measure(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> flo
     elbo: sf.Elbo = sf.sampling_free_elbo(decoder, x, mean, log_var, likelihood="mixture")
     output, jacobian = sf.decode_with_jacobian(decoder, mean, backend="reference")
     pulled: sf.Pullback = sf.pullback(decoder, mean, x, chunk_size=4)
+    fit: sf.Fit = sf.fit_latents(decoder, x, mean, prior_var=1.0, damping=0.1, weight=x)
+    mean = fit.z
     density: Tensor = sf.low_rank_log_prob(
         (x - output).flatten(1), jacobian.flatten(2), log_var.exp(), noise_var=0.5
     )
@@ -80,9 +82,10 @@ WRONG = {
     'sf.log_volume(decoder, x, reduction="all")': "log_volume",
     'sf.isometry_loss(decoder, x, over="all")': "over",
     'sf.metric(decoder, backend="tritn")': "backend",
-    'sf.fit_latents(decoder, x, x, damping="none")': "damping",
     "sf.kalman_update(decoder, x, x, x)": "noise_var",
     "sf.metric(decoder)(x, derivative=True).sum()": "sum",
+    'sf.fit_latents(decoder, x, x, backend="gpu")': "backend",
+    'sf.fit_latents(decoder, x, x, damping="marquardt")': "damping",
     'sf.fused_layers("sometimes")': "fused_layers",
     'sf.evaluate.log_marginal_likelihood(decoder, x, x, x, noise_var=1.0, proposal="prior")': (
         "proposal"
