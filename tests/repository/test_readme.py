@@ -106,3 +106,17 @@ def test_the_readme_names_all_modules():
     assert rooms - {"fastsfvae", "fastsfvae/kernels"} == {
         name for name in re.findall(r"`(fastsfvae/[\w/]+)/`", README)
     }
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_pages_examples_run_and_their_links_exist(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    torch.manual_seed(0)
+    names: dict = {"torch": torch, "nn": nn, "sf": sf}
+    for block in python(text):
+        exec(block, names)
