@@ -1,12 +1,13 @@
 """Fitting latents, ours against optimisers of torch and PyPose: `python -m bench.uses.fit`.
 
-    digits   an MLP decoder of the digits, trained here; m = 16, B = 64, from z = 0 and from the
-             encoder's means; prior_var = 1, noise_var c = 0.5, with which it was trained, and 0.01,
-             nearer to what it leaves. Time until the batch's mean F is within 1% of the best that
-             long float64 runs found, and F at equal seconds.
-    memory   the same decoder at B = 1024, one step: the peak of a process each.
-    field    a decoder of coordinates as large as DeepSDF's (8 layers of 512, m = 256), drawn at
-             random, one latent through 16,384 points: F at equal seconds.
+    digits     an MLP decoder of the digits, trained here; m = 16, B = 64, from z = 0 and from the
+               encoder's means; prior_var = 1, noise_var c = 0.5, as in its training, and 0.01,
+               nearer to what it leaves. Time until the batch's mean F is within 1% of the best that
+               long float64 runs found, and F at equal seconds.
+    memory     the same decoder at B = 1024, one step: the peak of a process each.
+    field      a decoder of coordinates as large as DeepSDF's (8 layers of 512, m = 256), drawn at
+               random, one latent through 16,384 points: the error at equal seconds.
+    proposals  effective samples of the log marginal likelihood, by the density they come from.
 
 How many steps each needs is found first, without a clock; that many are then timed, all candidates
 in turn. What they end with is evaluated in float64 before that. Adam and LBFGS get the fastest of
@@ -25,6 +26,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -46,10 +48,11 @@ WITHIN = 1.01
 ADAM_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 LBFGS_RATES = (0.3, 1.0)
 FIELD_RATES = (0.003, 0.01, 0.03, 0.1)
-MOST_STEPS = 512
+MOST_STEPS = 128
 NOISE_VARS = (0.5, 0.01)
 SECONDS = (0.03, 0.06, 0.12, 0.24)
 POINTS = 16_384
+PARTS = ("digits", "proposals", "memory", "field")
 RESULTS = ROOT / "bench" / "results" / "uses" / "fit.csv"
 
 
@@ -346,36 +349,76 @@ def field(points: int) -> list[Row]:
     return rows
 
 
+def proposals(encoder: nn.Module, decoder: nn.Module) -> list[Row]:
+    """Effective sample sizes of importance weights of 250 test digits, by proposal."""
+    x = digits("test").images.flatten(1)[:250] / 255
+    with torch.no_grad():
+        mean, log_var = encoder(x).chunk(2, 1)
+    rows = []
+    for c, name in itertools.product((0.5, 0.05), sf.evaluate.PROPOSALS):
+        start = time.perf_counter()
+        found = sf.evaluate.log_marginal_likelihood(
+            *(decoder, x, mean, log_var), noise_var=c, samples=256, proposal=name,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        ms = 1e3 * (time.perf_counter() - start)
+        effective = found.effective_samples
+        case = f"proposals, c = {c}, K = 256"
+        rows.append(
+            Row(case, name, "effective samples, median", "", ms, None, effective.median().item())
+        )
+        rows.append(Row(case, name, "log ML, mean", value=found.estimate.mean().item()))
+    return rows
+
+
+def write(rows: list[Row]) -> None:
+    """Put rows into the file in the place of those of the same cases."""
+    cases, kept = {row.case for row in rows}, []
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            kept = [row for row in list(csv.reader(file))[1:] if row[0] not in cases]
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows([*kept, *(row.cells() for row in rows)])
+
+
 def main() -> None:
     parser = make_parser("uses.fit", __doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--points", type=int, default=POINTS, help="of the field; 0 leaves it out")
+    parser.add_argument("--points", type=int, default=POINTS, help="of the field")
+    parser.add_argument("part", nargs="?", choices=PARTS, help="all by default")
     parser.add_argument("--peak", choices=PEAKS, help="print this one's peak memory and stop")
     options = parser.parse_args()
     if options.peak:
         print_peak(options.peak)
         return
     warnings.filterwarnings("ignore", module="torch|pypose")
-    encoder, decoder = trained()
-    x = digits("test").images.flatten(1)[:BATCH] / 255
-    with torch.no_grad():
-        mean = encoder(x).chunk(2, 1)[0]
     rows = []
-    starts = {"0": torch.zeros_like(mean), "the encoder": mean}
-    for c, (start, z0) in itertools.product(NOISE_VARS, starts.items()):
-        problem = Problem(decoder, x, z0, c)
-        rows += to_one_percent(f"digits, c = {c}, from {start}", problem, options.rounds)
-    for name in PEAKS:
-        rows.append(Row(f"digits, B = {LARGE}", name, "peak MB, 2 steps", value=peak(name) / 1e6))
-    rows += field(options.points) if options.points else []
+    if options.part != "field":
+        encoder, decoder = trained()
+    if options.part in (None, "digits"):
+        x = digits("test").images.flatten(1)[:BATCH] / 255
+        with torch.no_grad():
+            mean = encoder(x).chunk(2, 1)[0]
+        starts = {"0": torch.zeros_like(mean), "the encoder": mean}
+        for c, (start, z0) in itertools.product(NOISE_VARS, starts.items()):
+            problem = Problem(decoder, x, z0, c)
+            rows += to_one_percent(f"digits, c = {c}, from {start}", problem, options.rounds)
+    if options.part in (None, "proposals"):
+        rows += proposals(encoder, decoder)
+    if options.part in (None, "memory"):
+        for name in PEAKS:
+            rows.append(
+                Row(f"digits, B = {LARGE}", name, "peak MB, 2 steps", value=peak(name) / 1e6)
+            )
+    if options.part in (None, "field"):
+        rows += field(options.points)
     print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}")
     for row in rows:
         print(row.line())
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(row.cells() for row in rows)
+    write(rows)
 
 
 if __name__ == "__main__":
