@@ -14,7 +14,7 @@ after others, which are not made (Nielsen 1999; his factor for good ones is 1/3)
 proportion to the mean of H's diagonal. What a move without any damping would gain by the model,
 g^T H^-1 g / 2, tells when to stop.
 
-H costs as much as ten or twenty of F and g, and changes less: a step takes it once and moves a few
+H costs as much as some ten of F and g, and changes less: a step takes it once and moves a few
 times with it (Newton's method with a Hessian that is kept: Shamanskii 1967).
 """
 
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# Of the first move, and how far it may fall after a good one: the fewest steps over decoders of
-# digits, trained and drawn, from three starts each; likewise the moves of a step.
+# Damping of the first move, and how far it may fall after a good one: the fewest steps over
+# decoders of digits, trained and drawn, from three starts each. Up to six moves saved steps there.
 _DAMPING, _FALL, _MOVES = 1e-2, 0.1, 6
 # A damped move that promises less than that share of the tolerance is not worth a step.
 _HOPELESS = 1e-4
