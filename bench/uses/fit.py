@@ -19,8 +19,6 @@ and writes bench/results/uses/fit.csv.
 from __future__ import annotations
 
 import copy
-import csv
-import ctypes
 import itertools
 import math
 import statistics
@@ -37,8 +35,9 @@ from torch import Tensor, nn
 
 import fastsfvae as sf
 from bench.command import ROOT, make_parser
-from bench.memory import CLEAR, resident
+from bench.memory import rise
 from bench.timing import take_turns
+from bench.uses.table import Row, publish
 from fastsfvae.data import digits
 
 M, BATCH, LARGE = 16, 64, 1024
@@ -54,31 +53,6 @@ NOISE_VARS = (0.5, 0.01)
 SECONDS = (0.03, 0.06, 0.12, 0.24)
 POINTS = 4_096
 PARTS = ("digits", "proposals", "memory", "field")
-RESULTS = ROOT / "bench" / "results" / "uses" / "fit.csv"
-
-
-class Row(NamedTuple):
-    """A measurement; `value` is what `quantity` says, `ratio` the time by ours."""
-
-    case: str
-    method: str
-    quantity: str
-    steps: int | str = ""
-    ms: float | None = None
-    ratio: float | None = None
-    value: float | None = None
-    note: str = ""
-
-    def cells(self) -> list[str]:
-        """As text."""
-        return ["" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-                for cell in self]  # fmt: skip
-
-    def line(self) -> str:
-        """As a line of a table."""
-        case, method, quantity, *numbers, note = self.cells()
-        columns = [f"{case:32}", f"{method:24}", f"{quantity:26}", *(f"{n:>9}" for n in numbers)]
-        return " ".join([*columns, note])
 
 
 class Problem(NamedTuple):
@@ -267,12 +241,7 @@ def print_peak(name: str) -> None:
     problem = Problem(decoder.requires_grad_(False), torch.rand(LARGE, 784), torch.zeros(LARGE, M))
     method = PEAKS[name]
     method(Problem(decoder, problem.x[:2], problem.z0[:2]), 2)
-    # As in bench.memory.
-    ctypes.CDLL(None).malloc_trim(0)
-    CLEAR.write_text("5")
-    before = resident("VmRSS")
-    method(problem, 2)
-    print(resident("VmHWM") - before)
+    print(rise(lambda: method(problem, 2)))
 
 
 class Field(nn.Module):
@@ -368,19 +337,6 @@ def proposals(encoder: nn.Module, decoder: nn.Module) -> list[Row]:
     return rows
 
 
-def write(rows: list[Row]) -> None:
-    """Put rows into the file in the place of those of the same cases."""
-    cases, kept = {row.case for row in rows}, []
-    if RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            kept = [row for row in list(csv.reader(file))[1:] if row[0] not in cases]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows([*kept, *(row.cells() for row in rows)])
-
-
 def main() -> None:
     parser = make_parser("uses.fit", __doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -412,10 +368,7 @@ def main() -> None:
             )
     if options.part in (None, "field"):
         rows += field(options.points)
-    print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for row in rows:
-        print(row.line())
-    write(rows)
+    publish("fit", rows, keeps=True)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,23 @@ def compare(
     return [Row(case, name, quantity, "", ms, ms / first) for name, ms in found.items()]
 
 
-def publish(name: str, rows: Sequence[Row]) -> None:
-    """Print the rows and write them to bench/results/uses/<name>.csv."""
+def publish(name: str, rows: Sequence[Row], keeps: bool = False) -> None:
+    """Print the rows and write them to bench/results/uses/<name>.csv.
+
+    Args:
+        name: of the table.
+        rows: in order.
+        keeps: whether rows of other cases, which are there from before, stay.
+    """
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     table = [list(Row._fields), *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         print("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip())
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / f"{name}.csv").open("w", newline="") as file:
+    path, own = FOLDER / f"{name}.csv", {row.case for row in rows}
+    if keeps and path.exists():
+        with path.open(newline="") as file:
+            table[1:1] = [cells for cells in list(csv.reader(file))[1:] if cells[0] not in own]
+    with path.open("w", newline="") as file:
         csv.writer(file).writerows(table)
