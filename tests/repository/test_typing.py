@@ -39,7 +39,6 @@ def measure(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> flo
     output, jacobian = sf.decode_with_jacobian(decoder, mean, backend="reference")
     pulled: sf.Pullback = sf.pullback(decoder, mean, x, chunk_size=4)
     fit: sf.Fit = sf.fit_latents(decoder, x, mean, prior_var=1.0, damping=0.1, weight=x)
-    mean = fit.z
     density: Tensor = sf.low_rank_log_prob(
         (x - output).flatten(1), jacobian.flatten(2), log_var.exp(), noise_var=0.5
     )
@@ -51,9 +50,8 @@ def measure(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> flo
     update = sf.kalman_update(decoder, x, mean, log_var.exp(), 0.5)
     density = density + pushed.log_prob(x.flatten(1)) + update.log_prob + update.cov.sum()
     _, derivatives = sf.jvp(decoder, mean, mean)
-    _, pulled = sf.vjp(decoder, mean, derivatives)
-    values: Tensor = sf.singular_directions(decoder, mean, 2).values
-    fit: sf.Fit = sf.fit_latents(decoder, x, mean + pulled, prior_var=1.0)
+    _, back = sf.vjp(decoder, mean + fit.z, derivatives)
+    values: Tensor = sf.singular_directions(decoder, mean + back, 2).values
     density = density + values.sum() + fit.squared_error
     metric = sf.metric(decoder, backend="torch")
     gram, slope = metric(mean, derivative=True)
