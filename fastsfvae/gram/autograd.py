@@ -2,13 +2,13 @@
 
 `total_of` knows the cotangents in its forward (they are the samples' weights), finishes the
 gradients there and scales them in its backward. `outputs_of` learns them in its backward and sweeps
-the batch again there; the tangents of a batch of one chunk are kept instead.
+the batch again there; the tangents of a small batch are kept instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch._C._functorch import TransformType
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastsfvae.gram.heads import HEADS
-from fastsfvae.gram.operator import Loop, Prepared, Problem, call, output_shapes
+from fastsfvae.gram.operator import Loop, Part, Prepared, Problem, call, output_shapes
 from fastsfvae.jacobian.rules.jet import full_tangent, latent_jet
 from fastsfvae.jacobian.run.cache import chunk_bounds
 from fastsfvae.jacobian.run.chunks import flatten_in_memory_order
@@ -41,13 +41,19 @@ def total_of(prepared: Prepared, weights: Tensor) -> tuple[Tensor, Sequence[Tens
     return total, outputs[:count]
 
 
-def outputs_of(prepared: Prepared) -> Sequence[Tensor]:
-    """A head's outputs, each differentiable."""
+def outputs_of(prepared: Prepared, several: bool = False) -> Sequence[Tensor]:
+    """A head's outputs, each differentiable.
+
+    Args:
+        prepared: what is evaluated.
+        several: whether the tangents of several chunks may be kept for the backward.
+    """
     problem, tensors = prepared
     needs = _needs(tensors)
     if not any(needs):
         return call(problem, needs, (), tensors)[0]
-    return _Outputs.apply(problem, needs, [] if _may_keep() else None, *tensors)
+    kept = Kept(several, []) if _may_keep() else None
+    return _Outputs.apply(problem, needs, kept, *tensors)
 
 
 def weigh(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -60,6 +66,18 @@ def weigh(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
 def transforms() -> list[TransformType]:
     """Those of torch.func that run, the outermost first."""
     return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+class Kept(NamedTuple):
+    """Tangents that wait for the backward.
+
+    Attributes:
+        several: whether those of several chunks may.
+        loops: the loop with its parts, once the forward has run; until the backward takes it.
+    """
+
+    several: bool
+    loops: list[tuple[Loop, list[Part]]]
 
 
 def _may_keep() -> bool:
@@ -100,10 +118,12 @@ def _pull(problem: Problem, needs: Sequence[bool], kept: list, cotangents: Any, 
     """The gradients, of what was kept or all over again."""
     if not kept:
         return call(problem, needs, [t.contiguous() for t in cotangents], tensors)[1]
-    loop, part = kept.pop()
+    loop, parts = kept.pop()
     with torch.no_grad():
         loop.narrow(needs)
-        loop.pull(part, cotangents)
+        # Each part's tangents are freed when it has been pulled.
+        while parts:
+            loop.pull(parts.pop(0), cotangents)
         return loop.gradients()
 
 
@@ -190,18 +210,19 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(problem, needs, kept, *tensors):
         if kept is not None:
-            loop = Loop(problem, tensors, needs)
-            if len(loop) == 1:
-                # As long as autograd keeps the graph, and one chunk at most, as `chunk_size` says.
+            loop = Loop(problem, tensors, needs, holds=True)
+            if len(loop) == 1 or (kept.several and loop.is_small()):
+                # As long as autograd keeps the graph.
                 with torch.no_grad():
-                    (part,) = loop
-                    kept.append((loop, part))
-                    return tuple(loop.outputs([part.found.outputs]))
+                    parts = list(loop)
+                    kept.loops.append((loop, parts))
+                    return tuple(loop.outputs([part.found.outputs for part in parts]))
         return tuple(call(problem, needs, (), tensors)[0])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.problem, ctx.needs, ctx.kept, *tensors = inputs
+        ctx.problem, ctx.needs, kept, *tensors = inputs
+        ctx.kept = [] if kept is None else kept.loops
         if not torch.compiler.is_compiling():
             # The backward runs it again, perhaps after the decoder's plans were renewed.
             ctx.program = find_program(ctx.problem.program)
@@ -213,7 +234,7 @@ class _Outputs(torch.autograd.Function):
         problem, needs, tensors = ctx.problem, ctx.needs, ctx.saved_tensors
         if torch.compiler.is_compiling():
             return None, None, None, *_spread(_pull(problem, needs, [], cotangents, tensors), needs)
-        needs, kept = _asked(ctx, needs), ctx.kept or []
+        needs, kept = _asked(ctx, needs), ctx.kept
         grads: Sequence[Tensor]
         if _is_mapped(cotangents):
             # There are rules for every operation of autograd's graph, and none for the operator.

@@ -25,6 +25,8 @@ from fastsfvae.jacobian.run.sweep import Chunk, Sweep, find_program
 from fastsfvae.ops._library import refuse_vmap
 
 Item = TypeVar("Item")
+# Bytes of tangents on a CPU that may wait for a backward, each operation's counted.
+_HELD = 256 * 2**20
 
 
 class Problem(NamedTuple):
@@ -106,6 +108,7 @@ class Loop:
         tensors: its tensors.
         needs: for each of them, whether its gradient is wanted.
         cotangents: what `pull` will be given, where it is known so early.
+        holds: whether parts are pulled when all have run.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Loop:
         tensors: Sequence[Tensor],
         needs: Sequence[bool],
         cotangents: Sequence[Tensor] = (),
+        holds: bool = False,
     ):
         self._problem, self._head = problem, HEADS[problem.head]
         self._tensors, self._needs, self._cotangents = tensors, needs, cotangents
@@ -126,7 +130,7 @@ class Loop:
         needed = of_z[0], of_along, of_whole
         # Parts of a divided chunk are pulled one by one.
         given = program, z[0], along, whole, needed, problem.chunk_size
-        self._sweep = Sweep(*given, divides=bool(cotangents))
+        self._sweep = Sweep(*given, divides=bool(cotangents), holds=holds)
         # Of x and the head's inputs, one a chunk.
         self._grads: list[list[Tensor]] = [[] for _ in (*x, *inputs)]
 
@@ -139,6 +143,15 @@ class Loop:
     def __len__(self) -> int:
         """The number of parts."""
         return -(-len(self._tensors[0]) // self._problem.chunk_size)
+
+    def is_small(self) -> bool:
+        """Whether the tangents of all parts may be held at once, on a CPU.
+
+        On a GPU a part is what its memory holds.
+        """
+        z, program = self._tensors[0], find_program(self._problem.program)
+        sample = program.plans[0].total * z.shape[1] * z.element_size()
+        return self._problem.backend == "torch" and z.is_cpu and len(z) * sample <= _HELD
 
     def __iter__(self) -> Iterator[Part]:
         """Run the forward half of each chunk in turn."""

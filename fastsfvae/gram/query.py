@@ -79,7 +79,10 @@ def weighted_total(query: Query, weights: Tensor) -> tuple[Tensor, Sequence[Tens
 def head_outputs(query: Query) -> Sequence[Tensor]:
     """A head's outputs, each differentiable."""
     prepared = prepare(query)
-    return recomputed(query) if prepared is None else outputs_of(prepared)
+    if prepared is None:
+        return recomputed(query)
+    # Who gives a chunk_size wants no more memory than that takes.
+    return outputs_of(prepared, several=query.chunk_size is None)
 
 
 def gradient_of_sum(query: Query, wanted: Tensor) -> Tensor:

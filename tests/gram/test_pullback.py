@@ -15,6 +15,7 @@ from fastsfvae.gram import autograd, operator, query
 from fastsfvae.gram.contracted import Contracted, ThroughLayer
 from fastsfvae.gram.operator import gram_of
 from fastsfvae.jacobian.rules import convolution as rules
+from fastsfvae.jacobian.run.sweep import Program
 from fastsfvae.ops import convolution
 from tests.decoders import DECODERS, M, batch, build
 from tests.gram.test_operator import close
@@ -229,7 +230,7 @@ def test_a_checkpoint_keeps_no_tangents(monkeypatch):
     loops = weakref.WeakSet()
     made = autograd.Loop.__init__
     monkeypatch.setattr(
-        autograd.Loop, "__init__", lambda loop, *a: (loops.add(loop), made(loop, *a))[1]
+        autograd.Loop, "__init__", lambda loop, *a, **k: (loops.add(loop), made(loop, *a, **k))[1]
     )
     plain = pulled(decoder, z, x)
     assert len(loops) == 1
@@ -361,3 +362,37 @@ def test_autocast():
     for mine, right in zip((*found, *grads), (*want, *want_grads), strict=True):
         assert (mine - right).abs().max() <= 16 * 2**-8 * right.abs().max()
         assert mine.dtype in (torch.float32, torch.bfloat16)
+
+
+def test_several_chunks_wait_for_the_backward_where_they_are_small(monkeypatch):
+    decoder = build("higgins")
+    x, z, _ = batch(decoder, 6)
+    leaves = [z, *decoder.parameters()]
+    value = weighted(pulled(decoder, z, x))
+    want = torch.autograd.grad(value, leaves)
+    monkeypatch.setattr("fastsfvae.gram.query.default_chunk", lambda linearizer: 2)
+    ran, run = [], Program.body
+
+    def counted(self, *args, **kwargs):
+        ran.append(1)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Program, "body", counted)
+
+    def chunks(**settings):
+        """How many ran in the forward and in the first backward; a second computes them again."""
+        ran.clear()
+        value = weighted(pulled(decoder, z, x, **settings))
+        forward = len(ran)
+        found = [torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2)]
+        for grads in found:
+            close(grads, want)
+        narrow = weighted(pulled(decoder, z, x, **settings))
+        close(torch.autograd.grad(narrow, leaves[1:3]), want[1:3])
+        return forward
+
+    assert chunks() == 3 and len(ran) == 3 + 3 + 3
+    # Who says how many samples' tangents may exist at one time is heeded.
+    assert chunks(chunk_size=2) == 3 and len(ran) == 3 + 3 + 3 + 3 + 3
+    monkeypatch.setattr(operator, "_HELD", 0)
+    assert chunks() == 3 and len(ran) == 3 + 3 + 3 + 3 + 3

@@ -84,6 +84,13 @@ class _Entry(NamedTuple):
     label: str
 
 
+class Recorded(NamedTuple):
+    """What a tape has recorded, and whose gradients that leads to."""
+
+    entries: list[_Entry]
+    active: set[int]
+
+
 class _Gradient(NamedTuple):
     value: Any
     # Whether nothing else refers to its memory.
@@ -100,6 +107,8 @@ class Tape:
 
     def __init__(self, wanted: Iterable[Tensor], beside: Tape | None = None):
         self._wanted = list(wanted)
+        # Those that are wanted no more.
+        self._left: set[int] = set()
         self._entries: list[_Entry] = []
         self._gradients: dict[int, _Gradient] = {}
         # By tensor and name; the tensor is kept beside its result, so that its id stays its own.
@@ -146,9 +155,9 @@ class Tape:
 
     def leave(self, tensors: Iterable[Tensor]) -> None:
         """Want no gradient of these any more."""
-        ids = set(map(id, tensors))
-        self._wanted = [t for t in self._wanted if id(t) not in ids]
-        self._active -= ids
+        self._left |= set(map(id, tensors))
+        self._wanted = [t for t in self._wanted if id(t) not in self._left]
+        self._active -= self._left
 
     def once(
         self,
@@ -247,6 +256,17 @@ class Tape:
                     fresh = entry.rule.fresh or (alone and _share(result, gradient.value))
                     self._give(entry.rule, arg, need, result, fresh)
         self._forget()
+
+    def put_aside(self) -> Recorded:
+        """Take out what was recorded, to be pulled later; the tape is then as before it."""
+        recorded = Recorded(self._entries, self._active)
+        self._entries = []
+        self._forget()
+        return recorded
+
+    def take_up(self, recorded: Recorded) -> None:
+        """Put back what was taken out, in place of what is recorded."""
+        self._entries, self._active = recorded.entries, recorded.active - self._left
 
     def add(self, tensor: Tensor, gradient: Tensor) -> None:
         """Count a gradient that no rule gave, in memory that nothing else refers to."""

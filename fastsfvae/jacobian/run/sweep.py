@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsfvae.jacobian.plan.last_layer import LastLayer
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, latent_jet, stack_of
-from fastsfvae.jacobian.rules.tape import Tape
+from fastsfvae.jacobian.rules.tape import Recorded, Tape
 from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.kernels._contract import asked_for
 from fastsfvae.ops._gpu import cache_bytes, gpu_of
@@ -241,7 +241,9 @@ class Sweep:
         needs: which gradients are wanted: z's, those of `along`, those of `whole`.
         chunk_size: at most that many samples a chunk.
         divides: whether a chunk whose last layers' stacks a cache could hold, of fewer samples, is
-            run so behind the cut (`Halves`); each part must be pulled before the next one begins.
+            run so behind the cut (`Halves`).
+        holds: whether chunks may be pulled when all have run; without, each must be before the next
+            one begins. Not of what is divided.
     """
 
     def __init__(
@@ -253,8 +255,9 @@ class Sweep:
         needs: tuple[bool, Sequence[bool], Sequence[bool]],
         chunk_size: int,
         divides: bool = False,
+        holds: bool = False,
     ):
-        self._program, self._whole = program, whole
+        self._program, self._whole, self._holds = program, whole, holds
         self._divides = divides and divides_on(z.device)
         self._batch, self._size = (z, *along), chunk_size
         self._want(needs)
@@ -298,8 +301,12 @@ class Sweep:
                 yield from self._divided(halves, middle, given, start, sources)
                 continue
             last = output.source if isinstance(output, LastLayer) else output
+            held = self._tape.put_aside() if self._holds else None
 
-            def pull(grad: Jet, others: Pairs, last: Jet = last, sources: tuple = sources) -> None:
+            def pull(grad: Jet, others: Pairs, last: Jet = last, sources: tuple = sources,
+                     held: Recorded | None = held) -> None:  # fmt: skip
+                if held is not None:
+                    self._tape.take_up(held)
                 for tensor, gradient in others:
                     self._tape.add(tensor, gradient)
                 self._pull(last, grad, sources)
