@@ -74,8 +74,9 @@ def judge(name: str, steps: int, images: Tensor, test: Tensor) -> tuple[list[Row
         )
         found[f"log ML, {proposal}"] = weights.estimate.mean()
         found[f"effective samples of 500, {proposal}"] = weights.effective_samples.median()
+    case = f"digits, {steps} steps"
     rows = [
-        Row("digits", name, quantity, steps, 1e3 * seconds / steps, value=float(value))
+        Row(case, name, quantity, steps, 1e3 * seconds / steps, value=float(value))
         for quantity, value in found.items()
     ]
     return rows, seconds

@@ -25,9 +25,9 @@ class VariationalLaplace:
     A few steps of `fit_latents` lead from the encoder's mean to a mode z*, where q*(z|x) is
     N(z*, (I + J^T J / c)^-1), a full covariance. The decoder is trained by the ELBO of q*, held
     fixed: at a mode its own gradient hardly counts. The encoder is trained to predict q*, by
-    KL(q* || q), so that q(z|x) can be used, and evaluated, without a search. (Park et al.
-    differentiate through the search, by which their encoder learns where to start; that is not done
-    here.)
+    KL(q || q*), which is the ELBO of q up to a constant where q* is the posterior; so that q(z|x)
+    can be used, and evaluated, without a search. (Park et al. differentiate through the search, by
+    which their encoder learns where to start; that is not done here.)
 
     Args:
         decoder: f, ``z [B, m] -> [B, *out]``.
@@ -66,7 +66,7 @@ class VariationalLaplace:
         """Evaluate; see `Objective`.
 
         `objective` is the ELBO of q*, `kl` its divergence from the prior; the loss has
-        KL(q* || q) besides.
+        KL(q || q*) besides.
         """
         # Every step is taken, so that no batch waits for its slowest image.
         found = fit_latents(
@@ -102,6 +102,8 @@ class VariationalLaplace:
 
 
 def _divergence(mode: Tensor, factor: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mode, L L^T) || N(mean, diag(exp(log_var)))), ``[B]``, in nats."""
-    std = torch.exp(0.5 * log_var)
-    return gaussian_kl_of_factor((mode - mean) / std, factor / std.unsqueeze(-1))
+    """KL(N(mean, diag(exp(log_var))) || N(mode, L L^T)), ``[B]``, in nats."""
+    given = torch.cat([(mean - mode).unsqueeze(-1), torch.diag_embed(torch.exp(0.5 * log_var))], -1)
+    # By L^-1 the second one becomes N(0, I).
+    whitened = torch.linalg.solve_triangular(factor, given, upper=False)
+    return gaussian_kl_of_factor(whitened[..., 0], whitened[..., 1:])
