@@ -136,22 +136,28 @@ def same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor]) -> None:
             )
 
 
-def latent(mean: Tensor, log_var: Tensor, factor: bool = False) -> None:
+def latent(
+    mean: Tensor,
+    log_var: Tensor,
+    factor: bool = False,
+    names: tuple[str, str] = ("mean", "log_var"),
+) -> None:
     """Raise unless mean and log_var are floating [B, m] of one shape with B, m >= 1.
 
     With `factor`, log_var may be a covariance's factor [B, m, m] as well.
     """
-    floating("mean", mean)
-    floating("log_var", log_var)
+    first, second = names
+    floating(first, mean)
+    floating(second, log_var)
     is_factor = factor and log_var.shape == (*mean.shape, *mean.shape[1:])
     if mean.dim() != 2 or not (mean.shape == log_var.shape or is_factor):
         raise ValueError(
-            f"mean {tuple(mean.shape)} and log_var {tuple(log_var.shape)} must both be [B, m]"
+            f"{first} {tuple(mean.shape)} and {second} {tuple(log_var.shape)} must both be [B, m]"
             + (", or log_var a factor [B, m, m] of the covariance" if factor else "")
         )
     if 0 in mean.shape:
-        raise ValueError(f"mean has shape {tuple(mean.shape)}: the batch is empty")
-    same_device(("mean", mean), ("log_var", log_var))
+        raise ValueError(f"{first} has shape {tuple(mean.shape)}: the batch is empty")
+    same_device((first, mean), (second, log_var))
 
 
 def batch(x: Tensor, mean: Tensor) -> None:

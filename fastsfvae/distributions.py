@@ -199,16 +199,20 @@ def kalman_update(
     cov: Tensor,
     noise_var: float | Tensor,
     *args: Any,
+    at: Tensor | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
     **kwargs: Any,
 ) -> KalmanUpdate:
-    """Condition z ~ N(mean, cov) on x = f(z) + noise, f linearised at the mean.
+    """Condition z ~ N(mean, cov) on x = f(z) + noise, f linearised at the mean, or at `at`.
 
     The extended Kalman filter's update with the observation noise cI, by m x m systems whatever the
     size of x. With cov = L L^T, J_L = J L, G = J_L^T J_L, p = J_L^T (x - f(mean)), C = cI + G:
 
         mean + L C^-1 p        c L C^-1 L^T        log N(x; f(mean), J_L J_L^T + cI)
+
+    where with `at` f(mean) is the linearisation's, f(at) + J (mean - at). At the mean of an update
+    before, that is the iterated filter's next one, which ends at the posterior's mode.
 
     For a linear decoder that is the Kalman filter, and the posterior exact. Differentiable in every
     tensor and in the decoder's parameters. Where rounding of G costs C its positive definiteness,
@@ -221,6 +225,7 @@ def kalman_update(
         cov: variances ``[B, m]``, or positive definite covariances ``[B, m, m]``.
         noise_var: c, in squared units of x.
         *args: further decoder inputs.
+        at: ``[B, m]``, where f is linearised; it needs variances above 0. None for the mean.
         backend: see `decode_with_jacobian`.
         chunk_size: likewise.
         **kwargs: further decoder inputs by name.
@@ -231,9 +236,11 @@ def kalman_update(
     """
     _checks.noise_var(noise_var)
     factor = _factor(mean, cov)
+    if at is not None:
+        _checks.latent(mean, at, names=("mean", "at"))
     tangents = None if factor is None else factor.permute(2, 0, 1)
     found = pullback(
-        *(decoder, mean, x, *args),
+        *(decoder, mean if at is None else at, x, *args),
         tangents=tangents,
         backend=backend,
         chunk_size=chunk_size,
@@ -245,6 +252,13 @@ def kalman_update(
     L = torch.diag_embed(cov.double().sqrt()) if factor is None else factor.double()
     if factor is None:
         G, p = L @ G @ L, (L @ p.unsqueeze(-1)).squeeze(-1)
+    if at is not None:
+        # Of at - mean in L's terms: the residual is that of the linearisation at the mean.
+        ahead = (at - mean).double().unsqueeze(-1)
+        w = torch.linalg.solve_triangular(L, ahead, upper=False).squeeze(-1)
+        moved = (G @ w.unsqueeze(-1)).squeeze(-1)
+        rr = rr + (w * (2 * p + moved)).sum(-1)
+        p = p + moved
     root = _root(G, c, torch.finfo(found.gram.dtype).eps)
     # Rows of (L C^-1/2)^T and C^-1/2 p.
     whitened = torch.linalg.solve_triangular(root, L.mT, upper=False)

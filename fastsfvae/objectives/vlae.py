@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
+from fastsfvae.distributions import kalman_update
 from fastsfvae.fit import fit_latents
 from fastsfvae.likelihoods import gaussian_kl_of_factor
 from fastsfvae.loss import sampling_free_elbo
@@ -22,17 +23,18 @@ BOUNDS: tuple[Bound, ...] = get_args(Bound)
 class VariationalLaplace:
     """The ELBO of the Laplace approximation at the posterior's mode (Park, Kim & Kim 2019).
 
-    A few steps of `fit_latents` lead from the encoder's mean to a mode z*, where q*(z|x) is
-    N(z*, (I + J^T J / c)^-1), a full covariance. The decoder is trained by the ELBO of q*, held
-    fixed: at a mode its own gradient hardly counts. The encoder is trained to predict q*, by
-    KL(q || q*), which is the ELBO of q up to a constant where q* is the posterior; so that q(z|x)
-    can be used, and evaluated, without a search. (Park et al. differentiate through the search, by
-    which their encoder learns where to start; that is not done here.)
+    A few steps of `fit_latents` lead from the encoder's mean to a mode of the posterior. There one
+    Gauss-Newton step more, `kalman_update` at the mode, gives q*(z|x) with a full covariance,
+    N(z*, (I + J^T J / c)^-1), as a function of the decoder's parameters. The decoder is trained by
+    the ELBO of q*, through q* as well: how far a linearisation holds is up to the decoder. The
+    encoder is trained to predict q*, by KL(q || q*), which is the ELBO of q up to a constant where
+    q* is the posterior; so that q(z|x) can be used, and evaluated, without a search. (Park et al.
+    differentiate through every step of the search, to the encoder too.)
 
     Args:
         decoder: f, ``z [B, m] -> [B, *out]``.
         noise_var: c, variance of the observation noise in squared units of x.
-        mode_steps: of the search, each with m tangents.
+        mode_steps: of the search, each with m tangents; one step more is differentiated.
         bound: "sampled", by `samples` draws of q*; "closed-form", by "expected" of
             `sampling_free_elbo` with the full covariance, which draws nothing and is no bound.
         samples: K.
@@ -47,7 +49,7 @@ class VariationalLaplace:
         decoder: Callable[..., Tensor],
         *,
         noise_var: float = 0.5,
-        mode_steps: int = 2,
+        mode_steps: int = 1,
         bound: Bound = "sampled",
         samples: int = 1,
         backend: _checks.Backend = "auto",
@@ -77,8 +79,10 @@ class VariationalLaplace:
             tol=0.0,
             backend=self.backend,
         )
-        mode, covariance = found.z, found.covariance.to(mean.dtype)
-        factor = torch.linalg.cholesky_ex(covariance).L
+        prior = torch.zeros_like(mean), torch.ones_like(mean)
+        given = self.decoder, x, *prior, self.noise_var
+        posterior = kalman_update(*given, at=found.z, backend=self.backend)
+        mode, factor = posterior.mean, torch.linalg.cholesky_ex(posterior.cov).L
         kl = gaussian_kl_of_factor(mode, factor)
         if self.bound == "closed-form":
             terms = sampling_free_elbo(
@@ -96,7 +100,7 @@ class VariationalLaplace:
                 t.mean(0) for t in decode(self.decoder, x, z, self.noise_var)
             )
         elbo = log_likelihood - kl
-        loss = _divergence(mode, factor, mean, log_var).mean() - elbo.mean()
+        loss = _divergence(mode.detach(), factor.detach(), mean, log_var).mean() - elbo.mean()
         detached = (t.detach() for t in (elbo, log_likelihood, kl, squared_error))
         return Terms(loss, *detached)
 

@@ -117,7 +117,7 @@ class TrainConfig:
     samples: int = 1
     """Draws of the posterior per image (sampling, beta-vae, iwae, stl, dreg, vlae)."""
 
-    mode_steps: int = 2
+    mode_steps: int = 1
     """Steps from the encoder's mean to the posterior's mode (vlae)."""
 
     bound: Bound = "sampled"

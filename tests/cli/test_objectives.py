@@ -19,7 +19,7 @@ OPTIONS = {
     "iwae": (["--samples", "4"], o.ImportanceWeighted, {"samples": 4}),
     "stl": (["--samples", "2"], o.StickingTheLanding, {"samples": 2}),
     "dreg": (["--samples", "2"], o.DoublyReparameterized, {"samples": 2}),
-    "vlae": (["--mode-steps", "1"], o.VariationalLaplace, {"mode_steps": 1, "bound": "sampled"}),
+    "vlae": (["--mode-steps", "2"], o.VariationalLaplace, {"mode_steps": 2, "bound": "sampled"}),
 }
 
 

@@ -150,6 +150,37 @@ def test_every_gradient_of_an_update(full):
         close(results(found), results(want))
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_an_update_linearised_elsewhere(full):
+    f, (x, mean, log_var), L = decoder(), batch(), factor()
+    at = (mean.detach() + 0.3).requires_grad_()
+    leaves = [at, mean, L if full else log_var, *f.parameters()]
+    cov = L @ L.mT if full else log_var.exp()
+    P = cov if full else torch.diag_embed(cov)
+    output, J = sf.decode_with_jacobian(f, at, backend="reference")
+    W = J.flatten(2).mT
+    loc = output.flatten(1) + (W @ (mean - at).unsqueeze(-1)).squeeze(-1)
+    S = W @ P @ W.mT + 0.3 * torch.eye(N, dtype=torch.float64)
+    gain, r = P @ W.mT @ S.inverse(), x.flatten(1) - loc
+    updated = mean + (gain @ r.unsqueeze(-1)).squeeze(-1), P - gain @ W @ P
+    want = (*updated, MultivariateNormal(loc, S).log_prob(x.flatten(1)))
+    found = sf.kalman_update(f, x, mean, cov, 0.3, at=at)
+    close(found, want)
+    weights = [torch.arange(t.numel()).cos().view(t.shape) for t in want]
+    totals = [sum((w * t).sum() for w, t in zip(weights, ts, strict=True)) for ts in (found, want)]
+    close(*(torch.autograd.grad(total, leaves, retain_graph=True) for total in totals))
+
+
+def test_iterated_updates_end_at_the_mode():
+    f, (x, mean, _) = decoder(), batch()
+    prior = torch.zeros_like(mean), torch.ones_like(mean)
+    fit = sf.fit_latents(f, x, mean, prior_var=1.0, noise_var=0.3, steps=50, tol=0.0)
+    found = sf.kalman_update(f, x, *prior, 0.3, at=fit.z)
+    close([found.mean, found.cov], [fit.z, fit.covariance], 1e-7)
+    with pytest.raises(ValueError, match=r"mean \(5, 3\) and at \(5, 2\) must both be"):
+        sf.kalman_update(f, x, *prior, 0.3, at=fit.z[:, :2])
+
+
 def test_an_update_in_float32_that_rounding_would_break():
     torch.manual_seed(0)
     f = nn.Linear(M, N, bias=False)
