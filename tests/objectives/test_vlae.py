@@ -84,7 +84,7 @@ def test_the_encoder_is_led_to_the_posterior():
     decoder, x, mean, _ = problem()
     fit = sf.fit_latents(decoder, x, mean, steps=50, prior_var=1.0, noise_var=C, tol=0.0)
     mode, prior = fit.z, (torch.zeros_like(mean), torch.ones_like(mean))
-    for _ in range(20):
+    for _ in range(60):
         posterior = sf.kalman_update(decoder, x, *prior, C, at=mode)
         mode = posterior.mean.detach()
     # Of all diagonal Gaussians the divergence is least at the mode and the precisions of q*.
