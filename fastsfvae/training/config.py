@@ -172,9 +172,7 @@ class TrainConfig:
         if self.cuda_graph and self.compile:
             raise ValueError("compile and cuda_graph exclude each other: give one of them")
         if self.compile and self.method == "vlae":
-            raise ValueError(
-                "method='vlae' searches in a loop, which is not compiled: no --compile"
-            )
+            raise ValueError("method='vlae' cannot compile its search: leave out --compile")
         if self.train_images < 0:
             raise ValueError(f"train_images={self.train_images} must not be negative")
         if not 0 <= self.data_budget < math.inf:
