@@ -23,7 +23,7 @@ from torch.distributions import LowRankMultivariateNormal
 import fastsfvae as sf
 from bench.problems import GAMMA, NOISE_VAR, Problem, autocast
 from fastsfvae._ranges import span
-from fastsfvae.loss import gaussian_kl
+from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.objectives import Sampling, SamplingFree
 from fastsfvae.reproduce.runtime import vmap_jacfwd as vmap_jacfwd
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastsfvae.elbo import Elbo as Elbo
+from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.gram.pullback import Pullback as Pullback
 from fastsfvae.gram.pullback import pullback
 from fastsfvae.ground.provenance import VERSION
 from fastsfvae.jacobian.api import decode_with_jacobian, jvp, vjp
-from fastsfvae.loss import Elbo as Elbo
-from fastsfvae.loss import SamplingFreeLoss, low_rank_log_prob, sampling_free_elbo
+from fastsfvae.likelihoods import low_rank_log_prob
+from fastsfvae.loss import SamplingFreeLoss
 from fastsfvae.ops.dispatch import fused_layers
 
 __version__ = VERSION

@@ -55,6 +55,25 @@ def kl_weight(value: float | Tensor) -> None:
         raise ValueError(f"kl_weight={value!r} must be finite and not negative")
 
 
+def loss_scale(value: float | Tensor) -> None:
+    """Raise unless the scale is a 0-d tensor or a finite positive number."""
+    if _number("loss_scale", value) and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"loss_scale={value!r} must be finite and positive")
+
+
+def gamma_or_nan(value: float | Tensor) -> float | Tensor:
+    """Gamma; in place of a tensor's that is out of range NaN, as its value is not read here."""
+    if not isinstance(value, Tensor):
+        return value
+    # The arcsine of a root has values in [0, 1] alone, and 0 of it changes none of them.
+    return torch.lerp(value, value.detach().sqrt().asin(), 0.0)
+
+
+def kl_weight_or_nan(value: float | Tensor) -> float | Tensor:
+    """The weight; in place of a tensor's that is negative NaN."""
+    return torch.lerp(value, value.detach().sqrt(), 0.0) if isinstance(value, Tensor) else value
+
+
 def prior_var(value: float | Tensor | None) -> None:
     """Raise unless the prior's variance is None, a 0-d tensor or a finite positive number."""
     if value is None or not _number("prior_var", value):

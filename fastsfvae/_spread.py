@@ -20,7 +20,8 @@ class Spread(NamedTuple):
     """A posterior by its directions.
 
     Attributes:
-        tangents: ``[k, B, m]``, whose outer products add up to the covariance (in expectation).
+        tangents: ``[k, B, m]``, whose outer products add up to the covariance (in expectation); in
+            the mean's dtype.
         kl: KL(N(mean, L L^T) || N(0, I)), ``[B]``, in nats.
     """
 
@@ -47,12 +48,14 @@ def spread_of(
     if not few:
         return Spread(log_var.permute(2, 0, 1), kl)
     assert probes is not None
-    signs = _hadamard_probes(mean, probes, generator)
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    signs, spread = _hadamard_probes(mean, probes, generator).to(wide), log_var.to(wide)
     if is_full:
-        tangents = torch.einsum("bij,kbj->kbi", log_var, signs)
+        with torch.autocast(mean.device.type, enabled=False):
+            tangents = torch.einsum("bij,kbj->kbi", spread, signs)
     else:
-        tangents = torch.exp(0.5 * log_var) * signs
-    return Spread(tangents * probes**-0.5, kl)
+        tangents = torch.exp(0.5 * spread) * signs
+    return Spread((tangents * probes**-0.5).to(mean.dtype), kl)
 
 
 def _hadamard_probes(mean: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -14,6 +14,7 @@ from fastsfvae import _checks
 from fastsfvae._checks import Backend
 from fastsfvae.gram.pullback import pullback
 from fastsfvae.jacobian.api import decode_with_jacobian
+from fastsfvae.jacobian.validate import Shared
 from fastsfvae.ops.low_rank import low_rank_terms
 
 
@@ -69,6 +70,7 @@ class LinearizedGaussian(Distribution):
         *args: Any,
         backend: Backend = "auto",
         chunk_size: int | None = None,
+        shared: Shared = (),
         **kwargs: Any,
     ) -> LinearizedGaussian:
         """Push N(mean, cov) through a decoder linearised at the mean; outputs are flattened.
@@ -84,6 +86,7 @@ class LinearizedGaussian(Distribution):
             *args: further decoder inputs.
             backend: see `decode_with_jacobian`.
             chunk_size: likewise.
+            shared: likewise.
             **kwargs: further decoder inputs by name.
 
         Raises:
@@ -98,6 +101,7 @@ class LinearizedGaussian(Distribution):
             tangents=tangents,
             backend=backend,
             chunk_size=chunk_size,
+            shared=shared,
             **kwargs,
         )
         variances = cov if factor is None else torch.ones_like(mean)
@@ -202,6 +206,7 @@ def kalman_update(
     at: Tensor | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> KalmanUpdate:
     """Condition z ~ N(mean, cov) on x = f(z) + noise, f linearised at the mean, or at `at`.
@@ -228,6 +233,7 @@ def kalman_update(
         at: ``[B, m]``, where f is linearised; it needs variances above 0. None for the mean.
         backend: see `decode_with_jacobian`.
         chunk_size: likewise.
+        shared: likewise.
         **kwargs: further decoder inputs by name.
 
     Raises:
@@ -244,6 +250,7 @@ def kalman_update(
         tangents=tangents,
         backend=backend,
         chunk_size=chunk_size,
+        shared=shared,
         **kwargs,
     )
     assert found.projection is not None and found.squared_error is not None

@@ -16,14 +16,15 @@ from fastsfvae.gram.pullback import pullback
 from fastsfvae.gram.reverse import gram_by_rows, projection
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.plan.restore import undone
+from fastsfvae.jacobian.shared import bind
 from fastsfvae.jacobian.validate import (
     Derived,
+    Shared,
     check_chunk_size,
     check_latents,
     check_output,
     check_shape,
     check_target,
-    unwrap,
 )
 from fastsfvae.levenberg_marquardt import Slope, covariance_of, minimise, rounding_of
 
@@ -32,7 +33,7 @@ _ROUNDINGS = 32
 
 
 class Fit(NamedTuple):
-    """What `fit_latents` found, without gradients; with `shared` B is 1.
+    """What `fit_latents` found, without gradients; with `joint` B is 1.
 
     Attributes:
         z: the best latents that were met, [B, m].
@@ -67,12 +68,12 @@ class _Function(nn.Module):
 class _Weighted(Derived):
     """A decoder whose outputs are multiplied by the roots of their weights, ``[B, *out]``."""
 
-    def forward(self, z: Tensor, root: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, z: Tensor, *args: Any, _root: Tensor, **kwargs: Any) -> Tensor:
         """Decode and multiply."""
         output = self.inner(z, *args, **kwargs)
         check_output(output, z)
-        check_shape(root, output.shape)
-        return output * root
+        check_shape(_root, output.shape)
+        return output * _root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class _Objective:
         prior_var: v, None for no prior.
         backend: as the user gave it.
         chunk_size: likewise.
-        shared: whether all data have one latent.
+        joint: whether all data have one latent.
     """
 
     decoder: nn.Module
@@ -101,14 +102,14 @@ class _Objective:
     prior_var: float | Tensor | None
     backend: Backend
     chunk_size: int | None
-    shared: bool
+    joint: bool
 
     def slope(self, z: Tensor) -> Slope:
         """F and g at z ``[B, m]``, by one reverse pass."""
         args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
         given = self.decoder, self._expanded(z), self.x, args, kwargs
         p, rr = projection(*given, chunk_size=self.chunk_size)
-        if self.shared:
+        if self.joint:
             p, rr = p.sum(0, True), rr.sum(0, True)
         wide = z.double()
         value, gradient = rr.double() / (2 * self.noise_var), -p.double() / self.noise_var
@@ -130,19 +131,19 @@ class _Objective:
         z, size = self._expanded(z), self.chunk_size
         if few:
             given = self.decoder, z, args, kwargs
-            return gram_by_rows(*given, chunk_size=size, total=self.shared)
+            return gram_by_rows(*given, chunk_size=size, total=self.joint)
         G = pullback(
             *(self.decoder, z, None, *args), backend=self.backend, chunk_size=size, **kwargs
         ).gram
-        return G.sum(0, True) if self.shared else G
+        return G.sum(0, True) if self.joint else G
 
     def _expanded(self, z: Tensor) -> Tensor:
-        return z.expand(len(self.x), -1) if self.shared else z
+        return z.expand(len(self.x), -1) if self.joint else z
 
     def perfect(self, squared_error: Tensor) -> Tensor:
         """F of residuals that are a few roundings of the data and of f, ``[B]``."""
         squares = self.x.double().square()
-        data = squares.sum().view(1) if self.shared else squares.flatten(1).sum(1)
+        data = squares.sum().view(1) if self.joint else squares.flatten(1).sum(1)
         share = (_ROUNDINGS * rounding_of(self.x)) ** 2
         return share * (data + squared_error) / (2 * self.noise_var)
 
@@ -170,10 +171,11 @@ def fit_latents(
     prior_var: float | Tensor | None = None,
     noise_var: float | Tensor = 1.0,
     weight: Tensor | None = None,
-    shared: bool = False,
+    joint: bool = False,
     tol: float = 1e-4,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> Fit:
     """The latents that explain data best, by Levenberg-Marquardt on J^T J.
@@ -190,8 +192,8 @@ def fit_latents(
 
     Args:
         decoder: f, see `decode_with_jacobian`.
-        x: data [B, *out]; with `shared` [N, *out].
-        z0: where to start, [B, m]; with `shared` [1, m].
+        x: data [B, *out]; with `joint` [N, *out].
+        z0: where to start, [B, m]; with `joint` [1, m].
         *args: further decoder inputs; tensors with x's leading extent go with their samples.
         steps: how many to try at most; 0 evaluates at z0.
         damping: "lm" adapts it; a number >= 0 fixes it, as a multiple of the mean of the diagonal
@@ -199,12 +201,13 @@ def fit_latents(
         prior_var: variance of the prior N(0, prior_var I), in squared units of z; None for none.
         noise_var: c, variance of the observation noise, in squared units of x.
         weight: w >= 0, like x; None for ones. Where it is 0, x may be anything, NaN included.
-        shared: whether one latent is seen through all of x, such as the shape of a decoder of
+        joint: whether one latent is seen through all of x, such as the shape of a decoder of
             coordinates: f is called with z0 expanded to [N, m], and all samples are summed up.
         tol: a sample has converged where an undamped step would lower F by at most tol F, by the
             quadratic model; F is not resolved below 8 eps F, nor residuals below 32 eps of x.
         backend: of J^T J, see `decode_with_jacobian`; reverse mode is in "auto" and "torch".
         chunk_size: samples that are differentiated together; None chooses. Changes rounding only.
+        shared: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -214,18 +217,18 @@ def fit_latents(
         TypeError, ValueError, RuntimeError: see `decode_with_jacobian`; x, z0, weight and settings
             that do not fit, in one line.
     """
-    decoder, kwargs = unwrap(decoder, kwargs)
+    decoder, args, kwargs = bind(decoder, args, kwargs, shared)
     check_latents(z0)
     check_chunk_size(chunk_size)
     resolve_backend(backend, z0)
     _check_settings(steps, damping, prior_var, noise_var, tol)
-    _check_data(x, z0, weight, shared)
+    _check_data(x, z0, weight, joint)
     function = decoder if isinstance(decoder, nn.Module) else _Function(decoder)
     x, z = x.detach(), z0.detach().clone()
     if weight is not None:
         root = weight.detach().sqrt()
         x = torch.where(root > 0, root * x, 0.0)
-        function, args = _Weighted(function), (root, *args)
+        function, kwargs = _Weighted(function), {**kwargs, "_root": root}
     leaves, spec = pytree.tree_flatten((args, kwargs))
     objective = _Objective(
         decoder=function,
@@ -237,7 +240,7 @@ def fit_latents(
         prior_var=None if prior_var is None else _plain(prior_var, z),
         backend=backend,
         chunk_size=chunk_size,
-        shared=shared,
+        joint=joint,
     )
     fixed = None if isinstance(damping, str) else float(damping)
     # Side effects of a forward are no more lasting than those of a trace.
@@ -269,13 +272,13 @@ def _check_settings(
     _checks.not_negative("tol", tol)
 
 
-def _check_data(x: Tensor, z0: Tensor, weight: Tensor | None, shared: bool) -> None:
+def _check_data(x: Tensor, z0: Tensor, weight: Tensor | None, joint: bool) -> None:
     _checks.floating("x", x)
-    if shared and len(z0) != 1:
+    if joint and len(z0) != 1:
         raise ValueError(
-            f"z0 has shape {tuple(z0.shape)}: with shared=True one latent [1, m] explains all of x"
+            f"z0 has shape {tuple(z0.shape)}: with joint=True one latent [1, m] explains all of x"
         )
-    check_target(x, z0.expand(len(x), -1) if shared and x.ndim > 0 else z0)
+    check_target(x, z0.expand(len(x), -1) if joint and x.ndim > 0 else z0)
     if 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}: it is empty")
     if weight is None:

@@ -16,12 +16,11 @@ that nothing of a latent to which the output hardly reacts is lost in the differ
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsfvae._checks import Backend
 from fastsfvae.gram.autograd import transforms
@@ -29,22 +28,8 @@ from fastsfvae.gram.isometry import TRACES
 from fastsfvae.gram.pullback import pullback
 from fastsfvae.gram.query import Query, gradient_of_sum
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.validate import Derived, check_chunk_size, check_latents, unwrap
-
-
-class _Bound(Derived):
-    """A decoder with its further inputs, none of which has a batch axis."""
-
-    def __init__(self, inner: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        super().__init__(inner)
-        self.args, self.kwargs = args, kwargs
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.inner(z, *self.args, **self.kwargs)
-
-
-def _call(decoder: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any], z: Tensor) -> Tensor:
-    return decoder(z, *args, **kwargs)
+from fastsfvae.jacobian.shared import bind
+from fastsfvae.jacobian.validate import check_chunk_size, check_latents, unwrap
 
 
 class Metric:
@@ -64,10 +49,8 @@ class Metric:
     ):
         check_chunk_size(chunk_size)
         inner, kwargs = unwrap(decoder, kwargs)
-        if isinstance(inner, nn.Module) and (args or kwargs):
-            inner = _Bound(inner, args, kwargs)
-        elif args or kwargs:
-            inner = functools.partial(_call, inner, args, kwargs)
+        if args or kwargs:
+            inner, *_ = bind(inner, args, kwargs, (*range(len(args)), *kwargs))
         self.decoder = inner
         self._backend: Backend = backend
         self._chunk_size = chunk_size

@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 
 from fastsfvae import _checks
 from fastsfvae._ranges import span
+from fastsfvae.elbo import Elbo
 from fastsfvae.ground.garbage import uncollected
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
-from fastsfvae.loss import Elbo, SamplingFreeLoss
+from fastsfvae.loss import SamplingFreeLoss
 
 # Before a capture every kernel has been compiled and every library has chosen its algorithms.
 _WARM_UP_STEPS = 3

@@ -1,44 +1,19 @@
-"""The sampling-free objective: as a loss module, per sample, and the log-density it rests on."""
+"""The sampling-free objective as a loss module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastsfvae import _checks, _constants
 from fastsfvae._checks import Backend, Likelihood, Reduction
-from fastsfvae.gram.query import Query, head_outputs, weighted_total
-from fastsfvae.jacobian.backend import resolve_backend
+from fastsfvae.elbo import Elbo, Settings, check_settings, objective
 from fastsfvae.jacobian.run.known import remember
-from fastsfvae.jacobian.validate import check_chunk_size, unwrap
-from fastsfvae.likelihoods import gaussian_kl as gaussian_kl
-from fastsfvae.likelihoods import low_rank_log_prob as low_rank_log_prob
+from fastsfvae.jacobian.validate import Shared, check_chunk_size, unwrap
 from fastsfvae.likelihoods import warn_of_weak
-
-
-class Elbo(NamedTuple):
-    """The sampling-free objective and its parts, each ``[B]``, in nats unless said otherwise.
-
-    Attributes:
-        elbo: the objective, log_likelihood - kl_weight * kl. A surrogate: by Jensen's inequality it
-            lies above the evidence lower bound and may exceed log p(x) (only
-            `likelihood="expected"` with a linear decoder gives the exact bound).
-        log_likelihood: see `fastsfvae.likelihoods`; holds the constant -(n/2) log(2 pi c).
-        kl: KL(N(mean, h) || N(0, I)) = 1/2 sum(h + mean^2 - 1 - log h).
-        squared_error: |x - f(mean)|^2, in squared units of x.
-        log_det: the log-determinant term that the likelihood uses.
-        explained: the part of `squared_error` that the latent variance explains, in its units.
-    """
-
-    elbo: Tensor
-    log_likelihood: Tensor
-    kl: Tensor
-    squared_error: Tensor
-    log_det: Tensor
-    explained: Tensor
 
 
 class SamplingFreeLoss(nn.Module):
@@ -52,13 +27,14 @@ class SamplingFreeLoss(nn.Module):
 
     The decoder is referred to, not registered: `parameters()` and `state_dict()` hold only what is
     the loss's own, a learned `noise_var`. The attributes `noise_var`, `gamma`, `kl_weight` may be
-    changed between steps.
+    changed between steps. A number out of range is refused; a tensor is not read, and one out of
+    range makes the loss NaN (`check_settings` reads them).
 
     Args:
         decoder: f, an ``nn.Module`` ``z [B, m] -> [B, *out]``; not wrapped in DDP or FSDP (wrap the
             module that computes the loss).
-        noise_var: c, variance of the observation noise in squared units of x; a number, a 0-d
-            tensor, or a Parameter to be learned.
+        noise_var: c > 0, variance of the observation noise in squared units of x; a number, a 0-d
+            tensor, or a Parameter to be learned as it is, which may leave c > 0 behind.
         gamma: weight of the low-rank precision in [0, 1], a number or a 0-d tensor; "expected" has
             none.
         kl_weight: factor of the KL divergence, a number or a 0-d tensor.
@@ -68,6 +44,11 @@ class SamplingFreeLoss(nn.Module):
         backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
             the plain formulas, slow.
         chunk_size: samples whose tangents exist at one time; None chooses.
+        shared: further decoder inputs that all samples share, whatever their first extent: names
+            of keyword arguments, and positions behind z, counted from 0.
+        learned_noise_var: learn c from `noise_var` on, by its logarithm (with
+            `torch.nn.utils.parametrize`), so that it stays positive: give `loss_fn.parameters()` to
+            the optimizer as well. `loss_fn.noise_var` is then c as a tensor, and can be assigned.
         probes: of "expected", K random tangents in place of all m: its log_det, a trace, is then an
             unbiased estimate, and so are the gradients. For m in the hundreds and more.
 
@@ -87,6 +68,8 @@ class SamplingFreeLoss(nn.Module):
         backend: Backend = "auto",
         chunk_size: int | None = None,
         probes: int | None = None,
+        shared: Shared = (),
+        learned_noise_var: bool = False,
     ):
         super().__init__()
         _checks.settings(noise_var, gamma, kl_weight, likelihood)
@@ -107,6 +90,9 @@ class SamplingFreeLoss(nn.Module):
         self.backend: Backend = backend
         self.chunk_size = chunk_size
         self.probes = probes
+        self.shared = shared
+        if learned_noise_var:
+            self._learn_noise_var()
 
     def forward(
         self,
@@ -115,6 +101,7 @@ class SamplingFreeLoss(nn.Module):
         log_var: Tensor,
         *args: Any,
         sample_weight: Tensor | None = None,
+        loss_scale: float | Tensor = 1.0,
         return_terms: bool = False,
         generator: torch.Generator | None = None,
         **kwargs: Any,
@@ -128,6 +115,11 @@ class SamplingFreeLoss(nn.Module):
                 such as the Cholesky factor.
             *args: passed to the decoder after z; tensors whose first axis is B are chunked with it.
             sample_weight: ``[B]``, multiplies each sample's loss; "mean" divides by its sum.
+            loss_scale: what the loss will be multiplied by before its backward, where that is done
+                for float16's sake: the gradients, which are finished in the forward, are then
+                computed at that scale. The loss returned is unscaled, so that
+                ``scaler.scale(loss_fn(..., loss_scale=scaler.get_scale())).backward()`` gives what
+                GradScaler expects. A number or a 0-d tensor, > 0.
             return_terms: also return the terms, for logging at no second pass.
             generator: source of the probes' signs, on the latents' device.
             **kwargs: passed to the decoder, chunked like `args`.
@@ -152,11 +144,22 @@ class SamplingFreeLoss(nn.Module):
                 f"sample_weight has shape {tuple(sample_weight.shape)}: "
                 f"give [B] = {tuple(mean.shape[:1])}"
             )
-        weight = None if self.reduction == "none" else self._share(mean, sample_weight)
-        settings = _Settings(*(getattr(self, name) for name in _Settings._fields))
+        _checks.loss_scale(loss_scale)
+        weight: Tensor | None = None
+        scale: float | Tensor | None = None
+        if self.reduction != "none":
+            weight = self._share(mean, sample_weight)
+            if isinstance(loss_scale, Tensor):
+                scale = loss_scale.to(weight.device)
+            elif loss_scale != 1:
+                scale = loss_scale
+            weight = weight if scale is None else weight * scale
+        settings = Settings(*(getattr(self, name) for name in Settings._fields))
         inputs = self.decoder, x, mean, log_var, args, kwargs
-        elbo, total = _objective(settings, *inputs, generator, weight)
+        elbo, total = objective(settings, *inputs, generator, weight)
         loss = -elbo.elbo if total is None else total
+        if scale is not None:
+            loss = loss / scale
         if self.reduction == "none" and sample_weight is not None:
             loss = loss * sample_weight
         return (loss, Elbo(*(t.detach() for t in elbo))) if return_terms else loss
@@ -172,6 +175,7 @@ class SamplingFreeLoss(nn.Module):
             log_var: Tensor,
             *args: Any,
             sample_weight: Tensor | None = None,
+            loss_scale: float | Tensor = 1.0,
             return_terms: Literal[False] = False,
             generator: torch.Generator | None = None,
             **kwargs: Any,
@@ -185,6 +189,7 @@ class SamplingFreeLoss(nn.Module):
             log_var: Tensor,
             *args: Any,
             sample_weight: Tensor | None = None,
+            loss_scale: float | Tensor = 1.0,
             return_terms: Literal[True],
             generator: torch.Generator | None = None,
             **kwargs: Any,
@@ -198,6 +203,7 @@ class SamplingFreeLoss(nn.Module):
             log_var: Tensor,
             *args: Any,
             sample_weight: Tensor | None = None,
+            loss_scale: float | Tensor = 1.0,
             return_terms: bool,
             generator: torch.Generator | None = None,
             **kwargs: Any,
@@ -205,6 +211,25 @@ class SamplingFreeLoss(nn.Module):
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             """As `forward`."""
+
+    def check_settings(self) -> None:
+        """Refuse settings that are out of range, those in tensors as well: it waits for the device.
+
+        Raises:
+            ValueError: in one line that quotes the value.
+        """
+        given = {name: getattr(self, name) for name in ("noise_var", "gamma", "kl_weight")}
+        check_settings(**given)
+
+    def _learn_noise_var(self) -> None:
+        self.check_settings()
+        decoder, value = self.decoder, self.noise_var
+        first = next(decoder.parameters(), None) if isinstance(decoder, nn.Module) else None
+        device = None if first is None else first.device
+        start = torch.as_tensor(value, dtype=torch.float32, device=device).detach().clone()
+        del self.noise_var
+        self.noise_var = nn.Parameter(start)
+        nn.utils.parametrize.register_parametrization(self, "noise_var", _Exponential())
 
     def _share(self, mean: Tensor, sample_weight: Tensor | None) -> Tensor:
         """What each sample's objective is multiplied by before all are added up to the loss."""
@@ -223,128 +248,15 @@ class SamplingFreeLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, as they would be written in a call."""
         names = ["noise_var", "gamma", "kl_weight", "likelihood", "reduction", "backend"]
-        names += ["probes"] * (self.probes is not None)
+        names += ["probes"] * (self.probes is not None) + ["shared"] * bool(self.shared)
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def sampling_free_elbo(
-    decoder: Callable[..., Tensor],
-    x: Tensor,
-    mean: Tensor,
-    log_var: Tensor,
-    *args: Any,
-    noise_var: float | Tensor = 0.5,
-    gamma: float | Tensor = 0.5,
-    kl_weight: float | Tensor = 1.0,
-    likelihood: Likelihood = "precision",
-    probes: int | None = None,
-    generator: torch.Generator | None = None,
-    backend: Backend = "auto",
-    chunk_size: int | None = None,
-    **kwargs: Any,
-) -> Elbo:
-    """Evaluate the sampling-free objective, the decoder linearised at `mean` (paper, eq. 20, 21).
+class _Exponential(nn.Module):
+    """A positive number by its logarithm."""
 
-    Args:
-        decoder: f, an ``nn.Module`` (or callable) ``z [B, m] -> [B, *out]``.
-        x: data ``[B, *out]``, floating point, in the units of the decoder's output.
-        mean: mu ``[B, m]``.
-        log_var: log h ``[B, m]``; or, for a full covariance L L^T, its factor L ``[B, m, m]``, such
-            as the Cholesky factor.
-        *args: passed to the decoder after z; tensors whose first axis is B are chunked with it.
-        noise_var: c, variance of the observation noise in squared units of x.
-        gamma: weight of the low-rank precision, in [0, 1]; "expected" has none.
-        kl_weight: factor of the KL divergence.
-        likelihood: "precision", "mixture", "normalized" or "expected" (`fastsfvae.likelihoods`).
-        probes: see `SamplingFreeLoss`.
-        generator: source of the probes' signs, on the latents' device.
-        backend: "auto" is "triton" on CUDA (but for float64) and "torch" elsewhere; "reference" is
-            the plain formulas, slow.
-        chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
-        **kwargs: passed to the decoder, chunked like `args`.
+    def forward(self, logarithm: Tensor) -> Tensor:
+        return logarithm.exp()
 
-    Returns:
-        `Elbo`, each field ``[B]``, differentiable in every tensor and in the decoder's parameters.
-
-    Some samples have a Gram matrix J^T J that float32 cannot resolve against c;
-    `fastsfvae.evaluate.conditioning` counts them. On the CPU, and in the Triton kernels up to
-    m = 64, they are computed again in float64. On CUDA with `backend="torch"` or m > 64, and with
-    half-precision tangents, a lower bound of the pivots bounds their terms instead.
-
-    Raises:
-        TypeError: for tensors that are not floating point.
-        ValueError: for shapes, devices or settings that do not fit, in one line that quotes them.
-        RuntimeError: for `backend="triton"` on a CPU without TRITON_INTERPRET=1.
-    """
-    settings = _Settings(noise_var, gamma, kl_weight, likelihood, backend, chunk_size, probes)
-    terms, _ = _objective(settings, decoder, x, mean, log_var, args, kwargs, generator)
-    warn_of_weak(likelihood, gamma)
-    return terms
-
-
-class _Settings(NamedTuple):
-    noise_var: float | Tensor
-    gamma: float | Tensor
-    kl_weight: float | Tensor
-    likelihood: Likelihood
-    backend: Backend
-    chunk_size: int | None
-    probes: int | None
-
-
-def _objective(
-    settings: _Settings,
-    decoder: Any,
-    x: Tensor,
-    mean: Tensor,
-    log_var: Tensor,
-    args: tuple,
-    kwargs: dict[str, Any],
-    generator: torch.Generator | None,
-    weight: Tensor | None = None,
-) -> tuple[Elbo, Tensor | None]:
-    """The objective of each sample; for a weight ``[B]`` of each also their weighted sum (0-d).
-
-    With weights the sum alone is sure to be differentiable (see `weighted_total`).
-    """
-    noise_var, gamma, kl_weight, likelihood, backend, chunk_size, probes = settings
-    if not torch.compiler.is_compiling():
-        # A compiler may hold the numbers as symbols.
-        _checks.settings(noise_var, gamma, kl_weight, likelihood)
-    _checks.probes(probes, likelihood)
-    _checks.latent(mean, log_var, factor=True)
-    _checks.batch(x, mean)
-    dtype = torch.promote_types(torch.promote_types(mean.dtype, x.dtype), torch.float32)
-    scalars = [
-        t.to(mean.device)
-        if isinstance(t, Tensor)
-        # Filled on the device: a copy from the host would wait for it, and not be captured.
-        else _constants.full((), t, dtype, mean.device)
-        for t in (noise_var, gamma, kl_weight)
-    ]
-    spread = tangents = None
-    if log_var.dim() == 3 or probes is not None:
-        # Late: seldom needed.
-        from fastsfvae._spread import spread_of
-
-        spread = spread_of(mean, log_var, probes, generator)
-    # The mean again, as an alias: one tensor in two places has no gradient for each.
-    latents = mean.view_as(mean), log_var
-    if spread is not None:
-        # Unit variances along its directions, whose own KL divergence is 0.
-        tangents = spread.tangents
-        latents = (mean.new_zeros(tangents.shape[1::-1]),) * 2
-    resolved = resolve_backend(backend, mean)
-    given = x, (*latents, *scalars), args, kwargs, resolved, chunk_size, tangents
-    query = Query(likelihood, decoder, mean, *given)
-    if weight is None:
-        total, found = None, head_outputs(query)
-    else:
-        total, found = weighted_total(query, weight)
-    terms = Elbo(*found)
-    if spread is None:
-        return terms, total
-    cost = scalars[2] * spread.kl
-    if total is not None and weight is not None:
-        total = total - (cost * weight).sum()
-    return terms._replace(elbo=terms.elbo - cost, kl=spread.kl), total
+    def right_inverse(self, value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float32).log()

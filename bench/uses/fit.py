@@ -288,7 +288,7 @@ def field(points: int) -> list[Row]:
         return z.detach()
 
     def by_us(steps: int) -> Tensor:
-        return sf.fit_latents(decoder, x, z0, where, shared=True, steps=steps, tol=0).z
+        return sf.fit_latents(decoder, x, z0, where, joint=True, steps=steps, tol=0).z
 
     exact, wide, at = copy.deepcopy(decoder).double(), x.double(), where.double()
     start = error(z0).item()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
+from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.evaluate._decode import (
     Decoder,
     Progress,
@@ -19,7 +20,7 @@ from fastsfvae.evaluate._decode import (
 )
 from fastsfvae.evaluate._decode import squared_error as _squared_error
 from fastsfvae.evaluate.proposals import PROPOSALS, Posterior, ProposalName, make_proposal
-from fastsfvae.loss import gaussian_kl, sampling_free_elbo
+from fastsfvae.likelihoods import gaussian_kl
 
 # Images whose objective is evaluated together: their tangents are chunked further below.
 _OBJECTIVE_IMAGES = 250

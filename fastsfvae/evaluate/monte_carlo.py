@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
+from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.evaluate._decode import Progress
-from fastsfvae.loss import sampling_free_elbo
 from fastsfvae.objectives.sampling import Sampling
 
 

@@ -8,6 +8,7 @@ gradients. Imported only under a compiler, which the decorator brings in.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,8 @@ from fastsfvae.jacobian.plan.fingerprint import plain_attributes
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.known import known_decoders
 from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
-from fastsfvae.jacobian.validate import outer_name
+from fastsfvae.jacobian.shared import find_shared
+from fastsfvae.jacobian.validate import Shared, outer_name
 
 # The preludes of the programs that compiled functions use, by the programs' numbers; kept, as a
 # compiled function may trace them at any time.
@@ -33,6 +35,7 @@ def gather(
     kwargs: dict[str, Any],
     backend: str,
     tangents: Tensor | None = None,
+    shared: Shared = (),
 ) -> tuple[Tensor, Gathered]:
     """Find the decoder's program for every batch size and what it reads; runs under a compiler.
 
@@ -43,6 +46,7 @@ def gather(
         kwargs: further inputs by name.
         backend: "torch" or "triton".
         tangents: directions ``[k, B, m]``, None for the unit vectors.
+        shared: which further inputs have no batch axis, whatever their first extent.
 
     Returns:
         The program's latents, and the rest.
@@ -50,14 +54,18 @@ def gather(
     Raises:
         RuntimeError: a decoder that this is not possible for.
     """
+    shared = find_shared(len(args), kwargs, shared)
     if tangents is not None:
         z, inputs_of_directed = directed_inputs(z, tangents)
         kwargs = {**kwargs, **inputs_of_directed}
     # A loop over a size makes the compiler fix it: m belongs to the decoder.
     m = _fixed(z.shape[1])
     leaves = [*args, *kwargs.values()]
-    inputs = tuple(_described(leaf, z) for leaf in leaves)
-    extras = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    places: list[int | str] = [*range(len(args)), *kwargs]
+    batched = [p not in shared and _along(leaf, z) for p, leaf in zip(places, leaves, strict=True)]
+    inputs = tuple(_described(*pair) for pair in zip(leaves, batched, strict=True))
+    pairs = zip(leaves, batched, strict=True)
+    extras = [(leaf, along) for leaf, along in pairs if isinstance(leaf, Tensor)]
     directed = tangents is not None
     found = _program(id(decoder), directed, m, z.dtype, z.device, backend, inputs, tuple(kwargs))
     number, chunk_size, output_shape, output_dtype, names, used, plain = found
@@ -67,10 +75,11 @@ def gather(
             raise RuntimeError(f"the decoder's {name} changed while its loss was compiled")
     tensors = [_attribute(decoder, name) for name in names]
     prelude, side = _preludes[number]
-    statics = prelude(tensors, extras)
-    sides = side(z, tensors, extras, statics)
-    along = [t for t in extras if _along(t, z)]
-    fixed = [t for t in extras if not _along(t, z)]
+    given = [t for t, _ in extras]
+    statics = prelude(tensors, given)
+    sides = side(z, tensors, given, statics)
+    along = [t for t, has_batch in extras if has_batch]
+    fixed = [t for t, has_batch in extras if not has_batch]
     whole = [*[tensors[index] for index in used], *fixed, *statics]
     return z, Gathered(number, chunk_size, output_shape, output_dtype, [*along, *sides], whole)
 
@@ -79,12 +88,14 @@ def _fixed(size: int) -> int:
     return len([None for _ in range(size)])
 
 
-def _along(tensor: Tensor, z: Tensor) -> bool:
+def _along(leaf: Any, z: Tensor) -> bool:
+    if not isinstance(leaf, Tensor):
+        return False
     # A branch makes the compiler decide; the comparison alone would be a symbol.
-    return True if tensor.ndim > 0 and tensor.shape[0] == z.shape[0] else False
+    return True if leaf.ndim > 0 and leaf.shape[0] == z.shape[0] else False
 
 
-def _described(leaf: Any, z: Tensor) -> tuple:
+def _described(leaf: Any, along: bool) -> tuple:
     """A further decoder input as constants."""
     if isinstance(leaf, (list, tuple, dict)):
         raise RuntimeError(
@@ -93,16 +104,15 @@ def _described(leaf: Any, z: Tensor) -> tuple:
         )
     if not isinstance(leaf, Tensor):
         return (leaf,)
-    along = _along(leaf, z)
     sizes = tuple(_fixed(size) for size in leaf.shape[int(along) :])
     return along, sizes, leaf.dtype, leaf.device, leaf.requires_grad
 
 
-def _stand_in(description: tuple) -> Any:
+def _stand_in(description: tuple, batch: int) -> Any:
     if len(description) == 1:
         return description[0]
     along, sizes, dtype, device, required = description
-    shape = (2, *sizes) if along else sizes
+    shape = (batch, *sizes) if along else sizes
     return torch.zeros(shape, dtype=dtype, device=device, requires_grad=required)
 
 
@@ -131,17 +141,22 @@ def _program(
             "torch.compile meets this decoder for the first time: use it through SamplingFreeLoss, "
             "or call the function once before it is compiled"
         )
-    leaves = [_stand_in(description) for description in inputs]
+    # A batch that no input without one has for its first extent.
+    taken = {d[1][0] for d in inputs if len(d) > 1 and not d[0] and d[1]}
+    batch = next(size for size in itertools.count(2) if size not in taken)
+    leaves = [_stand_in(description, batch) for description in inputs]
     args, named = leaves[: len(leaves) - len(keywords)], leaves[len(leaves) - len(keywords) :]
     kwargs = dict(zip(keywords, named, strict=True))
-    z, target = torch.zeros(2, m, dtype=dtype, device=device), decoder
+    z, target = torch.zeros(batch, m, dtype=dtype, device=device), decoder
     if directed:
         target = Directed(decoder)
     # A compiler sees to numbers itself.
     linearizer = Linearizer(target, z, tuple(args), kwargs, backend, lift=False)
-    program = program_of(linearizer, (2, 1))
+    program = program_of(linearizer, (batch, 1))
     if program is None:
-        reasons = ", ".join(linearizer.plan(2).obstacles) or "parts that depend on the batch size"
+        reasons = (
+            ", ".join(linearizer.plan(batch).obstacles) or "parts that depend on the batch size"
+        )
         raise RuntimeError(
             f"torch.compile cannot take this decoder's loss as one graph ({reasons}): call the "
             "loss outside the compiled function"

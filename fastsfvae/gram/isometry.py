@@ -23,7 +23,8 @@ from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
 from fastsfvae.gram.query import Query, head_outputs, weighted_total
 from fastsfvae.jacobian.api import jvp, vjp
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.validate import check_latents
+from fastsfvae.jacobian.shared import bind
+from fastsfvae.jacobian.validate import Shared, check_latents
 from fastsfvae.ops.gram_project import gram_project
 
 _OVER = ("batch", "sample")
@@ -129,6 +130,7 @@ def isometry_loss(
     over: Literal["batch", "sample"] = "batch",
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> Tensor:
     """The relaxed distortion measure of a decoder (Lee et al., ICLR 2022), without units.
@@ -153,6 +155,7 @@ def isometry_loss(
             value is computed, "batch" computes the tangents of several chunks twice.
         backend: see `decode_with_jacobian`.
         chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
+        shared: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -174,10 +177,12 @@ def isometry_loss(
             )
         several = probes.unsqueeze(0) if probes.dim() == 2 else probes
         settings = {"backend": backend, "chunk_size": chunk_size}
+        decoder, args, kwargs = bind(decoder, args, kwargs, shared)
         traces, squares = _estimates(decoder, z, several, args, settings, kwargs)
         return _ratio(traces, squares, over)
     head, resolved = TRACES if over == "batch" else RATIO, resolve_backend(backend, z)
-    query = Query(head, decoder, z, None, (), args, kwargs, resolved, chunk_size)
+    given = args, kwargs, resolved, chunk_size
+    query = Query(head, decoder, z, None, (), *given, shared=shared)
     if over == "batch":
         traces, squares = head_outputs(query)
         return _ratio(traces, squares, over)

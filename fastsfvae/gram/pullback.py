@@ -12,7 +12,7 @@ from fastsfvae._checks import Backend
 from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
 from fastsfvae.gram.query import Query, head_outputs
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.validate import check_tangents, check_target
+from fastsfvae.jacobian.validate import Shared, check_tangents, check_target
 from fastsfvae.ops.gram_project import gram_project
 
 
@@ -93,6 +93,7 @@ def pullback(
     tangents: Tensor | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> Pullback:
     """The m x m quantities G = J^T J, p = J^T r and r^T r at z, with r = x - f(z).
@@ -112,6 +113,7 @@ def pullback(
             p = V^T J^T r [B, k]; None for the unit vectors.
         backend: see `decode_with_jacobian`.
         chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
+        shared: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -124,5 +126,6 @@ def pullback(
     check_tangents(tangents, z)
     check_target(x, z)
     head, resolved = "gram" if x is None else "sums", resolve_backend(backend, z)
-    query = Query(head, decoder, z, x, (), args, kwargs, resolved, chunk_size, tangents)
+    given = args, kwargs, resolved, chunk_size, tangents, shared
+    query = Query(head, decoder, z, x, (), *given)
     return Pullback(*head_outputs(query))

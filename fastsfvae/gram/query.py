@@ -17,7 +17,7 @@ from fastsfvae.jacobian.run.cache import Linearizer, chunk_bounds
 from fastsfvae.jacobian.run.chunks import map_chunks
 from fastsfvae.jacobian.run.known import remember
 from fastsfvae.jacobian.run.sweep import Gathered, default_chunk, program_of
-from fastsfvae.jacobian.validate import check_chunk_size, check_shape
+from fastsfvae.jacobian.validate import Shared, check_chunk_size, check_shape
 from fastsfvae.ops._library import differentiate
 
 
@@ -35,6 +35,7 @@ class Query(NamedTuple):
         backend: "torch", "triton" or "reference" (resolved: not "auto").
         chunk_size: samples whose tangents exist at one time; None chooses.
         tangents: directions ``[k, B, m]`` in place of the unit vectors.
+        shared: which further inputs have no batch axis, whatever their first extent.
     """
 
     head: str
@@ -47,16 +48,23 @@ class Query(NamedTuple):
     backend: str
     chunk_size: int | None
     tangents: Tensor | None = None
+    shared: Shared = ()
 
     def asked(self) -> Query:
-        """The same, of what has the unit vectors for its directions."""
-        if self.tangents is None:
-            return self
-        # Late: seldom needed.
-        from fastsfvae.jacobian.directed import along
+        """The same, of what has the unit vectors for its directions, and shares nothing."""
+        # Late: both are seldom needed.
+        query = self
+        if query.shared != ():
+            from fastsfvae.jacobian.shared import bind
 
-        decoder, z, kwargs = along(self.decoder, self.z, self.tangents, self.kwargs)
-        return self._replace(decoder=decoder, z=z, kwargs=kwargs, tangents=None)
+            given = bind(query.decoder, query.args, query.kwargs, query.shared)
+            query = query._replace(**given._asdict(), shared=())
+        if query.tangents is not None:
+            from fastsfvae.jacobian.directed import along
+
+            asked = along(query.decoder, query.z, query.tangents, query.kwargs)
+            query = query._replace(**asked._asdict(), tangents=None)
+        return query
 
 
 def weighted_total(query: Query, weights: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
@@ -120,7 +128,8 @@ def prepare(query: Query) -> Prepared | None:
         from fastsfvae.gram import compiled
 
         z, found = compiled.gather(
-            *(query.decoder, query.z, query.args, query.kwargs, query.backend, query.tangents)
+            *(query.decoder, query.z, query.args, query.kwargs, query.backend),
+            *(query.tangents, query.shared),
         )
     else:
         asked = query.asked()

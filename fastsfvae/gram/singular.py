@@ -11,7 +11,8 @@ from torch import Tensor
 from fastsfvae._checks import Backend
 from fastsfvae.gram.pullback import pullback
 from fastsfvae.jacobian.api import jvp, vjp
-from fastsfvae.jacobian.validate import check_latents
+from fastsfvae.jacobian.shared import bind
+from fastsfvae.jacobian.validate import Shared, check_latents
 
 # Up to that many latents G is formed: its m tangents cost less than iterations do.
 _MOST_LATENTS = 256
@@ -46,6 +47,7 @@ def singular_directions(
     generator: torch.Generator | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> SingularDirections:
     """The k largest singular values of J at z with their directions; no gradients.
@@ -65,6 +67,7 @@ def singular_directions(
         generator: source of the iteration's first directions, on z's device.
         backend: see `decode_with_jacobian`.
         chunk_size: see `decode_with_jacobian`.
+        shared: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -77,6 +80,7 @@ def singular_directions(
     B, m = z.shape
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= m:
         raise ValueError(f"k={k!r}: give an int from 1 to m = {m}")
+    decoder, args, kwargs = bind(decoder, args, kwargs, shared)
     options: dict[str, Any] = {"backend": backend, "chunk_size": chunk_size}
     if m <= _MOST_LATENTS:
         gram = pullback(decoder, z, None, *args, **options, **kwargs).gram

@@ -18,7 +18,7 @@ from fastsfvae.gram.heads import HEADS, ChunkGram, Found, Gradients, Shape
 from fastsfvae.gram.query import Query, head_outputs, weighted_total
 from fastsfvae.gram.tail import Unwritten
 from fastsfvae.jacobian.backend import resolve_backend
-from fastsfvae.jacobian.validate import check_latents
+from fastsfvae.jacobian.validate import Shared, check_latents
 from fastsfvae.ops.log_det import log_det_of_parts, log_det_of_sums
 
 
@@ -122,6 +122,7 @@ def log_volume(
     return_lost: Literal[False] = False,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> Tensor: ...
 
@@ -136,6 +137,7 @@ def log_volume(
     return_lost: Literal[True],
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -150,6 +152,7 @@ def log_volume(
     return_lost: bool,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -163,6 +166,7 @@ def log_volume(
     return_lost: bool = False,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The logarithm of a decoder's volume element, 1/2 log det (J^T J + damping I), in nats.
@@ -192,6 +196,7 @@ def log_volume(
         return_lost: also return which samples are lost.
         backend: see `decode_with_jacobian`.
         chunk_size: samples whose tangents exist at one time; None chooses. Changes rounding only.
+        shared: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -215,7 +220,8 @@ def log_volume(
     elif damping:
         inputs = (_constants.full((), damping, dtype, z.device),)
     head, resolved = "damped_log_volume" if inputs else "log_volume", resolve_backend(backend, z)
-    query = Query(head, decoder, z, None, inputs, args, kwargs, resolved, chunk_size)
+    given = args, kwargs, resolved, chunk_size
+    query = Query(head, decoder, z, None, inputs, *given, shared=shared)
     if reduction == "none":
         value, lost = head_outputs(query)
     else:

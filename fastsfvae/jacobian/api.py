@@ -14,6 +14,7 @@ from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.chunks import decode_by_reference, twice_differentiable
 from fastsfvae.jacobian.validate import (
+    Shared,
     check_chunk_size,
     check_latents,
     check_tangents,
@@ -28,6 +29,7 @@ def decode_with_jacobian(
     tangents: Tensor | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Decode and differentiate: f(z) and J = df/dz, in one pass with m tangents.
@@ -47,6 +49,8 @@ def decode_with_jacobian(
             torch.func.jacrev per sample, slow.
         chunk_size: samples that are processed together; None for as many as a memory budget
             allows. Changes results by rounding only.
+        shared: further inputs that all samples share, whatever their first extent: names, and
+            positions behind z, counted from 0.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -64,8 +68,12 @@ def decode_with_jacobian(
     check_tangents(tangents, z)
     check_chunk_size(chunk_size)
     resolved = resolve_backend(backend, z)
+    # Late, like the rules: seldom needed.
+    if shared != ():
+        from fastsfvae.jacobian.shared import bind
+
+        decoder, args, kwargs = bind(decoder, args, kwargs, shared)
     if tangents is not None:
-        # Late, like the rules: seldom needed.
         from fastsfvae.jacobian.directed import along
 
         decoder, z, kwargs = along(decoder, z, tangents, kwargs)
@@ -88,6 +96,7 @@ def jvp(
     *args: Any,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Decode and differentiate along directions: f(z) and J v, by forward mode.
@@ -102,6 +111,7 @@ def jvp(
         *args: further decoder inputs.
         backend: see `decode_with_jacobian`.
         chunk_size: see `decode_with_jacobian`.
+        shared: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -119,6 +129,7 @@ def jvp(
         tangents=tangents.unsqueeze(0) if alone else tangents,
         backend=backend,
         chunk_size=chunk_size,
+        shared=shared,
         **kwargs,
     )
     return output, derivatives.squeeze(1) if alone else derivatives.transpose(0, 1)
@@ -129,6 +140,7 @@ def vjp(
     z: Tensor,
     cotangents: Tensor,
     *args: Any,
+    shared: Shared = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Decode and pull back: f(z) and J^T u, by reverse mode, one backward pass a cotangent.
@@ -141,6 +153,7 @@ def vjp(
         z: latents [B, m].
         cotangents: u, [B, *out], or several, [k, B, *out].
         *args: further decoder inputs.
+        shared: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -153,6 +166,10 @@ def vjp(
     check_latents(z)
     _checks.floating("cotangents", cotangents)
     target, kwargs = unwrap(decoder, kwargs)
+    if shared != ():
+        from fastsfvae.jacobian.shared import bind
+
+        target, args, kwargs = bind(target, args, kwargs, shared)
     linearizer = Linearizer(target, z, args, kwargs)
     shape = (z.shape[0], *linearizer.plan(z.shape[0]).output_shape)
     alone = tuple(cotangents.shape) == shape

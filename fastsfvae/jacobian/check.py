@@ -18,7 +18,8 @@ from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.cost import CARDS, Floor, step_floor
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.run.cache import Linearizer
-from fastsfvae.jacobian.validate import check_latents, unwrap
+from fastsfvae.jacobian.shared import bind
+from fastsfvae.jacobian.validate import Shared, check_latents
 from fastsfvae.ops.dispatch import Choice
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _copied(decoder: nn.Module) -> nn.Module:
 
 
 def check_decoder(
-    decoder: Callable[..., Tensor], z: Tensor, *args: Any, **kwargs: Any
+    decoder: Callable[..., Tensor], z: Tensor, *args: Any, shared: Shared = (), **kwargs: Any
 ) -> DecoderReport:
     """Compare J and its gradients with reverse mode in float64, and list every layer's rule.
 
@@ -189,6 +190,7 @@ def check_decoder(
         decoder: see `decode_with_jacobian`.
         z: latents [B, m].
         *args: further decoder inputs.
+        shared: see `decode_with_jacobian`.
         **kwargs: further decoder inputs by name.
 
     Returns:
@@ -198,7 +200,7 @@ def check_decoder(
         TypeError, ValueError, RuntimeError: see `decode_with_jacobian`.
     """
     check_latents(z)
-    target, kwargs = unwrap(decoder, kwargs)
+    target, args, kwargs = bind(decoder, args, kwargs, shared)
     backend = resolve_backend("auto", z)
     linearizer = Linearizer(target, z, args, kwargs, backend)
     plan = linearizer.plan(z.shape[0])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from fastsfvae import _checks
+
+# Further decoder inputs that all samples share: names, and positions behind z.
+Shared: TypeAlias = Collection[int | str]
 
 _WRAPPERS = {
     "DistributedDataParallel": "wrap the module that computes the loss instead",
@@ -55,6 +58,11 @@ class Derived(nn.Module):
     def inner(self) -> nn.Module:
         """The module."""
         return self._modules[_INNER]  # type: ignore[return-value]
+
+    def positions(self, count: int) -> list[int]:
+        """Where a user gave so many further inputs, behind z."""
+        inner = self.inner
+        return inner.positions(count) if isinstance(inner, Derived) else [*range(count)]
 
 
 class Method(Derived):

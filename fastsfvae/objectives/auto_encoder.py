@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae.loss import gaussian_kl
+from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.objectives.draws import Decoder, decode
 from fastsfvae.objectives.terms import Terms, make_terms
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae.loss import gaussian_kl
+from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.objectives.terms import Terms, make_terms
 
 Decoder = Callable[[Tensor], Tensor]

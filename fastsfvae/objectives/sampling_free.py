@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsfvae.loss import Elbo, SamplingFreeLoss
+from fastsfvae.elbo import Elbo
+from fastsfvae.loss import SamplingFreeLoss
 from fastsfvae.objectives.terms import Terms
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae.distributions import kalman_update
+from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.fit import fit_latents
 from fastsfvae.likelihoods import gaussian_kl_of_factor
-from fastsfvae.loss import sampling_free_elbo
 from fastsfvae.objectives.draws import decode
 from fastsfvae.objectives.terms import Terms
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae.data.pixels import to_unit
-from fastsfvae.loss import gaussian_kl, low_rank_log_prob
+from fastsfvae.likelihoods import gaussian_kl, low_rank_log_prob
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
 from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol

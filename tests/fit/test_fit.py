@@ -204,7 +204,7 @@ def test_one_latent_seen_through_many_samples(n, weighted):
     x = field(draw(1, M, seed=3).expand(40, M), points).detach() + 0.01 * draw(40, n, seed=4)
     weight = draw(40, n, seed=5).square() if weighted else None
     settings = {"prior_var": 3.0, "noise_var": 0.1, "tol": 1e-8}
-    found = sf.fit_latents(field, x, z0, points, shared=True, weight=weight, **settings)
+    found = sf.fit_latents(field, x, z0, points, joint=True, weight=weight, **settings)
 
     # The same as a decoder with all of it as one output.
     def whole(z):
@@ -218,23 +218,21 @@ def test_one_latent_seen_through_many_samples(n, weighted):
         close(mine, other)
     for chunk_size in (1, 7, 40):
         cut = sf.fit_latents(
-            field, x, z0, points, shared=True, weight=weight, chunk_size=chunk_size, **settings
+            field, x, z0, points, joint=True, weight=weight, chunk_size=chunk_size, **settings
         )
         close(cut.z, found.z)
         close(cut.covariance, found.covariance)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-def test_forward_and_reverse_mode_agree(n, shared, monkeypatch):
+def test_forward_and_reverse_mode_agree(n, joint, monkeypatch):
     torch.manual_seed(n)
     field, points, x = Field(n).double(), draw(9, 2), draw(9, n, seed=1)
-    z0 = draw(1 if shared else 9, M, seed=2)
+    z0 = draw(1 if joint else 9, M, seed=2)
 
     def fit(**settings):
-        return sf.fit_latents(
-            field, x, z0, points, steps=3, prior_var=1.0, shared=shared, **settings
-        )
+        return sf.fit_latents(field, x, z0, points, steps=3, prior_var=1.0, joint=joint, **settings)
 
     backward = fit()
     with monkeypatch.context() as patch:

@@ -44,7 +44,7 @@ def test_one_latent_through_many_samples():
     torch.manual_seed(0)
     field, points, x = Field().to(DEVICE), torch.rand(7, 2, device=DEVICE), torch.rand(7, 6)
     x, z0 = x.to(DEVICE), torch.zeros(1, 3, device=DEVICE)
-    settings = {"shared": True, "prior_var": 1.0, "steps": 3}
+    settings = {"joint": True, "prior_var": 1.0, "steps": 3}
     found = sf.fit_latents(field, x, z0, points, backend="triton", **settings)
     plain = sf.fit_latents(field, x, z0, points, backend="torch", **settings)
     want = sf.fit_latents(field.double(), x.double(), z0.double(), points.double(), **settings)

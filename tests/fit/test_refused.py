@@ -25,7 +25,7 @@ REFUSED = {
     "weight has -1.0 as its smallest": {"weight": -torch.ones(5, 12)},
     "no weight may be negative or NaN": {"weight": torch.full((5, 12), math.nan)},
     "weight is a float": {"weight": 2.0},
-    "z0 has shape (5, 4): with shared=True one latent [1, m]": {"shared": True},
+    "z0 has shape (5, 4): with joint=True one latent [1, m]": {"joint": True},
     "x must be [B, *out] with z's B = 5, got shape (4, 12)": {"x": torch.ones(4, 12)},
     "x has shape (5, 11) but the decoder returns (5, 12)": {"x": torch.ones(5, 11)},
     "x has shape (5, 3) but the decoder returns (5, 12)": {"x": torch.ones(5, 3)},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsfvae.loss import gaussian_kl
+from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.objectives import (
     AutoEncoder,
     DoublyReparameterized,

@@ -7,7 +7,8 @@ import torch
 
 from fastsfvae import training
 from fastsfvae.cli import main as cli
-from fastsfvae.loss import gaussian_kl, sampling_free_elbo
+from fastsfvae.elbo import sampling_free_elbo
+from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.reproduce import EXPERIMENTS, Options, choose, runtime, tables
 from fastsfvae.reproduce.bias import _OBJECTIVES, ObjectiveBias
 from fastsfvae.reproduce.cells import Published, Result

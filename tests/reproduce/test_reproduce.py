@@ -12,7 +12,7 @@ from PIL import Image
 from fastsfvae import training
 from fastsfvae.cli import main as cli
 from fastsfvae.data import files
-from fastsfvae.loss import sampling_free_elbo
+from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.reproduce import EXPERIMENTS, Options, choose, reproduce, runner, sizes, tables
 from fastsfvae.reproduce.cells import Cell, Experiment, Published, Result
 from fastsfvae.reproduce.measures import (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch._functorch import eager_transforms, vmap
 from torch.autograd import forward_ad
@@ -96,3 +98,29 @@ def _running(paths: dict[int, str]) -> str:
             return paths[id(owner)]
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+@contextlib.contextmanager
+def no_log_of_failures() -> Iterator[None]:
+    """Keep PyTorch from logging a traceback of what is raised, and said in one line, anyway."""
+    logger, own = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def from_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != own or record.levelno < logging.ERROR
+
+    logger.addFilter(from_elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(from_elsewhere)
+
+
+@contextlib.contextmanager
+def no_fused_transformers() -> Iterator[None]:
+    """Keep nn.TransformerEncoder from asking for values to see whether it may run in one call."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

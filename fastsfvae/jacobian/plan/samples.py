@@ -62,7 +62,12 @@ def _drops_out(node: fx.Node, target: torch._ops.OpOverload) -> bool | None:
 
 
 def refuse_mixing(
-    trace: Trace, fixed: Sequence[Tensor], z: Tensor, extras: Sequence[Tensor], batched: list[bool]
+    trace: Trace,
+    fixed: Sequence[Tensor],
+    z: Tensor,
+    extras: Sequence[Tensor],
+    batched: list[bool],
+    advice: str = "",
 ) -> None:
     """Refuse a decoder in which a sample's output depends on other samples.
 
@@ -74,6 +79,7 @@ def refuse_mixing(
         z: latents of the traced batch size.
         extras: the tensors among the further arguments.
         batched: for each of them, whether its leading axis is the batch.
+        advice: what the message adds.
 
     Raises:
         RuntimeError: names the first operation that mixes, and its module.
@@ -114,12 +120,12 @@ def refuse_mixing(
         for half, result in zip(replaced, results[1:], strict=True):
             if not _same(result, results[0], ~half):
                 node = _first_mixing(trace, inputs(none), inputs(half), ~half)
-                raise RuntimeError(_message(trace, node))
+                raise RuntimeError(_message(trace, node) + advice)
     # Another batch size may take other kernels, which round otherwise.
     if not _same(fewer[:2], results[0][:2], rows[:2] >= 0, loose=True):
         raise RuntimeError(
             "the decoder's output for a sample depends on how many samples are in its batch: "
-            "use no size of the batch axis (shape[0], numel()) as a value"
+            f"use no size of the batch axis (shape[0], numel()) as a value{advice}"
         )
     if alone is not None and _same(alone, results[0][:1], rows[:1] >= 0, loose=True):
         trace.accepts.allow_one()

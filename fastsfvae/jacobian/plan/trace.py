@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,6 +39,7 @@ from torch.nn.modules.module import (
 )
 
 from fastsfvae.jacobian.plan.asked import NumberAsked
+from fastsfvae.jacobian.plan.conditions import no_fused_transformers, no_log_of_failures
 from fastsfvae.jacobian.plan.decompose import composites
 from fastsfvae.jacobian.plan.fingerprint import modules_with_paths
 from fastsfvae.jacobian.plan.known import KnownValues, WrittenConstant, value_asked_for
@@ -92,6 +92,7 @@ def trace(
     batched: list[bool],
     rebuild: Callable[[list[Any]], tuple[tuple, dict[str, Any]]],
     lifted: int = 0,
+    advice: str = "",
 ) -> Trace:
     """Trace `decoder(z, *args, **kwargs)`.
 
@@ -104,6 +105,7 @@ def trace(
         batched: for each of them, whether its leading axis is the batch.
         rebuild: turns a list of such tensors into (args, kwargs).
         lifted: out of how many, the last ones, it takes numbers.
+        advice: what the message of a decoder that fails adds.
 
     Raises:
         NumberAsked: the trace fails with symbols for those numbers.
@@ -112,9 +114,9 @@ def trace(
     """
     # The caller may be inside torch.func.grad or no_grad: that is for the plan's runs.
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
-        given = decoder, names, tensors, z, extras, batched, rebuild
+        given = decoder, names, tensors, z, extras, batched, rebuild, lifted, advice
         try:
-            found = _trace(*given, lifted)
+            found = _trace(*given)
         except Exception as error:
             if not lifted:
                 raise
@@ -126,11 +128,10 @@ def trace(
         return found
 
 
-def _trace(decoder, names, tensors, z, extras, batched, rebuild, lifted) -> Trace:
+def _trace(decoder: Callable[..., Any], *given: Any) -> Trace:
     if isinstance(decoder, nn.Module):
         refuse_or_warn_about_hooks(decoder)
-    given = decoder, names, tensors, z, extras, batched, rebuild, lifted
-    traced = functools.partial(_traced, *given)
+    traced: Callable[..., Trace] = functools.partial(_traced, decoder, *given)
     try:
         return traced(with_values=False)
     except _DATA_DEPENDENT:
@@ -160,6 +161,7 @@ def _traced(
     batched,
     rebuild,
     lifted,
+    advice,
     with_values,
     any_batch=True,
     made=True,
@@ -220,7 +222,7 @@ def _traced(
         "_error_on_data_dependent_ops": not with_values,
     }
     try:
-        surroundings = places.recorded(), _no_log_of_failures(), _no_fused_transformers()
+        surroundings = places.recorded(), no_log_of_failures(), no_fused_transformers()
         with contextlib.ExitStack() as stack, restored(decoder) as effects:
             for surrounding in surroundings:
                 stack.enter_context(surrounding)
@@ -237,9 +239,9 @@ def _traced(
     except Exception as error:
         if not _raised_by_torch(error):
             raise
-        latents = rebuild(extras)[1].get(LATENTS, z)
-        given = latents, fake_z.shape[0], places.current, places.nodes, len(names)
-        raise RuntimeError(failure(error, *given)) from error
+        where = fake_z.shape[0], places.current, places.nodes, len(names)
+        said = failure(error, rebuild(extras)[1].get(LATENTS, z), *where)
+        raise RuntimeError(said + advice) from error
     _refuse_escaped_values(module)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     z_size = inputs[len(names)].meta["val"].shape[0]
@@ -362,32 +364,6 @@ class _Places:
 def _newest_first() -> Iterator[fx.Node]:
     mode = get_proxy_mode()
     return iter(()) if mode is None else iter(reversed(mode.tracer.graph.nodes))
-
-
-@contextlib.contextmanager
-def _no_log_of_failures() -> Iterator[None]:
-    """Keep PyTorch from logging a traceback of what is raised, and said in one line, anyway."""
-    logger, own = logging.getLogger(FakeTensorMode.__module__), threading.get_ident()
-
-    def from_elsewhere(record: logging.LogRecord) -> bool:
-        return record.thread != own or record.levelno < logging.ERROR
-
-    logger.addFilter(from_elsewhere)
-    try:
-        yield
-    finally:
-        logger.removeFilter(from_elsewhere)
-
-
-@contextlib.contextmanager
-def _no_fused_transformers() -> Iterator[None]:
-    """Keep nn.TransformerEncoder from asking for values to see whether it may run in one call."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _raised_by_torch(error: BaseException) -> bool:

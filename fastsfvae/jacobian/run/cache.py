@@ -192,6 +192,9 @@ class Linearizer:
 
     def plan(self, batch: int) -> Any:
         """The plan for chunks of that many samples, traced if there is none yet."""
+        if batch == 1 < self.z.shape[0]:
+            # One sample shows nothing of what samples take from each other.
+            self.plan(2)
         home = self._home()
         plans = self._local if home is None else _plans.get(id(home), {})
         for plan in plans.get(self._key, ()):
@@ -267,12 +270,34 @@ class Linearizer:
                 self.batched,
                 rebuild,
                 len(self._numbers),
+                advice := self._advice(),
             )
         trained = [t.requires_grad for t in self._print.tensors]
         plan = build_plan(traced, trained, self.batched, self.backend)
-        refuse_mixing(traced, self._print.tensors, z, extras, self.batched)
+        refuse_mixing(traced, self._print.tensors, z, extras, self.batched, advice)
         plan.asked = Asked(traced.asked, self._fixed())
         return plan, traced.effects
+
+    def _advice(self) -> str:
+        """What a message of a failure adds where further inputs are taken to go with the batch."""
+        args, kwargs = pytree.tree_unflatten(self._leaves, self._spec)
+        batch, positions = self.z.shape[0], [*range(len(args))]
+        if isinstance(self.decoder, Derived):
+            positions = self.decoder.positions(len(args))
+
+        def along(value: Any) -> bool:
+            leaves = pytree.tree_leaves(value)
+            return any(isinstance(t, Tensor) and t.shape[:1] == (batch,) for t in leaves)
+
+        given = [*zip(positions, args, strict=True), *kwargs.items()]
+        # What begins with _ is no input of the user's.
+        places = tuple(p for p, value in given if not str(p).startswith("_") and along(value))
+        if not places:
+            return ""
+        return (
+            f" (by their first extent, {batch}, the further inputs {places} go with the samples: "
+            f"give shared={places} for those that all samples share)"
+        )
 
     def _fixed(self) -> list[Tensor]:
         """What no sample changes: parameters, buffers, further inputs without a batch axis."""

@@ -14,7 +14,6 @@ from fastsfvae.jacobian.plan.restore import undone
 from fastsfvae.jacobian.rules.jet import Jet, from_stack, full_tangent
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.validate import check_chunk_size, check_inputs, check_output, unwrap
-from fastsfvae.reference.jacobian import jacobian as reference_jacobian
 
 Finish = Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
 
@@ -67,6 +66,9 @@ def decode_by_reference(
     decoder: Callable[..., Tensor], z: Tensor, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """f(z) [B, *out] and J [B, m, *out] by the oracle; see `decode_with_jacobian`."""
+    # Late: for the oracle alone.
+    from fastsfvae.reference.jacobian import jacobian
+
     decoder, kwargs = unwrap(decoder, kwargs)
     check_inputs(z, [], [])
     with _eager(), twice_differentiable():
@@ -75,7 +77,7 @@ def decode_by_reference(
         # What a decoder stores inside torch.func is of no use outside. A compiler cannot look.
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else undone(decoder):
-            return output, reference_jacobian(decoder, z, args, kwargs)
+            return output, jacobian(decoder, z, args, kwargs)
 
 
 def twice_differentiable() -> contextlib.AbstractContextManager[Any]:
