@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -61,17 +62,25 @@ def loss_scale(value: float | Tensor) -> None:
         raise ValueError(f"loss_scale={value!r} must be finite and positive")
 
 
-def gamma_or_nan(value: float | Tensor) -> float | Tensor:
-    """Gamma; in place of a tensor's that is out of range NaN, as its value is not read here."""
-    if not isinstance(value, Tensor):
+def in_range(name: str, value: float | Tensor) -> float | Tensor:
+    """A setting; in place of a tensor's that is out of range NaN, as its value is not read here.
+
+    A capture records nothing of it. The formulas see to noise_var by themselves.
+    """
+    if not isinstance(value, Tensor) or name not in _ALLOWED:
         return value
-    # The arcsine of a root has values in [0, 1] alone, and 0 of it changes none of them.
-    return torch.lerp(value, value.detach().sqrt().asin(), 0.0)
+    if value.is_cuda and not torch.compiler.is_compiling():
+        if torch.cuda.is_current_stream_capturing():
+            return value
+    # NaN outside, and 0 of what it is inside.
+    return torch.lerp(value, _ALLOWED[name](value.detach()), 0.0)
 
 
-def kl_weight_or_nan(value: float | Tensor) -> float | Tensor:
-    """The weight; in place of a tensor's that is negative NaN."""
-    return torch.lerp(value, value.detach().sqrt(), 0.0) if isinstance(value, Tensor) else value
+# Functions with finite values on what a setting may be, and NaN elsewhere.
+_ALLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gamma": lambda gamma: gamma.sqrt().asin(),
+    "kl_weight": torch.sqrt,
+}
 
 
 def prior_var(value: float | Tensor | None) -> None:

@@ -134,13 +134,13 @@ def objective(
     _checks.latent(mean, log_var, factor=True)
     _checks.batch(x, mean)
     dtype = torch.promote_types(torch.promote_types(mean.dtype, x.dtype), torch.float32)
-    allowed = noise_var, _checks.gamma_or_nan(gamma), _checks.kl_weight_or_nan(kl_weight)
+    weights = _checks.in_range("gamma", gamma), _checks.in_range("kl_weight", kl_weight)
     scalars = [
         t.to(mean.device)
         if isinstance(t, Tensor)
         # Filled on the device: a copy from the host would wait for it, and not be captured.
         else _constants.full((), t, dtype, mean.device)
-        for t in allowed
+        for t in (noise_var, *weights)
     ]
     spread = tangents = None
     if log_var.dim() == 3 or probes is not None:

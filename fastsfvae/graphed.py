@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fastsfvae import _checks
@@ -221,7 +222,7 @@ class GraphedStep:
                 )
         loss = self._loss
         for name in _SCALARS:
-            value, before = getattr(loss, name), self._given[name]
+            value, before = _held(loss, name), self._given[name]
             learned = name not in self._scalars
             replaced = learned and before is not None and value is not before
             if _is_learned(value) != learned or replaced:
@@ -231,7 +232,9 @@ class GraphedStep:
                 )
             if isinstance(value, Tensor) and not learned:
                 # The same tensor may hold something else.
-                self._scalars[name].copy_(value, non_blocking=True)
+                allowed = _checks.in_range(name, value)
+                assert isinstance(allowed, Tensor)
+                self._scalars[name].copy_(allowed, non_blocking=True)
             elif not isinstance(value, Tensor) and value is not before:
                 _checks.settings(loss.noise_var, loss.gamma, loss.kl_weight, loss.likelihood)
                 self._scalars[name].fill_(value)
@@ -264,6 +267,13 @@ def _as_captured(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item() if value.device.type == "cpu" else None
     return value
+
+
+def _held(loss: SamplingFreeLoss, name: str) -> float | Tensor:
+    """A setting, or the parameter that it is made from at each use."""
+    if parametrize.is_parametrized(loss, name):
+        return getattr(loss.parametrizations, name).original
+    return getattr(loss, name)
 
 
 def _is_learned(value: float | Tensor) -> bool:

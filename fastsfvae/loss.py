@@ -144,7 +144,9 @@ class SamplingFreeLoss(nn.Module):
                 f"sample_weight has shape {tuple(sample_weight.shape)}: "
                 f"give [B] = {tuple(mean.shape[:1])}"
             )
-        _checks.loss_scale(loss_scale)
+        if not torch.compiler.is_compiling():
+            # A compiler may hold the number as a symbol.
+            _checks.loss_scale(loss_scale)
         weight: Tensor | None = None
         scale: float | Tensor | None = None
         if self.reduction != "none":
@@ -259,4 +261,6 @@ class _Exponential(nn.Module):
         return logarithm.exp()
 
     def right_inverse(self, value: float | Tensor) -> Tensor:
+        # Assigned, which is no part of a step: it may be read.
+        check_settings(noise_var=value)
         return torch.as_tensor(value, dtype=torch.float32).log()
