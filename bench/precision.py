@@ -2,6 +2,7 @@
 
     python -m bench.precision --steps 500
     python -m bench.precision --bias
+    python -m bench.precision --scales
 
 The default MLP (m = 16) is trained in each precision from the same weights on the same batches.
 Values and gradients are those of one batch at the weights that float64 ended at, rounded to
@@ -11,6 +12,10 @@ CPU besides (bench/tf32.py).
 
 With --bias, how far emulated TF32 products move J, the loss and its gradient one way: celeba16's
 decoder as initialised, 16 samples, against float64. Writes bench/results/tf32_bias.csv.
+
+With --scales, what float16 tangents lose below their range and above it, by the `loss_scale` that
+the gradients are finished at, against float64; at the loss's own size and at 1e-5 of it (the weight
+of a term beside others, given as `sample_weight`). Writes bench/results/loss_scale.csv.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import argparse
 import copy
 import csv
 import io
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,6 +45,10 @@ from fastsfvae.ground.provenance import commit, device_name
 RESULTS = Path(__file__).parent / "results"
 NOISE_VAR, BATCH = 0.5, 64
 BIASED, BIASED_BATCH = "celeba16", 16
+# Of the measurement of loss scales: workloads with their batches, the samples' weights, scales.
+SCALED = (("mnist2", 64), ("celeba16", 16))
+SHARES = (1.0, 1e-5)
+SCALES = tuple(2.0**power for power in (0, 4, 8, 12, 16))
 # Steps whose mean is the final loss.
 LAST = 50
 
@@ -213,6 +223,60 @@ def measure_bias() -> list[dict[str, object]]:
     return rows
 
 
+def measure_scales() -> list[dict[str, object]]:
+    """A row for each decoder, weight of the samples and scale; of all gradients as one vector."""
+    rows = []
+    for (name, batch), share in itertools.product(SCALED, SHARES):
+        problem = build_problem(name, batch)
+        tensors = [t.detach() for t in (problem.x, problem.mean, problem.log_var)]
+
+        def gradient(
+            precision: Precision, scale: float, problem=problem, tensors=tensors, share=share
+        ):
+            decoder = copy.deepcopy(problem.decoder).to(precision.dtype)
+            leaves = [t.to(precision.dtype).requires_grad_() for t in tensors]
+            loss_fn = sf.SamplingFreeLoss(decoder, noise_var=NOISE_VAR, reduction="sum")
+            weights = torch.full((len(leaves[0]),), share / len(leaves[0]), dtype=precision.dtype)
+            with held(precision, "cpu"):
+                loss = loss_fn(*leaves, sample_weight=weights, loss_scale=scale)
+            # As a scaler has it: up before the backward, down before the step.
+            found = torch.autograd.grad(loss * scale, [*leaves, *decoder.parameters()])
+            return torch.cat([g.double().flatten() / scale for g in found])
+
+        exact = gradient(PRECISIONS[EXACT], 1.0)
+        for scale in SCALES:
+            mine = gradient(PRECISIONS["float16 autocast"], scale)
+            finite = bool(mine.isfinite().all())
+            rows.append(
+                {
+                    "decoder": name,
+                    "batch": batch,
+                    "weight": share,
+                    "loss_scale": scale,
+                    "gradient_error": float((mine - exact).norm() / exact.norm())
+                    if finite
+                    else "not finite",
+                    "underflowed": float(((mine == 0) & (exact != 0)).double().mean()),
+                    "torch": torch.__version__,
+                    "commit": commit(),
+                }
+            )
+    return rows
+
+
+def markdown_of_scales(rows: list[dict[str, object]]) -> str:
+    """A table of `measure_scales`."""
+    lines = ["| decoder, B, weight | loss_scale | gradient, relative error | entries that are 0 |"]
+    lines.append("|---|---|---|---|")
+    for row in rows:
+        error = row["gradient_error"]
+        said = f"{error:.1e}" if isinstance(error, float) else error
+        where = f"{row['decoder']}, {row['batch']}, {row['weight']:g}"
+        cells = where, f"{row['loss_scale']:g}", said, f"{row['underflowed']:.2%}"
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def markdown_of_bias(rows: list[dict[str, object]]) -> str:
     """A table of `measure_bias`."""
     keys = ("jacobian", "loss", "gradient")
@@ -252,12 +316,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bias", action="store_true", help="emulated TF32's bias alone")
+    parser.add_argument("--scales", action="store_true", help="float16 by loss_scale alone")
     parser.add_argument("--out", type=Path, help="the CSV file")
     options = parser.parse_args()
     if options.bias:
         rows = measure_bias()
         _write(options.out or RESULTS / "tf32_bias.csv", rows)
         print(markdown_of_bias(rows))
+        return
+    if options.scales:
+        rows = measure_scales()
+        _write(options.out or RESULTS / "loss_scale.csv", rows)
+        print(markdown_of_scales(rows))
         return
     names = [n for n, p in PRECISIONS.items() if options.device != "cpu" or p.products == "ieee"]
     rows = measure(options.steps, options.seed, options.device, names)

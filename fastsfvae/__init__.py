@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastsfvae.elbo import Elbo as Elbo
-from fastsfvae.elbo import sampling_free_elbo
+from fastsfvae.elbo import check_settings, sampling_free_elbo
 from fastsfvae.gram.pullback import Pullback as Pullback
 from fastsfvae.gram.pullback import pullback
 from fastsfvae.ground.provenance import VERSION
@@ -74,6 +74,7 @@ __all__ = [
     "LinearizedGaussian",
     "SamplingFreeLoss",
     "check_decoder",
+    "check_settings",
     "decode_with_jacobian",
     "evaluate",
     "fit_latents",
