@@ -14,6 +14,7 @@ from fastsfvae import evaluate
 from fastsfvae.evaluate.frechet import load_extractor
 from fastsfvae.ground.atomic import replacing, write_text
 from fastsfvae.ground.options import UsageError, fail, parse, require_extras
+from fastsfvae.ground.progress import counter
 from fastsfvae.results import comparison, evaluation, page
 
 _EXTRAS = ("tyro", "rich", "matplotlib")
@@ -96,9 +97,12 @@ def _evaluate(prog: str, options: list[str]) -> None:
     extractor = _extractor(arguments)
     trained = evaluation.load_trained(arguments.run, arguments.settings.images)
     print(f"{trained.folder}: {len(trained.x):,} test images", file=sys.stderr)
+    # First, so that an extractor that does not fit is found out before the long part.
+    distance, conventions = _distance(trained, extractor) if extractor is not None else ({}, {})
     found = evaluation.evaluate_trained(trained, arguments.settings)
-    if extractor is not None:
-        found = _with_distance(found, trained, extractor)
+    found = found._replace(
+        sections=found.sections | distance, conventions=found.conventions | conventions
+    )
     figures = {name: page.png(figure) for name, figure in page.draw(trained, found).items()}
     sections = page.cells(found)
     title = f"Evaluation of {found.run}"
@@ -153,18 +157,22 @@ def _extractor(arguments: EvaluateArguments):
     return None
 
 
-def _with_distance(
-    found: evaluation.Evaluation, trained: evaluation.Trained, extractor
-) -> evaluation.Evaluation:
-    """Add FID and KID between the test images and as many samples of the prior."""
+def _distance(
+    trained: evaluation.Trained, extractor
+) -> tuple[dict[str, dict[str, evaluation.Number]], dict[str, str]]:
+    """FID and KID of as many samples as there are test images: a section and its conventions."""
     import torch
 
-    generator, m = trained.generator(), trained.mean.shape[1]
-    z = torch.randn(len(trained.x), m, generator=generator, device=trained.x.device)
-    with torch.no_grad():
+    generator, images, m = trained.generator(), len(trained.x), trained.mean.shape[1]
+    z = torch.randn(images, m, generator=generator, device=trained.x.device)
+    with torch.no_grad(), counter("FID and KID, images", 2 * images) as progress:
         generated = (trained.decoder(part) for part in z.split(_GENERATED_BATCH))
         distance = evaluate.frechet_distance(
-            trained.x, generated, extractor.to(trained.x.device), seed=trained.config.seed
+            trained.x,
+            generated,
+            extractor.to(trained.x.device),
+            seed=trained.config.seed,
+            progress=progress,
         )
     title = "Distance of samples from test images" + (
         "" if distance.comparable else " (not comparable with published FID)"
@@ -180,9 +188,7 @@ def _with_distance(
         f"{distance.features} features of {distance.extractor}, resized by it alone",
         "distance_weights_sha256": distance.weights_sha256,
     }
-    return found._replace(
-        sections=found.sections | {title: numbers}, conventions=found.conventions | conventions
-    )
+    return {title: numbers}, conventions
 
 
 def _folder(out: str | None, stem: Path) -> Path:
