@@ -318,6 +318,8 @@ def _taylor(trained: Trained, settings: Settings) -> dict[str, Number]:
             numbers[f"variance correlation, per image, {name}"] = Number(
                 agreement.per_image_correlation
             )
+            numbers["images without a variance correlation"] = Number(agreement.uncorrelated_images)
+            numbers["images left out, not finite"] = Number(found.broken_images)
             numbers["variance ratio, linearised / true"] = Number(agreement.variance_ratio)
         numbers[f"covariance error, {name}"] = Number(
             agreement.covariance_error, agreement.covariance_error_se
