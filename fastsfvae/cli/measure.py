@@ -12,10 +12,11 @@ from typing import Any
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate.frechet import load_extractor
+from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL
 from fastsfvae.ground.atomic import replacing, write_text
 from fastsfvae.ground.options import UsageError, fail, parse, require_extras
 from fastsfvae.ground.progress import counter
-from fastsfvae.results import comparison, evaluation, page
+from fastsfvae.results import comparison, evaluation, page, report
 
 _EXTRAS = ("tyro", "rich", "matplotlib")
 _GENERATED_BATCH = 250
@@ -51,10 +52,10 @@ class CompareArguments:
     runs: list[Path]
     """Folders of two or more runs."""
 
-    samples: int = 1_000
+    samples: int = report.WEIGHTS["compare"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: str = "defensive"
+    proposal: str = COMMANDS_PROPOSAL
     """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 20

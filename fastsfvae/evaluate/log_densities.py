@@ -137,6 +137,7 @@ def log_marginal_likelihood(
         generator=generator,
         chunk_size=chunk_size,
         progress=progress,
+        linearises=proposal != "posterior",
     ):
         log_weight = log_prior_ratio - squared_error / (2 * noise_var)
         new_peak = torch.maximum(peak[images], log_weight.amax(1))

@@ -114,6 +114,7 @@ def conventions(runs: list[Trained], settings: Settings) -> dict[str, Any]:
             "constant",
             "pixel_scale",
             "log_ml",
+            "log_ml_elsewhere",
             "sampled_elbo",
             "squared_error",
             "split",

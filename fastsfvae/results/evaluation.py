@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastsfvae import evaluate
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.evaluate import mean_over_images, monte_carlo_error
-from fastsfvae.evaluate.proposals import ProposalName
+from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
 from fastsfvae.ground.progress import counter
 from fastsfvae.results import report
 from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
@@ -30,11 +30,11 @@ _EPSILON, _DELTA = 0.05, 0.01
 class Settings:
     """How much work an evaluation is."""
 
-    samples: int = 50_000
+    samples: int = report.WEIGHTS["evaluate"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: str = "defensive"
-    """What they are drawn from: see `evaluate.log_marginal_likelihood`."""
+    proposal: str = COMMANDS_PROPOSAL
+    """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 100
     """Draws of the posterior per image of the sampled ELBO."""
@@ -183,8 +183,7 @@ def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
 def conventions(trained: Trained, settings: Settings) -> dict[str, Any]:
     """What a number's meaning depends on, as JSON-able values."""
     config = trained.config
-    return report.conventions(config, settings.samples) | {
-        "log_ml": f"K={settings.samples} importance weights, proposal {settings.proposal}",
+    return report.conventions(config, settings.samples, settings.proposal) | {
         "sampled_elbo": f"{settings.elbo_samples} draws of q(z|x) per image",
         "squared_error": "summed over pixels; at the posterior mean, and sampled: both listed",
         "objective": f"sampling-free, kl_weight 1, likelihood {config.likelihood}, "
