@@ -51,12 +51,22 @@ class Report(NamedTuple):
 
     def save(self, folder: Path) -> None:
         """Write results.json."""
-        fields = self._asdict()
-        fields["splits"] = {
-            split: {name: value._asdict() for name, value in quantities.items()}
-            for split, quantities in self.splits.items()
-        }
-        write_text(folder / RESULTS, json.dumps(fields, indent=2) + "\n")
+        write_text(folder / RESULTS, json_text(self))
+
+
+def json_text(value: Any) -> str:
+    """Lay out results as JSON: named tuples as objects, numbers that are not finite as null."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "_asdict"):
+            value = value._asdict()
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
 
 
 @torch.no_grad()
