@@ -19,6 +19,7 @@ _DPI = 130
 _STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
   overflow-wrap: anywhere }
+th { overflow-wrap: normal }
 h1 { font-size: 1.35rem; line-height: 1.3 }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 .verdict { font-size: 1.1rem; border-left: 4px solid #1b6ca8; padding-left: .75rem }
@@ -30,6 +31,7 @@ td, th { padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #ddd; text-align:
   vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 td.n { white-space: nowrap }
+td:first-child { min-width: 8rem; overflow-wrap: break-word }
 @media (max-width: 48rem) {
   td, th { padding-right: .5rem; font-size: 15px }
   .box img { max-width: none; width: min(var(--width), 44rem) }
@@ -168,4 +170,4 @@ def _format(value: float | None) -> str:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.2g}"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.3g}"

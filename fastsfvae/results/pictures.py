@@ -93,7 +93,7 @@ def traversals(
     ticks = torch.linspace(-limit, limit, steps, device=z.device, dtype=z.dtype)
     blocks = math.ceil(len(order) / _TRAVERSAL_ROWS)
     rows = math.ceil(len(order) / blocks)
-    figure = new_figure(blocks * (0.4 * steps + 1.3), 0.4 * rows + 0.7)
+    figure = new_figure(blocks * (0.4 * steps + 1.3), 0.4 * rows + 0.9)
     panels = figure.subplots(1, blocks, squeeze=False)[0]
     for axes, start in zip(panels, range(0, len(z), rows), strict=True):
         dimensions = order[start : start + rows]
@@ -109,8 +109,8 @@ def traversals(
         ends = [f"{value:g}" for value in (-limit, 0, limit)]
         axes.set_xticks([first, (first + last) / 2, last], ends, fontsize=8)
         axes.tick_params(length=0)
-        axes.set_xlabel("value of that dimension", fontsize=8)
-    panels[0].set_ylabel("latent dimension, its mean KL in nats", fontsize=8)
+        axes.set_xlabel("$z_i$", fontsize=9)
+    panels[0].set_ylabel("dimension, KL in nats", fontsize=8)
     figure.suptitle("Decoder output along each latent dimension, the others held", fontsize=10)
     return figure
 
@@ -155,9 +155,10 @@ def kl_bars(kl: Sequence[float], epsilon: float):
     axes = figure.subplots()
     axes.bar(range(1, len(kl) + 1), sorted(kl, reverse=True), width=0.8)
     axes.axhline(epsilon, color="black", linewidth=0.8, linestyle="--")
-    axes.annotate(
-        f"{epsilon:g} nats", (len(kl) + 0.5, epsilon), fontsize=8, ha="right", va="bottom"
-    )
+    # Beside the axes, where there is no bar.
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(f"{epsilon:g} nats", (1, epsilon), (3, 0), **place, fontsize=8, va="center")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("latent dimension, sorted", fontsize=9)
     axes.set_title("Mean KL(q || p) of each latent dimension (nats)", fontsize=10)
     axes.tick_params(labelsize=8)

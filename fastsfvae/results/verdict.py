@@ -40,7 +40,7 @@ def of_evaluation(
         found = taylor.taylor
         parts.append(
             f"the linearisation predicts the output variances to r = "
-            f"{found.pooled_correlation:.2f} and their sum to {found.variance_ratio:.0%}"
+            f"{found.pooled_correlation:.3f} and their sum to {found.variance_ratio:.0%}"
         )
     return "; ".join(parts)
 
