@@ -66,7 +66,7 @@ def rows_of_images(rows: dict[str, Tensor]):
     figure = new_figure(0.5 * columns + 1.2, 0.5 * len(rows) + 0.1)
     axes = figure.subplots()
     draw_images(axes, torch.cat(list(rows.values())), columns)
-    axes.set_yticks(_centres(len(rows), size), list(rows), fontsize=9)
+    axes.set_yticks(centres(len(rows), size), list(rows), fontsize=9)
     axes.tick_params(left=False)
     return figure
 
@@ -104,8 +104,8 @@ def traversals(
         draw_images(axes, images, steps)
         height, width = images.shape[-2:]
         labels = [f"$z_{{{i + 1}}}$  KL {kl[i]:.2f}" for i in dimensions]
-        axes.set_yticks(_centres(len(labels), height), labels, fontsize=8)
-        first, *_, last = _centres(steps, width)
+        axes.set_yticks(centres(len(labels), height), labels, fontsize=8)
+        first, *_, last = centres(steps, width)
         ends = [f"{value:g}" for value in (-limit, 0, limit)]
         axes.set_xticks([first, (first + last) / 2, last], ends, fontsize=8)
         axes.tick_params(length=0)
@@ -171,7 +171,7 @@ def _rule(size: int) -> int:
     return max(1, round(size / 32))
 
 
-def _centres(count: int, size: int) -> list[float]:
+def centres(count: int, size: int) -> list[float]:
     """The middles of `count` images of that height or width, in pixels of `_tile`'s sheet."""
     return [(size + _rule(size)) * i + (size - 1) / 2 for i in range(count)]
 
@@ -179,11 +179,14 @@ def _centres(count: int, size: int) -> list[float]:
 def _tile(images: Tensor, columns: int) -> np.ndarray:
     """Lay images ``[N, C, H, W]`` out row by row, with grey rules between them.
 
+    The place of an image that is all NaN is left white.
+
     Returns:
         ``[H', W']`` or, in colour, ``[H', W', 3]``, in [0, 1].
     """
     down, across = (_rule(size) for size in images.shape[-2:])
     ruled = F.pad(images.clamp(0, 1).cpu(), (0, across, 0, down), value=_RULE_GREY)
+    ruled[images.isnan().flatten(1).all(1).cpu()] = 1.0
     rows = ruled.unflatten(0, (-1, columns))
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     # Between images alone, not behind the last.

@@ -39,6 +39,16 @@ def test_images_lie_between_grey_rules(size, rule, channels):
     assert 0.2 < sheet[seen].max() < 0.8
 
 
+def test_the_place_of_a_missing_image_is_white():
+    images = torch.zeros(4, 1, 28, 28)
+    images[1] = torch.nan
+    images[2, 0, 0, 0] = torch.nan
+    sheet = pictures._tile(images, 2)
+    assert (sheet[:29, 29:] == 1).all() and 0.2 < sheet[5, 28] < 0.8
+    # An image that is broken in part is shown, and so is its rule.
+    assert np.isnan(sheet[29, 0]) and sheet[30, 0] == 0 and 0.2 < sheet[30, 28] < 0.8
+
+
 def test_ticks_stand_at_the_middles_of_their_images():
     rows = {name: torch.rand(4, 1, 28, 28) for name in ("first", "second", "third")}
     (axes,) = drawn(pictures.rows_of_images(rows)).axes
