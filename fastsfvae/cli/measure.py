@@ -208,6 +208,7 @@ def _show(
     # Printed first: it is all there is where the disk is full.
     page.print_table(title, columns, sections)
     print(verdict)
+    print(f"log ML: {conventions['log_ml']}; {conventions['log_ml_elsewhere']}")
     with new_folder(folder) as inside:
         write_text(inside / f"{stem.name}.json", report.json_text(fields))
         text = page.html(title, verdict, columns, sections, conventions, figures)

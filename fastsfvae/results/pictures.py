@@ -63,7 +63,8 @@ def reconstructions(
 def rows_of_images(rows: dict[str, Tensor]):
     """Draw rows of equally many images, each under its name."""
     columns, _, size, _ = next(iter(rows.values())).shape
-    figure = new_figure(0.5 * columns + 1.2, 0.5 * len(rows) + 0.1)
+    names = max(1.2, 0.065 * max(map(len, rows)) + 0.1)
+    figure = new_figure(0.5 * columns + names, 0.5 * len(rows) + 0.1)
     axes = figure.subplots()
     draw_images(axes, torch.cat(list(rows.values())), columns)
     axes.set_yticks(centres(len(rows), size), list(rows), fontsize=9)

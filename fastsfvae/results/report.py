@@ -181,9 +181,9 @@ def conventions(config: TrainConfig, importance_samples: int, proposal: str) -> 
         "pixel_scale": "[0, 1]",
         "data": config.data,
         "log_ml": f"K={importance_samples} importance weights, proposal {proposal}",
-        "log_ml_elsewhere": "K by default: "
+        "log_ml_elsewhere": "by default K is "
         + ", ".join(f"{count:,} in {command}" for command, count in WEIGHTS.items())
-        + f"; proposal {COMMANDS_PROPOSAL} in all",
+        + f", and the proposal {COMMANDS_PROPOSAL}",
         "sampled_elbo": "1 draw of q(z|x) per image",
         "standard_errors": "spread over images / sqrt(N)",
         "collapse": "epsilon=0.05 nats, delta=0.01, test images",

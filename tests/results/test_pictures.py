@@ -59,6 +59,11 @@ def test_ticks_stand_at_the_middles_of_their_images():
     def decoder(z):
         return z[:, :1, None, None].expand(-1, 1, 8, 8)
 
+    # Long names have their place.
+    narrow = pictures.rows_of_images({"a rather long name of a run: f(z)": torch.rand(1, 1, 8, 8)})
+    (axes,) = drawn(narrow).axes
+    assert axes.get_window_extent().width > 10
+
     kl = [0.1, 0.7, 0.4]
     (axes,) = drawn(pictures.traversals(decoder, torch.zeros(3), kl, steps=5)).axes
     assert axes.get_xticks().tolist() == [3.5, 21.5, 39.5]
