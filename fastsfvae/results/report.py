@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from fastsfvae import evaluate
 from fastsfvae.data.pixels import to_unit
-from fastsfvae.evaluate import ImageMean, LogMarginalLikelihood, mean_over_images
+from fastsfvae.evaluate import (
+    ImageMean,
+    LogMarginalLikelihood,
+    mean_over_images,
+    monte_carlo_error,
+)
 from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.ground.provenance import VERSION, commit
@@ -166,7 +171,7 @@ def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Rep
             "active": collapse.active,
             "latent_dim": collapse.latent_dim,
         },
-        log_ml_monte_carlo_error=float(log_ml.standard_error.square().sum().sqrt()) / len(test),
+        log_ml_monte_carlo_error=monte_carlo_error(log_ml.standard_error),
         median_effective_samples=float(log_ml.effective_samples.median()),
         seconds=run.seconds,
         steps_per_second=run.step / run.seconds if run.seconds else math.nan,

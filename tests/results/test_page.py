@@ -17,7 +17,8 @@ from fastsfvae.results.evaluation import Evaluation, Number
 
 pytest.importorskip("matplotlib")
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
 COLLAPSE = PosteriorCollapse(2, 14, 16, torch.zeros(16), torch.zeros(16))
 WEIGHTS = "K = 50,000, defensive"
 
