@@ -22,10 +22,18 @@ import matplotlib.pyplot as plt
 
 from bench.command import make_parser
 from bench.ledger import LEDGER, RESULTS, ceiling, read_rows
+from bench.problems import WORKLOADS
 
 Row = dict[str, str]
 OURS_COLOUR, PEER_COLOUR, LINE_COLOUR = "#1b6ca8", "#b8bec4", "#c44536"
-OPERATIONS = ("low_rank_log_prob", "decoder+loss", "training step")
+_OPERATIONS_IN_WORDS = {
+    "low_rank_log_prob": "log-density, J given",
+    "decoder+loss": "decoder and loss",
+    "training step": "training step",
+}
+OPERATIONS = tuple(_OPERATIONS_IN_WORDS)
+_MODES_IN_WORDS = {"forward": ", value", "both": ", value and gradient", "step": ""}
+_MODELS_IN_WORDS = {"conv": "convolutional", "mlp": "fully connected", "tanh": "tanh network"}
 machine = itemgetter("device", "threads", "torch", "triton")
 
 
@@ -87,6 +95,29 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_words(operation: str, mode: str, shape: str, dtype: str) -> str:
+    """A group's key for readers who do not know the names of the workloads."""
+    said = _OPERATIONS_IN_WORDS[operation] + _MODES_IN_WORDS.get(mode, mode and f", {mode}")
+    name, *rest = shape.split()
+    if name in WORKLOADS:
+        workload = WORKLOADS[name]
+        channels, height, width = workload.image_shape
+        kind = f"{height}x{width} {'colour images' if channels == 3 else 'digits'}"
+        network = _MODELS_IN_WORDS.get(workload.model, workload.model)
+        said += f": {network}, {kind}"
+        if workload.output_activation != "none":
+            said += f", {workload.output_activation} output"
+    else:
+        rest = [name, *rest]
+    sizes = dict(text.split("=") for text in rest if "=" in text)
+    words = [sizes.get("m") and f"m = {sizes['m']}", sizes.get("B") and f"batch of {sizes['B']}"]
+    if name not in WORKLOADS and "n" in sizes:
+        words.append(f"{int(sizes['n']):,} outputs")
+    # A layout that all rows have says nothing.
+    words += [text for text in rest if "=" not in text and text != "channels-last"]
+    return ", ".join([said, *filter(None, words), dtype])
+
+
 def plot_peers(rows: list[Row], path: Path) -> None:
     """Bars of each group that has this library's time and another's."""
     chosen = [
@@ -121,7 +152,7 @@ def plot_peers(rows: list[Row], path: Path) -> None:
             spot = (p80[place], place)
             axis.annotate(text, spot, (4, 0), textcoords="offset points", va="center")
         axis.set_xlim(0, 1.25 * max(p80))
-        axis.set_title(" · ".join(part for part in key if part), loc="left", fontsize=9)
+        axis.set_title(in_words(*key), loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     label = "milliseconds; in brackets paired ratios to this library, those of a step to sampling"
     figure.supxlabel(f"{label}\n{_machine_text(rows[-1])}", fontsize=9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from itertools import count
@@ -12,9 +11,11 @@ from typing import Any
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate.frechet import load_extractor
-from fastsfvae.ground.atomic import replacing, write_text
+from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL
+from fastsfvae.ground.atomic import check_writable, new_folder, write_text
 from fastsfvae.ground.options import UsageError, fail, parse, require_extras
-from fastsfvae.results import comparison, evaluation, page
+from fastsfvae.ground.progress import counter
+from fastsfvae.results import comparison, evaluation, page, report
 
 _EXTRAS = ("tyro", "rich", "matplotlib")
 _GENERATED_BATCH = 250
@@ -50,10 +51,10 @@ class CompareArguments:
     runs: list[Path]
     """Folders of two or more runs."""
 
-    samples: int = 1_000
+    samples: int = report.WEIGHTS["compare"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: str = "defensive"
+    proposal: str = COMMANDS_PROPOSAL
     """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 20
@@ -92,21 +93,22 @@ def _evaluate(prog: str, options: list[str]) -> None:
     networks = (arguments.extractor, arguments.inception, arguments.download)
     if sum(map(bool, networks)) > 1:
         raise UsageError("--extractor, --inception and --download name one network: give one")
-    folder = _folder(arguments.out, arguments.run / "evaluation")
+    stem = arguments.run / "evaluation"
+    _check_out(arguments.out, stem)
     extractor = _extractor(arguments)
     trained = evaluation.load_trained(arguments.run, arguments.settings.images)
     print(f"{trained.folder}: {len(trained.x):,} test images", file=sys.stderr)
+    # First, so that an extractor that does not fit is found out before the long part.
+    distance, conventions = _distance(trained, extractor) if extractor is not None else ({}, {})
     found = evaluation.evaluate_trained(trained, arguments.settings)
-    if extractor is not None:
-        found = _with_distance(found, trained, extractor)
-    figures = {name: page.png(figure) for name, figure in page.draw(trained, found).items()}
-    sections = page.cells(found)
-    title = f"Evaluation of {found.run}"
-    _write(folder, "evaluation", found.to_json(), figures)
-    text = page.html(title, page.COLUMNS, sections, found.conventions, figures)
-    write_text(folder / "evaluation.html", text)
-    page.print_table(title, page.COLUMNS, sections)
-    print(f"results, pictures and conventions in {folder / 'evaluation.html'}")
+    found = found._replace(
+        sections=found.sections | distance, conventions=found.conventions | conventions
+    )
+    _show(
+        *(arguments.out, stem, f"Evaluation of {found.run}", found, found.verdict),
+        *(page.COLUMNS, page.cells(found), found.conventions),
+        {name: page.png(figure) for name, figure in page.draw(trained, found).items()},
+    )
 
 
 def _compare(prog: str, options: list[str]) -> None:
@@ -119,14 +121,10 @@ def _compare(prog: str, options: list[str]) -> None:
         elbo_samples=arguments.elbo_samples,
         images=arguments.images,
     )
-    folder = _folder(arguments.out, Path("comparison"))
+    stem = Path("comparison")
+    _check_out(arguments.out, stem)
     runs = [evaluation.load_trained(name, arguments.images) for name in arguments.runs]
-    found = comparison.compare(
-        runs,
-        samples=settings.samples,
-        proposal=settings.proposal,
-        elbo_samples=settings.elbo_samples,
-    )
+    found = comparison.compare(runs, settings)
     first, *others = names = comparison.names(runs)
     columns = [*names, *(f"{run} - {first}" for run in others)]
     rows = {
@@ -137,12 +135,11 @@ def _compare(prog: str, options: list[str]) -> None:
     }
     sections = {"Test images, ± standard error over images; differences are paired": rows}
     conventions = comparison.conventions(runs, settings)
-    figures = {"side by side": page.png(comparison.side_by_side(runs))}
-    _write(folder, "comparison", {**found.to_json(), "conventions": conventions}, figures)
-    text = page.html("Comparison", columns, sections, conventions, figures)
-    write_text(folder / "comparison.html", text)
-    page.print_table("Comparison", columns, sections)
-    print(f"results, picture and conventions in {folder / 'comparison.html'}")
+    _show(
+        *(arguments.out, stem, "Comparison", found._asdict() | {"conventions": conventions}),
+        *(found.verdict, columns, sections, conventions),
+        {"side by side": page.png(comparison.side_by_side(runs))},
+    )
 
 
 def _extractor(arguments: EvaluateArguments):
@@ -153,18 +150,22 @@ def _extractor(arguments: EvaluateArguments):
     return None
 
 
-def _with_distance(
-    found: evaluation.Evaluation, trained: evaluation.Trained, extractor
-) -> evaluation.Evaluation:
-    """Add FID and KID between the test images and as many samples of the prior."""
+def _distance(
+    trained: evaluation.Trained, extractor
+) -> tuple[dict[str, dict[str, evaluation.Number]], dict[str, str]]:
+    """FID and KID of as many samples as there are test images: a section and its conventions."""
     import torch
 
-    generator, m = trained.generator(), trained.mean.shape[1]
-    z = torch.randn(len(trained.x), m, generator=generator, device=trained.x.device)
-    with torch.no_grad():
+    generator, images, m = trained.generator(), len(trained.x), trained.mean.shape[1]
+    z = torch.randn(images, m, generator=generator, device=trained.x.device)
+    with torch.no_grad(), counter("FID and KID, images", 2 * images) as progress:
         generated = (trained.decoder(part) for part in z.split(_GENERATED_BATCH))
         distance = evaluate.frechet_distance(
-            trained.x, generated, extractor.to(trained.x.device), seed=trained.config.seed
+            trained.x,
+            generated,
+            extractor.to(trained.x.device),
+            seed=trained.config.seed,
+            progress=progress,
         )
     title = "Distance of samples from test images" + (
         "" if distance.comparable else " (not comparable with published FID)"
@@ -180,27 +181,38 @@ def _with_distance(
         f"{distance.features} features of {distance.extractor}, resized by it alone",
         "distance_weights_sha256": distance.weights_sha256,
     }
-    return found._replace(
-        sections=found.sections | {title: numbers}, conventions=found.conventions | conventions
-    )
+    return {title: numbers}, conventions
 
 
-def _folder(out: str | None, stem: Path) -> Path:
-    """The folder to write into, which does not exist yet."""
-    if out is None:
-        return next(
-            folder
-            for folder in (stem.with_name(f"{stem.name}-{number}") for number in count(1))
-            if not folder.exists()
-        )
-    if Path(out).exists():
+def _check_out(out: str | None, stem: Path) -> None:
+    """Refuse a folder of results that exists or cannot be written, before there are results."""
+    if out is not None and Path(out).exists():
         raise UsageError(f"--out {out} exists: give another folder")
-    return Path(out)
+    check_writable(stem if out is None else Path(out))
 
 
-def _write(folder: Path, name: str, fields: dict[str, Any], figures: dict[str, bytes]) -> None:
-    folder.mkdir(parents=True)
-    write_text(folder / f"{name}.json", json.dumps(fields, indent=2, allow_nan=False) + "\n")
-    for title, data in figures.items():
-        with replacing(folder / f"{title.replace(' ', '-')}.png") as file:
-            file.write(data)
+def _show(
+    out: str | None,
+    stem: Path,
+    title: str,
+    fields: Any,
+    verdict: str,
+    columns: list[str],
+    sections: dict[str, dict[str, list[str]]],
+    conventions: dict[str, Any],
+    figures: dict[str, bytes],
+) -> None:
+    """Write JSON, page and pictures into a new folder, all or nothing; print the table."""
+    numbered = (stem.with_name(f"{stem.name}-{number}") for number in count(1))
+    folder = next(f for f in numbered if not f.exists()) if out is None else Path(out)
+    # Printed first: it is all there is where the disk is full.
+    page.print_table(title, columns, sections)
+    print(verdict)
+    print(f"log ML: {conventions['log_ml']}; {conventions['log_ml_elsewhere']}")
+    with new_folder(folder) as inside:
+        write_text(inside / f"{stem.name}.json", report.json_text(fields))
+        text = page.html(title, verdict, columns, sections, conventions, figures)
+        write_text(inside / f"{stem.name}.html", text)
+        for name, data in figures.items():
+            (inside / f"{name.replace(' ', '-')}.png").write_bytes(data)
+    print(f"results, pictures and conventions in {folder / f'{stem.name}.html'}")

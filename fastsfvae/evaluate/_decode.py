@@ -19,8 +19,9 @@ Progress = Callable[[int], object]
 _CHUNK_ELEMENTS = 2**20
 # Rows of noise drawn at one time: part of what a seed means, so never a function of the chunk size.
 _NOISE_ROWS = 1024
-# Images whose proposals exist at one time: m x m numbers each.
+# Images whose proposals exist at one time, and the numbers of their Jacobians: 128 MiB of float64.
 _IMAGES_AT_ONCE = 64
+_JACOBIAN_ELEMENTS = 2**24
 
 
 class Proposal(Protocol):
@@ -81,11 +82,13 @@ def passes(
     generator: torch.Generator | None,
     chunk_size: int | None,
     progress: Progress | None,
+    linearises: bool = False,
 ) -> Iterator[Pass]:
     """Yield every image with every draw, the images' draws one after another.
 
     Where the draws of an image fit into a pass, as many images share it as do; else a pass is a
     part of one image's draws. Either way row r of the noise belongs to draw r mod K of image r / K.
+    Of proposals that linearise the decoder fewer exist at one time where they are large.
     """
     _checks.latent(mean, log_var)
     _checks.batch(x, mean)
@@ -95,9 +98,12 @@ def passes(
     rows = resolve_chunk_size(x, chunk_size)
     draws = min(samples, rows)
     images = max(1, rows // samples)
-    noise = None
-    for first in range(0, len(x), _IMAGES_AT_ONCE):
-        last = min(first + _IMAGES_AT_ONCE, len(x))
+    noise, group_size, m = None, _IMAGES_AT_ONCE, mean.shape[1]
+    if linearises:
+        fitting = _JACOBIAN_ELEMENTS // (m * (x[0].numel() + m))
+        group_size = max(1, min(group_size, fitting))
+    for first in range(0, len(x), group_size):
+        last = min(first + group_size, len(x))
         group = slice(first, last)
         proposal = make_proposal(x[group], mean[group], log_var[group])
         noise = noise or NoiseStream(proposal.columns, mean, generator)

@@ -20,7 +20,7 @@ class Conditioning(NamedTuple):
 
     Attributes:
         log10_ratio: log10(1 + lambda_max(A) / c) with A = S J^T J S, float64: the largest over the
-            smallest eigenvalue, in powers of ten.
+            smallest eigenvalue, in powers of ten; NaN where J is not finite.
         lost: bool, images whose factorisation cannot be resolved against c in the decoder's dtype,
             before the float64 repair.
     """
@@ -51,8 +51,11 @@ def conditioning(
         gram = pullback(decoder, mu).gram
         s = torch.exp(0.5 * log_h.double())
         A = s.unsqueeze(-1) * gram.double() * s.unsqueeze(-2)
+        # One image that is not finite would end the whole decomposition.
+        broken = ~A.isfinite().all(2).all(1)
+        A = A.masked_fill(broken[:, None, None], 0)
         largest = torch.linalg.eigvalsh(A)[:, -1].clamp_min(0)
-        ratios.append(torch.log10(1 + largest / noise_var))
+        ratios.append(torch.log10(1 + largest / noise_var).masked_fill(broken, torch.nan))
         # The projection and the squared error have no part in the pivots.
         nothing = torch.zeros_like(mu)
         c = torch.full_like(mu[:, 0], noise_var)

@@ -30,10 +30,13 @@ class LogMarginalLikelihood(NamedTuple):
     """Importance-sampled log p(x), ``[N]`` float64 each, unless said otherwise.
 
     Attributes:
-        estimate: log-mean-exp of the weights, in nats; biased low, less so with more samples.
-        standard_error: sd(w) / (sqrt(K) mean(w)), the Monte Carlo error; NaN for one sample.
-        effective_samples: (sum w)^2 / sum w^2, between 1 and K. Trust the estimate and its error
-            only where this is well above 1.
+        estimate: log-mean-exp of the weights, in nats; biased low, less so with more samples. A
+            draw that decodes to infinity has weight 0; -inf where all weights are 0, NaN where a
+            draw decodes to NaN.
+        standard_error: sd(w) / (sqrt(K) mean(w)), the Monte Carlo error; NaN for one sample, and
+            where all weights are 0.
+        effective_samples: (sum w)^2 / sum w^2, between 1 and K, or 0 where all weights are 0. Trust
+            the estimate and its error only where this is well above 1.
         constant: -(n/2) log(2 pi c), 0-d, in nats; part of `estimate`.
     """
 
@@ -52,8 +55,8 @@ class SampledElbo(NamedTuple):
     """Monte Carlo ELBO, ``[N]`` float64 each, unless said otherwise.
 
     Attributes:
-        elbo: log_likelihood - kl, in nats.
-        standard_error: Monte Carlo error of `elbo`; NaN for one sample.
+        elbo: log_likelihood - kl, in nats; -inf where a draw decodes to infinity.
+        standard_error: Monte Carlo error of `elbo`; NaN for one sample, or an `elbo` of -inf.
         log_likelihood: E_q[log N(x; f(z), cI)].
         kl: KL(q(z|x) || N(0, I)), closed form.
         squared_error: E_q|x - f(z)|^2, the sampled reconstruction error.
@@ -74,8 +77,8 @@ class ObjectiveGap(NamedTuple):
     Attributes:
         objective: the sampling-free objective, kl_weight 1. Not a bound of log p(x).
         elbo: the sampled ELBO.
-        gap: objective - elbo.
-        standard_error: Monte Carlo error of `elbo` and of `gap`; NaN for one sample.
+        gap: objective - elbo; NaN where both are infinite.
+        standard_error: Monte Carlo error of `elbo` and of `gap`, as in `SampledElbo`.
     """
 
     objective: Tensor
@@ -114,7 +117,8 @@ def log_marginal_likelihood(
             exact posterior of the decoder linearised at `mean`; "defensive", a mixture of a tenth
             of the first with the second; "laplace", of a tenth of the first with the Gaussian at
             the mode of p(z|x), found from `mean`. "linearized" and "defensive" differentiate the
-            decoder once an image, "laplace" up to twelve times.
+            decoder once an image, "laplace" up to twelve times. An image where f or J are not
+            finite there is drawn from q(z|x).
         generator: source of the noise, on x's device.
         chunk_size: latents decoded at one time; None keeps their outputs near 4 MiB.
         progress: called with the number of latents decoded since its last call.
@@ -134,21 +138,25 @@ def log_marginal_likelihood(
         generator=generator,
         chunk_size=chunk_size,
         progress=progress,
+        linearises=proposal != "posterior",
     ):
         log_weight = log_prior_ratio - squared_error / (2 * noise_var)
         new_peak = torch.maximum(peak[images], log_weight.amax(1))
-        # A streaming log-sum-exp: earlier sums are rescaled to the new maximum.
-        rescale = torch.exp(peak[images] - new_peak)
-        weight = torch.exp(log_weight - new_peak.unsqueeze(1))
+        # A streaming log-sum-exp: earlier sums are rescaled to the new maximum. Where all weights
+        # are 0 so far, there is none to measure them by.
+        unit = new_peak.masked_fill(new_peak == -torch.inf, 0)
+        rescale = torch.exp(peak[images] - unit)
+        weight = torch.exp(log_weight - unit.unsqueeze(1))
         total[images] = total[images] * rescale + weight.sum(1)
         total_square[images] = total_square[images] * rescale.square() + weight.square().sum(1)
         peak[images] = new_peak
-    effective = total.square() / total_square
+    effective = (total.square() / total_square).masked_fill(total == 0, 0)
     offset = constant(x, noise_var)
     estimate = peak + total.log() - math.log(samples) + offset
     # sd(w) / (sqrt(K) mean(w)) with the (K - 1) variance; K/ESS - 1 is clamped against rounding.
     excess = (samples / effective - 1).clamp_min(0)
     error = (excess / (samples - 1)).sqrt() if samples > 1 else excess * math.nan
+    error = error.masked_fill(total == 0, math.nan)
     return LogMarginalLikelihood(estimate, error, effective, offset)
 
 

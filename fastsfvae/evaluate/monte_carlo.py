@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ class GradientError(NamedTuple):
     """Errors of one batch's loss and of its gradient, for K draws of q(z|x) an image.
 
     The gradient is that in (mean, log_var) and the decoder's parameters, as one vector; variances
-    are summed over it. What is estimated is the negative ELBO, averaged over the batch.
+    are summed over it. What is estimated is the negative ELBO, averaged over the batch: one image
+    that decodes to what is not finite makes its numbers NaN.
 
     Attributes:
         samples: the K.
@@ -27,7 +29,8 @@ class GradientError(NamedTuple):
         gradient_variance: of the gradient, one for each K.
         loss_bias: sampling-free loss minus the mean of the sampled ones, in nats.
         gradient_bias: norm of the same difference of gradients, Monte Carlo noise subtracted.
-        equal_loss_samples: the K at which the sampled loss's standard deviation equals |loss_bias|.
+        equal_loss_samples: the K at which the sampled loss's standard deviation equals |loss_bias|;
+            infinite where the bias is within the noise.
         equal_gradient_samples: the same for the gradient.
     """
 
@@ -136,11 +139,13 @@ class _Spread:
         """The mean; the variance of the first entry; the sum of the others' variances."""
         assert self._origin is not None
         mean = self._sum / self._count
-        variance = (self._square - self._count * mean.square()) / (self._count - 1)
+        # Of numbers that are all alike, rounding may make it negative.
+        variance = ((self._square - self._count * mean.square()) / (self._count - 1)).clamp_min(0)
         return self._origin + mean, float(variance[0]), float(variance[1:].sum())
 
 
 def _equal(samples: Sequence[int], variance: Sequence[float], squared_bias: float) -> float:
     """The K with v / K = bias^2, v the average of K times the variances that were measured."""
     v = sum(k * value for k, value in zip(samples, variance, strict=True)) / len(samples)
-    return v / squared_bias if squared_bias > 0 else float("inf")
+    # A NaN is no bias of zero.
+    return math.inf if squared_bias <= 0 else v / squared_bias

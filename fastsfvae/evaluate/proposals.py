@@ -14,6 +14,8 @@ from fastsfvae.jacobian.api import decode_with_jacobian
 
 ProposalName: TypeAlias = Literal["posterior", "linearized", "defensive", "laplace"]
 PROPOSALS: tuple[ProposalName, ...] = get_args(ProposalName)
+# What the commands take unless told otherwise.
+COMMANDS_PROPOSAL: ProposalName = "defensive"
 
 # Towards the posterior's mode.
 _STEPS = 10
@@ -54,14 +56,25 @@ class Gaussian:
 
     def __init__(self, loc: Tensor, precision: Tensor, dtype: torch.dtype) -> None:
         self.columns = loc.shape[1]
-        self._loc = loc
-        # cholesky_ex does not wait for the device; a broken image gives NaN weights, no exception.
-        self._factor = torch.linalg.cholesky_ex(precision).L
+        self._loc, self._precision = loc, precision
+        # cholesky_ex does not wait for the device; a broken image gives no exception.
+        self._factor, self._info = torch.linalg.cholesky_ex(precision)
         # eps -> L^-T eps, for rows of eps.
         identity = torch.eye(self.columns, dtype=loc.dtype, device=loc.device)
         inverse = torch.linalg.solve_triangular(self._factor, identity, upper=False)
         self._spread = inverse.to(dtype)
         self._log_det = self._factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+
+    def or_posterior(self, mean: Tensor, log_var: Tensor) -> Gaussian:
+        """The same with N(mean, diag(exp(log_var))) for the images where it is no density."""
+        finite = self._loc.isfinite().all(1) & self._precision.isfinite().all(2).all(1)
+        whole = (finite & (self._info == 0)).unsqueeze(-1)
+        of_posterior = torch.diag_embed(torch.exp(-log_var.double()))
+        return Gaussian(
+            torch.where(whole, self._loc, mean.double()),
+            torch.where(whole.unsqueeze(-1), self._precision, of_posterior),
+            mean.dtype,
+        )
 
     def draw(self, images: slice, noise: Tensor) -> tuple[Tensor, Tensor]:
         """See `Proposal`."""
@@ -155,7 +168,9 @@ def make_proposal(
     """Build a proposal of `PROPOSALS` for images x ``[b, *out]``."""
     if name == "posterior":
         return Posterior(mean, log_var)
-    if name == "linearized":
-        return linearized(decoder, x, mean, noise_var)
     make = laplace if name == "laplace" else linearized
-    return Defensive(Posterior(mean, log_var), make(decoder, x, mean, noise_var))
+    # Any density that covers p(z|x) is right: where one is not finite, q(z|x) is at hand.
+    gaussian = make(decoder, x, mean, noise_var).or_posterior(mean, log_var)
+    if name == "linearized":
+        return gaussian
+    return Defensive(Posterior(mean, log_var), gaussian)

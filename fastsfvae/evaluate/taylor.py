@@ -21,13 +21,19 @@ _REFERENCE_ROWS = 1024
 class Agreement(NamedTuple):
     """One way to estimate the covariance of f(z), against the reference.
 
+    Variances that are equal over all outputs, but for rounding, have no correlation: the outputs of
+    an image on which the decoder is constant, for one. A mean or a correlation of nothing is NaN.
+
     Attributes:
         pooled_correlation: Pearson's, of output variances, over all outputs of all images.
-        per_image_correlation: Pearson's over the outputs of an image, averaged over images.
+        per_image_correlation: Pearson's over the outputs of an image, averaged over the images that
+            have one.
+        uncorrelated_images: images that have none.
         covariance_error: squared Frobenius norm of the difference of the covariances, averaged over
             images, with the reference's own noise subtracted; NaN where covariances are left out.
-        covariance_error_se: its standard error over images.
-        variance_ratio: total estimated variance over total reference variance.
+        covariance_error_se: its standard error over images; NaN for one image.
+        variance_ratio: total estimated variance over total reference variance; NaN where both are
+            0.
     """
 
     pooled_correlation: float
@@ -35,6 +41,7 @@ class Agreement(NamedTuple):
     covariance_error: float
     covariance_error_se: float
     variance_ratio: float
+    uncorrelated_images: int
 
 
 class TaylorQuality(NamedTuple):
@@ -47,6 +54,8 @@ class TaylorQuality(NamedTuple):
             with v the mean of (K - 1) error_K; infinite where Taylor's error is within the noise.
         reference_noise: expected squared Frobenius error of the reference itself, v / (R - 1).
         reference_samples: R.
+        broken_images: images that all numbers leave out, as f or J is not finite at their mean or
+            at a draw.
     """
 
     taylor: Agreement
@@ -54,6 +63,7 @@ class TaylorQuality(NamedTuple):
     equivalent_samples: float
     reference_noise: float
     reference_samples: int
+    broken_images: int
 
 
 @torch.no_grad()
@@ -96,6 +106,7 @@ def taylor_quality(
     noise = NoiseStream(mean.shape[1], mean, generator)
     columns: tuple[int | str, ...] = ("taylor", *samples)
     truths: list[Tensor] = []
+    rounding: list[Tensor] = []
     variances: dict[int | str, list[Tensor]] = {name: [] for name in columns}
     errors: dict[int | str, list[Tensor]] = {name: [] for name in columns}
     for mu, std in zip(mean, torch.exp(0.5 * log_var), strict=True):
@@ -114,6 +125,8 @@ def taylor_quality(
             reference.add(decode(min(_REFERENCE_ROWS, reference_samples - start)))
         reference.finish()
         truths.append(reference.variance)
+        # What the decoder's own rounding can make of the variance of a constant output.
+        rounding.append((torch.finfo(jacobian.dtype).eps * centre.abs().max()).square())
         factors: dict[int | str, Tensor] = {
             "taylor": std[:, None].double() * jacobian[0].flatten(1).double()
         }
@@ -124,8 +137,11 @@ def taylor_quality(
             variances[name].append(factor.square().sum(0))
             if covariance:
                 errors[name].append(reference.squared_distance(factor))
+    estimates = {name: torch.stack(rows) for name, rows in variances.items()}
     truth = torch.stack(truths)
-    raw = {name: torch.stack(rows) for name, rows in errors.items() if rows}
+    whole = torch.stack([v.isfinite().all(1) for v in (truth, *estimates.values())]).all(0)
+    raw = {name: torch.stack(rows)[whole] for name, rows in errors.items() if rows}
+    resolution = _Resolution(torch.finfo(mean.dtype).eps, torch.stack(rounding)[whole])
 
     # error_K = v / (K - 1) + v / (R - 1): the sample's noise and the reference's.
     per_unit = [
@@ -136,13 +152,14 @@ def taylor_quality(
     scale = sum(per_unit) / len(per_unit) if per_unit else math.nan
     reference_noise = scale / (reference_samples - 1)
     agreements = {
-        name: _agreement(torch.stack(rows), truth, raw.get(name), reference_noise)
-        for name, rows in variances.items()
+        name: _agreement(rows[whole], truth[whole], raw.get(name), reference_noise, resolution)
+        for name, rows in estimates.items()
     }
     taylor, sampling = agreements["taylor"], {k: agreements[k] for k in samples}
     error = taylor.covariance_error
     equivalent = 1 + scale / error if error > 0 else math.inf if error <= 0 else math.nan
-    return TaylorQuality(taylor, sampling, equivalent, reference_noise, reference_samples)
+    broken = int((~whole).sum())
+    return TaylorQuality(taylor, sampling, equivalent, reference_noise, reference_samples, broken)
 
 
 class _Moments:
@@ -175,24 +192,49 @@ class _Moments:
         return (factor @ factor.T).square().sum() - 2 * cross + self._norm
 
 
+class _Resolution(NamedTuple):
+    """What counts as rounding: a relative one of variances, and an absolute one of each image."""
+
+    relative: float
+    absolute: Tensor
+
+
 def _agreement(
-    variance: Tensor, reference: Tensor, errors: Tensor | None, reference_noise: float
+    variance: Tensor,
+    reference: Tensor,
+    errors: Tensor | None,
+    reference_noise: float,
+    resolution: _Resolution,
 ) -> Agreement:
-    per_image = torch.stack([_pearson(a, b) for a, b in zip(variance, reference, strict=True)])
+    """Of variances ``[N, n]``, and of squared errors ``[N]``."""
+    per_image = _pearson(variance, reference, resolution)
+    pooled = _pearson(
+        variance.reshape(1, -1),
+        reference.reshape(1, -1),
+        resolution._replace(absolute=resolution.absolute.sum(0, keepdim=True)),
+    )
     error, spread = math.nan, math.nan
     if errors is not None:
         error = float(errors.mean()) - reference_noise
         if len(errors) > 1:
             spread = float(errors.std()) / math.sqrt(len(errors))
     return Agreement(
-        pooled_correlation=float(_pearson(variance.flatten(), reference.flatten())),
-        per_image_correlation=float(per_image.mean()),
+        pooled_correlation=float(pooled),
+        per_image_correlation=float(per_image.nanmean()),
         covariance_error=error,
         covariance_error_se=spread,
         variance_ratio=float(variance.sum() / reference.sum()),
+        uncorrelated_images=int(per_image.isnan().sum()),
     )
 
 
-def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a - a.mean(), b - b.mean()
-    return (a @ b) / (a.norm() * b.norm())
+def _pearson(a: Tensor, b: Tensor, resolution: _Resolution) -> Tensor:
+    """Pearson's correlation of the rows of ``[k, n]``; NaN where one of them is constant."""
+    root = math.sqrt(a.shape[1])
+    spreads = [t - t.mean(1, keepdim=True) for t in (a, b)]
+    norms = [t.norm(dim=1) for t in spreads]
+    constant = torch.zeros_like(norms[0], dtype=torch.bool)
+    for t, norm in zip((a, b), norms, strict=True):
+        constant |= norm <= resolution.relative * t.norm(dim=1) + root * resolution.absolute
+    correlation = (spreads[0] * spreads[1]).sum(1) / (norms[0] * norms[1])
+    return correlation.masked_fill(constant, math.nan)

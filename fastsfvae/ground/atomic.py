@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +41,38 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to write into that becomes `path` when it is whole.
+
+    Raises:
+        OSError: where it cannot be written, or `path` has come to hold something; nothing of it is
+            left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
+        # One deeper, as a temporary folder is nobody else's to read.
+        inside = Path(beside, path.name)
+        inside.mkdir()
+        try:
+            yield inside
+            os.rename(inside, path)
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise OSError(
+                f"{path} could not be written ({reason}): nothing of it is left"
+            ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError unless a file or folder `path`, which is not there yet, can be created."""
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=ancestor):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written, as {ancestor} cannot ({error.strerror}): give another place"
+        ) from error

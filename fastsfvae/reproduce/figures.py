@@ -9,6 +9,8 @@ from fastsfvae.reproduce.cells import Result
 from fastsfvae.reproduce.tables import Summary, summarise
 from fastsfvae.results.pictures import new_figure
 
+_LABEL_SIZE = 7
+
 
 def row_of_panels(count: int, width: float, height: float, share_y: bool = False):
     """A figure of `count` axes side by side, of so many inches each, and the axes."""
@@ -39,6 +41,37 @@ def log_seconds(axes) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
+
+
+def label_points(axes, points: Sequence[tuple[float, float, str]], labels: Sequence[str]) -> None:
+    """Write labels above or below the points (x, y, colour), those alone that stay clear.
+
+    What a label must stay clear of are the points and the labels before it, by the axes' limits and
+    scales as they are when this is called.
+    """
+    # The limits follow the data only where they are asked for.
+    axes.get_xlim(), axes.get_ylim()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = [tuple(to_axes.transform(point[:2])) for point in points]
+    # The height of a line, in parts of the axes: a digit is less than that wide.
+    size = axes.figure.get_size_inches() * axes.get_position().size
+    digit, line = _LABEL_SIZE / 72 / size
+    taken = [(x - 0.3 * digit, y - 0.3 * line, x + 0.3 * digit, y + 0.3 * line) for x, y in places]
+    for (x, y), (*_, color), text in zip(places, points, labels, strict=True):
+        half = 0.35 * digit * len(text)
+        for side in (1, -1):
+            middle = y + side * 0.95 * line
+            wanted = (x - half, middle - 0.5 * line, x + half, middle + 0.5 * line)
+            if not any(_overlap(wanted, other) for other in taken):
+                taken.append(wanted)
+                align = {"ha": "center", "va": "center", "transform": axes.transAxes}
+                axes.text(x, middle, text, fontsize=_LABEL_SIZE, color=color, **align)
+                break
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether two boxes (left, bottom, right, top) do."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 class Panel(NamedTuple):

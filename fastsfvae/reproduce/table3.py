@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
-from fastsfvae.reproduce.figures import log_counts, log_seconds, row_of_panels, tidy
+from fastsfvae.reproduce.figures import label_points, log_counts, log_seconds, row_of_panels, tidy
 from fastsfvae.reproduce.measures import (
     LIKELIHOOD_COLUMNS,
     OWN_OBJECTIVE,
@@ -149,7 +149,7 @@ def _draw(results: Sequence[Result]):
         tidy(by_objective, "the same by each method's own objective", "samples K")
         for axes in by_seconds:
             _plot_seconds(axes, shown, seconds)
-            tidy(axes, "NLL; numbers are K", "seconds of training")
+            tidy(axes, "NLL; numbers are K, which rises along each curve", "seconds of training")
     return figure
 
 
@@ -180,6 +180,8 @@ def _plot_samples(axes, results: Sequence[Result], quantity: str) -> None:
 
 
 def _plot_seconds(axes, results: Sequence[Result], seconds: Mapping[str, float]) -> None:
+    marked: list[tuple[float, float, str]] = []
+    labels: list[str] = []
     for i, (name, points) in enumerate(_lines(results).items()):
         timed = [
             (s.step * seconds[method], s.mean, count)
@@ -191,9 +193,10 @@ def _plot_seconds(axes, results: Sequence[Result], seconds: Mapping[str, float])
         x, y, counts = zip(*timed, strict=True)
         axes.plot(x, y, marker=".", color=f"C{i}", label=name)
         if name not in _FREE:
-            for place in zip(x, y, counts, strict=True):
-                axes.annotate(f" {place[2]}", place[:2], fontsize=7, color=f"C{i}")
+            marked += [(*point, f"C{i}") for point in zip(x, y, strict=True)]
+            labels += [str(sampled) for sampled in counts]
     log_seconds(axes)
+    label_points(axes, marked, labels)
 
 
 TABLE3 = Experiment(

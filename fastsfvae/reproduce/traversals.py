@@ -12,7 +12,7 @@ from fastsfvae.data.pixels import to_unit
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.measures import Likelihoods
-from fastsfvae.results.pictures import draw_images, new_figure
+from fastsfvae.results.pictures import centres, draw_images, new_figure
 from fastsfvae.training.config import TrainConfig
 
 _METHODS: dict[str, dict[str, Any]] = {
@@ -52,11 +52,16 @@ def _draw(results: Sequence[Result], dimensions: int):
         order = _most_informative(encoder, result)[: dimensions or None]
         for row in range(_IMAGES):
             draw_images(grid[row, column], _block(encoder, decoder, x[row], order), _COLUMNS)
+        first, *_, last = centres(_COLUMNS, x.shape[-1])
+        ends = [f"{value:g}" for value in (-_LIMIT, 0, _LIMIT)]
+        grid[-1, column].set_xticks([first, (first + last) / 2, last], ends, fontsize=8)
+        grid[-1, column].tick_params(length=0)
+        grid[-1, column].set_xlabel("value of the dimension", fontsize=8)
         title = f"{result.cell.name}\n{result.trained_steps:,} steps"
         grid[0, column].set_title(title, fontsize=8)
+    figure.supylabel("latent dimension, the largest KL first", fontsize=8)
     figure.supxlabel(
-        f"each block: an image and its reconstruction; below, each dimension from {-_LIMIT:g} to "
-        f"{_LIMIT:g}, the largest KL first",
+        "each block: an image and its reconstruction;\nbelow, the decoder along latent dimensions",
         fontsize=8,
     )
     return figure
@@ -79,7 +84,7 @@ def _block(encoder, decoder, x: Tensor, order: Sequence[int]) -> Tensor:
     latents = mean.repeat(len(order), _COLUMNS, 1)
     for row, dimension in enumerate(order):
         latents[row, :, dimension] = torch.linspace(-_LIMIT, _LIMIT, _COLUMNS)
-    blank = torch.ones(_COLUMNS - 2, *x.shape)
+    blank = torch.full((_COLUMNS - 2, *x.shape), torch.nan)
     return torch.cat([x[None], decoder(mean), blank, decoder(latents.flatten(0, 1))])
 
 

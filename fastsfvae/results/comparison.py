@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate import ImageMean, mean_over_images
+from fastsfvae.evaluate.proposals import ProposalName
 from fastsfvae.ground.progress import counter
-from fastsfvae.results import pictures
-from fastsfvae.results.evaluation import Settings, Trained
+from fastsfvae.results import pictures, verdict
+from fastsfvae.results.evaluation import Settings, Trained, unresolved
 from fastsfvae.results.evaluation import conventions as run_conventions
+
+_LOG_ML = "log ML, without constant"
 
 
 class Comparison(NamedTuple):
@@ -20,31 +23,23 @@ class Comparison(NamedTuple):
 
     Attributes:
         runs: folders; the first is what the others are compared with.
+        verdict: what the numbers come to, in one line.
         means: quantity -> its mean for each run.
         differences: quantity -> that of (run - first run) image by image, for the other runs.
     """
 
     runs: list[str]
+    verdict: str
     means: dict[str, list[ImageMean]]
     differences: dict[str, list[ImageMean]]
 
-    def to_json(self) -> dict[str, Any]:
-        """As containers of numbers and strings."""
-        tables = {
-            name: {label: [value._asdict() for value in row] for label, row in rows.items()}
-            for name, rows in (("means", self.means), ("differences", self.differences))
-        }
-        return {"runs": self.runs, **tables}
 
-
-def compare(runs: list[Trained], *, samples: int, proposal: str, elbo_samples: int) -> Comparison:
+def compare(runs: list[Trained], settings: Settings) -> Comparison:
     """Compare runs by quantities that mean the same for all of them: paired differences.
 
     Args:
         runs: at least two, of the same data and noise variance.
-        samples: importance weights per image.
-        proposal: of `evaluate.PROPOSALS`.
-        elbo_samples: draws of q(z|x) per image.
+        settings: importance weights and draws per image.
 
     Raises:
         ValueError: where images or noise variances differ.
@@ -61,27 +56,37 @@ def compare(runs: list[Trained], *, samples: int, proposal: str, elbo_samples: i
                 f"{run.folder} has noise_var={run.config.noise_var:g} but {first.folder} "
                 f"{first.config.noise_var:g}: their densities do not compare"
             )
-    with counter("decodes", len(runs) * len(first.x) * (samples + elbo_samples)) as progress:
-        quantities = [_quantities(run, samples, proposal, elbo_samples, progress) for run in runs]
-    names = list(quantities[0])
+    decodes = len(runs) * len(first.x) * (settings.samples + settings.elbo_samples)
+    with counter("decodes", decodes) as progress:
+        measured = [_quantities(run, settings, progress) for run in runs]
+    quantities = [of_run for of_run, _ in measured]
+    differences = {
+        name: [mean_over_images(q[name] - quantities[0][name]) for q in quantities[1:]]
+        for name in quantities[0]
+    }
     return Comparison(
         [str(run.folder) for run in runs],
-        {name: [mean_over_images(q[name]) for q in quantities] for name in names},
-        {
-            name: [mean_over_images(q[name] - quantities[0][name]) for q in quantities[1:]]
-            for name in names
-        },
+        verdict.of_comparison(
+            names(runs),
+            differences[_LOG_ML],
+            [few for _, few in measured],
+            len(first.x),
+            settings.weights,
+        ),
+        {name: [mean_over_images(q[name]) for q in quantities] for name in quantities[0]},
+        differences,
     )
 
 
-def _quantities(run: Trained, samples, proposal, elbo_samples, progress) -> dict[str, Tensor]:
+def _quantities(run: Trained, settings: Settings, progress) -> tuple[dict[str, Tensor], int]:
+    """Per image ``[N]``; and of how many images log ML rests on too few weights."""
     posterior, c = (run.x, run.mean, run.log_var), run.config.noise_var
     log_ml = evaluate.log_marginal_likelihood(
         run.decoder,
         *posterior,
         noise_var=c,
-        samples=samples,
-        proposal=proposal,
+        samples=settings.samples,
+        proposal=cast(ProposalName, settings.proposal),
         generator=run.generator(),
         progress=progress,
     )
@@ -89,20 +94,20 @@ def _quantities(run: Trained, samples, proposal, elbo_samples, progress) -> dict
         run.decoder,
         *posterior,
         noise_var=c,
-        samples=elbo_samples,
+        samples=settings.elbo_samples,
         generator=run.generator(),
         progress=progress,
     )
     at_mean = evaluate.squared_error_at_mean(run.decoder, run.x, run.mean)
     values = {
-        "log ML, without constant": log_ml.without_constant,
+        _LOG_ML: log_ml.without_constant,
         "sampled ELBO, without constant": elbo.elbo - elbo.constant,
         "KL": elbo.kl,
         "squared error, sampled": elbo.squared_error,
         "squared error at the mean": at_mean,
     }
     # Runs may have been loaded onto different devices.
-    return {name: value.cpu() for name, value in values.items()}
+    return {name: value.cpu() for name, value in values.items()}, unresolved(log_ml)
 
 
 def conventions(runs: list[Trained], settings: Settings) -> dict[str, Any]:
@@ -114,6 +119,7 @@ def conventions(runs: list[Trained], settings: Settings) -> dict[str, Any]:
             "constant",
             "pixel_scale",
             "log_ml",
+            "log_ml_elsewhere",
             "sampled_elbo",
             "squared_error",
             "split",

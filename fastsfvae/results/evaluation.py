@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from fastsfvae import evaluate
 from fastsfvae.data.pixels import to_unit
-from fastsfvae.evaluate import mean_over_images, monte_carlo_error
-from fastsfvae.evaluate.proposals import ProposalName
+from fastsfvae.evaluate import (
+    LogMarginalLikelihood,
+    TaylorQuality,
+    mean_over_images,
+    monte_carlo_error,
+)
+from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
 from fastsfvae.ground.progress import counter
-from fastsfvae.results import report
+from fastsfvae.results import report, verdict
 from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.run import evaluation_generator
@@ -30,11 +35,11 @@ _EPSILON, _DELTA = 0.05, 0.01
 class Settings:
     """How much work an evaluation is."""
 
-    samples: int = 50_000
+    samples: int = report.WEIGHTS["evaluate"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: str = "defensive"
-    """What they are drawn from: see `evaluate.log_marginal_likelihood`."""
+    proposal: str = COMMANDS_PROPOSAL
+    """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 100
     """Draws of the posterior per image of the sampled ELBO."""
@@ -50,6 +55,11 @@ class Settings:
 
     gradient_repeats: int = 20
     """Repetitions that the variance of loss and gradient is taken from; 0: leave it out."""
+
+    @property
+    def weights(self) -> str:
+        """Number and origin of the importance weights."""
+        return f"K = {self.samples:,}, {self.proposal}"
 
     def __post_init__(self) -> None:
         if self.proposal not in evaluate.PROPOSALS:
@@ -85,23 +95,17 @@ class Evaluation(NamedTuple):
 
     Attributes:
         run: its folder.
+        verdict: what the numbers come to, in one line.
         conventions: everything that a number's meaning depends on.
         sections: title -> label -> number.
         kl_per_dimension: mean KL_i over images, in nats.
     """
 
     run: str
+    verdict: str
     conventions: dict[str, Any]
     sections: dict[str, dict[str, Number]]
     kl_per_dimension: list[float]
-
-    def to_json(self) -> dict[str, Any]:
-        """As containers of numbers and strings; what is not finite becomes None."""
-        sections = {
-            title: {label: _finite(number._asdict()) for label, number in numbers.items()}
-            for title, numbers in self.sections.items()
-        }
-        return {**self._asdict(), "sections": sections}
 
 
 class Trained(NamedTuple):
@@ -151,9 +155,12 @@ def load_trained(folder: str | Path, images: int = 0) -> Trained:
 
 def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
     """Evaluate everything that needs no further network; progress goes to stderr."""
+    # First, as it takes no time and refuses a decoder that cannot be linearised.
+    covariance = _conditioning(trained)
     collapse = evaluate.posterior_collapse(trained.mean, trained.log_var, _EPSILON, _DELTA)
+    log_ml = _log_ml(trained, settings)
     sections = {
-        "Log-densities (nats)": _log_densities(trained, settings),
+        "Log-densities (nats)": _log_densities(trained, settings, log_ml),
         "Reconstruction and latent dimensions": {
             "squared error at the mean": _mean(
                 evaluate.squared_error_at_mean(trained.decoder, trained.x, trained.mean)
@@ -165,7 +172,7 @@ def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
             "dimensions in all": Number(collapse.latent_dim),
         },
         f"Effective samples of {_ESS_SAMPLES}, median": _effective_samples(trained),
-        "Covariance of the likelihood": _conditioning(trained),
+        "Covariance of the likelihood": covariance,
     }
     # The sampled error belongs beside the one at the mean.
     moved = ("squared error, sampled", "KL")
@@ -173,18 +180,35 @@ def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
     sections["Reconstruction and latent dimensions"] |= {k: densities.pop(k) for k in moved}
     if settings.gradient_repeats:
         sections["Monte Carlo error against sampling-free bias"] = _gradient(trained, settings)
-    if settings.taylor_images:
-        sections["Linearisation (paper, Table 1)"] = _taylor(trained, settings)
+    taylor = _taylor(trained, settings) if settings.taylor_images else None
+    if taylor is not None:
+        sections["Linearisation (paper, Table 1)"] = _taylor_numbers(taylor)
     return Evaluation(
-        str(trained.folder), conventions(trained, settings), sections, collapse.kl.tolist()
+        str(trained.folder),
+        verdict.of_evaluation(
+            mean_over_images(log_ml.estimate),
+            unresolved(log_ml),
+            len(trained.x),
+            settings.weights,
+            collapse,
+            taylor,
+        ),
+        conventions(trained, settings),
+        sections,
+        collapse.kl.tolist(),
     )
+
+
+def unresolved(log_ml: LogMarginalLikelihood) -> int:
+    """Images whose log ML rests on too few weights."""
+    # A NaN counts.
+    return int((~(log_ml.effective_samples >= verdict.FEW_EFFECTIVE)).sum())
 
 
 def conventions(trained: Trained, settings: Settings) -> dict[str, Any]:
     """What a number's meaning depends on, as JSON-able values."""
     config = trained.config
-    return report.conventions(config, settings.samples) | {
-        "log_ml": f"K={settings.samples} importance weights, proposal {settings.proposal}",
+    return report.conventions(config, settings.samples, settings.proposal) | {
         "sampled_elbo": f"{settings.elbo_samples} draws of q(z|x) per image",
         "squared_error": "summed over pixels; at the posterior mean, and sampled: both listed",
         "objective": f"sampling-free, kl_weight 1, likelihood {config.likelihood}, "
@@ -199,20 +223,23 @@ def conventions(trained: Trained, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _log_densities(trained: Trained, settings: Settings) -> dict[str, Number]:
-    config, posterior = trained.config, (trained.x, trained.mean, trained.log_var)
-    images = len(trained.x)
-    with counter("log ML, decodes", images * settings.samples) as progress:
-        log_ml = evaluate.log_marginal_likelihood(
-            trained.decoder,
-            *posterior,
-            noise_var=config.noise_var,
+def _log_ml(trained: Trained, settings: Settings) -> LogMarginalLikelihood:
+    with counter("log ML, decodes", len(trained.x) * settings.samples) as progress:
+        return evaluate.log_marginal_likelihood(
+            *(trained.decoder, trained.x, trained.mean, trained.log_var),
+            noise_var=trained.config.noise_var,
             samples=settings.samples,
             proposal=cast(ProposalName, settings.proposal),
             generator=trained.generator(),
             progress=progress,
         )
-    with counter("ELBO, decodes", images * settings.elbo_samples) as progress:
+
+
+def _log_densities(
+    trained: Trained, settings: Settings, log_ml: LogMarginalLikelihood
+) -> dict[str, Number]:
+    config, posterior = trained.config, (trained.x, trained.mean, trained.log_var)
+    with counter("ELBO, decodes", len(trained.x) * settings.elbo_samples) as progress:
         gap = evaluate.objective_gap(
             trained.decoder,
             *posterior,
@@ -233,6 +260,7 @@ def _log_densities(trained: Trained, settings: Settings) -> dict[str, Number]:
         "log ML, without constant": _mean(log_ml.without_constant, log_ml.standard_error),
         "effective samples, median": Number(float(log_ml.effective_samples.median())),
         "effective samples, smallest": Number(float(log_ml.effective_samples.min())),
+        f"images with fewer than {verdict.FEW_EFFECTIVE}": Number(unresolved(log_ml)),
         "sampled ELBO": _mean(gap.elbo, gap.standard_error),
         "sampled ELBO, without constant": _mean(gap.elbo - constant, gap.standard_error),
         "objective (not a bound)": _mean(gap.objective),
@@ -297,18 +325,21 @@ def _gradient(trained: Trained, settings: Settings) -> dict[str, Number]:
     }
 
 
-def _taylor(trained: Trained, settings: Settings) -> dict[str, Number]:
+def _taylor(trained: Trained, settings: Settings) -> TaylorQuality:
     images = slice(settings.taylor_images)
     counts = evaluate.PAPER_SAMPLES
     decodes = len(trained.mean[images]) * (settings.taylor_reference + sum(counts))
     with counter("linearisation, decodes", decodes) as progress:
-        found = evaluate.taylor_quality(
+        return evaluate.taylor_quality(
             *(trained.decoder, trained.mean[images], trained.log_var[images]),
             samples=counts,
             reference_samples=settings.taylor_reference,
             generator=trained.generator(),
             progress=progress,
         )
+
+
+def _taylor_numbers(found: TaylorQuality) -> dict[str, Number]:
     columns = {"linearised": found.taylor}
     columns |= {f"{k} samples": agreement for k, agreement in found.sampling.items()}
     numbers = {}
@@ -318,6 +349,8 @@ def _taylor(trained: Trained, settings: Settings) -> dict[str, Number]:
             numbers[f"variance correlation, per image, {name}"] = Number(
                 agreement.per_image_correlation
             )
+            numbers["images without a variance correlation"] = Number(agreement.uncorrelated_images)
+            numbers["images left out, not finite"] = Number(found.broken_images)
             numbers["variance ratio, linearised / true"] = Number(agreement.variance_ratio)
         numbers[f"covariance error, {name}"] = Number(
             agreement.covariance_error, agreement.covariance_error_se
@@ -329,10 +362,3 @@ def _taylor(trained: Trained, settings: Settings) -> dict[str, Number]:
 def _mean(values: Tensor, standard_error: Tensor | None = None) -> Number:
     mean = mean_over_images(values)
     return Number(*mean, None if standard_error is None else monte_carlo_error(standard_error))
-
-
-def _finite(fields: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if value is None or math.isfinite(value) else None
-        for name, value in fields.items()
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 from html import escape
 from typing import Any
 
@@ -13,13 +14,38 @@ from fastsfvae.results import pictures
 from fastsfvae.results.evaluation import Evaluation, Number, Trained
 
 _DPI = 130
+# On a narrow screen a picture is scrolled in a box of its own, at a size at which its words can be
+# read; so is a table.
 _STYLE = """\
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 0 0 1.5rem }
-td, th { padding: .15rem 1rem .15rem 0; border-bottom: 1px solid #ddd; text-align: left }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
+  overflow-wrap: anywhere }
+th { overflow-wrap: normal }
+h1 { font-size: 1.35rem; line-height: 1.3 }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+.verdict { font-size: 1.1rem; border-left: 4px solid #1b6ca8; padding-left: .75rem }
+figure { margin: 0 0 2rem }
+.box { overflow-x: auto }
+img { display: block; max-width: 100%; height: auto }
+table { border-collapse: collapse }
+td, th { padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #ddd; text-align: left;
+  vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100%; display: block; margin: 0 0 1.5rem }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }"""
+td.n { white-space: nowrap }
+td:first-child { min-width: 8rem; overflow-wrap: break-word }
+@media (max-width: 48rem) {
+  td, th { padding-right: .5rem; font-size: 15px }
+  .box img { max-width: none; width: min(var(--width), 44rem) }
+}"""
+_CAPTIONS = {
+    "reconstructions": "Test images, the decoder at the posterior mean, the decoder at one "
+    "posterior sample",
+    "samples": "Decoder outputs at samples of the prior",
+    "traversals": "The decoder along each latent dimension, the others held",
+    "kl": "Mean KL divergence of each latent dimension, sorted",
+    "manifold": "The decoder over the latent plane",
+    "side by side": "Test images; of each run the decoder at the posterior mean, at one posterior "
+    "sample, and at samples of the prior",
+}
 
 
 @torch.no_grad()
@@ -67,37 +93,60 @@ def print_table(title: str, columns: list[str], sections: dict[str, dict[str, li
 
 def html(
     title: str,
+    verdict: str,
     columns: list[str],
     sections: dict[str, dict[str, list[str]]],
     conventions: dict[str, Any],
     images: dict[str, bytes],
 ) -> str:
-    """One page that needs no other file: tables, pictures, conventions."""
-    parts = [f"<h1>{escape(title)}</h1>"]
+    """One page that needs no other file: a verdict, pictures, tables, conventions.
+
+    Args:
+        title: of the page.
+        verdict: what the numbers come to, in one line.
+        columns: names of the cells of a row; one that is empty throughout a section is left out.
+        sections: title -> label -> cells.
+        conventions: what the numbers' meaning depends on.
+        images: name -> PNG.
+    """
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="verdict">{escape(verdict)}</p>']
+    parts += [_figure(name, data) for name, data in images.items()]
     for section, rows in sections.items():
-        head = "".join(f'<th class="n">{escape(column)}</th>' for column in columns)
-        parts.append(f"<h2>{escape(section)}</h2><table><tr><th></th>{head}</tr>")
+        shown = [i for i in range(len(columns)) if any(cells[i] for cells in rows.values())]
+        head = "".join(f'<th class="n">{escape(columns[i])}</th>' for i in shown)
+        table = f"<tr><th></th>{head}</tr>"
         for label, cells in rows.items():
-            numbers = "".join(f'<td class="n">{escape(cell)}</td>' for cell in cells)
-            parts.append(f"<tr><td>{escape(label)}</td>{numbers}</tr>")
-        parts.append("</table>")
-    for name, data in images.items():
-        source = base64.b64encode(data).decode()
-        parts.append(
-            f'<h2>{escape(name)}</h2><img alt="{escape(name)}" '
-            f'src="data:image/png;base64,{source}">'
-        )
-    parts.append("<h2>conventions</h2><table>")
-    parts += [
+            numbers = "".join(f'<td class="n">{escape(cells[i])}</td>' for i in shown)
+            table += f"\n<tr><td>{escape(label)}</td>{numbers}</tr>"
+        parts.append(_table(section, table))
+    rows_of_conventions = (
         f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>"
         for key, value in conventions.items()
-    ]
-    parts.append("</table>")
+        if value is not None
+    )
+    parts.append(_table("Conventions", "\n".join(rows_of_conventions)))
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n"
         "</body></html>\n"
+    )
+
+
+def _table(title: str, rows: str) -> str:
+    return f'<h2>{escape(title)}</h2><div class="box"><table>{rows}</table></div>'
+
+
+def _figure(name: str, data: bytes) -> str:
+    caption = escape(_CAPTIONS.get(name, name))
+    # A PNG begins with a signature and the header of its first chunk, 16 bytes; then these.
+    width, height = struct.unpack(">II", data[16:24])
+    size = f'width="{width}" height="{height}" style="--width: {width}px"'
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return (
+        f'<figure><h2>{caption}</h2><div class="box"><img alt="{caption}" {size} '
+        f'src="{source}"></div></figure>'
     )
 
 
@@ -121,4 +170,4 @@ def _format(value: float | None) -> str:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.2g}"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.3g}"

@@ -10,12 +10,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Decoder = Callable[[Tensor], Tensor]
 
 # Rows of a block of traversals: more dimensions go beside it.
 _TRAVERSAL_ROWS = 25
+# The grey of the rules between images: seen beside black ones and beside white ones.
+_RULE_GREY = 0.7
+# Up to so many points, a curve shows each.
+_FEW_POINTS = 20
 
 
 def new_figure(width: float, height: float):
@@ -24,6 +29,11 @@ def new_figure(width: float, height: float):
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def marker(points: int) -> str:
+    """The marker of a curve through so many points: none where they are many."""
+    return "." if points <= _FEW_POINTS else ""
 
 
 def image_grid(images: Tensor, columns: int, title: str):
@@ -53,10 +63,11 @@ def reconstructions(
 def rows_of_images(rows: dict[str, Tensor]):
     """Draw rows of equally many images, each under its name."""
     columns, _, size, _ = next(iter(rows.values())).shape
-    figure = new_figure(0.5 * columns + 1.2, 0.5 * len(rows) + 0.1)
+    names = max(1.2, 0.065 * max(map(len, rows)) + 0.1)
+    figure = new_figure(0.5 * columns + names, 0.5 * len(rows) + 0.1)
     axes = figure.subplots()
     draw_images(axes, torch.cat(list(rows.values())), columns)
-    axes.set_yticks([size * (row + 0.5) for row in range(len(rows))], list(rows), fontsize=9)
+    axes.set_yticks(centres(len(rows), size), list(rows), fontsize=9)
     axes.tick_params(left=False)
     return figure
 
@@ -83,7 +94,7 @@ def traversals(
     ticks = torch.linspace(-limit, limit, steps, device=z.device, dtype=z.dtype)
     blocks = math.ceil(len(order) / _TRAVERSAL_ROWS)
     rows = math.ceil(len(order) / blocks)
-    figure = new_figure(blocks * (0.4 * steps + 1.3), 0.4 * rows + 0.7)
+    figure = new_figure(blocks * (0.4 * steps + 1.3), 0.4 * rows + 0.9)
     panels = figure.subplots(1, blocks, squeeze=False)[0]
     for axes, start in zip(panels, range(0, len(z), rows), strict=True):
         dimensions = order[start : start + rows]
@@ -94,10 +105,13 @@ def traversals(
         draw_images(axes, images, steps)
         height, width = images.shape[-2:]
         labels = [f"$z_{{{i + 1}}}$  KL {kl[i]:.2f}" for i in dimensions]
-        axes.set_yticks([height * (row + 0.5) for row in range(len(labels))], labels, fontsize=8)
+        axes.set_yticks(centres(len(labels), height), labels, fontsize=8)
+        first, *_, last = centres(steps, width)
         ends = [f"{value:g}" for value in (-limit, 0, limit)]
-        axes.set_xticks([width * (t * (steps - 1) + 0.5) for t in (0, 0.5, 1)], ends, fontsize=8)
+        axes.set_xticks([first, (first + last) / 2, last], ends, fontsize=8)
         axes.tick_params(length=0)
+        axes.set_xlabel("$z_i$", fontsize=9)
+    panels[0].set_ylabel("dimension, KL in nats", fontsize=8)
     figure.suptitle("Decoder output along each latent dimension, the others held", fontsize=10)
     return figure
 
@@ -120,10 +134,12 @@ def draw_manifold(
     ticks = torch.linspace(-limit, limit, count, device=device)
     # Rows from the top: z_2 falls, as on the page.
     z = torch.cartesian_prod(ticks.flip(0), ticks).flip(1)
-    half_cell = limit / (count - 1)
-    edge = limit + half_cell
+    images = decoder(z)
+    # The middle of each image lies at its z.
+    size = images.shape[-1]
+    edge = limit + size / 2 * 2 * limit / ((count - 1) * (size + _rule(size)))
     axes.imshow(
-        _tile(decoder(z), count),
+        _tile(images, count),
         cmap="gray",
         vmin=0,
         vmax=1,
@@ -140,9 +156,10 @@ def kl_bars(kl: Sequence[float], epsilon: float):
     axes = figure.subplots()
     axes.bar(range(1, len(kl) + 1), sorted(kl, reverse=True), width=0.8)
     axes.axhline(epsilon, color="black", linewidth=0.8, linestyle="--")
-    axes.annotate(
-        f"{epsilon:g} nats", (len(kl) + 0.5, epsilon), fontsize=8, ha="right", va="bottom"
-    )
+    # Beside the axes, where there is no bar.
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(f"{epsilon:g} nats", (1, epsilon), (3, 0), **place, fontsize=8, va="center")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("latent dimension, sorted", fontsize=9)
     axes.set_title("Mean KL(q || p) of each latent dimension (nats)", fontsize=10)
     axes.tick_params(labelsize=8)
@@ -150,11 +167,31 @@ def kl_bars(kl: Sequence[float], epsilon: float):
     return figure
 
 
+def _rule(size: int) -> int:
+    """Pixels between images of that height or width; as wide on paper whatever it is."""
+    return max(1, round(size / 32))
+
+
+def centres(count: int, size: int) -> list[float]:
+    """The middles of `count` images of that height or width, in pixels of `_tile`'s sheet."""
+    return [(size + _rule(size)) * i + (size - 1) / 2 for i in range(count)]
+
+
 def _tile(images: Tensor, columns: int) -> np.ndarray:
-    """Lay images ``[N, C, H, W]`` out row by row: ``[H', W']`` or, in colour, ``[H', W', 3]``."""
-    rows = images.clamp(0, 1).cpu().unflatten(0, (-1, columns))
+    """Lay images ``[N, C, H, W]`` out row by row, with grey rules between them.
+
+    The place of an image that is all NaN is left white.
+
+    Returns:
+        ``[H', W']`` or, in colour, ``[H', W', 3]``, in [0, 1].
+    """
+    down, across = (_rule(size) for size in images.shape[-2:])
+    ruled = F.pad(images.clamp(0, 1).cpu(), (0, across, 0, down), value=_RULE_GREY)
+    ruled[images.isnan().flatten(1).all(1).cpu()] = 1.0
+    rows = ruled.unflatten(0, (-1, columns))
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    return sheet.squeeze(-1).numpy()
+    # Between images alone, not behind the last.
+    return sheet[:-down, :-across].squeeze(-1).numpy()
 
 
 def draw_images(axes, images: Tensor, columns: int) -> None:

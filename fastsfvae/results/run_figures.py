@@ -76,7 +76,7 @@ def _curves(run: Run):
     figure = pictures.new_figure(9.0, 2.6)
     for axes, (column, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         steps, values = [row["step"] for row in rows], [row[column] for row in rows]
-        axes.plot(steps, values, linewidth=1.2)
+        axes.plot(steps, values, linewidth=1.2, marker=pictures.marker(len(steps)))
         # The first steps would flatten everything that follows.
         settled = values[len(values) // 20 :]
         margin = 0.05 * (max(settled) - min(settled)) or 1.0

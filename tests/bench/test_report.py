@@ -56,6 +56,30 @@ def test_rows_of_another_machine_stay_out(book):
         report.on_machine(rows, "RTX")
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (
+            ("decoder+loss", "both", "celeba16 B=64 n=12288 m=16 channels-last", "float32"),
+            "decoder and loss, value and gradient: convolutional, 64x64 colour images, m = 16, "
+            "batch of 64, float32",
+        ),
+        (
+            ("training step", "step", "collapse200-sigmoid B=9 n=784 m=200 captured", "bfloat16"),
+            "training step: fully connected, 28x28 digits, sigmoid output, m = 200, batch of 9, "
+            "captured, bfloat16",
+        ),
+        (
+            ("low_rank_log_prob", "forward", "B=64 n=12288 m=16", "float32"),
+            "log-density, J given, value, m = 16, batch of 64, 12,288 outputs, float32",
+        ),
+        (("decoder+loss", "", "own B=2", "tf32"), "decoder and loss, batch of 2, own, tf32"),
+    ],
+)
+def test_workloads_are_said_in_words(key, words):
+    assert report.in_words(*key) == words
+
+
 def test_plots_draw_what_is_there_and_say_what_is_missing(book, tmp_path, capsys, monkeypatch):
     for m in (8, 16, 32):
         write(book, "fastsfvae[torch]", 2.5 * m, f"celeba16 B=16 n=12288 m={m}")

@@ -8,6 +8,7 @@ import torch
 import fastsfvae as sf
 from fastsfvae.cli import main as cli
 from fastsfvae.data import digits
+from fastsfvae.results import evaluation
 
 TRAIN = ["train", "--model", "tanh", "--latent-dim", "2", "--batch-size", "64", "--out"]
 QUICK = ["--images", "30", "--samples", "40", "--elbo-samples", "4", "--taylor-images", "2"]
@@ -118,6 +119,19 @@ def test_bad_command_lines(runs, capsys, arguments, message):
     out, error = capsys.readouterr()
     assert not out
     assert error.count("\n") == 1 and message in error
+    assert sorted(runs.rglob("*")) == before
+
+
+def three_channels():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2))
+
+
+def test_an_extractor_that_does_not_fit_costs_no_evaluation(runs, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate_trained", lambda *_: pytest.fail("was evaluated"))
+    before = sorted(runs.rglob("*"))
+    options = ["evaluate", str(runs / "a"), *QUICK, "--extractor", f"{__name__}:three_channels"]
+    assert cli.main(options) == 2
+    assert "failed on real images (2, 1, 28, 28)" in capsys.readouterr().err.splitlines()[-1]
     assert sorted(runs.rglob("*")) == before
 
 

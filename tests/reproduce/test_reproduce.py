@@ -13,7 +13,16 @@ from fastsfvae import training
 from fastsfvae.cli import main as cli
 from fastsfvae.data import files
 from fastsfvae.elbo import sampling_free_elbo
-from fastsfvae.reproduce import EXPERIMENTS, Options, choose, reproduce, runner, sizes, tables
+from fastsfvae.reproduce import (
+    EXPERIMENTS,
+    Options,
+    choose,
+    figures,
+    reproduce,
+    runner,
+    sizes,
+    tables,
+)
 from fastsfvae.reproduce.cells import Cell, Experiment, Published, Result
 from fastsfvae.reproduce.measures import (
     Collapse,
@@ -45,6 +54,20 @@ class Weights:
 
 def _gamma(run):
     return float(run.scheduled["gamma"][1]) if run.scheduled else math.nan
+
+
+def test_labels_of_points_do_not_overlap():
+    pytest.importorskip("matplotlib")
+    figure, (axes,) = figures.row_of_panels(1, 4.6, 3.6)
+    places = [(10 * 1.03**i, 31 + 0.02 * (i % 3), "C0") for i in range(30)] + [(100, 40, "C1")]
+    axes.plot(*zip(*(place[:2] for place in places), strict=True), ".")
+    figures.log_seconds(axes)
+    figures.label_points(axes, places, [str(3**i % 1000) for i in range(len(places))])
+    figure.savefig(io.BytesIO(), format="png")
+    boxes = [text.get_window_extent() for text in axes.texts]
+    # Some have no place; who stands alone has one.
+    assert 2 < len(boxes) < len(places) and axes.texts[-1].get_color() == "C1"
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def _cell(at=(3, 7), **settings):

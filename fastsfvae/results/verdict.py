@@ -1,0 +1,85 @@
+"""What the numbers of a run, or of several, come to, in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fastsfvae.evaluate import ImageMean, PosteriorCollapse, TaylorQuality
+
+# An image's log ML rests on too few weights where fewer of them are effective.
+FEW_EFFECTIVE = 10
+# And the mean over images is not worth its name where that holds for so many of them.
+_TOO_MANY = 0.1
+
+
+def of_evaluation(
+    log_ml: ImageMean,
+    unresolved: int,
+    images: int,
+    weights: str,
+    collapse: PosteriorCollapse,
+    taylor: TaylorQuality | None,
+) -> str:
+    """Say it of one run.
+
+    Args:
+        log_ml: of the test images, in nats.
+        unresolved: images with fewer than `FEW_EFFECTIVE` effective weights.
+        images: test images in all.
+        weights: number and origin of the importance weights.
+        collapse: of the latent dimensions.
+        taylor: of the linearised decoder; None where it was not compared.
+    """
+    parts = [
+        f"log ML {_with_error(log_ml)} nats on {images:,} test images ({weights})"
+        f"{_caution(log_ml.mean, unresolved, images)}",
+        f"{collapse.active} of {collapse.latent_dim} latent dimensions active",
+    ]
+    if taylor is not None and math.isfinite(taylor.taylor.pooled_correlation):
+        found = taylor.taylor
+        parts.append(
+            f"the linearisation predicts the output variances to r = "
+            f"{found.pooled_correlation:.3f} and their sum to {found.variance_ratio:.0%}"
+        )
+    return "; ".join(parts)
+
+
+def of_comparison(
+    names: Sequence[str],
+    differences: Sequence[ImageMean],
+    unresolved: Sequence[int],
+    images: int,
+    weights: str,
+) -> str:
+    """Say it of runs against the first of them.
+
+    Args:
+        names: of the runs.
+        differences: in log ML, of each run but the first from the first, in nats.
+        unresolved: as in `of_evaluation`, of each run.
+        images: test images.
+        weights: as in `of_evaluation`.
+    """
+    first, *others = names
+    parts = [
+        f"log ML of {name} - {first}: {_with_error(difference, '+')} nats"
+        for name, difference in zip(others, differences, strict=True)
+    ]
+    worst = max(unresolved)
+    caution = _caution(min(d.mean for d in differences), worst, images)
+    return f"{'; '.join(parts)}; {images:,} test images ({weights}){caution}"
+
+
+def _with_error(value: ImageMean, sign: str = "") -> str:
+    mean, error = value
+    return f"{mean:{sign},.1f}" + (f" ± {error:.1f}" if math.isfinite(error) else "")
+
+
+def _caution(mean: float, unresolved: int, images: int) -> str:
+    if not math.isfinite(mean):
+        return ", NOT finite: an image decodes to infinity or NaN"
+    if not unresolved:
+        return ""
+    text = f"{unresolved:,} of them with fewer than {FEW_EFFECTIVE} effective weights"
+    return f", NOT to be trusted: {text}" if unresolved > _TOO_MANY * images else f", {text}"
