@@ -315,8 +315,8 @@ def _damaged(tmp_path, kind):
         archive.write_bytes(buffer.getvalue()[:-100])
         return "npz", archive, "a.npz is damaged or not an .npz archive"
     if kind == "npz of floats":
-        np.savez(archive, images=np.zeros((3, 28, 28)))
-        return "npz", archive, "array images is float64: store images as uint8"
+        np.savez(archive, images=255 * np.ones((3, 28, 28)))
+        return "npz", archive, "array images is float64 in [255, 255]: scale it to [0, 1] or"
     if kind == "npz of other arrays":
         np.savez(archive, x=_pixels(3, 28, 28))
         return "npz", archive, "a.npz holds ['x']"
