@@ -21,6 +21,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".tif", ".tiff", "
 # Named, for Pillow has others that run programs or fetch files.
 _FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP")
 _SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
+# Of several samples a pixel Pillow keeps eight bits.
+_HIGH_BYTE = ("LA;16", "RGB;16", "RGBA;16", "RGBX;16", "RGBa;16", "CMYK;16")
 # Pillow spreads grey levels of few bits over 0..255, but not the level that is transparent.
 _SPREAD = {"L;2": 85, "L;4": 17}
 _PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339
@@ -110,7 +112,7 @@ def decode(item: Item, channels: int, size: int, crop: int) -> Decoded:
 
 
 def _unread(reason: str) -> Decoded:
-    return Decoded(None, f"cannot be decoded ({' '.join(reason.split())})")
+    return Decoded(None, f"cannot be decoded ({' '.join(reason.split()).rstrip('.')})")
 
 
 def _eight_bits(file) -> tuple[Image.Image, str]:
@@ -147,13 +149,14 @@ def _eight_bits(file) -> tuple[Image.Image, str]:
         return Image.fromarray(_bytes(values)), "floats by 1"
     if transparent is not None and stored in _SPREAD:
         image.info["transparency"] = transparent * _SPREAD[stored]
-    elif isinstance(transparent, tuple) and "16" in stored:
+    high_byte = stored.startswith(_HIGH_BYTE)
+    if high_byte and isinstance(transparent, tuple):
         # Pillow keeps the high bytes of such colours, which other colours share.
         raise ValueError("its transparent colour is of 16 bits: store transparency as alpha")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image, "16 bits by their high byte" if "16" in stored else "8 bits as stored"
+    return image, "16 bits by their high byte" if high_byte else "8 bits as stored"
 
 
 def _raw_mode(file) -> str:

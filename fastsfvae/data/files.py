@@ -69,7 +69,7 @@ def find_folder(folder: Path) -> Found:
     notes = []
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if others := [path for path in files if path.suffix.lower() not in SUFFIXES]:
-        endings = Counter(path.suffix.lower() or "none" for path in others)
+        endings = Counter(path.suffix.lower() or "no ending" for path in others)
         listed = some([f"{printable(name)} {count:,}" for name, count in endings.most_common()])
         notes.append(f"{len(others):,} of {len(files):,} files are no images: {listed}")
     # What a system drops beside files without being asked is not worth a word.

@@ -39,7 +39,7 @@ def find(folder: Path) -> Found:
         raise FileNotFoundError(f"{folder} has no shards (.tar): give the folder that holds them")
     notes = []
     if others := [path for path in files if path not in set(shards)]:
-        endings = Counter(path.suffix.lower() or "none" for path in others)
+        endings = Counter(path.suffix.lower() or "no ending" for path in others)
         listed = some([f"{printable(name)} {count:,}" for name, count in endings.most_common()])
         notes.append(f"{len(others):,} of {len(files):,} files are no shards: {listed}")
     return Found(shards, partial(_open, folder, shards), notes)
