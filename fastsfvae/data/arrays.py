@@ -90,7 +90,8 @@ def convert(path: Path) -> Conversion:
 def _batches(
     arrays: dict[str, _Array], scale: _Scale, facts: dict[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    same = len(arrays) == 2 and np.array_equal(*(array.values for array in arrays.values()))
+    stored = [array.values for array in arrays.values()]
+    same = len(stored) == 2 and np.array_equal(stored[0], stored[1])
     split = Split()
     change = tolerance = 0.0
     count = 0

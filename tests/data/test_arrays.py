@@ -13,6 +13,7 @@ GREY = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
 # Random bytes are never 0 and 255 by themselves with certainty.
 GREY[0, 0, :2] = 0, 255
 TEST = np.arange(20) % 10 == 9
+SUBJECT = "hostile arrays"
 UNIT, SIGNED = GREY / 255, GREY / 127.5 - 1
 
 
@@ -68,10 +69,13 @@ def _said(path):
     ],
     ids=lambda stored: getattr(stored, "dtype", None) and str(stored.dtype),
 )
-def test_every_scale_is_taken_to_the_value(tmp_path, stored, scale):
+def test_every_scale_is_taken_to_the_value(tmp_path, stored, scale, tally):
     path = _write(tmp_path / ("a.pt" if isinstance(stored, torch.Tensor) else "a.npy"), stored)
     loaded, said = _said(path)
-    np.testing.assert_array_equal(loaded.images[:, 0].numpy(), GREY[~TEST])
+    tally(SUBJECT, "faults")
+    right = np.array_equal(loaded.images[:, 0].numpy(), GREY[~TEST])
+    tally(SUBJECT, "taken for whole", int(not right))
+    assert right
     np.testing.assert_array_equal(_load(path, "test").images[:, 0].numpy(), GREY[TEST])
     assert loaded.scale == scale and said == []
 
@@ -165,13 +169,15 @@ def _objects():
         ("a.npy", lambda: b"", "a.npy is damaged or not an .npz archive, .npy or .pt file of num"),
     ],
 )
-def test_all_others_are_refused_by_name(tmp_path, name, stored, message):
+def test_all_others_are_refused_by_name(tmp_path, name, stored, message, tally):
     path = tmp_path / name
     path.write_bytes(stored()) if callable(stored) and not isinstance(
         stored, torch.nn.Module
     ) else _write(path, stored)
+    tally(SUBJECT, "faults")
     with pytest.raises(ValueError) as caught:
         _load(path)
+    tally(SUBJECT, "refused")
     assert message in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*.npy"))

@@ -15,6 +15,7 @@ from tests.data import hostile_folder
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)
 TEST = np.arange(23) % 10 == 9
+SUBJECT = "hostile shards"
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +242,7 @@ def test_shards(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [512 * 9, -1024, -512, 700])
-def test_a_cut_shard_is_named(tmp_path, cut):
+def test_a_cut_shard_is_named(tmp_path, cut, tally):
     pytest.importorskip("webdataset")
     path = tmp_path / "0.tar"
     with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", bufsize=512) as tar:
@@ -253,8 +254,10 @@ def test_a_cut_shard_is_named(tmp_path, cut):
     end = path.read_bytes().rstrip(b"\0")
     whole = end + bytes(-len(end) % 512 + 1024)
     path.write_bytes(whole[:cut])
+    tally(SUBJECT, "faults")
     with pytest.raises(ValueError, match=r"0.tar is damaged or cut short \(.*\): fetch it again"):
         _load("webdataset", tmp_path)
+    tally(SUBJECT, "refused")
     path.write_bytes(whole)
     assert len(_load("webdataset", tmp_path).images) == 11
 
@@ -268,11 +271,13 @@ def test_a_cut_shard_is_named(tmp_path, cut):
         ([("1.5.png", 0), ("1.6.png", 1)], "0.tar: 1 has 2 images"),
     ],
 )
-def test_samples_that_are_not_plain_are_refused(tmp_path, members, message):
+def test_samples_that_are_not_plain_are_refused(tmp_path, members, message, tally):
     pytest.importorskip("webdataset")
     _tar(tmp_path / "0.tar", [(name, CONTENTS[i]) for name, i in members])
+    tally(SUBJECT, "faults")
     with pytest.raises(ValueError, match=message):
         _load("webdataset", tmp_path)
+    tally(SUBJECT, "refused")
 
 
 def test_no_shards(tmp_path):
