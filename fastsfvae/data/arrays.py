@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 
 from fastsfvae.data.cache import Conversion
-from fastsfvae.data.decode import quiet
 from fastsfvae.data.split import PARTS, Split
 from fastsfvae.data.text import printable, some
 
@@ -253,7 +253,8 @@ def _is_torch(path: Path) -> bool:
 
 def _load_torch(path: Path) -> dict[str, Any]:
     try:
-        with quiet():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if any(word in str(error) for word in ("nsupported global", "TorchScript")):

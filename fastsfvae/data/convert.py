@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastsfvae.data.cache import Conversion
-from fastsfvae.data.decode import Decoded, Item, decode, quiet, require_pillow
+from fastsfvae.data.decode import Decoded, Item, decode, require_pillow, strict
 from fastsfvae.data.split import Split, every_tenth
 from fastsfvae.data.text import counted, some
 
@@ -126,7 +126,7 @@ def _decoded(items: Iterable[Item], settings: Settings) -> Iterator[tuple[Item, 
     # Pillow decodes and resizes without holding the interpreter's lock.
     with ThreadPoolExecutor() as threads:
         while chunk := list(islice(items, _BATCH)):
-            with quiet():
+            with strict():
                 results = list(threads.map(work, chunk))
             yield from zip(chunk, results, strict=True)
 

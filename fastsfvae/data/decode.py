@@ -68,11 +68,18 @@ def require_pillow() -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without Pillow's own warnings: what matters of them is in `Decoded`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def strict() -> Iterator[None]:
+    """Let Pillow refuse what is cut short, whatever it was told, and warn of nothing by itself."""
+    from PIL import ImageFile
+
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def decode(item: Item, channels: int, size: int, crop: int) -> Decoded:

@@ -120,7 +120,7 @@ def find_celeba(folder: Path) -> Found:
         )
     of_part = {"0": "train", "2": "test"}
     taken = [(base / name, of_part[part]) for name, part in rows if part in of_part]
-    return _found(base, *_apart(taken), published=True)
+    return _found(base, *_apart(taken), beside=[partition], published=True)
 
 
 def find_chairs(folder: Path) -> Found:
@@ -162,6 +162,7 @@ def _found(
     paths: list[Path],
     parts: Sequence[str | None] | None = None,
     *,
+    beside: Sequence[Path] = (),
     notes: Sequence[str] = (),
     published: bool = False,
 ) -> Found:
@@ -169,7 +170,8 @@ def _found(
         for path, part in zip(paths, parts or [None] * len(paths), strict=True):
             yield Item(printable(path.relative_to(folder)), part, partial(_open, path))
 
-    return Found(paths, lambda: Source(len(paths), items(), []), list(notes), published)
+    source = Source(len(paths), items(), [])
+    return Found([*paths, *beside], lambda: source, list(notes), published)
 
 
 def _open(path: Path) -> BinaryIO:

@@ -2,9 +2,11 @@
 
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
 
 from fastsfvae.data import load
 from fastsfvae.data.text import printable
@@ -80,6 +82,22 @@ def test_each_is_read_right_or_left_out_by_name(hostile, tally):
     for name in ("b.png", "c.bmp", "link.png"):
         assert f"twice/{name} = twice/a.png" in copies
     assert len(said) == 5
+
+
+def test_a_cut_file_is_refused_where_pillow_was_told_to_fill_it_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSFVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    folder = tmp_path / "train"
+    folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(
+        folder / "0.jpg"
+    )
+    path = Path(folder / "0.jpg")
+    path.write_bytes(path.read_bytes()[:1500])
+    Image.open(path).load()
+    with pytest.raises(ValueError, match="0.jpg cannot be decoded .*truncated"):
+        _load(tmp_path, "train")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_without_leave_the_unreadable_are_named_and_nothing_is_kept(hostile):

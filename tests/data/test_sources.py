@@ -298,3 +298,12 @@ def test_shards_hold_the_same_pixels_as_files(tmp_path):
     assert len(_pixels(loaded)) == len(cases) > 30
     for image, case in zip(_pixels(loaded), cases, strict=True):
         assert np.abs(image.astype(int) - case.becomes.astype(int)).max() <= case.tolerance
+
+
+def test_a_changed_partition_is_seen(tmp_path):
+    """Of the same files in the same order, one more is for testing."""
+    folder = _write(tmp_path / "img_align_celeba", {f"{i}.jpg": CONTENTS[i] for i in range(6)})
+    for tests in (2, 3):
+        rows = [f"{i}.jpg {2 if i < tests else 0}\n" for i in range(6)]
+        (folder.parent / "list_eval_partition.txt").write_text("".join(rows))
+        assert _assert_parts("celeba", tmp_path, range(tests, 6), range(tests)) == []
