@@ -59,6 +59,20 @@ def walk(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(files), sorted(hidden)
 
 
+def by_ending(
+    files: list[Path], endings: tuple[str, ...], what: str
+) -> tuple[list[Path], list[str]]:
+    """The files that end so, and a note of the others where there are any."""
+    taken = [path for path in files if path.name.lower().endswith(endings)]
+    if len(taken) == len(files):
+        return taken, []
+    others = Counter(path.suffix.lower() or "no ending" for path in set(files) - set(taken))
+    ordered = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))
+    listed = some([f"{printable(ending)} {count:,}" for ending, count in ordered])
+    left = len(files) - len(taken)
+    return taken, [f"{left:,} of {len(files):,} files are no {what}: {listed}"]
+
+
 def find_folder(folder: Path) -> Found:
     """Images below `folder`: those of its ``train``/``test`` folders, else every tenth to test."""
     if folder.is_file():
@@ -66,14 +80,9 @@ def find_folder(folder: Path) -> Found:
     if not folder.is_dir():
         return _found(folder, [])
     files, hidden = walk(folder)
-    notes = []
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    if others := [path for path in files if path.suffix.lower() not in SUFFIXES]:
-        endings = Counter(path.suffix.lower() or "no ending" for path in others)
-        listed = some([f"{printable(name)} {count:,}" for name, count in endings.most_common()])
-        notes.append(f"{len(others):,} of {len(files):,} files are no images: {listed}")
+    images, notes = by_ending(files, SUFFIXES, "images")
     # What a system drops beside files without being asked is not worth a word.
-    hidden = [path for path in hidden if path.suffix.lower() in SUFFIXES or path.is_dir()]
+    hidden = [path for path in hidden if path.name.lower().endswith(SUFFIXES) or path.is_dir()]
     if hidden:
         what = counted(len(hidden), "hidden file or folder is", "hidden files and folders are")
         notes.append(f"{what} skipped: {some(_names(folder, hidden), _NAMED)}")
@@ -151,7 +160,7 @@ def find_omniglot(folder: Path) -> Found:
             raise missing(
                 "omniglot-images", f"{folder} has no folder {name}, itself or in omniglot-py"
             )
-        paths = [path for path in walk(root)[0] if path.suffix.lower() in SUFFIXES]
+        paths, _ = by_ending(walk(root)[0], SUFFIXES, "images")
         _check_count(root, len(paths), count, "drawings")
         taken += [(path, part) for path in paths]
     return _found(folder, *_apart(taken), published=True)

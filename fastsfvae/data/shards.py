@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastsfvae.data.convert import Found, Source
 from fastsfvae.data.decode import SUFFIXES, Item
-from fastsfvae.data.files import is_hidden, walk
+from fastsfvae.data.files import by_ending, is_hidden, walk
 from fastsfvae.data.named_parts import choose
 from fastsfvae.data.text import counted, printable, some
 
@@ -34,14 +34,9 @@ def find(folder: Path) -> Found:
         FileNotFoundError: where there are none.
     """
     files = walk(folder)[0] if folder.is_dir() else []
-    shards = [path for path in files if path.name.lower().endswith(_ENDINGS)]
+    shards, notes = by_ending(files, _ENDINGS, "shards")
     if not shards:
         raise FileNotFoundError(f"{folder} has no shards (.tar): give the folder that holds them")
-    notes = []
-    if others := [path for path in files if path not in set(shards)]:
-        endings = Counter(path.suffix.lower() or "no ending" for path in others)
-        listed = some([f"{printable(name)} {count:,}" for name, count in endings.most_common()])
-        notes.append(f"{len(others):,} of {len(files):,} files are no shards: {listed}")
     return Found(shards, partial(_open, folder, shards), notes)
 
 

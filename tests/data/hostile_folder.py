@@ -189,8 +189,13 @@ def tiff(
     """Store samples ``[H, W(, C)]`` uncompressed, in one strip; `kind` is 2 signed, 3 floats."""
     height, width = samples.shape[:2]
     channels = samples.shape[2] if samples.ndim == 3 else 1
-    code = {1: "u", 2: "i", 3: "f"}[kind] + str(bits // 8)
-    data = samples.astype(np.dtype(code).newbyteorder(order)).tobytes()
+    if bits == 12:
+        # Two samples in three bytes.
+        halves = np.unpackbits(samples.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, 4:]
+        data = np.packbits(halves).tobytes()
+    else:
+        code = {1: "u", 2: "i", 3: "f"}[kind] + str(bits // 8)
+        data = samples.astype(np.dtype(code).newbyteorder(order)).tobytes()
     values = {256: width, 257: height, 258: bits, 259: 1, 262: photometric}
     values |= {273: 8, 277: channels, 278: height, 279: len(data), 339: kind}
     values |= {int(name.removeprefix("tag")): value for name, value in tags.items()}
@@ -223,7 +228,8 @@ def _tiff() -> list[Case]:
     cases.append(
         Case("tiff/colour16.tiff", tiff(colour, 16, photometric=2), _rgb(colour, 65535), 1)
     )
-    colour = _random("tiff colour", SIDE, SIDE, 3)
+    grey = _random("tiff grey12", SIDE, SIDE, top=4095)
+    cases.append(Case("tiff/grey12.tif", tiff(grey, 12), _rgb(grey, 4095)))
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate"):
         colour = _random(f"tiff {compression}", SIDE, SIDE, 3)
         content = _saved(colour.astype(np.uint8), "TIFF", compression=compression)
@@ -360,7 +366,7 @@ def _names() -> list[Case]:
         # The content tells the format, not the name.
         cases.append(Case(where, _saved(colour, "PNG"), colour))
     colour = _random("twice", SIDE, SIDE, 3).astype(np.uint8)
-    content = _saved(colour, "PNG")
+    content = _saved(colour, "PNG") + b"behind its end"
     cases.append(Case("twice/a.png", content, colour))
     copies = {"b.png": content, "c.bmp": _saved(colour, "BMP")}
     for name, same in copies.items():
@@ -406,6 +412,10 @@ def _unreadable() -> list[Case]:
         "page.jpg": page,
         "bomb.png": bomb,
         "postscript.png": postscript,
+        "no-header.png": b"\x89PNG\r\n\x1a\n" + _chunk(b"IEND", b""),
+        "flipped-size.png": (whole := _saved(colour, "PNG"))[:19] + b"\1" + whole[20:],
+        "flipped-pixel.png": whole[:500] + bytes([whole[500] ^ 1]) + whole[501:],
+        "no-size.gif": b"GIF89a" + bytes(7) + b";",
         "signature.png": b"\x89PNG\r\n\x1a\n",
         "small.png": _saved(colour[:8, :40], "PNG"),
         "broken-link.png": lambda path: path.symlink_to("nowhere.png"),

@@ -79,7 +79,7 @@ def test_a_folder_says_what_it_skips(tmp_path):
     folder = _write(tmp_path / "a", images | rest | hidden)
     said = _assert_parts("folder", folder, ~TEST, TEST)
     assert said == [
-        "5 of 28 files are no images: .txt 3, no ending 1, .json 1",
+        "5 of 28 files are no images: .txt 3, .json 1, no ending 1",
         "2 hidden files and folders are skipped: ._00.png, .git",
     ]
 
