@@ -151,8 +151,8 @@ def _scale(what: str, arrays: list[_Array]) -> _Scale:
         if -1 <= low <= -0.5 and high <= 1:
             return _Scale(f"{dtype} in [-1, 1]", 1, 0.5)
         raise ValueError(
-            f"{what} is {dtype} in [{low:g}, {high:g}]: scale it to [0, 1] or [-1, 1], or store "
-            "images as uint8, 0 to 255"
+            f"{what} is {dtype} in [{low:.9g}, {high:.9g}]: scale it to [0, 1] or [-1, 1], or "
+            "store images as uint8, 0 to 255"
         )
     if high == 1 and low >= 0:
         raise ValueError(
@@ -162,7 +162,7 @@ def _scale(what: str, arrays: list[_Array]) -> _Scale:
         return _Scale("uint16 by 65535", 0, 1 / 65535)
     if not (low >= 0 and high <= 255):
         raise ValueError(
-            f"{what} is {dtype} in [{low:g}, {high:g}]: store images as uint8, 0 to 255"
+            f"{what} is {dtype} in [{low:.9g}, {high:.9g}]: store images as uint8, 0 to 255"
         )
     if dtype == "uint16" and high > 0:
         raise ValueError(

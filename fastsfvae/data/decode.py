@@ -135,6 +135,11 @@ def _eight_bits(file) -> tuple[Image.Image, str]:
     tags = getattr(file, "tag_v2", {})
     signed = _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, ()))
     inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    if file.format == "TIFF":
+        # Pillow leaves black what no strip covers.
+        covered = np.max([part[1][2:] for part in file.tile], axis=0)
+        if (covered < file.size).any():
+            raise ValueError("it has fewer pixels than it announces")
     file.load()
     image = ImageOps.exif_transpose(file)
     transparent = image.info.get("transparency")
@@ -152,7 +157,7 @@ def _eight_bits(file) -> tuple[Image.Image, str]:
         values = np.asarray(image)
         low, high = values.min(), values.max()
         if inverted or not (low >= 0 and high <= 1):
-            raise ValueError(f"its floats lie in [{low:g}, {high:g}]: scale them to [0, 1]")
+            raise ValueError(f"its floats lie in [{low:.9g}, {high:.9g}]: scale them to [0, 1]")
         return Image.fromarray(_bytes(values)), "floats by 1"
     if transparent is not None and stored in _SPREAD:
         image.info["transparency"] = transparent * _SPREAD[stored]

@@ -242,6 +242,7 @@ def _tiff() -> list[Case]:
         "integers32": tiff(_random("i32", SIDE, SIDE, top=9), 32, kind=2),
         "signed16": tiff(_random("s16", SIDE, SIDE, top=9), 16, kind=2),
         "signed8": tiff(_random("s8", SIDE, SIDE, top=9), 8, kind=2),
+        "few-rows": tiff(_random("few", SIDE, SIDE), 8, tag257=4 * SIDE),
         "five-bands": tiff(_random("five", SIDE, SIDE, 5), 8),
     }
     cases += [Case(f"tiff/{name}.tif", content, UNREADABLE) for name, content in refused.items()]
