@@ -67,8 +67,8 @@ def convert_images(where: str, found: Found, settings: Settings) -> Conversion:
         found: the set.
         settings: what becomes of each image.
 
-    The facts are the number of images tried, their scale, notes, and what was left out, each a name
-    and a reason.
+    The facts are the number of images tried, their scale, what was skipped, notes, and what was
+    left out, each a name and a reason.
 
     Raises:
         RuntimeError: without Pillow.
@@ -106,7 +106,7 @@ def _batches(
         raise ValueError(f"{where}: {listed}: replace or remove them, or give --skip-bad")
     if left_out and not scales:
         raise ValueError(f"{where}: {listed}: nothing is left to train on")
-    notes = [*found.notes, *source.notes, *split.notes()]
+    notes = [*source.notes, *split.notes()]
     if frames:
         what = counted(len(frames), "file has", "files have")
         notes.append(f"{what} several frames, of which the first is read: {some(frames, _NAMED)}")
@@ -115,7 +115,7 @@ def _batches(
     scale = ", ".join(
         name if len(scales) == 1 else f"{name} ({n:,})" for name, n in scales.most_common()
     )
-    facts.update(images=count, scale=scale, notes=notes, left_out=left_out)
+    facts.update(images=count, scale=scale, skipped=found.notes, notes=notes, left_out=left_out)
 
 
 def _decoded(items: Iterable[Item], settings: Settings) -> Iterator[tuple[Item, Decoded]]:

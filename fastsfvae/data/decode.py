@@ -25,7 +25,7 @@ _SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
 _HIGH_BYTE = ("LA;16", "RGB;16", "RGBA;16", "RGBX;16", "RGBa;16", "CMYK;16")
 # Pillow spreads grey levels of few bits over 0..255, but not the level that is transparent.
 _SPREAD = {"L;2": 85, "L;4": 17}
-_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339
+_WIDTH, _HEIGHT, _PHOTOMETRIC, _SAMPLE_FORMAT = 256, 257, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 
 
@@ -136,9 +136,9 @@ def _eight_bits(file) -> tuple[Image.Image, str]:
     signed = _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, ()))
     inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     if file.format == "TIFF":
-        # Pillow leaves black what no strip covers.
+        # Pillow leaves black what no strip covers. Its size is that of the upright image.
         covered = np.max([part[1][2:] for part in file.tile], axis=0)
-        if (covered < file.size).any():
+        if (covered < (tags[_WIDTH], tags[_HEIGHT])).any():
             raise ValueError("it has fewer pixels than it announces")
     file.load()
     image = ImageOps.exif_transpose(file)

@@ -168,6 +168,7 @@ def _load_published(name: str, folder: Path, split: str) -> Loaded:
 
 
 def _load_converted(name: str, folder: Path, split: str, settings: Settings) -> Loaded:
+    skipped: list[str] = []
     if name == "npz":
         paths = [arrays.find(folder)]
         made_from = cache.fingerprint(paths, _VERSION)
@@ -176,10 +177,12 @@ def _load_converted(name: str, folder: Path, split: str, settings: Settings) -> 
         found = _IMAGES[name](folder)
         if not found.paths:
             raise _nothing(folder, split, f" ({', '.join(SUFFIXES)})")
+        # As it is now: what is not read changes without a new conversion.
+        skipped = found.notes
         made_from = cache.fingerprint(found.paths, _VERSION, *settings)
         convert = partial(convert_images, str(folder), found, settings)
     images, facts = cache.open_part(name, PARTS, split, made_from, convert)
-    for note in facts["notes"]:
+    for note in (*skipped, *facts["notes"]):
         if (text := f"{folder}: {note}") not in _said:
             _said.add(text)
             warnings.warn(text, stacklevel=2)

@@ -359,6 +359,8 @@ def test_damaged_files_are_named(tmp_path, kind, capsys):
         ("chairs", "rendered_chairs has no <id>/renders: put it there, or give --download (1,39"),
         ("folder", "has no train images"),
         ("npz", "is not a file: give the .npz archive"),
+        ("huggingface", "has no state.json and no dataset_dict.json: give the folder that save_to"),
+        ("webdataset", "has no shards (.tar): give the folder that holds them"),
     ],
 )
 def test_missing_data(name, message, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 import warnings
 
@@ -280,9 +281,17 @@ def test_samples_that_are_not_plain_are_refused(tmp_path, members, message, tall
     tally(SUBJECT, "refused")
 
 
-def test_no_shards(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no shards \(.tar\): give the folder"):
-        _load("webdataset", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [("huggingface", "datasets"), ("webdataset", "webdataset"), ("folder", "PIL.Image")],
+)
+def test_a_library_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch, name, library):
+    _tar(tmp_path / "0.tar", _members(range(3)))
+    _write(tmp_path, {"0.png": CONTENTS[0], "state.json": b"{}"})
+    monkeypatch.setitem(sys.modules, library, None)
+    extra = {"folder": "data"}.get(name, name)
+    with pytest.raises(RuntimeError, match=rf'pip install "fastsfvae\[{extra}\]"'):
+        _load(name, tmp_path)
 
 
 def test_shards_hold_the_same_pixels_as_files(tmp_path):
