@@ -176,7 +176,10 @@ def _load_converted(name: str, folder: Path, split: str, settings: Settings) -> 
     else:
         found = _IMAGES[name](folder)
         if not found.paths:
-            raise _nothing(folder, split, f" ({', '.join(SUFFIXES)})")
+            raise FileNotFoundError(
+                f"{folder} has no {split} images ({', '.join(SUFFIXES)}): give the folder that "
+                "they lie in"
+            )
         # As it is now: what is not read changes without a new conversion.
         skipped = found.notes
         made_from = cache.fingerprint(found.paths, _VERSION, *settings)
@@ -187,10 +190,9 @@ def _load_converted(name: str, folder: Path, split: str, settings: Settings) -> 
             _said.add(text)
             warnings.warn(text, stacklevel=2)
     if images is None:
-        raise _nothing(folder, split)
+        raise FileNotFoundError(
+            f"{folder} has no {split} images: name a part of it {split}, or give at least ten, of "
+            "which every tenth is for testing"
+        )
     left_out = [(str(Path(folder, each)), reason) for each, reason in facts["left_out"]]
     return Loaded(images, facts["scale"], left_out)
-
-
-def _nothing(folder: Path, split: str, endings: str = "") -> FileNotFoundError:
-    return FileNotFoundError(f"{folder} has no {split} images{endings}")
