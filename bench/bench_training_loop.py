@@ -42,8 +42,8 @@ def celeba16(folder: Path, steps: int) -> TrainConfig:
     # The converted images go with the folder.
     os.environ["FASTSFVAE_CACHE"] = str(folder)
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (CELEBA_IMAGES, 64, 64, 3), dtype=np.uint8)
-    np.savez(folder / "images.npz", train=images, test=images[:64])
+    images = generator.integers(0, 256, (CELEBA_IMAGES + 64, 64, 64, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", train=images[:-64], test=images[-64:])
     data = {"data": "npz", "data_dir": str(folder / "images.npz"), "channels": 3, "image_size": 64}
     return TrainConfig(model="conv", steps=steps, **data)
 

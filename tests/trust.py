@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # What may not have happened, whatever was tried.
-NEVER = ("NaNs", "lost runs", "taken for whole")
+NEVER = ("NaNs", "lost runs", "taken for whole", "in both splits")
 
 
 class Part(NamedTuple):
@@ -52,6 +52,7 @@ PARTS = (
         tuple(f"loss/{n}" for n in "compatibility wrappers compose determinism".split()),
     ),
     Part("damage", ("training/damage", "repository/network")),
+    Part("images", ("data/hostile_folder", "data/arrays", "data/sources")),
     Part("kernels", ("ops/numerics", "loss/determinism"), ("-m", "interpreter"), interpreter=True),
 )
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.data import cache, digits, files, mnist, npz, omniglot
+from fastsfvae.data import arrays, arrow, cache, digits, files, mnist, omniglot, shards
+from fastsfvae.data.convert import Settings, convert_images
+from fastsfvae.data.decode import SUFFIXES
 from fastsfvae.data.download import SOURCES, download
+from fastsfvae.data.split import PARTS
 
 
 class Defaults(NamedTuple):
@@ -32,16 +35,39 @@ DATA_SETS = {
     "chairs": Defaults(3, 64, 0),
     "folder": Defaults(3, 64, 0),
     "npz": Defaults(1, 28, 0),
+    "huggingface": Defaults(3, 64, 0),
+    "webdataset": Defaults(3, 64, 0),
 }
-_LISTS = {
-    "celeba": files.list_celeba,
-    "chairs": files.list_chairs,
-    "folder": files.list_folder,
-    "omniglot-images": files.list_omniglot,
+# Each finds the images of both parts.
+_IMAGES = {
+    "celeba": files.find_celeba,
+    "chairs": files.find_chairs,
+    "folder": files.find_folder,
+    "omniglot-images": files.find_omniglot,
+    "huggingface": arrow.find,
+    "webdataset": shards.find,
 }
-# Each finds and reads one file.
-_ARCHIVES = {"mnist": mnist, "omniglot": omniglot, "npz": npz}
-_SPLITS = ("train", "test")
+# Each finds and reads one file of one part.
+_PUBLISHED = {"mnist": mnist, "omniglot": omniglot}
+# Raised where the same files are to become other pixels.
+_VERSION = 2
+
+# What was said once is not said again, however often a set is loaded.
+_said: set[str] = set()
+
+
+class Loaded(NamedTuple):
+    """A split of a data set.
+
+    Attributes:
+        images: uint8 ``[N, C, H, W]``.
+        scale: how the stored values became 0..255.
+        left_out: images that could not be read, of both splits: a name and the reason each.
+    """
+
+    images: Tensor
+    scale: str
+    left_out: list[tuple[str, str]]
 
 
 def download_images(name: str, folder: str) -> None:
@@ -59,13 +85,21 @@ def download_images(name: str, folder: str) -> None:
         raise ValueError(f"data={name!r}: --download is for {', '.join(SOURCES)}")
     place = _place(name, folder)
     try:
-        for split in _SPLITS:
-            _find(name, place, split)
+        if name in _IMAGES:
+            _IMAGES[name](place)
+        else:
+            for split in PARTS:
+                _PUBLISHED[name].find(place, split)
     except FileNotFoundError:
         download(name, place)
 
 
-def load_images(
+def load_images(name: str, folder: str, split: str, **settings: Any) -> Tensor:
+    """The images of `load_set`, whose arguments it takes."""
+    return load_set(name, folder, split, **settings).images
+
+
+def load_set(
     name: str,
     folder: str,
     split: str,
@@ -74,19 +108,22 @@ def load_images(
     size: int,
     crop: int = 0,
     padding: int = 0,
-) -> Tensor:
+    skip_bad: bool = False,
+) -> Loaded:
     """Load a split of a data set, uint8 ``[N, channels, H, W]`` with H = W = size + 2 padding.
 
-    Files of images are converted on first use (`fastsfvae.data.cache`).
+    What is not the package's own is converted on first use, both splits at once
+    (`fastsfvae.data.cache`). What was not taken, or not plain, is said in a warning, once.
 
     Args:
         name: one of `DATA_SETS`.
-        folder: where the files lie; for "npz" the archive; not read for "digits".
+        folder: where the files lie; for "npz" the file; not read for "digits".
         split: "train" or "test".
         channels: 1 or 3.
         size: side in pixels; sets that are not stored as image files have only their own.
         crop: side of the centre square taken of an image file, in its pixels; 0 for the largest.
         padding: black pixels added on each side.
+        skip_bad: whether to go on without image files that cannot be read.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: for data that is missing, damaged or of another
@@ -94,19 +131,23 @@ def load_images(
     """
     if name not in DATA_SETS:
         raise ValueError(f"data={name!r} is not one of {', '.join(map(repr, DATA_SETS))}")
-    if split not in _SPLITS:
+    if split not in PARTS:
         raise ValueError(f"split={split!r} is not one of 'train', 'test'")
     if name == "digits":
-        images = digits(split).images
+        loaded = Loaded(digits(split).images, "uint8", [])
+    elif name in _PUBLISHED:
+        loaded = _load_published(name, _place(name, folder), split)
     else:
-        images = _from_disk(name, _place(name, folder), split, channels, size, crop)
+        settings = Settings(channels, size, crop, skip_bad)
+        loaded = _load_converted(name, _place(name, folder), split, settings)
+    images = loaded.images
     if images.shape[1:] != (channels, size, size):
         given = "x".join(map(str, images.shape[1:]))
         raise ValueError(
             f"data={name!r} has images of {given} (C x H x W), not {channels}x{size}x{size}: "
             "set --channels and --image-size to match"
         )
-    return F.pad(images, (padding,) * 4) if padding else images
+    return loaded._replace(images=F.pad(images, (padding,) * 4)) if padding else loaded
 
 
 def _place(name: str, folder: str) -> Path:
@@ -115,24 +156,43 @@ def _place(name: str, folder: str) -> Path:
     return Path(folder).expanduser()
 
 
-def _find(name: str, folder: Path, split: str) -> list[Path]:
-    """The files that a split is made from."""
-    if name in _LISTS:
-        return _LISTS[name](folder, split)
-    return [_ARCHIVES[name].find(folder, split)]
+def _load_published(name: str, folder: Path, split: str) -> Loaded:
+    path = _PUBLISHED[name].find(folder, split)
 
-
-def _from_disk(name: str, folder: Path, split: str, channels: int, size: int, crop: int) -> Tensor:
-    paths = _find(name, folder, split)
-    if not paths:
-        raise FileNotFoundError(f"{folder} has no {split} images (.png, .jpg, .bmp, .webp)")
-
-    def decode() -> tuple[cache.Shape, Iterable[np.ndarray]]:
-        if name in _LISTS:
-            shape = (len(paths), channels, size, size)
-            return shape, files.decode_files(paths, channels, size, crop)
-        pixels = _ARCHIVES[name].read(paths[0], split)
+    def convert():
+        pixels = _PUBLISHED[name].read(path, split)
         return pixels.shape, [pixels]
 
-    settings = (channels, size, crop) if name in _LISTS else (split,)
-    return cache.open_cached(f"{name}-{split}", cache.fingerprint(paths, *settings), decode)
+    made_from = cache.fingerprint([path], split)
+    return Loaded(cache.open_cached(f"{name}-{split}", made_from, convert), "uint8", [])
+
+
+def _load_converted(name: str, folder: Path, split: str, settings: Settings) -> Loaded:
+    skipped: list[str] = []
+    if name == "npz":
+        paths = [arrays.find(folder)]
+        made_from = cache.fingerprint(paths, _VERSION)
+        convert = partial(arrays.convert, folder)
+    else:
+        found = _IMAGES[name](folder)
+        if not found.paths:
+            raise FileNotFoundError(
+                f"{folder} has no {split} images ({', '.join(SUFFIXES)}): give the folder that "
+                "they lie in"
+            )
+        # As it is now: what is not read changes without a new conversion.
+        skipped = found.notes
+        made_from = cache.fingerprint(found.paths, _VERSION, *settings)
+        convert = partial(convert_images, str(folder), found, settings)
+    images, facts = cache.open_part(name, PARTS, split, made_from, convert)
+    for note in (*skipped, *facts["notes"]):
+        if (text := f"{folder}: {note}") not in _said:
+            _said.add(text)
+            warnings.warn(text, stacklevel=2)
+    if images is None:
+        raise FileNotFoundError(
+            f"{folder} has no {split} images: name a part of it {split}, or give at least ten, of "
+            "which every tenth is for testing"
+        )
+    left_out = [(str(Path(folder, each)), reason) for each, reason in facts["left_out"]]
+    return Loaded(images, facts["scale"], left_out)

@@ -164,7 +164,8 @@ def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Rep
     collapse = evaluate.posterior_collapse(mean, log_var)
     return Report(
         conventions=conventions(config, importance_samples, proposal)
-        | {"split": f"{len(train):,} train / {len(test):,} test images evaluated"},
+        | {"split": f"{len(train):,} train / {len(test):,} test images evaluated"}
+        | {"data_scale": run.scale},
         splits=splits,
         collapse={
             "collapsed": collapse.collapsed,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae.data.load import DATA_SETS, load_images
+from fastsfvae.data.load import DATA_SETS, Loaded, load_set
 from fastsfvae.models import Init, ModelConfig, OutputActivation
 from fastsfvae.objectives.vlae import BOUNDS, Bound
 from fastsfvae.training import distributed
@@ -23,7 +23,16 @@ Method = Literal[
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 DataSet = Literal[
-    "digits", "mnist", "omniglot", "omniglot-images", "celeba", "chairs", "folder", "npz"
+    "digits",
+    "mnist",
+    "omniglot",
+    "omniglot-images",
+    "celeba",
+    "chairs",
+    "folder",
+    "npz",
+    "huggingface",
+    "webdataset",
 ]
 
 # The methods that a setting other than its default has a meaning for.
@@ -58,10 +67,11 @@ class TrainConfig:
     """mlp, tanh, linear, conv (digits padded to 32x32), or package.module:function for your own."""
 
     data: DataSet = "digits"
-    """The bundled digits, or a set on disk; folder: any images in files, npz: any in an archive."""
+    """The bundled digits, or a set on disk; folder: any images in files, npz: arrays in a .npz,
+    .npy or .pt file, huggingface: what save_to_disk of datasets wrote, webdataset: .tar shards."""
 
     data_dir: str = ""
-    """Where the set lies; for npz the archive."""
+    """Where the set lies; for npz the file."""
 
     channels: int = 0
     """Channels of the images, 1 or 3; 0 is the set's own (3 for folder, 1 for npz)."""
@@ -71,6 +81,9 @@ class TrainConfig:
 
     crop: int = -1
     """Side of the centre square taken of an image file; 0: the largest, -1: the set's own."""
+
+    skip_bad: bool = False
+    """Go on without image files that cannot be read, and list them in the run's left_out.txt."""
 
     data_budget: float = 0.0
     """GiB of the device's memory that the training images may take; a larger set is streamed to it
@@ -249,13 +262,17 @@ class TrainConfig:
         )
 
     def load_images(self, split: str) -> Tensor:
-        """Load the "train" or "test" images, uint8 ``[N, C, H, W]`` as the model takes them.
+        """The images of `load_set`, uint8 ``[N, C, H, W]``."""
+        return self.load_set(split).images
+
+    def load_set(self, split: str) -> Loaded:
+        """Load the "train" or "test" images as the model takes them, with how they were read.
 
         Raises:
-            FileNotFoundError, ValueError, RuntimeError: as `fastsfvae.data.load.load_images`, or
+            FileNotFoundError, ValueError, RuntimeError: as `fastsfvae.data.load.load_set`, or
                 where the set has fewer than `train_images`.
         """
-        images = load_images(
+        loaded = load_set(
             self.data,
             self.data_dir,
             split,
@@ -263,14 +280,16 @@ class TrainConfig:
             size=self._size,
             crop=DATA_SETS[self.data].crop if self.crop == -1 else self.crop,
             padding=self.padding,
+            skip_bad=self.skip_bad,
         )
+        images = loaded.images
         if split != "train" or not self.train_images:
-            return images
+            return loaded
         if self.train_images > len(images):
             raise ValueError(
                 f"train_images={self.train_images} but data={self.data!r} has {len(images)}"
             )
-        return images[: self.train_images]
+        return loaded._replace(images=images[: self.train_images])
 
     def resolve_device(self) -> torch.device:
         """The device that `device` names, or RuntimeError / ValueError where there is none."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastsfvae._ranges import span
 from fastsfvae.data.batches import ImageSet
+from fastsfvae.data.load import Loaded
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.graphed import GraphedStep, make_graphed_step
 from fastsfvae.ground.atomic import write_text
@@ -33,6 +34,7 @@ from fastsfvae.training.objective import make_objective
 from fastsfvae.training.schedules import Schedule
 from fastsfvae.training.seeds import EVALUATION, WEIGHTS, mix_seed
 
+LEFT_OUT = "left_out.txt"
 COLUMNS = ("step", "seconds", *Terms._fields)
 
 
@@ -75,6 +77,7 @@ class Run:
         model: encoder, decoder and objective.
         optimizer: of the encoder and the decoder.
         images: training images.
+        scale: how the images' stored values became 0..255.
         scheduled: the settings that change while training, each its schedule and the 0-d tensor
             on the device that the objective reads.
         step: optimiser steps done.
@@ -90,6 +93,7 @@ class Run:
     model: Model
     optimizer: torch.optim.Optimizer
     images: ImageSet
+    scale: str
     scheduled: dict[str, tuple[Schedule, Tensor]]
     folder: Path = Path()
     step: int = 0
@@ -137,7 +141,7 @@ def start(config: TrainConfig, out: str | os.PathLike[str] | None = None) -> Run
         raise _exists(out)
     # A resumed run of more steps must not stretch its schedules.
     config = replace(config, schedule_steps=config.schedule_steps or config.steps)
-    run = _prepare(config)
+    run, data = _prepare(config)
     _capture(run)
     if writes:
         run.folder = _make_folder(config, out)
@@ -145,11 +149,12 @@ def start(config: TrainConfig, out: str | os.PathLike[str] | None = None) -> Run
         try:
             rewind_metrics(run.folder / METRICS, 0, (*COLUMNS, *run.scheduled))
             save(run)
-            # The last of the three: a folder that has it can be resumed.
+            _write_left_out(run.folder, data)
+            # The last of all: a folder that has it can be resumed.
             write_text(run.folder / CONFIG, config.to_json())
         except OSError:
             # A disk that was full must not use up the name.
-            for name in (METRICS, CHECKPOINT):
+            for name in (METRICS, CHECKPOINT, LEFT_OUT):
                 (run.folder / name).unlink(missing_ok=True)
             run.folder.rmdir()
             raise
@@ -179,7 +184,7 @@ def resume(folder: str | os.PathLike[str], config: TrainConfig | None = None) ->
                 f"only {', '.join(CHANGEABLE)} can change on --resume"
             )
     state = load_checkpoint(folder / CHECKPOINT)
-    run = _prepare(config)
+    run, _ = _prepare(config)
     run.folder, run.lock = folder, lock
     _restore(run, state)
     if run.step > config.steps:
@@ -230,7 +235,15 @@ def _restore(run: Run, state: dict) -> None:
         raise ValueError(f"{path} does not hold the state of a training run: {error!r}") from error
 
 
-def _prepare(config: TrainConfig) -> Run:
+def _write_left_out(folder: Path, data: Loaded) -> None:
+    """List the images that could not be read, where there are any: a path and the reason each."""
+    if data.left_out:
+        write_text(
+            folder / LEFT_OUT, "".join(f"{name}\t{reason}\n" for name, reason in data.left_out)
+        )
+
+
+def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
     device = config.resolve_device()
     if config.batch_size % distributed.size():
         raise ValueError(
@@ -238,9 +251,10 @@ def _prepare(config: TrainConfig) -> Run:
             "multiple of their number"
         )
     with distributed.first_process_first():
-        images = config.load_images("train")
+        data = config.load_set("train")
         # A set that cannot be tested on should say so before anything is trained.
         config.load_images("test")
+    images = data.images
     if config.batch_size > len(images):
         raise ValueError(
             f"batch_size={config.batch_size} but there are {len(images)} training images"
@@ -265,7 +279,8 @@ def _prepare(config: TrainConfig) -> Run:
         model.parameters(), lr=config.lr, fused=True, capturable=config.cuda_graph
     )
     budget = round(config.data_budget * 2**30) or None
-    return Run(config, device, model, optimizer, ImageSet(images, device, budget), scheduled)
+    image_set = ImageSet(images, device, budget)
+    return Run(config, device, model, optimizer, image_set, data.scale, scheduled), data
 
 
 def _capture(run: Run) -> None:

@@ -315,8 +315,8 @@ def _damaged(tmp_path, kind):
         archive.write_bytes(buffer.getvalue()[:-100])
         return "npz", archive, "a.npz is damaged or not an .npz archive"
     if kind == "npz of floats":
-        np.savez(archive, images=np.zeros((3, 28, 28)))
-        return "npz", archive, "array images is float64: store images as uint8"
+        np.savez(archive, images=255 * np.ones((3, 28, 28)))
+        return "npz", archive, "array images is float64 in [255, 255]: scale it to [0, 1] or"
     if kind == "npz of other arrays":
         np.savez(archive, x=_pixels(3, 28, 28))
         return "npz", archive, "a.npz holds ['x']"
@@ -359,6 +359,8 @@ def test_damaged_files_are_named(tmp_path, kind, capsys):
         ("chairs", "rendered_chairs has no <id>/renders: put it there, or give --download (1,39"),
         ("folder", "has no train images"),
         ("npz", "is not a file: give the .npz archive"),
+        ("huggingface", "has no state.json and no dataset_dict.json: give the folder that save_to"),
+        ("webdataset", "has no shards (.tar): give the folder that holds them"),
     ],
 )
 def test_missing_data(name, message, tmp_path, capsys):

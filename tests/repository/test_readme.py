@@ -112,7 +112,8 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_pages_examples_run_and_their_links_exist(page):
+def test_the_pages_examples_run_and_their_links_exist(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSFVAE_CACHE", str(tmp_path))
     text = page.read_text()
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
