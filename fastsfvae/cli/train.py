@@ -110,10 +110,8 @@ def _start(options: list[str]) -> tuple[TrainArguments, training.Run]:
 
 
 def _prepare(arguments: TrainArguments) -> None:
-    """Refuse a graph without a GPU; fetch the data where that is asked for."""
-    device = arguments.config.resolve_device()
-    if arguments.config.cuda_graph and device.type != "cuda":
-        raise UsageError(f"--cuda-graph needs a GPU, this run is on the {device}: leave it out")
+    """Refuse a device that is not there; fetch the data where that is asked for."""
+    arguments.config.training_device()
     if arguments.download:
         with distributed.first_process_first():
             download_images(arguments.config.data, arguments.config.data_dir)

@@ -280,15 +280,40 @@ class TrainConfig:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise ValueError(
-                f"device={self.device!r} is not a device: give auto, cpu or cuda"
-            ) from error
-        if device.type == "cuda" and not torch.cuda.is_available():
+            raise self._no_device() from error
+        if device.type == "cpu" and not device.index:
+            return torch.device("cpu")
+        if device.type != "cuda":
+            raise self._no_device()
+        if not torch.cuda.is_available():
             raise RuntimeError(
                 f"device={self.device!r}: no CUDA device is usable; give cpu or auto"
             )
-        if device == torch.device("cuda") and distributed.size() > 1:
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={self.device!r} but this machine has {torch.cuda.device_count()} CUDA "
+                "devices, counted from 0"
+            )
+        if device.index is None and distributed.size() > 1:
             return torch.device("cuda", distributed.local_rank())
+        return device
+
+    def _no_device(self) -> ValueError:
+        return ValueError(f"device={self.device!r} is not a device: give auto, cpu or cuda")
+
+    def training_device(self) -> torch.device:
+        """`resolve_device`, where the step can run as the configuration says.
+
+        Raises:
+            ValueError, RuntimeError: besides, for a CUDA graph without a GPU or of many processes.
+        """
+        device = self.resolve_device()
+        if self.cuda_graph and device.type != "cuda":
+            raise ValueError(
+                f"--cuda-graph needs a GPU, this run is on the {device}: leave it out"
+            )
+        if self.cuda_graph and distributed.size() > 1:
+            raise ValueError("--cuda-graph captures one process: leave it out under torchrun")
         return device
 
     def to_json(self) -> str:

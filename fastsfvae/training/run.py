@@ -231,7 +231,7 @@ def _restore(run: Run, state: dict) -> None:
 
 
 def _prepare(config: TrainConfig) -> Run:
-    device = config.resolve_device()
+    device = config.training_device()
     if config.batch_size % distributed.size():
         raise ValueError(
             f"batch_size={config.batch_size} is shared by {distributed.size()} processes: give a "
@@ -273,8 +273,6 @@ def _capture(run: Run) -> None:
     objective = run.objective
     if not (run.config.cuda_graph and isinstance(objective, SamplingFree)):
         return
-    if distributed.size() > 1:
-        raise ValueError("cuda_graph captures one process: leave it out under torchrun")
     x = to_unit(run.images[: run.config.batch_size])
     run.graphed = make_graphed_step(
         run.encoder,
