@@ -8,15 +8,16 @@ import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import arg
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate.frechet import load_extractor
 from fastsfvae.ground.atomic import replacing, write_text
-from fastsfvae.ground.options import UsageError, fail, parse, require_extras
+from fastsfvae.ground.options import UsageError, fail, parse
 from fastsfvae.results import comparison, evaluation, page
 
-_EXTRAS = ("tyro", "rich", "matplotlib")
 _GENERATED_BATCH = 250
 
 
@@ -24,7 +25,7 @@ _GENERATED_BATCH = 250
 class EvaluateArguments:
     """Measure a trained run on its test images; write JSON, a page and pictures."""
 
-    run: Path
+    run: Annotated[Path, arg(metavar="RUN")]
     """Folder of the run, such as runs/sampling-free-mlp-1."""
 
     settings: evaluation.Settings = dataclasses.field(default_factory=evaluation.Settings)
@@ -39,7 +40,7 @@ class EvaluateArguments:
     download: bool = False
     """FID and KID in Inception's features, whose weights are downloaded."""
 
-    out: str | None = None
+    out: Annotated[str, arg(metavar="FOLDER", help_behavior_hint="")] = ""
     """Folder of the results, which must not exist; default <run>/evaluation-<number>."""
 
 
@@ -47,7 +48,7 @@ class EvaluateArguments:
 class CompareArguments:
     """Measure runs on the same test images: differences from the first, image by image."""
 
-    runs: list[Path]
+    runs: Annotated[list[Path], arg(metavar="RUN RUN ...", help_behavior_hint="")]
     """Folders of two or more runs."""
 
     samples: int = 1_000
@@ -62,7 +63,7 @@ class CompareArguments:
     images: int = 0
     """Test images that are compared, the first so many; 0: all."""
 
-    out: str | None = None
+    out: Annotated[str, arg(metavar="FOLDER", help_behavior_hint="")] = ""
     """Folder of the results, which must not exist; default comparison-<number>."""
 
 
@@ -78,8 +79,9 @@ def compare_command(options: list[str]) -> int:
 
 def _guarded(prog: str, options: list[str], command: Callable[[str, list[str]], None]) -> int:
     try:
-        require_extras(_EXTRAS, "train")
         command(prog, options)
+    except BrokenPipeError:
+        raise
     except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
         return fail(prog, str(error))
     except KeyboardInterrupt:
@@ -185,9 +187,9 @@ def _with_distance(
     )
 
 
-def _folder(out: str | None, stem: Path) -> Path:
+def _folder(out: str, stem: Path) -> Path:
     """The folder to write into, which does not exist yet."""
-    if out is None:
+    if not out:
         return next(
             folder
             for folder in (stem.with_name(f"{stem.name}-{number}") for number in count(1))

@@ -56,7 +56,7 @@ def draw_path(
 def deviate(
     mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator | None
 ) -> Tensor:
-    """std * noise, ``[K, B, m]``, with the gradient that z = mean + std * noise has."""
+    """Draw std * noise, ``[K, B, m]``, with the gradient of mean + std * noise."""
     # Exactly std * noise. As z - mean, a narrow posterior would lose its digits.
     noise = _noise(mean, samples, generator)
     return (mean - mean.detach()) + torch.exp(0.5 * log_var) * noise

@@ -309,9 +309,7 @@ class TrainConfig:
         """
         device = self.resolve_device()
         if self.cuda_graph and device.type != "cuda":
-            raise ValueError(
-                f"--cuda-graph needs a GPU, this run is on the {device}: leave it out"
-            )
+            raise ValueError(f"--cuda-graph needs a GPU, this run is on the {device}: leave it out")
         if self.cuda_graph and distributed.size() > 1:
             raise ValueError("--cuda-graph captures one process: leave it out under torchrun")
         return device

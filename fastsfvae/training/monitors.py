@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import replacing
+from fastsfvae.ground.options import say
 from fastsfvae.ground.progress import LINE_SECONDS
 from fastsfvae.training import distributed
 from fastsfvae.training.loop import Monitor
@@ -68,11 +69,7 @@ class PlainProgress:
             speed = (run.step - self._first_step) / max(now - self._started, 1e-9)
             remaining = (run.config.steps - run.step) / speed
             rate = f"  {speed:.1f} steps/s  {remaining:.0f} s left"
-        print(
-            f"step {run.step}/{run.config.steps}{rate}{_describe(row)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"step {run.step}/{run.config.steps}{rate}{_describe(row)}")
 
 
 @contextmanager

@@ -257,10 +257,16 @@ def _prepare(config: TrainConfig) -> Run:
     model = Model(encoder, decoder, objective, autocast=config.precision == "bf16")
     if config.compile:
         model.compile()
+    # What cannot run should say so before anything is written: a decoder or backend that cannot be
+    # linearised, more draws than the memory holds.
     if config.method in ("sampling-free", "vlae"):
-        # A decoder or backend that cannot run should say so before anything is written.
         z = torch.zeros(2, config.latent_dim, device=device)
         objective(to_unit(images[:2].to(device)), z, z)
+    if config.samples > 1:
+        draws = config.samples * (config.batch_size // distributed.size())
+        with torch.no_grad():
+            decoder.eval()(torch.zeros(draws, config.latent_dim, device=device))
+        decoder.train()
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.lr, fused=True, capturable=config.cuda_graph
     )

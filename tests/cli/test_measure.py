@@ -35,7 +35,10 @@ def test_evaluate_writes_numbers_conventions_and_one_page(runs, capsys):
     options += ["--extractor", "torch.nn:Flatten"]
     with pytest.warns(UserWarning, match="30 images for 784 features"):
         assert cli.main(options) == 0
-    printed = capsys.readouterr().out
+    printed, error = capsys.readouterr()
+    # A warning is one line without the place in the source that a user has nothing of.
+    notes = [line for line in error.splitlines() if "30 images for 784 features" in line]
+    assert len(notes) == 1 and notes[0].startswith("fastsfvae evaluate: note: ")
     assert "log ML, without constant" in printed and "objective (not a bound)" in printed
     folder = runs / "a" / "evaluation-1"
     results = json.loads((folder / "evaluation.json").read_text())
