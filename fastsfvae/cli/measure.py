@@ -15,9 +15,10 @@ from tyro.conf import arg
 from fastsfvae import evaluate
 from fastsfvae.evaluate.frechet import load_extractor
 from fastsfvae.ground.atomic import replacing, write_text
-from fastsfvae.ground.options import UsageError, fail, parse
+from fastsfvae.ground.options import UsageError, fail, parse, require_extras
 from fastsfvae.results import comparison, evaluation, page
 
+_EXTRAS = ("tyro", "rich", "matplotlib")
 _GENERATED_BATCH = 250
 
 
@@ -40,7 +41,7 @@ class EvaluateArguments:
     download: bool = False
     """FID and KID in Inception's features, whose weights are downloaded."""
 
-    out: Annotated[str, arg(metavar="FOLDER", help_behavior_hint="")] = ""
+    out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Folder of the results, which must not exist; default <run>/evaluation-<number>."""
 
 
@@ -63,7 +64,7 @@ class CompareArguments:
     images: int = 0
     """Test images that are compared, the first so many; 0: all."""
 
-    out: Annotated[str, arg(metavar="FOLDER", help_behavior_hint="")] = ""
+    out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Folder of the results, which must not exist; default comparison-<number>."""
 
 
@@ -79,6 +80,7 @@ def compare_command(options: list[str]) -> int:
 
 def _guarded(prog: str, options: list[str], command: Callable[[str, list[str]], None]) -> int:
     try:
+        require_extras(_EXTRAS, "train")
         command(prog, options)
     except BrokenPipeError:
         raise
@@ -187,9 +189,9 @@ def _with_distance(
     )
 
 
-def _folder(out: str, stem: Path) -> Path:
+def _folder(out: str | None, stem: Path) -> Path:
     """The folder to write into, which does not exist yet."""
-    if not out:
+    if out is None:
         return next(
             folder
             for folder in (stem.with_name(f"{stem.name}-{number}") for number in count(1))

@@ -30,7 +30,7 @@ class TrainArguments:
     config: TrainConfig
     """What is trained."""
 
-    out: Annotated[str, arg(metavar="FOLDER", help_behavior_hint="")] = ""
+    out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Folder of the run, which must not exist; default runs/<method>-<model>-<number>."""
 
     resume: bool = False
@@ -104,8 +104,8 @@ def _start(options: list[str]) -> tuple[TrainArguments, training.Run]:
         require_extras(("tensorboard",), "tensorboard")
     if not parsed.resume:
         _prepare(parsed)
-        return parsed, training.start(parsed.config, parsed.out or None)
-    if not parsed.out:
+        return parsed, training.start(parsed.config, parsed.out)
+    if parsed.out is None:
         raise UsageError("--resume continues the run in --out: give --out runs/<name>")
     folder = Path(parsed.out)
     # Options that are not given keep the values of the run, not this command's defaults.

@@ -112,6 +112,8 @@ def _check(types: Mapping[str, Any], places: list[Any], options: Sequence[str]) 
 def _check_value(name: str, type_: Any, value: str) -> None:
     if not value:
         raise UsageError(f"{name or 'an argument'} is empty: give a value, or leave it out")
+    if value == "None" and type(None) in typing.get_args(type_):
+        raise UsageError(f"{name} 'None' is its default: leave it out")
     if type_ in _NUMBERS:
         try:
             number = type_(value)
