@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # What may not have happened, whatever was tried.
-NEVER = ("NaNs", "lost runs", "taken for whole")
+NEVER = ("NaNs", "lost runs", "taken for whole", "not one line")
 
 
 class Part(NamedTuple):
@@ -52,6 +52,7 @@ PARTS = (
         tuple(f"loss/{n}" for n in "compatibility wrappers compose determinism".split()),
     ),
     Part("damage", ("training/damage", "repository/network")),
+    Part("bad command lines", ("cli/bad_inputs",), ("--processes", "4")),
     Part("kernels", ("ops/numerics", "loss/determinism"), ("-m", "interpreter"), interpreter=True),
 )
 
