@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -305,13 +307,17 @@ class TrainConfig:
         """`resolve_device`, where the step can run as the configuration says.
 
         Raises:
-            ValueError, RuntimeError: besides, for a CUDA graph without a GPU or of many processes.
+            ValueError, RuntimeError: besides, for a CUDA graph without a GPU or of many processes,
+                and for compilation without a compiler.
         """
         device = self.resolve_device()
         if self.cuda_graph and device.type != "cuda":
             raise ValueError(f"--cuda-graph needs a GPU, this run is on the {device}: leave it out")
         if self.cuda_graph and distributed.size() > 1:
             raise ValueError("--cuda-graph captures one process: leave it out under torchrun")
+        compiler = os.environ.get("CXX", "g++")
+        if self.compile and device.type == "cpu" and shutil.which(compiler) is None:
+            raise ValueError(f"--compile needs a C++ compiler, {compiler} is missing: leave it out")
         return device
 
     def to_json(self) -> str:

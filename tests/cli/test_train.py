@@ -8,8 +8,11 @@ import torch
 
 from fastsfvae import training
 from fastsfvae.cli import main as cli
+from fastsfvae.data.load import DATA_SETS
 from fastsfvae.evaluate import mean_over_images
+from fastsfvae.reproduce import EXPERIMENTS
 from fastsfvae.results.report import RESULTS
+from fastsfvae.training.config import METHODS
 
 FAST = ["train", "--method", "sampling", "--model", "tanh", "--batch-size", "16"]
 
@@ -163,6 +166,23 @@ def test_help_and_version(capsys):
         cli.main(["train", "--help"])
     assert exit_.value.code == 0
     assert "--noise-var FLOAT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "reproduce"])
+def test_help_speaks_of_values_as_a_user_writes_them(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    for odd in ("None", "{}", ",}", "{,", "(default: )", "STR|"):
+        assert odd not in out
+    if command == "reproduce":
+        assert all(name in out for name in EXPERIMENTS)
+    if command == "train":
+        for name, choices in (("method", METHODS), ("data", DATA_SETS), ("init", ("torch",))):
+            (line,) = [line for line in out.splitlines() if f"--{name} {{" in line]
+            assert line.split("{")[1].split("}")[0].split(",")[: len(choices)] == [*choices]
 
 
 def test_interrupted_command_is_resumed(tmp_path):

@@ -156,6 +156,28 @@ def test_a_mode_is_refused_where_it_is_parsed(method, mode, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_compilation_without_a_compiler_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    command = ["train", "--compile", "--model", "linear", "--device", "cpu"]
+    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "no-such-compiler is missing: leave it out" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_torch_raises_in_a_step_is_one_line(data, tmp_path, capsys, monkeypatch):
+    def fail(self, *_):
+        raise RuntimeError("no memory\nis left")
+
+    monkeypatch.setattr(run_module.Model, "forward", fail)
+    assert cli.main(_command(data, "sampling", "eager", tmp_path / "run", 1)) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("fastsfvae train: no memory is left (at step 0; the last checkpoint in ")
+    monkeypatch.undo()
+    monkeypatch.setattr("fastsfvae.results.run_figures.save_figures", lambda run: [])
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
+
+
 @pytest.mark.parametrize(("method", "mode"), [c for c in ALONE if c[1] != "compile"])
 def test_a_mode_is_right(method, mode, data, tmp_path, monkeypatch):
     # What inductor is given; its own code is run below.
