@@ -13,11 +13,13 @@ contract: ``encoder(x) -> (mean, log_var)``, both ``[B, m]``, and ``decoder(z) -
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,7 +89,8 @@ def build(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
 
     Raises:
         ValueError: for an image size that the model does not fit, or a builder that cannot be
-            imported or returns something else than an encoder and a decoder of config's shapes.
+            imported, raises, or returns something else than an encoder and a decoder of config's
+            shapes.
     """
     if ":" in config.name:
         return _build_custom(config)
@@ -166,11 +169,13 @@ def _build_custom(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    # The module's own code runs here, and may raise whatever it likes.
+    except (Exception, SystemExit) as error:
         raise ValueError(f"model={config.name!r} cannot be imported: {error}") from error
     if not callable(function):
         raise ValueError(f"model={config.name!r} is not callable: give a function of ModelConfig")
-    pair = function(config)
+    with _raising_one_line(config.name):
+        pair = function(config)
     if not (
         isinstance(pair, tuple)
         and len(pair) == 2
@@ -184,13 +189,28 @@ def _build_custom(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     return pair
 
 
+@contextlib.contextmanager
+def _raising_one_line(name: str) -> Iterator[None]:
+    """Turn what a user's code raises into a ValueError of one line that says where."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"model={name!r} raised {type(error).__name__} in {last.filename}, line "
+            f"{last.lineno}: {text}"
+        ) from error
+
+
 @torch.no_grad()
 def _check_contract(config: ModelConfig, encoder: nn.Module, decoder: nn.Module) -> None:
     """Raise ValueError unless the pair keeps the module docstring's contract on two images."""
     latent_shape, images_shape = (2, config.latent_dim), (2, *config.image_shape)
     # In evaluation mode: two blank images must not enter a BatchNorm's running statistics.
-    posterior = encoder.eval()(torch.zeros(images_shape))
-    output = decoder.eval()(torch.zeros(latent_shape))
+    with _raising_one_line(config.name):
+        posterior = encoder.eval()(torch.zeros(images_shape))
+        output = decoder.eval()(torch.zeros(latent_shape))
     encoder.train()
     decoder.train()
     if not (

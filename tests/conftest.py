@@ -47,6 +47,9 @@ def pytest_addoption(parser):
         "--soak-steps", type=int, default=1000, help="training steps to watch (test_soak)"
     )
     parser.addoption(
+        "--processes", type=int, default=1, help="bad command lines to start (test_bad_inputs)"
+    )
+    parser.addoption(
         "--record", type=Path, metavar="FILE", help="write counts and errors there (tests/trust.py)"
     )
 

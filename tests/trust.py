@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # What may not have happened, whatever was tried.
-NEVER = ("NaNs", "lost runs", "taken for whole", "in both splits")
+NEVER = ("NaNs", "lost runs", "taken for whole", "in both splits", "not one line")
 
 
 class Part(NamedTuple):
@@ -53,6 +53,7 @@ PARTS = (
     ),
     Part("damage", ("training/damage", "repository/network")),
     Part("images", ("data/hostile_folder", "data/arrays", "data/sources")),
+    Part("bad command lines", ("cli/bad_inputs",), ("--processes", "4")),
     Part("kernels", ("ops/numerics", "loss/determinism"), ("-m", "interpreter"), interpreter=True),
 )
 

@@ -7,17 +7,18 @@ import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import arg
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate.frechet import load_extractor
-from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL
+from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
 from fastsfvae.ground.atomic import check_writable, new_folder, write_text
-from fastsfvae.ground.options import UsageError, fail, parse, require_extras
+from fastsfvae.ground.options import UsageError, fail, parse
 from fastsfvae.ground.progress import counter
 from fastsfvae.results import comparison, evaluation, page, report
 
-_EXTRAS = ("tyro", "rich", "matplotlib")
 _GENERATED_BATCH = 250
 
 
@@ -25,7 +26,7 @@ _GENERATED_BATCH = 250
 class EvaluateArguments:
     """Measure a trained run on its test images; write JSON, a page and pictures."""
 
-    run: Path
+    run: Annotated[Path, arg(metavar="RUN")]
     """Folder of the run, such as runs/sampling-free-mlp-1."""
 
     settings: evaluation.Settings = dataclasses.field(default_factory=evaluation.Settings)
@@ -40,7 +41,7 @@ class EvaluateArguments:
     download: bool = False
     """FID and KID in Inception's features, whose weights are downloaded."""
 
-    out: str | None = None
+    out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Folder of the results, which must not exist; default <run>/evaluation-<number>."""
 
 
@@ -48,13 +49,13 @@ class EvaluateArguments:
 class CompareArguments:
     """Measure runs on the same test images: differences from the first, image by image."""
 
-    runs: list[Path]
+    runs: Annotated[list[Path], arg(metavar="RUN RUN ...", help_behavior_hint="")]
     """Folders of two or more runs."""
 
     samples: int = report.WEIGHTS["compare"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: str = COMMANDS_PROPOSAL
+    proposal: ProposalName = COMMANDS_PROPOSAL
     """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 20
@@ -63,7 +64,7 @@ class CompareArguments:
     images: int = 0
     """Test images that are compared, the first so many; 0: all."""
 
-    out: str | None = None
+    out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Folder of the results, which must not exist; default comparison-<number>."""
 
 
@@ -79,8 +80,9 @@ def compare_command(options: list[str]) -> int:
 
 def _guarded(prog: str, options: list[str], command: Callable[[str, list[str]], None]) -> int:
     try:
-        require_extras(_EXTRAS, "train")
         command(prog, options)
+    except BrokenPipeError:
+        raise
     except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
         return fail(prog, str(error))
     except KeyboardInterrupt:
@@ -205,14 +207,16 @@ def _show(
     """Write JSON, page and pictures into a new folder, all or nothing; print the table."""
     numbered = (stem.with_name(f"{stem.name}-{number}") for number in count(1))
     folder = next(f for f in numbered if not f.exists()) if out is None else Path(out)
-    # Printed first: it is all there is where the disk is full.
-    page.print_table(title, columns, sections)
-    print(verdict)
-    print(f"log ML: {conventions['log_ml']}; {conventions['log_ml_elsewhere']}")
-    with new_folder(folder) as inside:
-        write_text(inside / f"{stem.name}.json", report.json_text(fields))
-        text = page.html(title, verdict, columns, sections, conventions, figures)
-        write_text(inside / f"{stem.name}.html", text)
-        for name, data in figures.items():
-            (inside / f"{name.replace(' ', '-')}.png").write_bytes(data)
+    try:
+        with new_folder(folder) as inside:
+            write_text(inside / f"{stem.name}.json", report.json_text(fields))
+            text = page.html(title, verdict, columns, sections, conventions, figures)
+            write_text(inside / f"{stem.name}.html", text)
+            for name, data in figures.items():
+                (inside / f"{name.replace(' ', '-')}.png").write_bytes(data)
+    finally:
+        # All there is where the disk is full; behind the files, as its reader may be gone.
+        page.print_table(title, columns, sections)
+        print(verdict)
+        print(f"log ML: {conventions['log_ml']}; {conventions['log_ml_elsewhere']}")
     print(f"results, pictures and conventions in {folder / f'{stem.name}.html'}")

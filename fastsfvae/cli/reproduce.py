@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from fastsfvae.ground.options import UsageError, fail, parse, require_extras
+from tyro.conf import Positional, arg
+
+from fastsfvae.ground.options import UsageError, fail, parse, say
 from fastsfvae.reproduce import EXPERIMENTS, Interrupted, Options, choose, reproduce
 from fastsfvae.reproduce.runtime import projected_hours
 from fastsfvae.reproduce.sizes import step_ratios
 from fastsfvae.training.config import DataSet
 
 _PROG = "fastsfvae reproduce"
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(EXPERIMENTS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +28,13 @@ class ReproduceArguments:
     Finished runs are stored and not done again: the same command goes on where it was stopped.
     """
 
+    name: Annotated[Positional[Name], arg(metavar="NAME", help=", ".join(EXPERIMENTS))]
+
     quick: bool = False
     """A version of about a minute on the bundled digits, through the same code."""
 
-    data: DataSet | Literal[""] = ""
-    """This data set alone; default: the paper's own, those that are missing left out."""
+    data: DataSet | Literal["all"] = "all"
+    """This data set alone; all: the paper's own, those that are missing left out."""
 
     data_dir: str = ""
     """Where the data sets lie."""
@@ -49,55 +55,50 @@ class ReproduceArguments:
     inception: str = ""
     """File of Inception's weights, for the FID of tables 2 and 5, figures 4 and C1."""
 
-    out: str = "runs/paper"
+    out: Annotated[str, arg(metavar="FOLDER")] = "runs/paper"
     """Folder of the results; what is in it stays and is gone on with."""
 
 
-def reproduce_command(options: Sequence[str]) -> int:
+def reproduce_command(options: list[str]) -> int:
     """Run the command; 0: done, 1: a run failed or data is missing, 2: bad input, 130: interrupted.
 
     Whatever is finished is written in all cases.
     """
-    if not options or options[0] in ("-h", "--help"):
-        print(f"usage: {_PROG} NAME [OPTIONS]\n\nnames: {', '.join(EXPERIMENTS)}\n")
-        options = ["", "--help"]
-    name, *rest = options
     try:
-        require_extras(("tyro", "rich", "matplotlib"), "train")
-        arguments = parse(_PROG, ReproduceArguments, rest)
-        if name not in EXPERIMENTS:
-            raise UsageError(f"{name!r} is none of {', '.join(EXPERIMENTS)}")
+        arguments = parse(_PROG, ReproduceArguments, options)
         if min(arguments.steps, arguments.seeds) < 0:
             raise UsageError("--steps and --seeds must not be negative")
-        if arguments.quick and arguments.data:
+        if arguments.quick and arguments.data != "all":
             raise UsageError(f"--quick takes the bundled digits: leave out --data {arguments.data}")
-        return _reproduce(name, arguments)
+        return _reproduce(arguments)
     except Interrupted:
-        print(f"{_PROG}: interrupted; the same command goes on from here", file=sys.stderr)
+        say(f"{_PROG}: interrupted; the same command goes on from here")
         return 130
+    except BrokenPipeError:
+        raise
     except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
         return fail(_PROG, str(error))
 
 
-def _reproduce(name: str, arguments: ReproduceArguments) -> int:
-    fields = {field.name for field in dataclasses.fields(Options)}
+def _reproduce(arguments: ReproduceArguments) -> int:
+    name, fields = arguments.name, {field.name for field in dataclasses.fields(Options)}
     given = {key: value for key, value in vars(arguments).items() if key in fields}
-    options = Options(**given)
+    options = Options(**given | {"data": "" if arguments.data == "all" else arguments.data})
     options = dataclasses.replace(options, step_ratios=step_ratios(options, Path(arguments.out)))
     if arguments.list:
-        _list(name, options, arguments)
+        _list(options, arguments)
         return 0
     out = Path(arguments.out)
     complete = reproduce(name, options, out, arguments.only)
     table = out / f"{name}{'-quick' if arguments.quick else ''}.md"
     if table.is_file():
-        print(table.read_text())
+        print(table.read_text(encoding="utf-8"))
         print(f"{table.with_suffix('.csv')}, {table.with_suffix('.png')}")
     return 0 if complete else 1
 
 
-def _list(name: str, options: Options, arguments: ReproduceArguments) -> None:
-    cells = [options.apply(cell) for cell in choose(name, options, arguments.only)]
+def _list(options: Options, arguments: ReproduceArguments) -> None:
+    cells = [options.apply(cell) for cell in choose(arguments.name, options, arguments.only)]
     hours = projected_hours(cells, options, Path(arguments.out))
     for cell in cells:
         steps = ", ".join(f"{step:,}" for step in cell.at[-3:])

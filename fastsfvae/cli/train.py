@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import sys
+import shlex
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
 
 from fastsfvae import training
 from fastsfvae.data.load import download_images
-from fastsfvae.ground.options import UsageError, fail, parse, require_extras
+from fastsfvae.ground.options import UsageError, fail, parse, require_extras, say
 from fastsfvae.results import report, run_figures
 from fastsfvae.training import distributed
 from fastsfvae.training.checkpoint import load_config
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.monitors import monitors
 
-_EXTRAS = ("tyro", "rich", "matplotlib")
 _PROG = "fastsfvae train"
+_INPUT_ERRORS = (UsageError, TypeError, ValueError, RuntimeError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ class TrainArguments:
     config: TrainConfig
     """What is trained."""
 
-    out: str | None = None
+    out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Folder of the run, which must not exist; default runs/<method>-<model>-<number>."""
 
     resume: bool = False
@@ -44,11 +48,11 @@ class TrainArguments:
 
 def train_command(options: list[str]) -> int:
     """Run ``fastsfvae train`` and return its exit code."""
-    with distributed.process_group():
+    with contextlib.ExitStack() as stack:
         try:
-            require_extras(_EXTRAS, "train")
+            stack.enter_context(distributed.process_group())
             arguments, run = _start(options)
-        except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
+        except _INPUT_ERRORS as error:
             return fail(_PROG, str(error))
         code = _run_steps(arguments, run)
         if code or distributed.rank() > 0:
@@ -68,9 +72,7 @@ def _run_steps(arguments: TrainArguments, run: training.Run) -> int:
     """Train under the eyes of the monitors that were asked for; on process 0, speak of it."""
     writes = distributed.rank() == 0
     if writes:
-        print(
-            f"{run.folder}: {run.config.method} on {run.device}, step {run.step}", file=sys.stderr
-        )
+        say(f"{run.folder}: {run.config.method} on {run.device}, step {run.step}")
     try:
         asked = arguments.tensorboard, arguments.image_every
         with monitors(run, *asked, draw=run_figures.snapshot) as watching:
@@ -79,13 +81,17 @@ def _run_steps(arguments: TrainArguments, run: training.Run) -> int:
         return fail(_PROG, str(error), code=1) if writes else 1
     except OSError as error:
         return fail(_PROG, str(error))
+    except RuntimeError as error:
+        # What torch says of memory that does not suffice, or of a compiler that is not there.
+        return fail(
+            _PROG, f"{error} (at step {run.step}; the last checkpoint in {run.folder} is intact)"
+        )
     if run.finished:
         return 0
     if writes:
-        print(
+        say(
             f"interrupted at step {run.step} of {run.config.steps}, state saved; continue with: "
-            f"fastsfvae train --out {run.folder} --resume",
-            file=sys.stderr,
+            f"fastsfvae train --out {shlex.quote(str(run.folder))} --resume"
         )
     return 130
 
@@ -110,10 +116,8 @@ def _start(options: list[str]) -> tuple[TrainArguments, training.Run]:
 
 
 def _prepare(arguments: TrainArguments) -> None:
-    """Refuse a graph without a GPU; fetch the data where that is asked for."""
-    device = arguments.config.resolve_device()
-    if arguments.config.cuda_graph and device.type != "cuda":
-        raise UsageError(f"--cuda-graph needs a GPU, this run is on the {device}: leave it out")
+    """Refuse a device that is not there; fetch the data where that is asked for."""
+    arguments.config.training_device()
     if arguments.download:
         with distributed.first_process_first():
             download_images(arguments.config.data, arguments.config.data_dir)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fastsfvae.ground.options import say
+
 LINE_SECONDS = 5.0
 
 
@@ -44,8 +46,4 @@ class _PlainCounter:
             return
         self._written = now
         remaining = (self._total - self._done) * (now - self._started) / self._done
-        print(
-            f"{self._label} {self._done}/{self._total}  {remaining:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{self._label} {self._done}/{self._total}  {remaining:.0f} s left")

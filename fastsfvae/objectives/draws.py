@@ -22,12 +22,10 @@ class Draws(NamedTuple):
     Attributes:
         z: ``[K, B, m]``.
         log_ratio: log p(z) - log q(z|x), ``[K, B]``.
-        path: ``[K, B, m]``, what z's gradient passes on its way to the posterior.
     """
 
     z: Tensor
     log_ratio: Tensor
-    path: Tensor
 
 
 class Decoded(NamedTuple):
@@ -42,23 +40,33 @@ def draw(mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator
     noise = _noise(mean, samples, generator)
     z = mean + torch.exp(0.5 * log_var) * noise
     # The (2 pi)^(m/2) of the two densities cancel.
-    return Draws(z, 0.5 * (noise.square() - z.square() + log_var).sum(-1), z)
+    return Draws(z, 0.5 * (noise.square() - z.square() + log_var).sum(-1))
 
 
 def draw_path(
     mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator | None
 ) -> Draws:
-    """Draw the same z as `draw`, with gradients that reach the posterior through `path` alone.
+    """Draw the same z as `draw`, without the gradient of log q's score.
 
-    The score of log q, whose expectation is zero, is left out (Roeder, Wu & Duvenaud 2017).
+    The score's expectation is zero (Roeder, Wu & Duvenaud 2017).
     """
-    std = torch.exp(0.5 * log_var)
+    return at_deviation(mean, log_var, deviate(mean, log_var, samples, generator))
+
+
+def deviate(
+    mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator | None
+) -> Tensor:
+    """Draw std * noise, ``[K, B, m]``, with the gradient of mean + std * noise."""
     # Exactly std * noise. As z - mean, a narrow posterior would lose its digits.
-    deviation = (mean - mean.detach()) + std * _noise(mean, samples, generator)
+    noise = _noise(mean, samples, generator)
+    return (mean - mean.detach()) + torch.exp(0.5 * log_var) * noise
+
+
+def at_deviation(mean: Tensor, log_var: Tensor, deviation: Tensor) -> Draws:
+    """The draws mean + deviation; gradients reach the posterior through `deviation` alone."""
     z = mean.detach() + deviation
-    whitened = deviation / std.detach()
-    ratio = 0.5 * (whitened.square() - z.square() + log_var.detach()).sum(-1)
-    return Draws(z, ratio, deviation)
+    whitened = deviation / torch.exp(0.5 * log_var.detach())
+    return Draws(z, 0.5 * (whitened.square() - z.square() + log_var.detach()).sum(-1))
 
 
 def _noise(mean: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:

@@ -95,7 +95,9 @@ class VariationalLaplace:
         else:
             shape = (self.samples, *mode.shape)
             noise = torch.randn(shape, generator=generator, device=mode.device, dtype=mode.dtype)
-            z = mode + (factor @ noise.unsqueeze(-1)).squeeze(-1)
+            # The draw is no layer: autocast would leave eight bits of it.
+            with torch.autocast(mode.device.type, enabled=False):
+                z = mode + (factor @ noise.unsqueeze(-1)).squeeze(-1)
             log_likelihood, squared_error = (
                 t.mean(0) for t in decode(self.decoder, x, z, self.noise_var)
             )

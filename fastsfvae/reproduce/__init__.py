@@ -8,11 +8,11 @@ them by `fastsfvae.evaluate` and stores every run; what is finished is not done 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 from fastsfvae.ground.atomic import replacing, write_text
+from fastsfvae.ground.options import nearest, say
 from fastsfvae.reproduce import tables
 from fastsfvae.reproduce.bias import BIAS
 from fastsfvae.reproduce.cells import Cell, Experiment, Options
@@ -64,8 +64,11 @@ def choose(name: str, options: Options, only: str = "") -> list[Cell]:
     cells = EXPERIMENTS[name].cells(options)
     chosen = [cell for cell in cells if not only or fnmatch(cell.name, only)]
     if not chosen:
-        names = "; ".join(cell.name for cell in cells)
-        raise ValueError(f"--only {only!r} is no cell of {name}: it has {names}")
+        names = [cell.name for cell in cells]
+        listed = "; ".join(names)
+        raise ValueError(
+            f"--only {only!r} is no cell of {name}: it has {listed}{nearest(only, names)}"
+        )
     return chosen
 
 
@@ -94,7 +97,7 @@ def reproduce(name: str, options: Options, out: Path, only: str = "") -> bool:
     asked = [options.apply(cell) for cell in chosen]
     out.mkdir(parents=True, exist_ok=True)
     try:
-        run_cells(asked, out, lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True))
+        run_cells(asked, out, lambda line: say(f"{name}: {line}"))
     finally:
         _write(name, _shown(name, options), out, options.quick)
     done = [result.steps == list(result.cell.at) for result in stored_results(asked, out)]

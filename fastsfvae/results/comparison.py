@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate import ImageMean, mean_over_images
-from fastsfvae.evaluate.proposals import ProposalName
 from fastsfvae.ground.progress import counter
 from fastsfvae.results import pictures, verdict
 from fastsfvae.results.evaluation import Settings, Trained, unresolved
@@ -86,7 +85,7 @@ def _quantities(run: Trained, settings: Settings, progress) -> tuple[dict[str, T
         *posterior,
         noise_var=c,
         samples=settings.samples,
-        proposal=cast(ProposalName, settings.proposal),
+        proposal=settings.proposal,
         generator=run.generator(),
         progress=progress,
     )

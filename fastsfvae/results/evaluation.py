@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Settings:
     samples: int = report.WEIGHTS["evaluate"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: str = COMMANDS_PROPOSAL
+    proposal: ProposalName = COMMANDS_PROPOSAL
     """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 100
@@ -229,7 +229,7 @@ def _log_ml(trained: Trained, settings: Settings) -> LogMarginalLikelihood:
             *(trained.decoder, trained.x, trained.mean, trained.log_var),
             noise_var=trained.config.noise_var,
             samples=settings.samples,
-            proposal=cast(ProposalName, settings.proposal),
+            proposal=settings.proposal,
             generator=trained.generator(),
             progress=progress,
         )

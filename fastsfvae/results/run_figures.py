@@ -78,7 +78,7 @@ def _curves(run: Run):
         steps, values = [row["step"] for row in rows], [row[column] for row in rows]
         axes.plot(steps, values, linewidth=1.2, marker=pictures.marker(len(steps)))
         # The first steps would flatten everything that follows.
-        settled = values[len(values) // 20 :]
+        settled = values[max(1, len(values) // 20) :] or values
         margin = 0.05 * (max(settled) - min(settled)) or 1.0
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
         axes.set_title(label, fontsize=10)

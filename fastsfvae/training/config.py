@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -299,15 +301,42 @@ class TrainConfig:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise ValueError(
-                f"device={self.device!r} is not a device: give auto, cpu or cuda"
-            ) from error
-        if device.type == "cuda" and not torch.cuda.is_available():
+            raise self._no_device() from error
+        if device.type == "cpu" and not device.index:
+            return torch.device("cpu")
+        if device.type != "cuda":
+            raise self._no_device()
+        if not torch.cuda.is_available():
             raise RuntimeError(
                 f"device={self.device!r}: no CUDA device is usable; give cpu or auto"
             )
-        if device == torch.device("cuda") and distributed.size() > 1:
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={self.device!r} but this machine has {torch.cuda.device_count()} CUDA "
+                "devices, counted from 0"
+            )
+        if device.index is None and distributed.size() > 1:
             return torch.device("cuda", distributed.local_rank())
+        return device
+
+    def _no_device(self) -> ValueError:
+        return ValueError(f"device={self.device!r} is not a device: give auto, cpu or cuda")
+
+    def training_device(self) -> torch.device:
+        """`resolve_device`, where the step can run as the configuration says.
+
+        Raises:
+            ValueError, RuntimeError: besides, for a CUDA graph without a GPU or of many processes,
+                and for compilation without a compiler.
+        """
+        device = self.resolve_device()
+        if self.cuda_graph and device.type != "cuda":
+            raise ValueError(f"--cuda-graph needs a GPU, this run is on the {device}: leave it out")
+        if self.cuda_graph and distributed.size() > 1:
+            raise ValueError("--cuda-graph captures one process: leave it out under torchrun")
+        compiler = os.environ.get("CXX", "g++")
+        if self.compile and device.type == "cpu" and shutil.which(compiler) is None:
+            raise ValueError(f"--compile needs a C++ compiler, {compiler} is missing: leave it out")
         return device
 
     def to_json(self) -> str:

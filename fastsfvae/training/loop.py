@@ -66,7 +66,7 @@ def train(run: Run, *monitors: Monitor) -> None:
                 terms = step(to_unit(next(batches)))
                 run.step += 1
                 run.window.append(torch.stack(torch.broadcast_tensors(*terms)))
-                if run.step % LOG_EVERY == 0 or run.finished:
+                if run.step == 1 or run.step % LOG_EVERY == 0 or run.finished:
                     run.seconds = time.perf_counter() - started
                     row = _close_window(run)
                     metrics.write(row)

@@ -1,4 +1,4 @@
-"""metrics.csv: one row for each window of steps, flushed as it is written."""
+"""metrics.csv: the first step, then one row for each window of steps, flushed as it is written."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import replacing
+from fastsfvae.ground.options import say
 from fastsfvae.ground.progress import LINE_SECONDS
 from fastsfvae.training import distributed
 from fastsfvae.training.loop import Monitor
@@ -49,33 +51,32 @@ def monitors(
 
 
 class PlainProgress:
-    """Writes a line to stderr every few seconds, for logs and pipes."""
+    """Writes a line to stderr at the first step and every few seconds, for logs and pipes."""
 
-    def __init__(self, run: Run) -> None:
-        self._first_step = run.step
-        self._started = self._written = time.monotonic()
+    def __init__(self) -> None:
+        self._first_step, self._started, self._written = 0, 0.0, -math.inf
 
     def __call__(self, run: Run, row: Row) -> None:
         """Report a step; `row` is the last of metrics.csv, empty before the first."""
-        now = time.monotonic()
+        now, first = time.monotonic(), not self._started
         if now - self._written < LINE_SECONDS and not run.finished:
             return
-        self._written = now
-        rate = (run.step - self._first_step) / max(now - self._started, 1e-9)
-        remaining = (run.config.steps - run.step) / rate
-        print(
-            f"step {run.step}/{run.config.steps}  {rate:.1f} steps/s  "
-            f"{remaining:.0f} s left{_describe(row)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._written, rate = now, ""
+        if first:
+            # It traces or compiles: the rate is that of the steps behind it.
+            self._first_step, self._started = run.step, now
+        else:
+            speed = (run.step - self._first_step) / max(now - self._started, 1e-9)
+            remaining = (run.config.steps - run.step) / speed
+            rate = f"  {speed:.1f} steps/s  {remaining:.0f} s left"
+        say(f"step {run.step}/{run.config.steps}{rate}{_describe(row)}")
 
 
 @contextmanager
 def progress(run: Run) -> Iterator:
     """Give the callback for `train`: rich's bar on a terminal, `PlainProgress` elsewhere."""
     if not sys.stderr.isatty():
-        yield PlainProgress(run)
+        yield PlainProgress()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

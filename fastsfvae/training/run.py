@@ -244,7 +244,7 @@ def _write_left_out(folder: Path, data: Loaded) -> None:
 
 
 def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
-    device = config.resolve_device()
+    device = config.training_device()
     if config.batch_size % distributed.size():
         raise ValueError(
             f"batch_size={config.batch_size} is shared by {distributed.size()} processes: give a "
@@ -271,10 +271,16 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
     model = Model(encoder, decoder, objective, autocast=config.precision == "bf16")
     if config.compile:
         model.compile()
+    # What cannot run should say so before anything is written: a decoder or backend that cannot be
+    # linearised, more draws than the memory holds.
     if config.method in ("sampling-free", "vlae"):
-        # A decoder or backend that cannot run should say so before anything is written.
         z = torch.zeros(2, config.latent_dim, device=device)
         objective(to_unit(images[:2].to(device)), z, z)
+    if config.samples > 1:
+        draws = config.samples * (config.batch_size // distributed.size())
+        with torch.no_grad():
+            decoder.eval()(torch.zeros(draws, config.latent_dim, device=device))
+        decoder.train()
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.lr, fused=True, capturable=config.cuda_graph
     )
@@ -288,8 +294,6 @@ def _capture(run: Run) -> None:
     objective = run.objective
     if not (run.config.cuda_graph and isinstance(objective, SamplingFree)):
         return
-    if distributed.size() > 1:
-        raise ValueError("cuda_graph captures one process: leave it out under torchrun")
     x = to_unit(run.images[: run.config.batch_size])
     run.graphed = make_graphed_step(
         run.encoder,

@@ -36,7 +36,10 @@ def test_evaluate_writes_numbers_conventions_and_one_page(runs, capsys):
     options += ["--extractor", "torch.nn:Flatten"]
     with pytest.warns(UserWarning, match="30 images for 784 features"):
         assert cli.main(options) == 0
-    printed = capsys.readouterr().out
+    printed, error = capsys.readouterr()
+    # A warning is one line without the place in the source that a user has nothing of.
+    notes = [line for line in error.splitlines() if "30 images for 784 features" in line]
+    assert len(notes) == 1 and notes[0].startswith("fastsfvae evaluate: note: ")
     assert "log ML, without constant" in printed and "objective (not a bound)" in printed
     folder = runs / "a" / "evaluation-1"
     results = json.loads((folder / "evaluation.json").read_text())
@@ -105,7 +108,7 @@ def test_compare_gives_paired_differences(runs, capsys, tmp_path):
         ("evaluate", "Folder of the run"),
         ("evaluate nowhere", "nowhere/config.json does not exist"),
         ("evaluate {a} --samples 0", "samples=0 must be at least 1"),
-        ("evaluate {a} --proposal prior", "proposal='prior' is not one of"),
+        ("evaluate {a} --proposal prior", "--proposal 'prior' is none of posterior,"),
         ("evaluate {a} --gradient-repeats 1", "gradient_repeats=1"),
         ("evaluate {a} --out {a}", "exists: give another folder"),
         ("evaluate {a} --extractor nomodule:f", "extractor='nomodule:f' cannot be built"),

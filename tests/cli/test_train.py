@@ -8,8 +8,11 @@ import torch
 
 from fastsfvae import training
 from fastsfvae.cli import main as cli
+from fastsfvae.data.load import DATA_SETS
 from fastsfvae.evaluate import mean_over_images
+from fastsfvae.reproduce import EXPERIMENTS
 from fastsfvae.results.report import RESULTS
+from fastsfvae.training.config import METHODS
 
 FAST = ["train", "--method", "sampling", "--model", "tanh", "--batch-size", "16"]
 
@@ -88,8 +91,14 @@ def test_the_objective_is_not_called_a_bound(tmp_path, capsys):
     ("arguments", "message"),
     [
         ("foo", "unknown command 'foo'"),
-        ("train --method foo", "invalid choice 'foo'"),
-        ("train --bogus 1", "Unrecognized options: --bogus"),
+        ("train --method foo", "--method 'foo' is none of sampling-free, sampling, "),
+        ("train --method sampeling", ": did you mean sampling?"),
+        ("train --bogus 1", "unknown option '--bogus'"),
+        ("train --latent-dims 3", "unknown option '--latent-dims': did you mean --latent-dim?"),
+        ("train --steps 3 --steps=4", "--steps is given twice"),
+        ("train --compile=True", "--compile takes no value: leave out '=True'"),
+        ("train --out=", "--out is empty"),
+        ("trian", "did you mean train?"),
         ("train --steps x", "--steps"),
         ("train --latent-dim 0", "latent_dim=0 must be at least 1"),
         ("train --batch-size 10000", "batch_size=10000 but there are 9000 training images"),
@@ -99,7 +108,7 @@ def test_the_objective_is_not_called_a_bound(tmp_path, capsys):
         ("train --noise-var 0", "noise_var=0.0 must be finite and positive"),
         ("train --lr -1", "lr=-1.0 must be finite and positive"),
         ("train --seed -1", "seed=-1"),
-        ("train --likelihood foo", "invalid choice 'foo'"),
+        ("train --likelihood foo", "--likelihood 'foo' is none of precision, "),
         ("train --model foo", "model='foo' is not one of"),
         ("train --model no_module:f", "cannot be imported"),
         ("train --device foo", "device='foo' is not a device"),
@@ -157,6 +166,23 @@ def test_help_and_version(capsys):
         cli.main(["train", "--help"])
     assert exit_.value.code == 0
     assert "--noise-var FLOAT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "reproduce"])
+def test_help_speaks_of_values_as_a_user_writes_them(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    for odd in ("None", "{}", ",}", "{,", "(default: )", "STR|"):
+        assert odd not in out
+    if command == "reproduce":
+        assert all(name in out for name in EXPERIMENTS)
+    if command == "train":
+        for name, choices in (("method", METHODS), ("data", DATA_SETS), ("init", ("torch",))):
+            (line,) = [line for line in out.splitlines() if f"--{name} {{" in line]
+            assert line.split("{")[1].split("}")[0].split(",")[: len(choices)] == [*choices]
 
 
 def test_interrupted_command_is_resumed(tmp_path):

@@ -114,3 +114,22 @@ def test_the_encoder_is_led_to_the_posterior():
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         VariationalLaplace(nn.Linear(M, N), **settings)
+
+
+def test_autocast_leaves_the_draws_alone():
+    """A draw of q* is no layer: of a decoder without products it is the same to the bit."""
+    seen = []
+
+    class Decoder(nn.Module):
+        def forward(self, z):
+            seen.append(z.detach())
+            return torch.cat([z, z.sin(), z[:, :1]], 1)
+
+    x, mean, log_var = torch.randn(B, N), torch.randn(B, M), torch.zeros(B, M)
+    draws = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            objective = VariationalLaplace(Decoder(), noise_var=C, samples=5)
+            objective(x, mean, log_var, generator=torch.Generator().manual_seed(1))
+        draws.append(seen[-1])
+    assert draws[0].shape == (5 * B, M) and torch.equal(*draws)
