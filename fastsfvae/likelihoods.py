@@ -151,7 +151,7 @@ def low_rank_log_prob(
 
 def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp(log_var)) || N(0, I)) per sample, ``[B]``, in nats; in float32 at least."""
-    mean, log_var = _wide(mean), _wide(log_var)
+    mean, log_var = wide(mean), wide(log_var)
     # exp(a) - 1 as one function keeps its digits where a is small.
     return 0.5 * (log_var.expm1() - log_var + mean.square()).sum(-1)
 
@@ -161,12 +161,13 @@ def gaussian_kl_of_factor(mean: Tensor, factor: Tensor) -> Tensor:
 
     In float32 at least.
     """
-    mean, factor = _wide(mean), _wide(factor)
+    mean, factor = wide(mean), wide(factor)
     squares = factor.square().sum((-2, -1)) + mean.square().sum(-1)
     return 0.5 * (squares - mean.shape[1]) - torch.linalg.slogdet(factor).logabsdet
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32 at least, as variances and sums are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae.likelihoods import gaussian_kl
+from fastsfvae.likelihoods import gaussian_kl, wide
 from fastsfvae.objectives.terms import Terms, make_terms
 
 Decoder = Callable[[Tensor], Tensor]
@@ -87,7 +87,7 @@ def decode(decoder: Decoder, x: Tensor, z: Tensor, noise_var: float) -> Decoded:
             f"x has shape {tuple(x.shape)} but the decoder returns {tuple(output.shape[1:])}: "
             "they must match"
         )
-    squared_error = (output - x).square().flatten(2).sum(-1)
+    squared_error = (wide(output) - x).square().flatten(2).sum(-1)
     constant = 0.5 * x[0].numel() * math.log(2 * math.pi * noise_var)
     return Decoded(-constant - squared_error / (2 * noise_var), squared_error)
 
@@ -122,8 +122,11 @@ class MonteCarlo:
         All but the objective are those of the ELBO, for logging: the likelihood and the error as
         means over the draws, the KL divergence in closed form.
         """
+        given = mean.dtype
+        mean, log_var = wide(mean), wide(log_var)
         drawn = self._draw(mean, log_var, self.samples, generator)
-        log_likelihood, squared_error = decode(self.decoder, x, drawn.z, self.noise_var)
+        z = drawn.z.to(given)
+        log_likelihood, squared_error = decode(self.decoder, x, z, self.noise_var)
         kl = gaussian_kl(mean, log_var)
         objective = self._objective(log_likelihood, drawn, kl)
         return make_terms(objective, log_likelihood.mean(0), kl, squared_error.mean(0))

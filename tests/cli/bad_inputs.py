@@ -201,7 +201,7 @@ def _evaluate() -> Iterator[Case]:
     yield ["evaluate", "model"], "wrong_models:key"
     yield ["evaluate"], "RUN"
     yield ["evaluate", "run", "second"], "'second'"
-    for name in ("foo", ":", "nowhere:f", "wrong_models:no_extractor", "os:getcwd"):
+    for name in ("foo", ":", "nowhere:f", "wrong_models:no_extractor", "no_syntax:f", "os:getcwd"):
         yield [*command, f"--extractor={name}"], "extractor="
     for name in ("nowhere", "empty", "."):
         yield [*command, "--inception", name], "fastsfvae evaluate: "

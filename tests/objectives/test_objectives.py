@@ -282,3 +282,25 @@ class _BiasedBound(ImportanceWeighted):
     """Sticking-the-Landing on the importance-weighted bound: the second weight is missing."""
 
     _draw = staticmethod(draw_path)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("make", [Sampling, ImportanceWeighted, StickingTheLanding, AutoEncoder])
+def test_densities_of_latents_in_half_precision_are_float32s(make, autocast):
+    torch.manual_seed(0)
+    decoder = torch.nn.Linear(4, 6)
+    mean, log_var = (0.1 * torch.randn(2, 50, 4)).bfloat16()
+    x = torch.randn(50, 6)
+    if not autocast:
+        decoder, x = decoder.bfloat16(), x.bfloat16()
+    options = {} if make is AutoEncoder else {"samples": 3}
+    draw = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = make(decoder, **options)(x, mean, log_var, generator=draw())
+    exact = make(decoder.float(), **options)(
+        x.float(), mean.float(), log_var.float(), generator=draw()
+    )
+    assert {term.dtype for term in found} == {torch.float32}
+    torch.testing.assert_close(found.kl, exact.kl)
+    # Of draws and outputs of eight bits.
+    torch.testing.assert_close(found.objective, exact.objective, rtol=0, atol=0.15)
