@@ -180,9 +180,11 @@ def test_help_speaks_of_values_as_a_user_writes_them(command, columns, capsys, m
     if command == "reproduce":
         assert all(name in out for name in EXPERIMENTS)
     if command == "train":
+        # Long lists of choices are wrapped.
+        text = "".join(out.replace("│", "").split())
         for name, choices in (("method", METHODS), ("data", DATA_SETS), ("init", ("torch",))):
-            (line,) = [line for line in out.splitlines() if f"--{name} {{" in line]
-            assert line.split("{")[1].split("}")[0].split(",")[: len(choices)] == [*choices]
+            listed = text.partition(f"--{name}{{")[2].partition("}")[0].split(",")
+            assert listed[: len(choices)] == [*choices]
 
 
 def test_interrupted_command_is_resumed(tmp_path):

@@ -98,7 +98,7 @@ def _gradients(folder):
 def _expected(folder, world, precision):
     """(loss, gradients) of the first step by hand, from what each process draws and takes."""
     plain = {"compile": False, "cuda_graph": False, "precision": precision}
-    run = run_module._prepare(replace(load_config(folder), **plain))
+    run, _ = run_module._prepare(replace(load_config(folder), **plain))
     for schedule, value in run.scheduled.values():
         value.fill_(schedule.at(0))
     order = next(iterate_orders(32, BATCH, SEED, 0))[0]
