@@ -25,6 +25,7 @@ from fastsfvae.elbo import Elbo
 from fastsfvae.ground.garbage import uncollected
 from fastsfvae.jacobian.backend import resolve_backend
 from fastsfvae.jacobian.run.cache import Linearizer
+from fastsfvae.jacobian.shared import bind
 from fastsfvae.loss import SamplingFreeLoss
 
 # Before a capture every kernel has been compiled and every library has chosen its algorithms.
@@ -305,7 +306,9 @@ def _check_capturable(
     if backend == "reference":
         raise ValueError('backend="reference" is not made for a graph: give "torch" or "triton"')
     decoder: Any = loss.decoder
-    obstacles = Linearizer(decoder, mean, args, {}, backend).plan(len(mean)).obstacles
+    asked = bind(decoder, args, {}, loss.shared)
+    linearizer = Linearizer(asked.decoder, mean, asked.args, asked.kwargs, backend)
+    obstacles = linearizer.plan(len(mean)).obstacles
     if obstacles:
         raise RuntimeError(
             f"this decoder cannot be captured: {'; '.join(dict.fromkeys(obstacles))}, so its "

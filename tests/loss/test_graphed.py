@@ -165,6 +165,37 @@ def test_a_learned_noise_variance_is_trained():
     assert results[0] == results[1]
 
 
+def test_a_variance_learned_by_its_logarithm_is_trained():
+    results = []
+    for make in (eager, rehearse):
+        encoder, decoder = modules(dropout=False)
+        loss = sf.SamplingFreeLoss(decoder, noise_var=0.4, learned_noise_var=True)
+        optimizer = adam(encoder, decoder, *loss.parameters(), capturable=False)
+        step = make(encoder, loss, optimizer, batches(1)[0])
+        for x in batches(5):
+            step(x)
+        results.append(loss.noise_var.item())
+    assert results[0] == results[1] != pytest.approx(0.4, abs=1e-3)
+
+
+def test_what_samples_share_is_no_obstacle():
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(M, 8)
+
+        def forward(self, z, table):
+            return self.linear(z) + table.mean(0)
+
+    encoder, _ = modules()
+    decoder, x, table = Rows(), batches(1)[0], torch.rand(B, 8)
+    optimizer = adam(encoder, decoder)
+    for shared, reason in (((), "give shared="), ((0,), "needs its tensors on a GPU")):
+        loss = sf.SamplingFreeLoss(decoder, shared=shared)
+        with pytest.raises(RuntimeError, match=reason):
+            sf.make_graphed_step(encoder, loss, optimizer, x, table)
+
+
 def test_changes_that_a_graph_would_not_see_are_refused():
     encoder, decoder = modules()
     noise_var = nn.Parameter(torch.tensor(0.4))
