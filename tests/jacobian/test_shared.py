@@ -218,6 +218,15 @@ def test_what_is_cut_by_chance_is_refused_with_the_way_out(kind, chunk_size):
     assert repr(shared[0]) in str(refused.value).partition("give shared=")[2]
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_a_table_of_equal_rows_is_not_taken_for_codes_of_the_samples(chunk_size):
+    # Cut up, it would be right until it is trained, and silently wrong from then on.
+    table = torch.zeros(B, 7, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="give shared="):
+        decoder = Table().double()
+        sf.decode_with_jacobian(decoder, draw(B, M, seed=0), table, chunk_size=chunk_size)
+
+
 def test_positions_in_a_message_are_those_of_the_call():
     class Two(nn.Module):
         def forward(self, z, first, second):

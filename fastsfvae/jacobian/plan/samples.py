@@ -93,18 +93,31 @@ def refuse_mixing(
     replaced = [half for pair in ((half, ~half) for half in halves) for half in pair]
     changes = any(map(is_mutation, trace.module.graph.nodes))
     with temporarily_clear_interpreter_stack(), torch.no_grad():
-        noise = torch.randn(size, z.shape[1], generator=torch.Generator().manual_seed(0))
         tensors, z, extras = [_plain(t) for t in fixed], _plain(z), [_plain(t) for t in extras]
+        noise = _noise_like(z, size)
+        # Rows that are all alike, as those of a table of zeros, show nothing in others' places.
+        moves = [
+            _noise_like(t, size)
+            if along and t.is_floating_point() and bool((t == t[:1]).all())
+            else None
+            for t, along in zip(extras, batched, strict=True)
+        ]
 
         def inputs(replaced: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
             # In place of some samples those before them, a little beside.
             count = len(replaced)
             places = torch.where(replaced, (rows[:count] - 1) % size, rows[:count])
-            moved = z[places] + 0.1 * replaced[:, None] * noise[:count].to(z.device, z.dtype)
-            pairs = zip(extras, batched, strict=True)
+
+            def beside(t: Tensor, noise: Tensor | None) -> Tensor:
+                if noise is None:
+                    return t[places]
+                return t[places] + replaced.view(-1, *[1] * (t.ndim - 1)) * noise[:count]
+
+            given = zip(extras, batched, moves, strict=True)
             # What the decoder writes into is the same for each run, and not the user's.
             own = [t.clone() for t in tensors] if changes else tensors
-            return own, moved, [t[places] if along else t for t, along in pairs]
+            further = [beside(t, move) if along else t for t, along, move in given]
+            return own, beside(z, noise), further
 
         none = torch.zeros_like(rows, dtype=torch.bool)
         try:
@@ -129,6 +142,12 @@ def refuse_mixing(
         )
     if alone is not None and _same(alone, results[0][:1], rows[:1] >= 0, loose=True):
         trace.accepts.allow_one()
+
+
+def _noise_like(tensor: Tensor, size: int) -> Tensor:
+    """A little for each of the first samples, the same at every call."""
+    shape, generator = (size, *tensor.shape[1:]), torch.Generator().manual_seed(0)
+    return 0.1 * torch.randn(shape, generator=generator).to(tensor.device, tensor.dtype)
 
 
 def _plain(tensor: Tensor) -> Tensor:
