@@ -39,7 +39,8 @@ def hooked(decoder):
 
 def test_forward_replaced_by_a_partial(traces):
     check(hooked(Decoder()))
-    assert len(traces) == 2
+    # The plan for two samples is right for one as well.
+    assert traces == [2]
 
 
 def test_forward_of_a_part_replaced():
