@@ -227,6 +227,14 @@ def test_a_table_of_equal_rows_is_not_taken_for_codes_of_the_samples(chunk_size)
         sf.decode_with_jacobian(decoder, draw(B, M, seed=0), table, chunk_size=chunk_size)
 
 
+def test_nor_is_one_whose_first_rows_alone_are_equal():
+    # The check runs on a few samples.
+    table = draw(4 * B, 7, seed=1)
+    table[: 2 * B] = 0
+    with pytest.raises(RuntimeError, match="give shared="):
+        sf.decode_with_jacobian(Table().double(), draw(4 * B, M, seed=0), table)
+
+
 def test_positions_in_a_message_are_those_of_the_call():
     class Two(nn.Module):
         def forward(self, z, first, second):

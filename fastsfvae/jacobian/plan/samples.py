@@ -98,7 +98,7 @@ def refuse_mixing(
         # Rows that are all alike, as those of a table of zeros, show nothing in others' places.
         moves = [
             _noise_like(t, size)
-            if along and t.is_floating_point() and bool((t == t[:1]).all())
+            if along and t.is_floating_point() and bool((t[:size] == t[:1]).all())
             else None
             for t, along in zip(extras, batched, strict=True)
         ]
