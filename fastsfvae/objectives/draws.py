@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsfvae import _checks
+from fastsfvae._noise import Draws, check_draws, standard_normal
 from fastsfvae.likelihoods import gaussian_kl, wide
 from fastsfvae.objectives.terms import Terms, make_terms
 
 Decoder = Callable[[Tensor], Tensor]
 
 
-class Draws(NamedTuple):
+class Drawn(NamedTuple):
     """Reparameterised z ~ q(z|x).
 
     Attributes:
@@ -35,44 +36,32 @@ class Decoded(NamedTuple):
     squared_error: Tensor
 
 
-def draw(mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator | None) -> Draws:
-    """Draw z = mean + std * noise; gradients are total derivatives."""
-    noise = _noise(mean, samples, generator)
+def draw(mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
+    """z = mean + std * noise, of noise ``[K, B, m]``; gradients are total derivatives."""
     z = mean + torch.exp(0.5 * log_var) * noise
     # The (2 pi)^(m/2) of the two densities cancel.
-    return Draws(z, 0.5 * (noise.square() - z.square() + log_var).sum(-1))
+    return Drawn(z, 0.5 * (noise.square() - z.square() + log_var).sum(-1))
 
 
-def draw_path(
-    mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator | None
-) -> Draws:
-    """Draw the same z as `draw`, without the gradient of log q's score.
+def draw_path(mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
+    """The same z as of `draw`, without the gradient of log q's score.
 
     The score's expectation is zero (Roeder, Wu & Duvenaud 2017).
     """
-    return at_deviation(mean, log_var, deviate(mean, log_var, samples, generator))
+    return at_deviation(mean, log_var, deviate(mean, log_var, noise))
 
 
-def deviate(
-    mean: Tensor, log_var: Tensor, samples: int, generator: torch.Generator | None
-) -> Tensor:
-    """Draw std * noise, ``[K, B, m]``, with the gradient of mean + std * noise."""
+def deviate(mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
+    """std * noise, ``[K, B, m]``, with the gradient of mean + std * noise."""
     # Exactly std * noise. As z - mean, a narrow posterior would lose its digits.
-    noise = _noise(mean, samples, generator)
     return (mean - mean.detach()) + torch.exp(0.5 * log_var) * noise
 
 
-def at_deviation(mean: Tensor, log_var: Tensor, deviation: Tensor) -> Draws:
+def at_deviation(mean: Tensor, log_var: Tensor, deviation: Tensor) -> Drawn:
     """The draws mean + deviation; gradients reach the posterior through `deviation` alone."""
     z = mean.detach() + deviation
     whitened = deviation / torch.exp(0.5 * log_var.detach())
-    return Draws(z, 0.5 * (whitened.square() - z.square() + log_var.detach()).sum(-1))
-
-
-def _noise(mean: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(
-        (samples, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype
-    )
+    return Drawn(z, 0.5 * (whitened.square() - z.square() + log_var.detach()).sum(-1))
 
 
 def decode(decoder: Decoder, x: Tensor, z: Tensor, noise_var: float) -> Decoded:
@@ -99,20 +88,32 @@ class MonteCarlo:
         decoder: f, ``z [B, m] -> [B, *out]``.
         noise_var: c, variance of the observation noise in squared units of x.
         samples: K.
+        draws: "iid"; "antithetic", in pairs mean +- std * e; "orthogonal", in such pairs whose e
+            are orthogonal, at most 2 m of them. Every draw alone is one of q(z|x): an average over
+            them has the same expectation, and less variance.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range, when called for more orthogonal draws than 2 m.
     """
 
     _draw = staticmethod(draw)
 
-    def __init__(self, decoder: Decoder, *, noise_var: float = 0.5, samples: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        noise_var: float = 0.5,
+        samples: int = 1,
+        draws: Draws = "iid",
+    ) -> None:
         _checks.noise_var(noise_var)
         if samples < 1:
             raise ValueError(f"samples={samples} must be at least 1")
+        check_draws(draws, samples)
         self.decoder = decoder
         self.noise_var = noise_var
         self.samples = samples
+        self.draws = draws
 
     def __call__(
         self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
@@ -122,15 +123,25 @@ class MonteCarlo:
         All but the objective are those of the ELBO, for logging: the likelihood and the error as
         means over the draws, the KL divergence in closed form.
         """
+        return self.at_noise(x, mean, log_var, self.noise(mean, generator))
+
+    def noise(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The noise that a call draws, ``[K, B, m]``, for posteriors like this mean ``[B, m]``."""
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        options: Any = {"device": mean.device, "dtype": dtype, "generator": generator}
+        return standard_normal((self.samples, *mean.shape), self.draws, **options)
+
+    def at_noise(self, x: Tensor, mean: Tensor, log_var: Tensor, noise: Tensor) -> Terms:
+        """Evaluate at given noise, as `noise` draws it."""
         given = mean.dtype
         mean, log_var = wide(mean), wide(log_var)
-        drawn = self._draw(mean, log_var, self.samples, generator)
+        drawn = self._draw(mean, log_var, noise)
         z = drawn.z.to(given)
         log_likelihood, squared_error = decode(self.decoder, x, z, self.noise_var)
         kl = gaussian_kl(mean, log_var)
         objective = self._objective(log_likelihood, drawn, kl)
         return make_terms(objective, log_likelihood.mean(0), kl, squared_error.mean(0))
 
-    def _objective(self, log_likelihood: Tensor, drawn: Draws, kl: Tensor) -> Tensor:
+    def _objective(self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor) -> Tensor:
         """``[B]``, of the draws' log-likelihoods ``[K, B]`` and the closed form ``[B]``."""
         raise NotImplementedError

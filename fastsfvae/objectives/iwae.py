@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastsfvae.objectives.draws import Draws, MonteCarlo
+from fastsfvae.objectives.draws import Drawn, MonteCarlo
 
 
 class ImportanceWeighted(MonteCarlo):
@@ -17,7 +17,7 @@ class ImportanceWeighted(MonteCarlo):
     KL divergence. The arguments are those of `MonteCarlo`.
     """
 
-    def _objective(self, log_likelihood: Tensor, drawn: Draws, kl: Tensor) -> Tensor:
+    def _objective(self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor) -> Tensor:
         log_weight = log_likelihood + drawn.log_ratio
         # Below eps^2 of the largest a weight is lost in the sum. Its gradient, a subnormal number
         # before long, would take a CPU several times as long as a zero does.

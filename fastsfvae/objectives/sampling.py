@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae.objectives.draws import Decoder, Draws, MonteCarlo
+from fastsfvae._noise import Draws
+from fastsfvae.objectives.draws import Decoder, Drawn, MonteCarlo
 
 
 class Sampling(MonteCarlo):
@@ -19,6 +20,7 @@ class Sampling(MonteCarlo):
         kl_weight: factor of the KL divergence, a number or a 0-d tensor; 1 makes the objective
             an estimate of the ELBO.
         samples: as in `MonteCarlo`.
+        draws: likewise.
 
     Raises:
         ValueError: for a setting out of range.
@@ -31,10 +33,11 @@ class Sampling(MonteCarlo):
         noise_var: float = 0.5,
         kl_weight: float | Tensor = 1.0,
         samples: int = 1,
+        draws: Draws = "iid",
     ) -> None:
-        super().__init__(decoder, noise_var=noise_var, samples=samples)
+        super().__init__(decoder, noise_var=noise_var, samples=samples, draws=draws)
         _checks.kl_weight(kl_weight)
         self.kl_weight = kl_weight
 
-    def _objective(self, log_likelihood: Tensor, drawn: Draws, kl: Tensor) -> Tensor:
+    def _objective(self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor) -> Tensor:
         return log_likelihood.mean(0) - self.kl_weight * kl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsfvae.objectives.draws import Draws, MonteCarlo, draw_path
+from fastsfvae.objectives.draws import Drawn, MonteCarlo, draw_path
 
 
 class StickingTheLanding(MonteCarlo):
@@ -18,5 +18,5 @@ class StickingTheLanding(MonteCarlo):
 
     _draw = staticmethod(draw_path)
 
-    def _objective(self, log_likelihood: Tensor, drawn: Draws, kl: Tensor) -> Tensor:
+    def _objective(self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor) -> Tensor:
         return log_likelihood.mean(0) + drawn.log_ratio.mean(0)

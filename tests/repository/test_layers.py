@@ -24,7 +24,7 @@ LAYERS = """
     fastsfvae
     training | evaluate
     objectives
-    loss elbo likelihoods _spread distributions graphed fit levenberg_marquardt geometry
+    loss elbo likelihoods _noise _spread distributions graphed fit levenberg_marquardt geometry
     gram
     jacobian
     jacobian.run
