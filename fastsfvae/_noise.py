@@ -28,7 +28,9 @@ def check_draws(draws: Draws, samples: int, latent_dim: int | None = None) -> No
     if draws == "iid":
         return
     if samples % 2:
-        raise ValueError(f"draws={draws!r} with samples={samples}: they come in pairs, give an even number")
+        raise ValueError(
+            f"draws={draws!r} with samples={samples}: they come in pairs, give an even number"
+        )
     if draws == "orthogonal" and latent_dim is not None and samples > 2 * latent_dim:
         raise ValueError(
             f"draws='orthogonal' with samples={samples}: {latent_dim} latent dimensions have no "

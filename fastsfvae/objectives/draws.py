@@ -37,7 +37,7 @@ class Decoded(NamedTuple):
 
 
 def draw(mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
-    """z = mean + std * noise, of noise ``[K, B, m]``; gradients are total derivatives."""
+    """The draws mean + std * noise, of noise ``[K, B, m]``; gradients are total derivatives."""
     z = mean + torch.exp(0.5 * log_var) * noise
     # The (2 pi)^(m/2) of the two densities cancel.
     return Drawn(z, 0.5 * (noise.square() - z.square() + log_var).sum(-1))
@@ -52,7 +52,7 @@ def draw_path(mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
 
 
 def deviate(mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
-    """std * noise, ``[K, B, m]``, with the gradient of mean + std * noise."""
+    """The deviation std * noise, ``[K, B, m]``, with the gradient of mean + std * noise."""
     # Exactly std * noise. As z - mean, a narrow posterior would lose its digits.
     return (mean - mean.detach()) + torch.exp(0.5 * log_var) * noise
 

@@ -65,10 +65,10 @@ def test_directions_are_haar_and_lengths_independent_of_them():
     inner = torch.einsum("kbi,lbi->bkl", direction, direction)
     assert (inner - torch.eye(m)).abs().max() < 1e-9
     lengths = noise.norm(dim=-1)
-    for k, l in itertools.permutations(range(m), 2):
-        pair = torch.stack([lengths[k], lengths[l]])
+    for k, other in itertools.permutations(range(m), 2):
+        pair = torch.stack([lengths[k], lengths[other]])
         assert torch.corrcoef(pair)[0, 1].abs() < 4.5 / math.sqrt(count)
-        of_direction = torch.stack([lengths[k], direction[l, :, 0].abs()])
+        of_direction = torch.stack([lengths[k], direction[other, :, 0].abs()])
         assert torch.corrcoef(of_direction)[0, 1].abs() < 4.5 / math.sqrt(count)
     # Not only each direction: the determinant's sign, which QR alone would fix.
     signs = torch.linalg.det(direction.movedim(0, 1)).sign()
