@@ -71,9 +71,20 @@ def make_graphed_step(
         TypeError, ValueError, RuntimeError: in one line that says why a step cannot be captured.
     """
     _checks.tensors(x=x)
+    if not isinstance(loss, SamplingFreeLoss):
+        raise TypeError(f"loss is a {type(loss).__name__}: give a SamplingFreeLoss")
+    if loss.reduction == "none":
+        raise ValueError('reduction="none" gives no single loss: give "mean" or "sum"')
     step = GraphedStep(encoder, loss, optimizer, autocast)
     if capture:
-        _check_capturable(encoder, loss, optimizer, x, args)
+        # The decoder before the device, so that a CPU tells as much as a GPU.
+        _check_step(encoder, optimizer, args)
+        _check_linearized(encoder, loss, x, args)
+        if not x.is_cuda:
+            raise RuntimeError(
+                f'a CUDA graph needs its tensors on a GPU, x is on "{x.device}": move encoder, '
+                "decoder and x there, or give capture=False to run every step eagerly"
+            )
         step.capture(x, *args)
     return step
 
@@ -83,21 +94,25 @@ class GraphedStep:
 
     Called as ``step(x, *args)``, it trains on one batch and returns ``(loss 0-d, Elbo)``. A batch
     of the captured size replays the graph, a smaller one runs eagerly, a larger one is refused.
+
+    Args:
+        encoder: as in `make_graphed_step`, like all that are not listed.
+        loss: called as ``loss(x, mean, log_var, *args, return_terms=True)``; has its `decoder`.
+        optimizer: Adam or AdamW.
+        autocast: a dtype or None.
+        settings: numbers of the loss that may be changed between steps.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
-        loss: SamplingFreeLoss,
+        loss: Any,
         optimizer: torch.optim.Optimizer,
         autocast: torch.dtype | None = None,
+        settings: tuple[str, ...] = _SCALARS,
     ):
-        if not isinstance(loss, SamplingFreeLoss):
-            raise TypeError(f"loss is a {type(loss).__name__}: give a SamplingFreeLoss")
-        if loss.reduction == "none":
-            raise ValueError('reduction="none" gives no single loss: give "mean" or "sum"')
         self._encoder, self._loss, self._optimizer = encoder, loss, optimizer
-        self._autocast = autocast
+        self._autocast, self._settings = autocast, settings
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
         self._outputs: Any = None
@@ -198,7 +213,7 @@ class GraphedStep:
     def _hold_settings(self, x: Tensor) -> None:
         """Put the loss's settings on the device, except one that is learned."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        for name in _SCALARS:
+        for name in self._settings:
             if not _is_learned(getattr(self._loss, name)):
                 self._scalars[name] = torch.zeros((), dtype=dtype, device=x.device)
             self._given[name] = None
@@ -222,7 +237,7 @@ class GraphedStep:
                     f"{name} was captured as {before[name]} and is now {value}: {advice}"
                 )
         loss = self._loss
-        for name in _SCALARS:
+        for name in self._settings:
             value, before = _held(loss, name), self._given[name]
             learned = name not in self._scalars
             replaced = learned and before is not None and value is not before
@@ -281,12 +296,8 @@ def _is_learned(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _check_capturable(
-    encoder: nn.Module,
-    loss: SamplingFreeLoss,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    args: tuple[Tensor, ...],
+def _check_step(
+    encoder: nn.Module, optimizer: torch.optim.Optimizer, args: tuple[Tensor, ...]
 ) -> None:
     """Raise where a capture would fail or, worse, record something else than the step."""
     kind = type(optimizer).__name__
@@ -298,7 +309,12 @@ def _check_capturable(
         raise TypeError("the encoder is wrapped in DistributedDataParallel: capture one process")
     if not all(isinstance(t, Tensor) for t in args):
         raise TypeError(f"further inputs must be tensors, got {[type(t).__name__ for t in args]}")
-    # The decoder is examined before the device, so that a CPU tells as much as a GPU.
+
+
+def _check_linearized(
+    encoder: nn.Module, loss: SamplingFreeLoss, x: Tensor, args: tuple[Tensor, ...]
+) -> None:
+    """Raise where the decoder's tangents, or their gradients, would not be in the graph."""
     with torch.no_grad(), _random_state_kept(x.device):
         # A copy, whose running statistics do not count.
         mean, _ = copy.deepcopy(encoder)(x)
@@ -313,11 +329,6 @@ def _check_capturable(
         raise RuntimeError(
             f"this decoder cannot be captured: {'; '.join(dict.fromkeys(obstacles))}, so its "
             "gradients are not finished in the forward (sf.check_decoder tells more)"
-        )
-    if not x.is_cuda:
-        raise RuntimeError(
-            f'a CUDA graph needs its tensors on a GPU, x is on "{x.device}": move encoder, decoder '
-            "and x there, or give capture=False to run every step eagerly"
         )
 
 

@@ -72,7 +72,8 @@ def _run_steps(arguments: TrainArguments, run: training.Run) -> int:
     """Train under the eyes of the monitors that were asked for; on process 0, speak of it."""
     writes = distributed.rank() == 0
     if writes:
-        say(f"{run.folder}: {run.config.method} on {run.device}, step {run.step}")
+        start = f" after {run.config.warm_start}" if run.config.warm_start else ""
+        say(f"{run.folder}: {run.config.method}{start} on {run.device}, step {run.step}")
     try:
         asked = arguments.tensorboard, arguments.image_every
         with monitors(run, *asked, draw=run_figures.snapshot) as watching:

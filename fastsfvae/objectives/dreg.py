@@ -10,6 +10,11 @@ from fastsfvae._noise import Draws
 from fastsfvae.objectives.draws import Decoder, Drawn, at_deviation, deviate
 from fastsfvae.objectives.iwae import ImportanceWeighted
 
+ORTHOGONAL_BIAS = (
+    "draws='orthogonal' would bias the doubly reparameterised gradient, as such a draw given the "
+    "others is none of q(z|x): give iid or antithetic"
+)
+
 
 class DoublyReparameterized(ImportanceWeighted):
     """`ImportanceWeighted`'s bound; the encoder's gradient is the doubly reparameterised one.
@@ -41,10 +46,7 @@ class DoublyReparameterized(ImportanceWeighted):
     ) -> None:
         super().__init__(decoder, noise_var=noise_var, samples=samples, draws=draws)
         if draws == "orthogonal":
-            raise ValueError(
-                "draws='orthogonal' would bias the doubly reparameterised gradient, as given the "
-                "others such a draw is none of q(z|x): give iid or antithetic"
-            )
+            raise ValueError(ORTHOGONAL_BIAS)
 
     def _draw(self, mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
         deviation, nothing = _WeightedOnceMore.apply(

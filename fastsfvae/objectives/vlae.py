@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from fastsfvae import _checks
+from fastsfvae._noise import Draws, check_draws, standard_normal
 from fastsfvae.distributions import kalman_update
 from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.fit import fit_latents
@@ -38,6 +39,7 @@ class VariationalLaplace:
         bound: "sampled", by `samples` draws of q*; "closed-form", by "expected" of
             `sampling_free_elbo` with the full covariance, which draws nothing and is no bound.
         samples: K.
+        draws: how they hang together, as in `MonteCarlo`.
         backend: of the tangents, as in `SamplingFreeLoss`.
 
     Raises:
@@ -52,6 +54,7 @@ class VariationalLaplace:
         mode_steps: int = 1,
         bound: Bound = "sampled",
         samples: int = 1,
+        draws: Draws = "iid",
         backend: _checks.Backend = "auto",
     ) -> None:
         _checks.noise_var(noise_var)
@@ -59,8 +62,10 @@ class VariationalLaplace:
         for name, value in (("mode_steps", mode_steps), ("samples", samples)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        check_draws(draws, samples)
         self.decoder, self.noise_var, self.mode_steps = decoder, noise_var, mode_steps
-        self.bound, self.samples, self.backend = bound, samples, backend
+        self.bound, self.backend = bound, backend
+        self.samples, self.draws = samples, draws
 
     def __call__(
         self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
@@ -94,7 +99,8 @@ class VariationalLaplace:
             log_likelihood, squared_error = terms.log_likelihood, terms.squared_error
         else:
             shape = (self.samples, *mode.shape)
-            noise = torch.randn(shape, generator=generator, device=mode.device, dtype=mode.dtype)
+            options: Any = {"device": mode.device, "dtype": mode.dtype, "generator": generator}
+            noise = standard_normal(shape, self.draws, **options)
             # The draw is no layer: autocast would leave eight bits of it.
             with torch.autocast(mode.device.type, enabled=False):
                 z = mode + (factor @ noise.unsqueeze(-1)).squeeze(-1)

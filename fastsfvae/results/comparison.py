@@ -135,6 +135,8 @@ def conventions(runs: list[Trained], settings: Settings) -> dict[str, Any]:
         "gamma",
         "kl_weight",
         "samples",
+        "draws",
+        "warm_start",
         "output_activation",
         "init",
         "seed",

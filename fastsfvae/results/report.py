@@ -201,6 +201,8 @@ def conventions(config: TrainConfig, importance_samples: int, proposal: str) -> 
         "kl_weight": config.kl_weight,
         "kl_weight_schedule": config.kl_weight_schedule,
         "samples": config.samples,
+        "draws": config.draws,
+        "warm_start": config.warm_start or None,
         "output_activation": config.output_activation,
         "init": config.init,
         "seed": config.seed,
@@ -245,6 +247,10 @@ def table(report: Report, config: TrainConfig) -> str:
     reading = f", likelihood {config.likelihood}" if sampling_free else ""
     if sampling_free and config.likelihood != "expected":
         reading += f", gamma {config.gamma:g}"
+    if config.draws != "iid":
+        reading += f", {config.samples} {config.draws} draws"
+    if config.warm_start:
+        reading += f", warm start {config.warm_start}"
     collapse = report.collapse
     lines += [
         "",

@@ -67,7 +67,9 @@ def _curves(run: Run):
     with (run.folder / METRICS).open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     at_the_mean = run.config.method in ("sampling-free", "auto-encoder")
-    where = "at the mean" if at_the_mean else "sampled"
+    where, switch = "at the mean" if at_the_mean else "sampled", run.phases[-1].first
+    if switch and not at_the_mean:
+        where = "at the mean, then sampled"
     panels = {
         "objective": "objective (nats)",
         "kl": "KL(q || p) (nats)",
@@ -83,6 +85,9 @@ def _curves(run: Run):
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
+        if switch:
+            # There the warm start ends, and the objective is another one.
+            axes.axvline(switch, color="gray", linestyle=":", linewidth=1)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

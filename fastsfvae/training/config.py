@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
+from fastsfvae._noise import Draws, check_draws
 from fastsfvae.data.load import DATA_SETS, Loaded, load_set
 from fastsfvae.models import Init, ModelConfig, OutputActivation
+from fastsfvae.objectives.dreg import ORTHOGONAL_BIAS
 from fastsfvae.objectives.vlae import BOUNDS, Bound
 from fastsfvae.training import distributed
-from fastsfvae.training.schedules import Schedule
+from fastsfvae.training.schedules import Schedule, WarmStart
 
 Method = Literal[
     "sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg", "vlae"
@@ -39,12 +41,14 @@ DataSet = Literal[
 
 # The methods that a setting other than its default has a meaning for.
 _TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
+_TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "stl", "dreg", "vlae")
 _TAKEN_BY = {
-    "samples": ("sampling", "beta-vae", "iwae", "stl", "dreg", "vlae"),
+    "samples": _TAKE_SAMPLES,
+    "draws": _TAKE_SAMPLES,
     "kl_weight": _TAKE_KL_WEIGHT,
     "kl_weight_schedule": _TAKE_KL_WEIGHT,
     "gamma_schedule": ("sampling-free",),
-    "cuda_graph": ("sampling-free",),
+    "cuda_graph": tuple(method for method in METHODS if method != "vlae"),
     "mode_steps": ("vlae",),
     "bound": ("vlae",),
 }
@@ -132,6 +136,15 @@ class TrainConfig:
     samples: int = 1
     """Draws of the posterior per image (sampling, beta-vae, iwae, stl, dreg, vlae)."""
 
+    draws: Draws = "iid"
+    """How the draws of an image hang together: not, in pairs around the mean, or in such pairs
+    along orthogonal directions; --samples is then even (sampling, beta-vae, iwae, stl, dreg, vlae;
+    dreg takes no orthogonal ones)."""
+
+    warm_start: str = ""
+    """Train the first steps by a sampling-free likelihood, e.g. precision:100, and go on by
+    --method with the same optimiser."""
+
     mode_steps: int = 1
     """Steps from the encoder's mean to the posterior's mode (vlae)."""
 
@@ -155,7 +168,7 @@ class TrainConfig:
     """Compile encoder, decoder and objective with torch.compile."""
 
     cuda_graph: bool = False
-    """Replay the whole step as one CUDA graph (sampling-free, on one GPU)."""
+    """Replay the whole step as one CUDA graph, on one GPU (all methods but vlae)."""
 
     output_activation: OutputActivation = "none"
     """Last operation of the decoder."""
@@ -177,6 +190,14 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_method()
         self._check_schedules()
+        check_draws(self.draws, self.samples, self.latent_dim)
+        if self.method == "dreg" and self.draws == "orthogonal":
+            raise ValueError(f"method='dreg': {ORTHOGONAL_BIAS}")
+        if self.start.steps and self.start.steps >= max(self.steps, self.schedule_steps):
+            raise ValueError(
+                f"warm_start={self.warm_start!r} with steps={self.steps}: nothing is left for "
+                f"method={self.method!r}, give more --steps or a shorter start"
+            )
         _checks.choice("data", self.data, tuple(DATA_SETS))
         if self.channels not in (0, 1, 3):
             raise ValueError(f"channels={self.channels} must be 1 or 3, or 0 for the data's own")
@@ -227,6 +248,11 @@ class TrainConfig:
                 )
             for value in schedule.values:
                 checks[name](value)
+
+    @property
+    def start(self) -> WarmStart:
+        """The first steps, where they are another objective's."""
+        return WarmStart.parse(self.warm_start)
 
     @property
     def schedules(self) -> dict[str, Schedule]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastsfvae._ranges import span
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.objectives import Terms
-from fastsfvae.objectives.sampling_free import terms_of
 from fastsfvae.training import distributed
 from fastsfvae.training.interrupt import deferred_interrupt
 from fastsfvae.training.metrics_csv import METRICS, MetricsFile, Row
@@ -61,12 +60,16 @@ def train(run: Run, *monitors: Monitor) -> None:
         with deferred_interrupt() as interrupted, MetricsFile(metrics_path) as metrics:
             while not (run.finished or _all_stop(run, interrupted.is_set())):
                 _seed_step(run, noise)
+                if run.step and run.step == run.phase.first:
+                    run.model.objective = run.phase.objective
                 for schedule, value in run.scheduled.values():
                     value.fill_(schedule.at(run.step))
                 terms = step(to_unit(next(batches)))
                 run.step += 1
                 run.window.append(torch.stack(torch.broadcast_tensors(*terms)))
-                if run.step == 1 or run.step % LOG_EVERY == 0 or run.finished:
+                # No row averages over two objectives.
+                ends_phase = run.step == run.phase.first
+                if run.step == 1 or run.step % LOG_EVERY == 0 or ends_phase or run.finished:
                     run.seconds = time.perf_counter() - started
                     row = _close_window(run)
                     metrics.write(row)
@@ -89,14 +92,13 @@ def train(run: Run, *monitors: Monitor) -> None:
 
 def _make_step(run: Run, noise: torch.Generator) -> Callable[[Tensor], Terms]:
     """What a batch ``[B, C, H, W]`` does to the run: forward, backward, update."""
-    if run.graphed is not None:
-        graphed = run.graphed
-        return lambda x: terms_of(*graphed(x))
     # An auto-encoder leaves the posterior's variance alone.
     unused = run.config.method == "auto-encoder"
     model = distributed.wrap(run.model, unused_parameters=unused)
 
     def step(x: Tensor) -> Terms:
+        if run.phase.graphed is not None:
+            return run.phase.graphed(x, noise)
         terms = model(x, noise)
         run.optimizer.zero_grad()
         with span("backward"):

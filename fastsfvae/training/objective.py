@@ -1,9 +1,12 @@
-"""From a configuration to its objective."""
+"""From a configuration to its objectives."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from fastsfvae._checks import Likelihood
 from fastsfvae.objectives.auto_encoder import AutoEncoder
 from fastsfvae.objectives.dreg import DoublyReparameterized
 from fastsfvae.objectives.iwae import ImportanceWeighted
@@ -16,35 +19,50 @@ from fastsfvae.training.config import TrainConfig
 
 
 def make_objective(config: TrainConfig, decoder: nn.Module, **scheduled: Tensor) -> Objective:
-    """Build the objective that a configuration names.
+    """Build the objective of a configuration's method.
 
     Args:
         config: names it and its settings.
         decoder: f, ``z [B, m] -> [B, *out]``.
         **scheduled: 0-d tensors for the settings that change while training, gamma and kl_weight.
     """
-    c, samples = config.noise_var, config.samples
-    weights = {"gamma": config.gamma, "kl_weight": config.kl_weight} | scheduled
+    c = config.noise_var
+    drawn: dict[str, Any] = {"samples": config.samples, "draws": config.draws}
     match config.method:
         case "sampling" | "beta-vae":
-            beta = weights["kl_weight"]
-            return Sampling(decoder, noise_var=c, kl_weight=beta, samples=samples)
+            beta = scheduled.get("kl_weight", config.kl_weight)
+            return Sampling(decoder, noise_var=c, kl_weight=beta, **drawn)
         case "auto-encoder":
             return AutoEncoder(decoder, noise_var=c)
         case "iwae":
-            return ImportanceWeighted(decoder, noise_var=c, samples=samples)
+            return ImportanceWeighted(decoder, noise_var=c, **drawn)
         case "stl":
-            return StickingTheLanding(decoder, noise_var=c, samples=samples)
+            return StickingTheLanding(decoder, noise_var=c, **drawn)
         case "dreg":
-            return DoublyReparameterized(decoder, noise_var=c, samples=samples)
+            return DoublyReparameterized(decoder, noise_var=c, **drawn)
         case "vlae":
             return VariationalLaplace(
                 decoder,
                 noise_var=c,
                 mode_steps=config.mode_steps,
                 bound=config.bound,
-                samples=samples,
                 backend=config.backend,
+                **drawn,
             )
-    settings = {"likelihood": config.likelihood, "backend": config.backend}
-    return SamplingFree(decoder, noise_var=c, **weights, **settings)
+    return _sampling_free(config, config.likelihood, decoder, scheduled)
+
+
+def make_start(config: TrainConfig, decoder: nn.Module, **scheduled: Tensor) -> Objective:
+    """Build the objective of a configuration's warm start; the arguments are `make_objective`'s.
+
+    Its noise variance, gamma and weight of the KL divergence are the run's.
+    """
+    return _sampling_free(config, config.start.likelihood, decoder, scheduled)
+
+
+def _sampling_free(
+    config: TrainConfig, likelihood: Likelihood, decoder: nn.Module, scheduled: dict[str, Tensor]
+) -> SamplingFree:
+    weights = {"gamma": config.gamma, "kl_weight": config.kl_weight} | scheduled
+    settings = {"likelihood": likelihood, "backend": config.backend}
+    return SamplingFree(decoder, noise_var=config.noise_var, **weights, **settings)

@@ -14,11 +14,11 @@ from fastsfvae._ranges import span
 from fastsfvae.data.batches import ImageSet
 from fastsfvae.data.load import Loaded
 from fastsfvae.data.pixels import to_unit
-from fastsfvae.graphed import GraphedStep, make_graphed_step
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.models import build
-from fastsfvae.objectives import Objective, SamplingFree, Terms
+from fastsfvae.objectives import Objective, SamplingFree, Terms, VariationalLaplace
 from fastsfvae.training import distributed
+from fastsfvae.training.capture import Step, capture_objective
 from fastsfvae.training.checkpoint import (
     CHECKPOINT,
     CONFIG,
@@ -30,7 +30,7 @@ from fastsfvae.training.checkpoint import (
 )
 from fastsfvae.training.config import CHANGEABLE, TrainConfig
 from fastsfvae.training.metrics_csv import METRICS, rewind_metrics
-from fastsfvae.training.objective import make_objective
+from fastsfvae.training.objective import make_objective, make_start
 from fastsfvae.training.schedules import Schedule
 from fastsfvae.training.seeds import EVALUATION, WEIGHTS, mix_seed
 
@@ -67,6 +67,21 @@ class Model(nn.Module):
 
 
 @dataclass
+class Phase:
+    """A part of a run that is trained by one objective.
+
+    Attributes:
+        first: steps that are done before it begins.
+        objective: called with every batch.
+        graphed: its step as a CUDA graph, if it is to be one.
+    """
+
+    first: int
+    objective: Objective
+    graphed: Step | None = None
+
+
+@dataclass
 class Run:
     """Everything that a training step reads or changes.
 
@@ -74,7 +89,8 @@ class Run:
         folder: where its files lie.
         config: what is trained.
         device: where the modules and the images lie.
-        model: encoder, decoder and objective.
+        model: encoder, decoder and the objective of the next step.
+        phases: what it is trained by, one after another; the last is its method's.
         optimizer: of the encoder and the decoder.
         images: training images.
         scale: how the images' stored values became 0..255.
@@ -84,13 +100,13 @@ class Run:
         seconds: time spent training.
         window: terms of the steps since the last row of metrics.csv, ``[len(Terms), B]`` each, on
             the device: reading them every step would make the host wait for it.
-        graphed: the step as a CUDA graph, if it is to be one.
         lock: held while this process trains in the folder.
     """
 
     config: TrainConfig
     device: torch.device
     model: Model
+    phases: list[Phase]
     optimizer: torch.optim.Optimizer
     images: ImageSet
     scale: str
@@ -99,7 +115,6 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     window: list[Tensor] = field(default_factory=list)
-    graphed: GraphedStep | None = None
     lock: FolderLock | None = None
 
     @property
@@ -114,8 +129,13 @@ class Run:
 
     @property
     def objective(self) -> Objective:
-        """Called with every batch."""
-        return self.model.objective
+        """The method's own, which the run ends with."""
+        return self.phases[-1].objective
+
+    @property
+    def phase(self) -> Phase:
+        """What the next step is part of."""
+        return next(phase for phase in reversed(self.phases) if phase.first <= self.step)
 
     @property
     def finished(self) -> bool:
@@ -225,6 +245,7 @@ def _restore(run: Run, state: dict) -> None:
             # How it runs is this configuration's, not the checkpoint's.
             group["capturable"] = run.config.cuda_graph
         run.step, run.seconds = int(state["step"]), float(state["seconds"])
+        run.model.objective = run.phase.objective
         for schedule, value in run.scheduled.values():
             # As the last step left it: what is evaluated may never be trained again.
             value.fill_(schedule.at(max(run.step - 1, 0)))
@@ -267,15 +288,19 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
         if not schedule.constant
     }
     values = {name: value for name, (_, value) in scheduled.items()}
-    objective = make_objective(config, decoder, **values)
-    model = Model(encoder, decoder, objective, autocast=config.precision == "bf16")
+    phases = [Phase(config.start.steps, make_objective(config, decoder, **values))]
+    if config.start.steps:
+        phases.insert(0, Phase(0, make_start(config, decoder, **values)))
+    bf16 = config.precision == "bf16"
+    model = Model(encoder, decoder, phases[0].objective, autocast=bf16)
     if config.compile:
         model.compile()
     # What cannot run should say so before anything is written: a decoder or backend that cannot be
     # linearised, more draws than the memory holds.
-    if config.method in ("sampling-free", "vlae"):
-        z = torch.zeros(2, config.latent_dim, device=device)
-        objective(to_unit(images[:2].to(device)), z, z)
+    for phase in phases:
+        if isinstance(phase.objective, (SamplingFree, VariationalLaplace)):
+            z = torch.zeros(2, config.latent_dim, device=device)
+            phase.objective(to_unit(images[:2].to(device)), z, z)
     if config.samples > 1:
         draws = config.samples * (config.batch_size // distributed.size())
         with torch.no_grad():
@@ -286,22 +311,19 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
     )
     budget = round(config.data_budget * 2**30) or None
     image_set = ImageSet(images, device, budget)
-    return Run(config, device, model, optimizer, image_set, data.scale, scheduled), data
+    run = Run(config, device, model, phases, optimizer, image_set, data.scale, scheduled)
+    return run, data
 
 
 def _capture(run: Run) -> None:
-    """Record the step's graph; only now, since it reads weights and moments where they lie."""
-    objective = run.objective
-    if not (run.config.cuda_graph and isinstance(objective, SamplingFree)):
+    """Record the steps' graphs; only now, since they read weights and moments where they lie."""
+    if not run.config.cuda_graph:
         return
     x = to_unit(run.images[: run.config.batch_size])
-    run.graphed = make_graphed_step(
-        run.encoder,
-        objective.loss,
-        run.optimizer,
-        x,
-        autocast=torch.bfloat16 if run.model.autocast else None,
-    )
+    settings = x, run.config.latent_dim, torch.bfloat16 if run.model.autocast else None
+    for phase in run.phases:
+        given = phase.objective, run.encoder, run.optimizer
+        phase.graphed = capture_objective(*given, *settings)
 
 
 def evaluation_generator(config: TrainConfig, device: torch.device) -> torch.Generator:

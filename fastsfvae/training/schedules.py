@@ -1,9 +1,12 @@
-"""Weights of the objective that change while training: gamma and the KL divergence's."""
+"""What changes while training: weights of the objective, and the objective itself."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastsfvae import _checks
 
 KINDS = ("constant", "steps", "linear", "cosine")
 
@@ -67,3 +70,32 @@ class Schedule:
             share = 0.5 - 0.5 * math.cos(math.pi * share)
         start = self.values[before]
         return start + share * (self.values[min(before + 1, last)] - start)
+
+
+class WarmStart(NamedTuple):
+    """The first steps of a run, by a sampling-free likelihood.
+
+    Attributes:
+        likelihood: its objective's.
+        steps: how many; 0 where a run has none.
+    """
+
+    likelihood: _checks.Likelihood
+    steps: int
+
+    @classmethod
+    def parse(cls, text: str) -> WarmStart:
+        """Read "precision:100", or "" for none.
+
+        Raises:
+            ValueError: for a text of another form.
+        """
+        likelihood, _, steps = text.partition(":")
+        if not text:
+            return cls("precision", 0)
+        if likelihood not in _checks.LIKELIHOODS or not steps.isdecimal() or int(steps) < 1:
+            raise ValueError(
+                f"warm_start={text!r} is not LIKELIHOOD:STEPS: give e.g. precision:100 (one of "
+                f"{', '.join(_checks.LIKELIHOODS)})"
+            )
+        return cls(likelihood, int(steps))  # type: ignore[arg-type]

@@ -27,14 +27,17 @@ from fastsfvae.training.seeds import NOISE, iterate_orders, mix_seed
 BATCH, SEED = 8, 5
 OPTIONS = {
     "sampling-free": ["--gamma-schedule", "linear:0.9"],
-    "sampling": ["--samples", "3", "--kl-weight-schedule", "linear:0"],
+    "sampling": ["--samples", "4", "--draws", "orthogonal", "--kl-weight-schedule", "linear:0"],
     "beta-vae": ["--kl-weight", "4"],
     "auto-encoder": [],
     "iwae": ["--samples", "3"],
     "stl": ["--samples", "2"],
-    "dreg": ["--samples", "3"],
-    "vlae": ["--samples", "2"],
+    "dreg": ["--samples", "4", "--draws", "antithetic"],
+    "vlae": ["--samples", "2", "--draws", "antithetic"],
 }
+# Beside the methods: the first two steps of three by another one.
+WARM = "warm start"
+OPTIONS[WARM] = ["--method", "sampling", "--warm-start", "precision:2", *OPTIONS["sampling"]]
 MODES = {
     "eager": [],
     "bf16": ["--precision", "bf16"],
@@ -47,10 +50,11 @@ MODES = {
 }
 # What is refused, of what is not right everywhere; all other cells must be right.
 REFUSED = {("vlae", mode): "leave out --compile" for mode in MODES if "compile" in mode}
-REFUSED |= {(method, "graph"): "--cuda-graph is for sampling-free" for method in METHODS}
 if not torch.cuda.is_available():
-    REFUSED["sampling-free", "graph"] = "--cuda-graph needs a GPU, this run is on the cpu"
-CELLS = list(itertools.product(METHODS, MODES))
+    no_gpu = "--cuda-graph needs a GPU, this run is on the cpu"
+    REFUSED |= {(method, "graph"): no_gpu for method in OPTIONS}
+REFUSED["vlae", "graph"] = "--cuda-graph is for sampling-free, sampling, beta-vae"
+CELLS = list(itertools.product(OPTIONS, MODES))
 ALONE = [cell for cell in CELLS if cell not in REFUSED and "DDP" not in cell[1]]
 TOGETHER = [cell for cell in CELLS if cell not in REFUSED and "DDP" in cell[1]]
 BF16 = torch.finfo(torch.bfloat16).eps
@@ -60,7 +64,8 @@ def _command(data, method, mode, folder, steps):
     options = ["--data", "npz", "--data-dir", str(data), "--image-size", "14", "--model", "tanh"]
     options += ["--latent-dim", "2", "--batch-size", str(BATCH), "--seed", str(SEED)]
     options += ["--schedule-steps", "3", "--noise-var", "0.1", "--steps", str(steps)]
-    options += ["--method", method, *OPTIONS[method], *MODES[mode]]
+    options += ["--method", method] if method in METHODS else []
+    options += [*OPTIONS[method], *MODES[mode]]
     return ["train", *options, "--out", str(folder)]
 
 
@@ -143,7 +148,7 @@ def _assert_same(run, whole):
 
 
 def test_the_table_has_every_method():
-    assert OPTIONS.keys() == set(METHODS)
+    assert OPTIONS.keys() == {*METHODS, WARM}
 
 
 @pytest.mark.parametrize(("method", "mode"), [c for c in CELLS if c in REFUSED])
@@ -257,7 +262,7 @@ def test_two_processes_are_right(method, mode, together):
 def test_two_processes_have_the_same_weights(together):
     ours = sorted(together.glob("weights-*-0.pt"))
     # One run a cell; where it is resumed, two more.
-    assert len(ours) == len(TOGETHER) + 2 * len(METHODS)
+    assert len(ours) == len(TOGETHER) + 2 * len(OPTIONS)
     for path in ours:
         pairs = zip(torch.load(path), torch.load(str(path)[:-4] + "1.pt"), strict=True)
         assert all(torch.equal(mine, theirs) for mine, theirs in pairs)

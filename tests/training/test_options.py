@@ -19,7 +19,7 @@ from fastsfvae import graphed, training
 from fastsfvae.cli import main as cli
 from fastsfvae.objectives import SamplingFree, Terms
 from fastsfvae.results.run_figures import snapshot
-from fastsfvae.training import loop
+from fastsfvae.training import capture, loop
 from fastsfvae.training import run as run_module
 from fastsfvae.training.checkpoint import CHECKPOINT, CONFIG, FolderLock, load_config
 from fastsfvae.training.config import TrainConfig
@@ -138,7 +138,7 @@ def test_the_captured_step_trains_as_the_plain_one(tmp_path, monkeypatch):
     def make(*arguments, **settings):
         return graphed.make_graphed_step(*arguments, **settings, capture=False)
 
-    monkeypatch.setattr(run_module, "make_graphed_step", make)
+    monkeypatch.setattr(capture, "make_graphed_step", make)
     # Without a GPU a graph is refused, and Adam has no captured form.
     monkeypatch.setattr(TrainConfig, "training_device", TrainConfig.resolve_device)
     adam = torch.optim.Adam
@@ -150,7 +150,7 @@ def test_the_captured_step_trains_as_the_plain_one(tmp_path, monkeypatch):
     for group in captured.optimizer.param_groups:
         group["capturable"] = False
     training.train(captured)
-    assert isinstance(captured.graphed, graphed.GraphedStep)
+    assert captured.phase.graphed is not None
     assert _rows(captured.folder) == _rows(tmp_path / "plain")
 
 
@@ -210,7 +210,7 @@ def test_pictures_and_tensorboard_leave_the_training_as_it_is(tmp_path):
         ("--data-budget -1", "data_budget=-1.0 must be finite"),
         ("--image-every -1", "--image-every -1 must not be negative"),
         ("--compile --cuda-graph", "compile and cuda_graph exclude each other"),
-        ("--cuda-graph --method iwae", "--cuda-graph is for sampling-free"),
+        ("--cuda-graph --method vlae", "--cuda-graph is for sampling-free"),
         ("--cuda-graph --device cpu", "--cuda-graph needs a GPU, this run is on the cpu"),
     ],
 )
