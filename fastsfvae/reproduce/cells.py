@@ -75,6 +75,8 @@ class Cell:
     @property
     def continues(self) -> bool:
         """Whether a run of more steps passes through the same states: no schedule is stretched."""
+        if self.config.schedule_steps:
+            return True
         return all(schedule.constant for schedule in self.config.schedules.values())
 
     @property

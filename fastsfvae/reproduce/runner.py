@@ -121,7 +121,8 @@ def _prepare(cell: Cell, seed: int, step: int, folder: Path) -> training.Run:
         now = {name: getattr(cell.config, name) for name in CHANGEABLE} | {"steps": step}
         return training.resume(folder, dataclasses.replace(load_config(folder), **now))
     # Its schedules last until the end, not until it is first measured.
-    changes: dict[str, Any] = {"seed": seed, "steps": step, "schedule_steps": cell.at[-1]}
+    length = cell.config.schedule_steps or cell.at[-1]
+    changes: dict[str, Any] = {"seed": seed, "steps": step, "schedule_steps": length}
     return training.start(dataclasses.replace(cell.config, **changes), folder)
 
 

@@ -73,10 +73,13 @@ def steps_to_reach(curve: Curve, value: float) -> float:
     return math.inf
 
 
-def value_after(curve: Curve, steps: float) -> float:
-    """A curve's value after so many steps, interpolated over log steps; NaN outside of it."""
+def value_at(curve: Mapping[int, float] | Mapping[float, float], place: float) -> float:
+    """A curve's value after so many steps or seconds, interpolated over their logarithm.
+
+    NaN outside of it.
+    """
     points = sorted(curve.items())
     for (before, low), (after, high) in zip(points, points[1:], strict=False):
-        if before <= steps <= after:
-            return low + (high - low) * math.log(steps / before) / math.log(after / before)
+        if before <= place <= after:
+            return low + (high - low) * math.log(place / before) / math.log(after / before)
     return math.nan

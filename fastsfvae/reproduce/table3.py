@@ -21,7 +21,7 @@ from fastsfvae.reproduce.seconds import (
     step_seconds,
     step_time_cell,
     trained,
-    value_after,
+    value_at,
 )
 from fastsfvae.reproduce.tables import Summary, grid, summarise
 from fastsfvae.training.config import Method, TrainConfig
@@ -109,7 +109,7 @@ def _reading(results: Sequence[Result]) -> str:
         free = log_ml.get(frees[0])
         if name in seconds and _FREE[0] in seconds and free is not None:
             time = seconds[name] * step
-            behind = value_after(free, time / seconds[_FREE[0]]) - curve[step]
+            behind = value_at(free, time / seconds[_FREE[0]]) - curve[step]
             row += [f"{time:.0f}", "-" if math.isnan(behind) else f"{behind:+.2f}"]
         if set(row[1:]) != {"-"}:
             rows.append([*row, "-", "-"][:7])

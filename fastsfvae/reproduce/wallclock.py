@@ -1,173 +1,257 @@
-"""Sampled ELBO and log ML against seconds: the speed at which sampling-free training wins (4.5)."""
+"""Sampled ELBO and log ML against steps and seconds, of every recipe (beyond 4.5)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from fastsfvae._checks import Likelihood
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import log_counts, log_seconds, row_of_panels, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods
-from fastsfvae.reproduce.runtime import PAPER_RATIO, STEP_TIME
+from fastsfvae.reproduce.recipes import (
+    ANTITHETIC,
+    LENGTHS,
+    PRECISION,
+    RECIPES,
+    SAMPLING,
+    Recipe,
+    scaled,
+    step_seconds_of,
+)
+from fastsfvae.reproduce.runtime import STEP_TIME
 from fastsfvae.reproduce.seconds import (
-    Curve,
     curves,
-    doublings,
     step_seconds,
     step_time_cell,
     steps_to_reach,
     trained,
+    value_at,
 )
-from fastsfvae.reproduce.tables import grid
+from fastsfvae.reproduce.tables import Summary, grid, summarise
 from fastsfvae.training.config import TrainConfig
 
-_SAMPLING, _PLAIN = "sampling", "vmap(jacfwd)"
-_PAPERS = "precision .5"
-_FREE: dict[str, Likelihood] = {_PAPERS: "precision", "expected": "expected"}
-_QUANTITIES = ("log ML", "sampled ELBO")
 STEPS = 2000
-_POINTS = 4
-# A sampling step is the faster one: it is trained 2^3 times as long.
-_FURTHER_POINTS = 3
+_PLAIN = "vmap(jacfwd)"
+_LOG_ML = "log ML"
+_QUANTITIES = (_LOG_ML, "sampled ELBO")
+# Measured after these eighths of STEPS; what takes less time is trained so many times as long.
+_EIGHTHS = (1, 2, 4, 6, 8)
+_LONGER = {SAMPLING: 8, ANTITHETIC: 8, "KL warm-up 250, antithetic": 8}
+_LONGER |= {"4 orthogonal pairs": 4, "DReG, K=5": 4}
+_LONGER |= {name: 4 for name, recipe in RECIPES.items() if recipe.start}
+_NARROW = 0.03
+_IN_NARROW = f"c = {_NARROW:g}, "
 
 
 def _cells(options: Options) -> list[Cell]:
     steps = options.steps or (128 if options.quick else STEPS)
-    least = 1 << (_POINTS - 1)
-    if steps < least:
-        raise ValueError(f"--steps {steps}: a curve of {_POINTS} doublings takes at least {least}")
+    if steps < 16:
+        raise ValueError(f"--steps {steps}: the curves take at least 16")
     measure = Likelihoods(samples=500, images=100 if options.quick else 250)
     (data,) = options.data_sets("digits")
     base = TrainConfig(**options.place(data), model="mlp")
-    configs = {_SAMPLING: replace(base, method="sampling")}
-    configs |= {name: replace(base, likelihood=reading) for name, reading in _FREE.items()}
-    cells = []
-    for name, config in configs.items():
-        further = _FURTHER_POINTS if name == _SAMPLING else 0
-        at = doublings(steps << further, _POINTS + further)
-        cells.append(Cell(name, config, measure, at, 1 if options.quick else 3, fixed_steps=True))
-    timed = [step_time_cell(cell) for cell in cells]
-    plain = replace(cells[1], name=_PLAIN)
-    return [*cells, *timed, step_time_cell(plain, plain=True)]
+    seeds = 1 if options.quick else 3
+
+    def cell(name: str, recipe: Recipe, longer: int = 1, **settings: Any) -> Cell:
+        shown = recipe if steps == STEPS else scaled(recipe, steps / STEPS)
+        at = [steps * eighths // 8 for eighths in _EIGHTHS]
+        while at[-1] < min(longer, 2 if options.quick else longer) * steps:
+            at.append(2 * at[-1])
+        config = replace(base, **(dict(shown.settings) | settings))
+        return Cell(name, config, measure, tuple(at), seeds, fixed_steps=True)
+
+    cells = [cell(name, recipe, _LONGER.get(name, 1)) for name, recipe in RECIPES.items()]
+    timed = [step_time_cell(c) for c in cells if not RECIPES[c.name].step]
+    plain = replace(next(c for c in cells if c.name == PRECISION), name=_PLAIN)
+    timed.append(step_time_cell(plain, plain=True))
+    if not options.quick:
+        cells += [cell(name, recipe) for name, recipe in LENGTHS.items()]
+        narrow = {name: r for name, r in RECIPES.items() if name != "DReG, K=5"}
+        cells += [cell(_IN_NARROW + n, r, noise_var=_NARROW) for n, r in narrow.items()]
+    return [*cells, *timed]
 
 
-def _ratios(results: Iterable[Result]) -> dict[str, float]:
-    """Of each sampling-free step's time over the sampling one's, as far as they were timed."""
-    seconds = step_seconds(results)
-    if _SAMPLING not in seconds:
-        return {}
-    return {name: t / seconds[_SAMPLING] for name, t in seconds.items() if name != _SAMPLING}
+def _recipe_of(cell: Cell) -> Recipe:
+    """A cell's recipe, with a start as long as the cell's."""
+    recipe = (RECIPES | LENGTHS)[cell.name.removeprefix(_IN_NARROW)]
+    return replace(recipe, settings=dict(recipe.settings) | {"warm_start": cell.config.warm_start})
 
 
-def _break_even(sampling: Curve, free: Curve) -> dict[int, float]:
-    """Steps -> the ratio of step times at which both objectives take as long to the same value."""
-    return {step: steps_to_reach(sampling, value) / step for step, value in free.items()}
+def _recipes(results: Sequence[Result]) -> dict[str, Recipe]:
+    """Of the cells that are trained at the default c."""
+    cells = {r.cell.name: r.cell for r in trained(results)}
+    return {n: _recipe_of(c) for n, c in cells.items() if not n.startswith(_IN_NARROW)}
 
 
-def _break_even_by_seed(
-    results: Sequence[Result], name: str, quantity: str
-) -> dict[int, list[float]]:
-    """Steps -> `_break_even` of each seed, whose initial weights and batches both share."""
-    ratios: dict[int, list[float]] = {}
-    for seed in sorted({result.seed for result in results}):
+def _against_seconds(results: Sequence[Result], quantity: str) -> dict[str, dict[float, float]]:
+    """Cell -> a quantity against seconds of training, of the recipes whose steps were timed."""
+    found, seconds, recipes = curves(results, quantity), step_seconds(results), _recipes(results)
+    curves_in_time = {}
+    for name, recipe in recipes.items():
+        times = {n: step_seconds_of(name, recipe, n, seconds) for n in found.get(name, {})}
+        if times and None not in times.values():
+            curves_in_time[name] = {t: found[name][n] for n, t in times.items() if t is not None}
+    return curves_in_time
+
+
+def _break_even(results: Sequence[Result], quantity: str) -> dict[tuple[str, int], list[float]]:
+    """(recipe, steps) -> of each seed, the ratio of step times that breaks even.
+
+    The baseline is, at each value, the one that reaches it in the least time; runs of one seed
+    share their initial weights and batches.
+    """
+    seconds, recipes = step_seconds(results), _recipes(results)
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for seed in sorted({result.seed for result in results}) if SAMPLING in seconds else ():
         found = curves([result for result in results if result.seed == seed], quantity)
-        if _SAMPLING in found and name in found:
-            for step, ratio in _break_even(found[_SAMPLING], found[name]).items():
-                ratios.setdefault(step, []).append(ratio)
+        baselines = [
+            (curve, seconds[recipes[name].step or name])
+            for name, curve in found.items()
+            if name in recipes
+            and recipes[name].is_baseline
+            and (recipes[name].step or name) in seconds
+        ]
+        for name, curve in found.items():
+            recipe = recipes.get(name)
+            if recipe is None or recipe.is_baseline or not baselines:
+                continue
+            for steps, value in curve.items():
+                budget = min(t * steps_to_reach(c, value) for c, t in baselines)
+                free = min(steps, recipe.start_steps) if recipe.start else steps
+                rest = (steps - free) * seconds.get(recipe.step, math.nan) if recipe.start else 0
+                ratio = max(budget - rest, 0.0) / free / seconds[SAMPLING]
+                ratios.setdefault((name, steps), []).append(ratio)
     return ratios
 
 
 def _reading(results: Sequence[Result]) -> str:
-    rows = []
-    sampled = [step for r in results if r.cell.name == _SAMPLING for step in r.steps]
-    for name in _FREE:
-        columns = [_break_even_by_seed(results, name, quantity) for quantity in _QUANTITIES]
-        for step in columns[0]:
-            shown = (
-                _range(ratios[step], min(sampled) / step, max(sampled) / step) for ratios in columns
-            )
-            rows.append([name, f"{step:,}", *shown])
-    measured = (f"{name} {ratio:.1f}" for name, ratio in _ratios(results).items())
-    lines = [
-        "Break-even ratio: sampling's steps to the same value, over the objective's own steps; "
-        "its range over seeds. At equal seconds a sampling-free objective is ahead where one of "
-        "its steps takes fewer sampling steps than that.",
-        "",
-        *grid(["objective", "steps", *(f"break-even ratio, {q}" for q in _QUANTITIES)], rows),
-        "",
-        f"Ratios of step times: {', '.join(measured) or 'not measured'}; the paper's "
-        f"{PAPER_RATIO:.2f} is of another network and device.",
-    ]
+    seconds = step_seconds(results)
+    lines = [*_equal_steps(results), *_equal_seconds(results), *_break_even_table(results)]
+    if SAMPLING in seconds:
+        measured = (
+            f"{name} {1e3 * t:.2f} ms ({t / seconds[SAMPLING]:.2f})" for name, t in seconds.items()
+        )
+        lines += ["", f"Time of a step (over that of {SAMPLING}): {', '.join(measured)}."]
     return "\n".join(lines)
 
 
-def _range(ratios: Sequence[float], least: float, greatest: float) -> str:
-    """The smallest and the largest, or the bound that sampling's first or last point is."""
+def _equal_steps(results: Sequence[Result]) -> Iterator[str]:
+    """Both quantities after as many steps, of all that is trained."""
+    found: dict[str, dict[int, dict[str, Summary]]] = {}
+    for row in summarise(trained(results)):
+        found.setdefault(row.cell, {}).setdefault(row.step, {})[row.quantity] = row
+    steps = sorted({step for by_step in found.values() for step in by_step})
+    rows = [
+        [name, *(" / ".join(map(_value, _both(by_step.get(step, {})))) for step in steps)]
+        for name, by_step in found.items()
+    ]
+    yield f"At equal steps, {' / '.join(_QUANTITIES)} (nats; ± over seeds):"
+    yield ""
+    yield from grid(["trained by", *(f"{step:,}" for step in steps)], rows)
 
-    def show(ratio: float) -> str:
-        if math.isinf(ratio):
-            return f"> {greatest:.2g}"
-        return f"{ratio:.2f}" if ratio else f"< {least:.2g}"
 
-    low, high = show(min(ratios)), show(max(ratios))
+def _both(row: Mapping[str, Summary]) -> list[Summary]:
+    return [row[quantity] for quantity in _QUANTITIES if quantity in row]
+
+
+def _value(summary: Summary) -> str:
+    spread = "" if math.isnan(summary.spread) else f" ± {summary.spread:.2f}"
+    return f"{summary.mean:.2f}{spread}"
+
+
+def _equal_seconds(results: Sequence[Result]) -> Iterator[str]:
+    """Both quantities in as much time, by the times of a step."""
+    found = [_against_seconds(results, quantity) for quantity in _QUANTITIES]
+    if SAMPLING not in found[0]:
+        return
+    budgets = list(found[0][SAMPLING])[2:]
+    rows = [
+        [name, *(" / ".join(_shown(value_at(c[name], t)) for c in found) for t in budgets)]
+        for name in found[0]
+    ]
+    yield ""
+    yield (
+        f"At equal seconds, {' / '.join(_QUANTITIES)}: steps times the time of a step; the columns "
+        f"are the times of {SAMPLING}'s own points, the others are interpolated."
+    )
+    yield ""
+    yield from grid(["trained by", *(f"{t:.3g} s" for t in budgets)], rows)
+
+
+def _shown(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _break_even_table(results: Sequence[Result]) -> Iterator[str]:
+    tables = [_break_even(results, quantity) for quantity in _QUANTITIES]
+    if not tables[0]:
+        return
+    yield ""
+    yield (
+        "Break-even ratio: as many steps of sampling as one sampling-free step may cost, for the "
+        "recipe to be ahead of every baseline at equal seconds; its range over seeds. Where it is "
+        "inf, no baseline reaches the value in the steps that it is trained."
+    )
+    yield ""
+    rows = [
+        [name, f"{steps:,}", *(_range(table[name, steps]) for table in tables)]
+        for name, steps in tables[0]
+    ]
+    yield from grid(["recipe", "steps", *(f"break-even ratio, {q}" for q in _QUANTITIES)], rows)
+
+
+def _range(ratios: Sequence[float]) -> str:
+    low, high = (f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
     return low if low == high else f"{low} to {high}"
 
 
 def _draw(results: Sequence[Result]):
     """Both quantities against seconds, and the break-even ratio against steps."""
-    seconds = step_seconds(results)
-    compared = {result.cell.name for result in trained(results)}
-    if _SAMPLING not in seconds or _SAMPLING not in compared or len(compared) == 1:
+    if len(_against_seconds(results, _LOG_ML)) < 2:
         return None
-    figure, panels = row_of_panels(len(_QUANTITIES) + 1, 4.6, 3.8)
+    figure, panels = row_of_panels(len(_QUANTITIES) + 1, 4.8, 4.0)
+    colors = {name: f"C{i}" for i, name in enumerate(RECIPES)}
     for axes, quantity in zip(panels, _QUANTITIES, strict=False):
-        found = curves(results, quantity)
-        _plot_against_seconds(axes, found, seconds)
+        for name, curve in _against_seconds(results, quantity).items():
+            if name in RECIPES:
+                style = "--" if RECIPES[name].is_baseline else "-"
+                points = list(curve), list(curve.values())
+                axes.plot(*points, style, color=colors[name], marker=".", label=name)
+        log_seconds(axes)
+        _settle(axes)
         tidy(axes, f"{quantity} of test images (nats)", "seconds of training")
-    panels[0].legend(fontsize=7, frameon=False, loc="lower right")
-    _plot_break_even(panels[-1], results)
-    tidy(panels[-1], "break-even ratio of step times (median seed)", "sampling-free steps")
+    panels[0].legend(fontsize=6.5, frameon=False, loc="lower right")
+    axes, by_point = panels[-1], _break_even(results, _LOG_ML)
+    for name in dict.fromkeys(name for name, _ in by_point if name in RECIPES):
+        middle = {
+            steps: sorted(ratios)[len(ratios) // 2]
+            for (of, steps), ratios in by_point.items()
+            if of == name
+        }
+        axes.plot(list(middle), list(middle.values()), color=colors[name], marker=".", label=name)
+    seconds = step_seconds(results)
+    for name in (PRECISION, "expected"):
+        if name in seconds:
+            ratio = seconds[name] / seconds[SAMPLING]
+            axes.axhline(ratio, color=colors[name], linewidth=0.8, linestyle=":")
+    log_counts(axes, sorted({steps for _, steps in by_point}))
+    axes.set_ylim(bottom=0)
+    tidy(axes, "break-even ratio for log ML (median seed); dotted: measured", "steps")
     return figure
 
 
-def _plot_break_even(axes, results: Sequence[Result]) -> None:
-    for i, name in enumerate(_FREE):
-        for quantity, style in zip(_QUANTITIES, ("-", "--"), strict=True):
-            by_seed = _break_even_by_seed(results, name, quantity)
-            # A bound is no value.
-            middle = [sorted(found)[len(found) // 2] or math.nan for found in by_seed.values()]
-            label = f"{name}, {quantity}"
-            axes.plot(list(by_seed), middle, style, color=f"C{i + 1}", marker=".", label=label)
-    marks = _ratios(results) | {"the paper's": PAPER_RATIO}
-    for i, label in enumerate(sorted(marks, key=marks.__getitem__)):
-        axes.axhline(marks[label], color="gray", linewidth=0.8, linestyle=":")
-        # Neighbours stand at opposite ends.
-        side = i % 2
-        place = {"xy": (side, marks[label]), "xycoords": ("axes fraction", "data")}
-        align = {"ha": "right" if side else "left", "va": "bottom"}
-        axes.annotate(f"{label} {marks[label]:.2f}", **place, **align, fontsize=7)
-    log_counts(axes, sorted({s for r in results if r.cell.name in _FREE for s in r.steps}))
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, frameon=False)
-
-
-def _plot_against_seconds(axes, found: Mapping[str, Curve], seconds: Mapping[str, float]) -> None:
-    colors = {name: f"C{i}" for i, name in enumerate((_SAMPLING, *_FREE))}
-    for name, curve in found.items():
-        times = {name: ("-", seconds.get(name, math.nan))}
-        if name == _PAPERS:
-            times[f"{name}, {_PLAIN}"] = ("--", seconds.get(_PLAIN, math.nan))
-            times[f"{name}, at the paper's ratio"] = (":", PAPER_RATIO * seconds[_SAMPLING])
-        for label, (style, step) in times.items():
-            x = [step * n for n in curve]
-            axes.plot(x, list(curve.values()), style, color=colors[name], marker=".", label=label)
-    log_seconds(axes)
+def _settle(axes) -> None:
+    """Let what all curves come to fill the axes, not their first points."""
+    values = [y for line in axes.get_lines() for y in line.get_ydata()]
+    last = [line.get_ydata()[-1] for line in axes.get_lines()]
+    top = max(values)
+    axes.set_ylim(max(min(values), top - 4 * max(top - min(last), 0.5)), top + 0.3)
 
 
 WALLCLOCK = Experiment(
-    title="Sampled ELBO and log ML against seconds; the ratio of step times that breaks even",
+    title="Sampled ELBO and log ML of every recipe, at equal steps and at equal seconds",
     cells=_cells,
     draw=_draw,
     reading=_reading,
@@ -176,8 +260,11 @@ WALLCLOCK = Experiment(
         "seconds: steps times the time of a step, which has cells of its own, to be run with "
         "nothing else on the machine",
         "the paper has a matching budget on CelebA alone: here the digits' network "
-        "(16-256-512-784), B = 64, Adam at 1e-3, gamma = 0.5, c = 0.5",
-        "sampling is trained eight times as many steps",
-        "sampling-free and sampling runs of one seed share their initial weights and batches",
+        "(16-256-512-784), B = 64, Adam at 1e-3, gamma = 0.5, c = 0.5 unless said otherwise",
+        "KL warm-up N: the KL divergence weighs 0.2 for N steps, then 1",
+        "precision N, antithetic: N steps by the sampling-free objective, then by an antithetic "
+        "pair of draws per image",
+        "what takes less time is trained for more steps",
+        "runs of one seed share their initial weights and batches",
     ),
 )

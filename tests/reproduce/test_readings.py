@@ -13,7 +13,7 @@ from fastsfvae.reproduce import EXPERIMENTS, Options, choose, runtime, tables
 from fastsfvae.reproduce.bias import _OBJECTIVES, ObjectiveBias
 from fastsfvae.reproduce.cells import Published, Result
 from fastsfvae.reproduce.measures import Likelihoods
-from fastsfvae.reproduce.seconds import doublings, steps_to_reach, value_after
+from fastsfvae.reproduce.seconds import doublings, steps_to_reach, value_at
 from fastsfvae.training.config import TrainConfig
 
 
@@ -42,9 +42,9 @@ def test_curves_are_interpolated_over_log_steps():
     assert steps_to_reach(curve, -2.0) == 800
     assert steps_to_reach(curve, -1.0) == math.inf
     assert steps_to_reach(curve, -10.0) == steps_to_reach(curve, -12.0) == 0
-    assert value_after(curve, 150) == pytest.approx(-10 + 4 * math.log2(1.5), rel=1e-12)
-    assert value_after(curve, 800) == -2.0
-    assert math.isnan(value_after(curve, 99)) and math.isnan(value_after(curve, 801))
+    assert value_at(curve, 150) == pytest.approx(-10 + 4 * math.log2(1.5), rel=1e-12)
+    assert value_at(curve, 800) == -2.0
+    assert math.isnan(value_at(curve, 99)) and math.isnan(value_at(curve, 801))
     assert doublings(1000, 4) == (125, 250, 500, 1000)
 
 
