@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import log_counts, log_seconds, row_of_panels, tidy
@@ -22,6 +22,7 @@ from fastsfvae.reproduce.recipes import (
 )
 from fastsfvae.reproduce.runtime import STEP_TIME
 from fastsfvae.reproduce.seconds import (
+    Curve,
     curves,
     step_seconds,
     step_time_cell,
@@ -96,34 +97,53 @@ def _against_seconds(results: Sequence[Result], quantity: str) -> dict[str, dict
     return curves_in_time
 
 
-def _break_even(results: Sequence[Result], quantity: str) -> dict[tuple[str, int], list[float]]:
+class _Ratio(NamedTuple):
+    """A ratio of step times; a bound where the baselines' curves are too short to tell."""
+
+    value: float
+    sign: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.sign}{self.value:.2f}"
+
+
+def _break_even(results: Sequence[Result], quantity: str) -> dict[tuple[str, int], list[_Ratio]]:
     """(recipe, steps) -> of each seed, the ratio of step times that breaks even.
 
     The baseline is, at each value, the one that reaches it in the least time; runs of one seed
     share their initial weights and batches.
     """
     seconds, recipes = step_seconds(results), _recipes(results)
-    ratios: dict[tuple[str, int], list[float]] = {}
+    ratios: dict[tuple[str, int], list[_Ratio]] = {}
     for seed in sorted({result.seed for result in results}) if SAMPLING in seconds else ():
         found = curves([result for result in results if result.seed == seed], quantity)
         baselines = [
-            (curve, seconds[recipes[name].step or name])
+            (curve, seconds[step])
             for name, curve in found.items()
             if name in recipes
             and recipes[name].is_baseline
-            and (recipes[name].step or name) in seconds
+            and (step := recipes[name].step or name) in seconds
         ]
         for name, curve in found.items():
             recipe = recipes.get(name)
             if recipe is None or recipe.is_baseline or not baselines:
                 continue
             for steps, value in curve.items():
-                budget = min(t * steps_to_reach(c, value) for c, t in baselines)
                 free = min(steps, recipe.start_steps) if recipe.start else steps
-                rest = (steps - free) * seconds.get(recipe.step, math.nan) if recipe.start else 0
-                ratio = max(budget - rest, 0.0) / free / seconds[SAMPLING]
-                ratios.setdefault((name, steps), []).append(ratio)
+                # The time that is left for the sampling-free steps.
+                spent = (steps - free) * seconds.get(recipe.step, math.nan) if recipe.start else 0.0
+                budget, sign = min(_time_to_reach(*baseline, value) for baseline in baselines)
+                ratio = max(budget - spent, 0.0) / free / seconds[SAMPLING]
+                ratios.setdefault((name, steps), []).append(_Ratio(ratio, sign))
     return ratios
+
+
+def _time_to_reach(curve: Curve, step: float, value: float) -> tuple[float, str]:
+    """Seconds until a curve is at a value, or those of its first or last point as a bound."""
+    steps = steps_to_reach(curve, value)
+    if math.isinf(steps):
+        return step * max(curve), "> "
+    return (step * steps, "") if steps else (step * min(curve), "< ")
 
 
 def _reading(results: Sequence[Result]) -> str:
@@ -191,8 +211,7 @@ def _break_even_table(results: Sequence[Result]) -> Iterator[str]:
     yield ""
     yield (
         "Break-even ratio: as many steps of sampling as one sampling-free step may cost, for the "
-        "recipe to be ahead of every baseline at equal seconds; its range over seeds. Where it is "
-        "inf, no baseline reaches the value in the steps that it is trained."
+        "recipe to be ahead of every baseline at equal seconds; its range over seeds."
     )
     yield ""
     rows = [
@@ -202,14 +221,14 @@ def _break_even_table(results: Sequence[Result]) -> Iterator[str]:
     yield from grid(["recipe", "steps", *(f"break-even ratio, {q}" for q in _QUANTITIES)], rows)
 
 
-def _range(ratios: Sequence[float]) -> str:
-    low, high = (f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
+def _range(ratios: Sequence[_Ratio]) -> str:
+    low, high = str(min(ratios)), str(max(ratios))
     return low if low == high else f"{low} to {high}"
 
 
 def _draw(results: Sequence[Result]):
     """Both quantities against seconds, and the break-even ratio against steps."""
-    if len(_against_seconds(results, _LOG_ML)) < 2:
+    if SAMPLING not in step_seconds(results) or len(_against_seconds(results, _LOG_ML)) < 2:
         return None
     figure, panels = row_of_panels(len(_QUANTITIES) + 1, 4.8, 4.0)
     colors = {name: f"C{i}" for i, name in enumerate(RECIPES)}
@@ -222,11 +241,20 @@ def _draw(results: Sequence[Result]):
         log_seconds(axes)
         _settle(axes)
         tidy(axes, f"{quantity} of test images (nats)", "seconds of training")
-    panels[0].legend(fontsize=6.5, frameon=False, loc="lower right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        fontsize=8,
+        frameon=False,
+        ncols=5,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.02),
+    )
     axes, by_point = panels[-1], _break_even(results, _LOG_ML)
     for name in dict.fromkeys(name for name, _ in by_point if name in RECIPES):
         middle = {
-            steps: sorted(ratios)[len(ratios) // 2]
+            steps: math.nan if (ratio := sorted(ratios)[len(ratios) // 2]).sign else ratio.value
             for (of, steps), ratios in by_point.items()
             if of == name
         }
@@ -234,8 +262,8 @@ def _draw(results: Sequence[Result]):
     seconds = step_seconds(results)
     for name in (PRECISION, "expected"):
         if name in seconds:
-            ratio = seconds[name] / seconds[SAMPLING]
-            axes.axhline(ratio, color=colors[name], linewidth=0.8, linestyle=":")
+            measured = seconds[name] / seconds[SAMPLING]
+            axes.axhline(measured, color=colors[name], linewidth=0.8, linestyle=":")
     log_counts(axes, sorted({steps for _, steps in by_point}))
     axes.set_ylim(bottom=0)
     tidy(axes, "break-even ratio for log ML (median seed); dotted: measured", "steps")

@@ -9,7 +9,7 @@ from fastsfvae import training
 from fastsfvae.cli import main as cli
 from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.likelihoods import gaussian_kl
-from fastsfvae.reproduce import EXPERIMENTS, Options, choose, runtime, tables
+from fastsfvae.reproduce import EXPERIMENTS, Options, choose, recipes, runtime, tables
 from fastsfvae.reproduce.bias import _OBJECTIVES, ObjectiveBias
 from fastsfvae.reproduce.cells import Published, Result
 from fastsfvae.reproduce.measures import Likelihoods
@@ -48,46 +48,97 @@ def test_curves_are_interpolated_over_log_steps():
     assert doublings(1000, 4) == (125, 250, 500, 1000)
 
 
-def test_the_break_even_ratio_is_that_of_steps_to_the_same_value():
+def _powers(cell, gain, seed=0):
+    """A run that gains `gain` nats a doubling in log ML, and as many in the sampled ELBO."""
+    curve = {s: {"log ML": gain(s), "sampled ELBO": gain(s)} for s in cell.at}
+    return _result(cell, curve, seed)
+
+
+def test_the_break_even_ratio_is_against_the_best_baseline():
     cells = _cells("wallclock")
-    sampling, free = cells["sampling"], cells["precision .5"]
-    results = _timed(cells, **{"sampling": 5.0, "precision .5": 15.0, "vmap(jacfwd)": 40.0})
+    times = {"sampling": 5.0, "antithetic": 6.0, "precision .5": 15.0}
+    results = _timed(cells, **times)
     for seed, ahead in enumerate((1, 2)):
-        # Sampling gains a nat a doubling; sampling-free is one or two doublings ahead of it.
-        curve = {s: {"log ML": math.log2(s), "sampled ELBO": math.log2(s)} for s in sampling.at}
-        results.append(_result(sampling, curve, seed))
-        curve = {s: {"log ML": math.log2(s) + ahead, "sampled ELBO": 99.0} for s in free.at}
-        results.append(_result(free, curve, seed))
+        # At equal steps antithetic draws are half a doubling ahead, sampling-free one or two.
+        results += [
+            _powers(cells["sampling"], math.log2, seed),
+            _powers(cells["antithetic"], lambda s: math.log2(s) + 0.5, seed),
+            _powers(cells["precision .5"], lambda s, ahead=ahead: math.log2(s) + ahead, seed),
+            # 100 steps by precision count for 300 at first, and as much later.
+            _powers(cells["precision 100, antithetic"], lambda s: math.log2(s + 200) + 0.5, seed),
+        ]
     reading = EXPERIMENTS["wallclock"].reading(results)
-    assert free.at == (250, 500, 1000, 2000) and sampling.at[-1] == 16_000
-    assert "| precision .5 | 250 | 2.00 to 4.00 | > 64 |" in reading
-    assert "| precision .5 | 2,000 | 2.00 to 4.00 | > 8 |" in reading
-    assert "precision .5 3.0, vmap(jacfwd) 8.0; the paper's 1.49" in reading
+    assert cells["precision .5"].at == (250, 500, 1000, 1500, 2000)
+    assert cells["sampling"].at[-1] == 16_000 and cells["precision 100, antithetic"].at[-1] == 8000
+    # Against sampling alone it would be 2 to 4: of antithetic draws 2^(ahead - 1/2) steps of 1.2.
+    factors = [2 ** (ahead - 0.5) * 1.2 for ahead in (1, 2)]
+    assert "| precision .5 | 1,000 | {:.2f} to {:.2f} |".format(*factors) in reading
+    # The baseline takes 1,200 antithetic steps, of which 900 are taken here too: 300 for 100.
+    ratio = 300 * 1.2 / 100
+    row = next(
+        x for x in reading.splitlines() if x.startswith("| precision 100, antithetic | 1,000")
+    )
+    found = float(row.split("|")[3])
+    # Interpolated over log steps between its points, which bends the curve.
+    assert found == pytest.approx(ratio, rel=0.15)
+    assert "Time of a step (over that of sampling): sampling 5.00 ms (1.00), antithetic" in reading
     figure = EXPERIMENTS["wallclock"].draw(results)
-    drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].lines}
-    # 250 steps of 5, 15 and 40 ms, and of 14.5 / 9.7 times 5 ms.
-    first = {name: float(x[0]) for name, x in drawn.items()}
+    first = {line.get_label(): float(line.get_xdata()[0]) for line in figure.axes[0].lines}
     assert first == pytest.approx(
         {
             "sampling": 1.25,
+            "antithetic": 1.5,
             "precision .5": 3.75,
-            "precision .5, vmap(jacfwd)": 10.0,
-            "precision .5, at the paper's ratio": 1.25 * 14.5 / 9.7,
+            "precision 100, antithetic": 0.1 * 15 + 0.15 * 6,
         }
     )
     # Without sampling's step time there are no seconds.
     assert EXPERIMENTS["wallclock"].draw(results[1:]) is None
 
 
-def test_a_curve_below_all_of_samplings_is_bounded():
+def test_a_curve_beyond_the_baselines_is_bounded():
     cells = _cells("wallclock")
-    results = [
+    results = _timed(cells, **{"sampling": 5.0, "expected": 20.0})
+    results += [
         _result(cells["sampling"], {s: {"log ML": 0.0, "sampled ELBO": 0.0} for s in (250, 500)}),
         _result(cells["expected"], {500: {"log ML": -1.0, "sampled ELBO": 1.0}}),
     ]
     reading = EXPERIMENTS["wallclock"].reading(results)
-    assert "| expected | 500 | < 0.5 | > 1 |" in reading
-    assert "Ratios of step times: not measured" in reading
+    assert "| expected | 500 | < 0.50 | > 1.00 |" in reading
+    assert "Break-even" not in EXPERIMENTS["wallclock"].reading(results[2:])
+
+
+def test_equal_seconds_are_read_off_the_curves():
+    cells = _cells("wallclock")
+    results = _timed(cells, **{"sampling": 5.0, "precision .5": 15.0, "antithetic": 5.0})
+    results += [
+        _powers(cells["sampling"], math.log2),
+        _powers(cells["precision .5"], math.log2),
+        _powers(cells["precision 100, antithetic"], math.log2),
+    ]
+    reading = EXPERIMENTS["wallclock"].reading(results)
+    lines = reading.split("At equal seconds")[1].split("Break-even")[0].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if "|" in line]
+    by_name = {row[0]: row[1:] for row in rows}
+    assert by_name["trained by"][:2] == ["5 s", "7.5 s"]
+    # 333 1/3 steps of 15 ms.
+    assert by_name["precision .5"][0].startswith(f"{math.log2(1000 / 3):.2f}")
+    # 100 of 15 ms and 700 of 5.
+    seen = float(by_name["precision 100, antithetic"][0].split(" / ")[0])
+    assert seen == pytest.approx(math.log2(800), abs=0.03)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES | recipes.LENGTHS)
+def test_a_recipe_can_be_shortened(name):
+    recipe = (recipes.RECIPES | recipes.LENGTHS)[name]
+    config = TrainConfig(**recipes.scaled(recipe, 0.1).settings)
+    whole = TrainConfig(**recipe.settings)
+    assert config.method == whole.method and config.draws == whole.draws
+    assert config.start.steps == pytest.approx(0.1 * whole.start.steps, abs=0.5)
+    before, after = (c.schedules["kl_weight"] for c in (whole, config))
+    for share in (0, 0.2, 0.4, 0.6, 0.9):
+        at = [s.at(round(share * s.length)) for s in (before, after)]
+        assert before.constant or at[0] == at[1]
 
 
 def test_table3_reads_the_sampling_free_run_where_it_took_as_long():
@@ -202,6 +253,8 @@ def test_hours_are_listed_where_the_step_was_timed(tmp_path, monkeypatch, capsys
 def test_step_times_are_not_stretched_by_steps():
     cells = {c.name: Options(steps=64).apply(c) for c in choose("wallclock", Options(steps=64))}
     assert cells["sampling, step time"].at == (1,)
-    assert cells["precision .5"].at == (8, 16, 32, 64) and cells["sampling"].at[-1] == 512
-    with pytest.raises(ValueError, match="--steps 7: a curve of 4 doublings takes at least 8"):
-        choose("wallclock", Options(steps=7))
+    assert cells["precision .5"].at == (8, 16, 32, 48, 64) and cells["sampling"].at[-1] == 512
+    # What a start takes of a training keeps its share.
+    assert cells["precision 100, antithetic"].config.warm_start == "precision:3"
+    with pytest.raises(ValueError, match="--steps 15: the curves take at least 16"):
+        choose("wallclock", Options(steps=15))
