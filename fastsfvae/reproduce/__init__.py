@@ -18,7 +18,7 @@ from fastsfvae.reproduce.bias import BIAS
 from fastsfvae.reproduce.cells import Cell, Experiment, Options
 from fastsfvae.reproduce.gamma import FIGURE1, FIGURE_C2
 from fastsfvae.reproduce.manifold import FIGURE2
-from fastsfvae.reproduce.runner import Interrupted, run_cells, stored_results
+from fastsfvae.reproduce.runner import RUNS, Interrupted, run_cells, stored_results
 from fastsfvae.reproduce.runtime import RUNTIME
 from fastsfvae.reproduce.sizes import FIGURE4, FIGURE_C1, TABLE2
 from fastsfvae.reproduce.table1 import TABLE1
@@ -115,14 +115,19 @@ def _write(name: str, cells: list[Cell], out: Path, quick: bool) -> None:
     experiment, results = EXPERIMENTS[name], stored_results(cells, out)
     if not results:
         return
+    stem = f"{name}-quick" if quick else name
+    # What was measured elsewhere, or before out/runs was removed, stays.
+    results += tables.earlier_runs(out / f"{stem}-runs.csv", cells, results, out / RUNS)
     title = f"{experiment.title}{' (quick version, not the protocol)' if quick else ''}"
     experiment = dataclasses.replace(experiment, title=title)
-    stem = f"{name}-quick" if quick else name
-    total = sum(cell.seeds for cell in cells)
     write_text(out / f"{stem}.csv", tables.summary_csv(results))
     write_text(out / f"{stem}-runs.csv", tables.runs_csv(results))
-    write_text(out / f"{stem}.md", tables.markdown(name, experiment, results, total))
-    figure = experiment.draw(results)
+    write_text(out / f"{stem}.md", tables.markdown(name, experiment, results, cells))
+    try:
+        figure = experiment.draw(results)
+    except FileNotFoundError as error:
+        say(f"{name}: {stem}.png is left as it was, as {error}")
+        return
     if figure is not None:
         figure.suptitle(title, fontsize=10)
         with replacing(out / f"{stem}.png") as file:

@@ -116,7 +116,13 @@ class Result:
         return load_checkpoint(self.folder / CHECKPOINT)["step"]
 
     def load(self) -> tuple[nn.Module, nn.Module]:
-        """The trained (encoder, decoder), on the CPU."""
+        """The trained (encoder, decoder), on the CPU.
+
+        Raises:
+            FileNotFoundError: for a run of which only the numbers are here.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} is not here")
         encoder, decoder, _ = load(self.folder)
         return encoder, decoder
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from fastsfvae.reproduce.cells import Experiment, Published, Result
+from fastsfvae.reproduce.cells import Cell, Experiment, Published, Result
+from fastsfvae.training.config import CHANGEABLE, TrainConfig
+
+# Of a row of `runs_csv`, what is no quantity: its configuration, and where it comes from.
+_CONFIG = {field.name for field in dataclasses.fields(TrainConfig)} - {"steps", "device"}
+_ORIGIN = ("folder", "measure", "device", "threads", "torch", "commit", "step_ratio")
+_NOT_COMPARED = {*CHANGEABLE, "seed", "schedule_steps"}
 
 
 class Summary(NamedTuple):
@@ -53,8 +61,10 @@ def summarise(results: Iterable[Result]) -> list[Summary]:
         cell = runs[0].cell
         for step in sorted({step for run in runs for step in run.steps}):
             measured = [run.measured(step) for run in runs if step in run.steps]
-            for quantity in measured[0]:
-                values = torch.tensor([row[quantity] for row in measured], dtype=torch.float64)
+            for quantity in dict.fromkeys(quantity for row in measured for quantity in row):
+                # A table that was read back leaves out what is not a number.
+                numbers = [row.get(quantity, math.nan) for row in measured]
+                values = torch.tensor(numbers, dtype=torch.float64)
                 mean = float(values.mean())
                 spread = float(values.std()) if len(values) > 1 else math.nan
                 paper = cell.paper.get(quantity, {}).get(step)
@@ -107,16 +117,68 @@ def runs_csv(results: Sequence[Result]) -> str:
     return _csv(rows)
 
 
-def markdown(name: str, experiment: Experiment, results: Sequence[Result], total: int) -> str:
+def earlier_runs(
+    path: Path, cells: Sequence[Cell], results: Sequence[Result], runs: Path
+) -> list[Result]:
+    """The runs that `runs_csv` wrote before and that are not among the results, step by step.
+
+    Args:
+        path: what it wrote; there need be no such file.
+        cells: the protocol's; rows of other cells, configurations or measures are left out.
+        results: what is stored now, and counts where both have a step.
+        runs: the folder that the runs were trained in.
+    """
+    if not path.is_file():
+        return []
+    by_name = {cell.name: cell for cell in cells}
+    now = {(result.cell.name, result.seed, step) for result in results for step in result.steps}
+    found: dict[tuple[str, int], Result] = {}
+    for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))):
+        name, step, seed = row.pop("cell"), int(row.pop("steps")), int(row["seed"])
+        cell = by_name.get(name)
+        if cell is None or (name, seed, step) in now or not _is_of(cell, row):
+            continue
+        config = {key: row.pop(key) for key in list(row) if key in _CONFIG}
+        origin = {key: row.pop(key) for key in _ORIGIN if row.get(key)}
+        record = origin | {"config": config, "measured": {}}
+        result = found.setdefault((name, seed), Result(cell, seed, runs / origin["folder"], record))
+        result.record["measured"][str(step)] = {k: float(v) for k, v in row.items() if v}
+    return [
+        dataclasses.replace(r, cell=dataclasses.replace(r.cell, at=tuple(map(int, steps))))
+        for r in found.values()
+        if (steps := sorted(r.record["measured"], key=int))
+    ]
+
+
+def _is_of(cell: Cell, row: dict[str, str]) -> bool:
+    """Whether a row of `runs_csv` is of the cell's configuration and measure."""
+    for field in dataclasses.fields(cell.config):
+        value = getattr(cell.config, field.name)
+        # What a later version has added had its default.
+        if field.name not in _NOT_COMPARED and row.get(field.name, str(field.default)) != str(
+            value
+        ):
+            return False
+    length = cell.config.schedule_steps
+    return row["measure"] == repr(cell.measure) and length in (0, int(row["schedule_steps"]))
+
+
+def markdown(
+    name: str, experiment: Experiment, results: Sequence[Result], cells: Sequence[Cell]
+) -> str:
     """The table for people, with its conventions and assumptions.
 
     Args:
         name: of the table or figure.
         experiment: its protocol.
         results: what is stored of it.
-        total: number of runs that the protocol has.
+        cells: the protocol's.
     """
-    finished = sum(result.steps == list(result.cell.at) for result in results)
+    measured: dict[tuple[str, int], set[int]] = {}
+    for result in results:
+        measured.setdefault((result.cell.name, result.seed), set()).update(result.steps)
+    runs = [(cell, seed) for cell in cells for seed in range(cell.seeds)]
+    finished = sum(measured.get((cell.name, seed), set()) >= set(cell.at) for cell, seed in runs)
     summaries = last_summaries(results) if experiment.last_only else summarise(results)
     quantities = list(dict.fromkeys(s.quantity for s in summaries))
     if experiment.columns:
@@ -132,7 +194,7 @@ def markdown(name: str, experiment: Experiment, results: Sequence[Result], total
     lines = [
         f"# {name}: {experiment.title}",
         "",
-        f"{len(results)} runs; {finished} of the protocol's {total} are finished.",
+        f"{len(measured)} runs; {finished} of the protocol's {len(runs)} are finished.",
         "",
         *grid(["cell", "steps", "seeds", *quantities], shown),
     ]
