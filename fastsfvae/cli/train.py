@@ -63,7 +63,7 @@ def train_command(options: list[str]) -> int:
         run_figures.save_figures(run)
     except OSError as error:
         return fail(_PROG, str(error))
-    print(report.table(results, run.config))
+    print(report.table(results, run.judged))
     print(f"results in {run.folder}")
     return 0
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsfvae import _checks
 from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.objectives.draws import Decoder, decode
+from fastsfvae.objectives.noise_variance import NoiseVar, check_noise_var
 from fastsfvae.objectives.terms import Terms, make_terms
 
 
@@ -22,8 +22,8 @@ class AutoEncoder:
         ValueError: for a setting out of range.
     """
 
-    def __init__(self, decoder: Decoder, *, noise_var: float = 0.5) -> None:
-        _checks.noise_var(noise_var)
+    def __init__(self, decoder: Decoder, *, noise_var: NoiseVar = 0.5) -> None:
+        check_noise_var(noise_var)
         self.decoder = decoder
         self.noise_var = noise_var
 

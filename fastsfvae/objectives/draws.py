@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsfvae import _checks
 from fastsfvae._noise import Draws, check_draws, standard_normal
 from fastsfvae.likelihoods import gaussian_kl, wide
+from fastsfvae.objectives.noise_variance import NoiseVar, check_noise_var, log_normalizer
 from fastsfvae.objectives.terms import Terms, make_terms
 
 Decoder = Callable[[Tensor], Tensor]
@@ -64,7 +63,7 @@ def at_deviation(mean: Tensor, log_var: Tensor, deviation: Tensor) -> Drawn:
     return Drawn(z, 0.5 * (whitened.square() - z.square() + log_var.detach()).sum(-1))
 
 
-def decode(decoder: Decoder, x: Tensor, z: Tensor, noise_var: float) -> Decoded:
+def decode(decoder: Decoder, x: Tensor, z: Tensor, noise_var: NoiseVar) -> Decoded:
     """Decode all draws in one call.
 
     Raises:
@@ -77,8 +76,8 @@ def decode(decoder: Decoder, x: Tensor, z: Tensor, noise_var: float) -> Decoded:
             "they must match"
         )
     squared_error = (wide(output) - x).square().flatten(2).sum(-1)
-    constant = 0.5 * x[0].numel() * math.log(2 * math.pi * noise_var)
-    return Decoded(-constant - squared_error / (2 * noise_var), squared_error)
+    c, constant = log_normalizer(x[0].numel(), noise_var)
+    return Decoded(-constant - squared_error / (2 * c), squared_error)
 
 
 class MonteCarlo:
@@ -86,7 +85,8 @@ class MonteCarlo:
 
     Args:
         decoder: f, ``z [B, m] -> [B, *out]``.
-        noise_var: c, variance of the observation noise in squared units of x.
+        noise_var: c, variance of the observation noise in squared units of x: a number, or a
+            `NoiseVariance` to be learned.
         samples: K.
         draws: "iid"; "antithetic", in pairs mean +- std * e; "orthogonal", in such pairs whose e
             are orthogonal, at most 2 m of them. Every draw alone is one of q(z|x): an average over
@@ -102,11 +102,11 @@ class MonteCarlo:
         self,
         decoder: Decoder,
         *,
-        noise_var: float = 0.5,
+        noise_var: NoiseVar = 0.5,
         samples: int = 1,
         draws: Draws = "iid",
     ) -> None:
-        _checks.noise_var(noise_var)
+        check_noise_var(noise_var)
         if samples < 1:
             raise ValueError(f"samples={samples} must be at least 1")
         check_draws(draws, samples)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from fastsfvae._noise import Draws
 from fastsfvae.objectives.draws import Decoder, Drawn, at_deviation, deviate
 from fastsfvae.objectives.iwae import ImportanceWeighted
+from fastsfvae.objectives.noise_variance import NoiseVar
 
 ORTHOGONAL_BIAS = (
     "draws='orthogonal' would bias the doubly reparameterised gradient, as such a draw given the "
@@ -40,7 +41,7 @@ class DoublyReparameterized(ImportanceWeighted):
         self,
         decoder: Decoder,
         *,
-        noise_var: float = 0.5,
+        noise_var: NoiseVar = 0.5,
         samples: int = 1,
         draws: Draws = "iid",
     ) -> None:

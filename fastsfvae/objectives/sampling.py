@@ -7,6 +7,7 @@ from torch import Tensor
 from fastsfvae import _checks
 from fastsfvae._noise import Draws
 from fastsfvae.objectives.draws import Decoder, Drawn, MonteCarlo
+from fastsfvae.objectives.noise_variance import NoiseVar
 
 
 class Sampling(MonteCarlo):
@@ -30,7 +31,7 @@ class Sampling(MonteCarlo):
         self,
         decoder: Decoder,
         *,
-        noise_var: float = 0.5,
+        noise_var: NoiseVar = 0.5,
         kl_weight: float | Tensor = 1.0,
         samples: int = 1,
         draws: Draws = "iid",

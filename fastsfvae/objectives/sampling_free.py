@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsfvae.elbo import Elbo
 from fastsfvae.loss import SamplingFreeLoss
+from fastsfvae.objectives.noise_variance import NoiseVar, NoiseVariance
 from fastsfvae.objectives.terms import Terms
 
 
@@ -17,11 +19,22 @@ class SamplingFree:
 
     Args:
         decoder: ``z [B, m] -> [B, *out]``.
+        noise_var: c, a number, or a `NoiseVariance` to be learned.
         **settings: those of `SamplingFreeLoss`, except `reduction`.
     """
 
-    def __init__(self, decoder: Callable[[Tensor], Tensor], **settings) -> None:
+    def __init__(
+        self, decoder: Callable[[Tensor], Tensor], *, noise_var: NoiseVar = 0.5, **settings
+    ) -> None:
+        if isinstance(noise_var, NoiseVariance):
+            settings |= {"noise_var": noise_var().item(), "learned_noise_var": True}
+        else:
+            settings |= {"noise_var": noise_var}
         self.loss = SamplingFreeLoss(decoder, reduction="mean", **settings)
+        if isinstance(noise_var, NoiseVariance):
+            held: Any = self.loss.parametrizations
+            # Both hold its logarithm.
+            held.noise_var.original = noise_var.log
 
     def __call__(
         self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None

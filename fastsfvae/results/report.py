@@ -124,7 +124,7 @@ def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Rep
     The importance weights come from the commands' proposal, or, where the decoder cannot be
     linearised, from the posterior; `conventions` says which.
     """
-    config = run.config
+    config = run.judged
     run.encoder.eval()
     run.decoder.eval()
     generator = evaluation_generator(config, run.device)
@@ -198,6 +198,7 @@ def conventions(config: TrainConfig, importance_samples: int, proposal: str) -> 
         "gamma": config.gamma if config.method == "sampling-free" else None,
         "gamma_schedule": config.gamma_schedule if config.method == "sampling-free" else None,
         "noise_var": config.noise_var,
+        "learned_noise_var": config.learned_noise_var,
         "kl_weight": config.kl_weight,
         "kl_weight_schedule": config.kl_weight_schedule,
         "samples": config.samples,
@@ -251,14 +252,15 @@ def table(report: Report, config: TrainConfig) -> str:
         reading += f", {config.samples} {config.draws} draws"
     if config.warm_start:
         reading += f", warm start {config.warm_start}"
+    learned = " (learned)" if config.learned_noise_var else ""
     collapse = report.collapse
     lines += [
         "",
         f"{report.steps_per_second:.1f} steps/s ({report.seconds:.1f} s); "
         f"{collapse['active']} of {collapse['latent_dim']} latent dimensions active, "
         f"{collapse['collapsed']} collapsed",
-        f"method {config.method}{reading}, c {config.noise_var:g}, seed {config.seed}; pixels in "
-        f"[0, 1]; nats; constant -(n/2) log(2 pi c) = {offset:.2f}",
+        f"method {config.method}{reading}, c {config.noise_var:g}{learned}, seed {config.seed}; "
+        f"pixels in [0, 1]; nats; constant -(n/2) log(2 pi c) = {offset:.2f}",
         f"± is the standard error over images; log ML: {c['log_ml']}, Monte Carlo error "
         f"{report.log_ml_monte_carlo_error:.3f}, median effective samples "
         f"{report.median_effective_samples:.0f}",

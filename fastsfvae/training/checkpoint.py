@@ -6,6 +6,7 @@ import fcntl
 import os
 import weakref
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from fastsfvae.ground.atomic import replacing
 from fastsfvae.models import build
+from fastsfvae.objectives import NoiseVariance
 from fastsfvae.training.config import TrainConfig
 
 CONFIG = "config.json"
@@ -122,7 +124,8 @@ def load(run: str | os.PathLike[str]) -> tuple[nn.Module, nn.Module, TrainConfig
 
     Returns:
         (encoder, decoder, config), on the CPU in evaluation mode: ``encoder(x)`` gives
-        (mean, log_var), each ``[B, m]``; ``decoder(z)`` gives ``[B, C, H, W]``.
+        (mean, log_var), each ``[B, m]``; ``decoder(z)`` gives ``[B, C, H, W]``. The configuration's
+        noise_var is the one that was learned, where it was.
 
     Raises:
         ValueError: for a folder that holds no run, or a damaged or foreign file.
@@ -135,4 +138,8 @@ def load(run: str | os.PathLike[str]) -> tuple[nn.Module, nn.Module, TrainConfig
     with torch.random.fork_rng(devices=[]):
         encoder, decoder = build(config.model_config)
     load_modules(path, state, encoder=encoder, decoder=decoder)
+    if config.learned_noise_var:
+        learned = NoiseVariance()
+        load_modules(path, state, noise_var=learned)
+        config = replace(config, noise_var=learned().item())
     return encoder.eval(), decoder.eval(), config

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,12 +20,9 @@ from fastsfvae.models import Init, ModelConfig, OutputActivation
 from fastsfvae.objectives.dreg import ORTHOGONAL_BIAS
 from fastsfvae.objectives.vlae import BOUNDS, Bound
 from fastsfvae.training import distributed
+from fastsfvae.training.methods import METHODS, Method, check_taken
 from fastsfvae.training.schedules import Schedule, WarmStart
 
-Method = Literal[
-    "sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg", "vlae"
-]
-METHODS: tuple[Method, ...] = get_args(Method)
 DataSet = Literal[
     "digits",
     "mnist",
@@ -38,20 +35,6 @@ DataSet = Literal[
     "huggingface",
     "webdataset",
 ]
-
-# The methods that a setting other than its default has a meaning for.
-_TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
-_TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "stl", "dreg", "vlae")
-_TAKEN_BY = {
-    "samples": _TAKE_SAMPLES,
-    "draws": _TAKE_SAMPLES,
-    "kl_weight": _TAKE_KL_WEIGHT,
-    "kl_weight_schedule": _TAKE_KL_WEIGHT,
-    "gamma_schedule": ("sampling-free",),
-    "cuda_graph": tuple(method for method in METHODS if method != "vlae"),
-    "mode_steps": ("vlae",),
-    "bound": ("vlae",),
-}
 
 # What a resumed run may change: how long and where it runs, not what is trained.
 CHANGEABLE = ("steps", "device", "backend", "compile", "cuda_graph", "data_dir", "data_budget")
@@ -123,6 +106,9 @@ class TrainConfig:
     noise_var: float = 0.5
     """Variance c of the observation noise, for pixels in [0, 1]."""
 
+    learned_noise_var: bool = False
+    """Learn c, from --noise-var on, with the weights (all methods but vlae)."""
+
     kl_weight: float = 1.0
     """Factor of the KL divergence, at the end of its schedule (sampling-free, sampling,
     beta-vae)."""
@@ -190,9 +176,6 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_method()
         self._check_schedules()
-        check_draws(self.draws, self.samples, self.latent_dim)
-        if self.method == "dreg" and self.draws == "orthogonal":
-            raise ValueError(f"method='dreg': {ORTHOGONAL_BIAS}")
         if self.start.steps and self.start.steps >= max(self.steps, self.schedule_steps):
             raise ValueError(
                 f"warm_start={self.warm_start!r} with steps={self.steps}: nothing is left for "
@@ -220,21 +203,17 @@ class TrainConfig:
         self.model_config  # noqa: B018 - its own checks
 
     def _check_method(self) -> None:
-        """Refuse a setting that the method would leave unread, or that names another method."""
-        for name, methods in _TAKEN_BY.items():
-            value = getattr(self, name)
-            if value != getattr(type(self), name) and self.method not in methods:
-                shown = f"{value:g}" if isinstance(value, float) else repr(value)
-                raise ValueError(
-                    f"{name}={shown} with method={self.method!r}: --{name.replace('_', '-')} is "
-                    f"for {', '.join(methods)}"
-                )
+        """Refuse settings that the method would leave unread, or that are another method's."""
+        check_taken(self.method, self)
         fixed = self.kl_weight_schedule == "constant"
         if self.kl_weight == 1 and fixed and self.method == "beta-vae":
             raise ValueError(
                 "method='beta-vae' with kl_weight=1 is the sampling VAE: give --kl-weight, or "
                 "--method sampling"
             )
+        check_draws(self.draws, self.samples, self.latent_dim)
+        if self.method == "dreg" and self.draws == "orthogonal":
+            raise ValueError(f"method='dreg': {ORTHOGONAL_BIAS}")
 
     def _check_schedules(self) -> None:
         if self.schedule_steps < 0:

@@ -135,6 +135,8 @@ def _close_window(run: Run) -> Row:
     means = _read_window(run).mean((0, 2)).tolist()
     run.window.clear()
     changing = {name: schedule.at(run.step - 1) for name, (schedule, _) in run.scheduled.items()}
+    if run.config.learned_noise_var:
+        changing["noise_var"] = run.noise_var
     row = {"step": run.step, "seconds": round(run.seconds, 3)}
     return row | dict(zip(Terms._fields, means, strict=True)) | changing
 

@@ -16,7 +16,13 @@ from fastsfvae.data.load import Loaded
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.models import build
-from fastsfvae.objectives import Objective, SamplingFree, Terms, VariationalLaplace
+from fastsfvae.objectives import (
+    NoiseVariance,
+    Objective,
+    SamplingFree,
+    Terms,
+    VariationalLaplace,
+)
 from fastsfvae.training import distributed
 from fastsfvae.training.capture import Step, capture_objective
 from fastsfvae.training.checkpoint import (
@@ -45,16 +51,23 @@ class Model(nn.Module):
         encoder: x -> (mean, log_var).
         decoder: z -> x.
         objective: of the decoder.
+        noise_var: the observation noise's variance where it is learned.
         autocast: whether encoder and decoder run under bfloat16 autocast.
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, objective: Objective, autocast: bool
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        objective: Objective,
+        noise_var: NoiseVariance | None,
+        autocast: bool,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.objective = objective
+        self.noise_var = noise_var
         self.autocast = autocast
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Terms:
@@ -128,6 +141,30 @@ class Run:
         return self.model.decoder
 
     @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by its name in a checkpoint."""
+        learned = self.model.noise_var
+        modules = {"encoder": self.encoder, "decoder": self.decoder}
+        return modules if learned is None else modules | {"noise_var": learned}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of metrics.csv."""
+        learned = ("noise_var",) if self.config.learned_noise_var else ()
+        return (*COLUMNS, *self.scheduled, *learned)
+
+    @property
+    def noise_var(self) -> float:
+        """The variance c of the observation noise, as far as it is learned."""
+        learned = self.model.noise_var
+        return self.config.noise_var if learned is None else learned().item()
+
+    @property
+    def judged(self) -> TrainConfig:
+        """The configuration with `noise_var`: what densities are judged by."""
+        return replace(self.config, noise_var=self.noise_var)
+
+    @property
     def objective(self) -> Objective:
         """The method's own, which the run ends with."""
         return self.phases[-1].objective
@@ -167,7 +204,7 @@ def start(config: TrainConfig, out: str | os.PathLike[str] | None = None) -> Run
         run.folder = _make_folder(config, out)
         run.lock = FolderLock(run.folder)
         try:
-            rewind_metrics(run.folder / METRICS, 0, (*COLUMNS, *run.scheduled))
+            rewind_metrics(run.folder / METRICS, 0, run.columns)
             save(run)
             _write_left_out(run.folder, data)
             # The last of all: a folder that has it can be resumed.
@@ -213,7 +250,7 @@ def resume(folder: str | os.PathLike[str], config: TrainConfig | None = None) ->
         )
     _capture(run)
     if writes:
-        rewind_metrics(folder / METRICS, run.step, (*COLUMNS, *run.scheduled))
+        rewind_metrics(folder / METRICS, run.step, run.columns)
         write_text(folder / CONFIG, config.to_json())
     return run
 
@@ -226,8 +263,7 @@ def save(run: Run, name: str = CHECKPOINT) -> None:
     save_checkpoint(
         run.folder / name,
         {
-            "encoder": run.encoder.state_dict(),
-            "decoder": run.decoder.state_dict(),
+            **{name: module.state_dict() for name, module in run.modules.items()},
             "optimizer": run.optimizer.state_dict(),
             "step": run.step,
             "seconds": run.seconds,
@@ -238,7 +274,7 @@ def save(run: Run, name: str = CHECKPOINT) -> None:
 
 def _restore(run: Run, state: dict) -> None:
     path = run.folder / CHECKPOINT
-    load_modules(path, state, encoder=run.encoder, decoder=run.decoder)
+    load_modules(path, state, **run.modules)
     try:
         run.optimizer.load_state_dict(state["optimizer"])
         for group in run.optimizer.param_groups:
@@ -288,11 +324,13 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
         if not schedule.constant
     }
     values = {name: value for name, (_, value) in scheduled.items()}
-    phases = [Phase(config.start.steps, make_objective(config, decoder, **values))]
+    learned = NoiseVariance(config.noise_var).to(device) if config.learned_noise_var else None
+    noise_var = config.noise_var if learned is None else learned
+    phases = [Phase(config.start.steps, make_objective(config, decoder, noise_var, **values))]
     if config.start.steps:
-        phases.insert(0, Phase(0, make_start(config, decoder, **values)))
+        phases.insert(0, Phase(0, make_start(config, decoder, noise_var, **values)))
     bf16 = config.precision == "bf16"
-    model = Model(encoder, decoder, phases[0].objective, autocast=bf16)
+    model = Model(encoder, decoder, phases[0].objective, learned, autocast=bf16)
     if config.compile:
         model.compile()
     # What cannot run should say so before anything is written: a decoder or backend that cannot be

@@ -38,6 +38,7 @@ OPTIONS = {
 # Beside the methods: the first two steps of three by another one.
 WARM = "warm start"
 OPTIONS[WARM] = ["--method", "sampling", "--warm-start", "precision:2", *OPTIONS["sampling"]]
+OPTIONS[WARM] += ["--learned-noise-var"]
 MODES = {
     "eager": [],
     "bf16": ["--precision", "bf16"],

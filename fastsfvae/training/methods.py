@@ -1,0 +1,46 @@
+"""The ways to train, and which settings each of them takes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+Method = Literal[
+    "sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg", "vlae"
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+_TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
+_TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "stl", "dreg", "vlae")
+_ALL_BUT_VLAE = tuple(method for method in METHODS if method != "vlae")
+# The methods that a setting other than its default has a meaning for.
+_TAKEN_BY = {
+    "samples": _TAKE_SAMPLES,
+    "draws": _TAKE_SAMPLES,
+    "kl_weight": _TAKE_KL_WEIGHT,
+    "kl_weight_schedule": _TAKE_KL_WEIGHT,
+    "gamma_schedule": ("sampling-free",),
+    "learned_noise_var": _ALL_BUT_VLAE,
+    "cuda_graph": _ALL_BUT_VLAE,
+    "mode_steps": ("vlae",),
+    "bound": ("vlae",),
+}
+
+
+def check_taken(method: Method, config: Any) -> None:
+    """Refuse a setting that the method would leave unread.
+
+    Args:
+        method: its name.
+        config: a `TrainConfig`.
+
+    Raises:
+        ValueError: in one line that names the methods that take it.
+    """
+    for name, methods in _TAKEN_BY.items():
+        value = getattr(config, name)
+        if value != getattr(type(config), name) and method not in methods:
+            shown = f"{value:g}" if isinstance(value, float) else repr(value)
+            raise ValueError(
+                f"{name}={shown} with method={method!r}: --{name.replace('_', '-')} is "
+                f"for {', '.join(methods)}"
+            )
