@@ -20,7 +20,7 @@ from fastsfvae.evaluate.log_densities import (
     sampled_elbo,
     squared_error_at_mean,
 )
-from fastsfvae.evaluate.monte_carlo import GradientError, gradient_error
+from fastsfvae.evaluate.monte_carlo import GradientError, GradientPart, gradient_error
 from fastsfvae.evaluate.proposals import PROPOSALS
 from fastsfvae.evaluate.summary import ImageMean, mean_over_images, monte_carlo_error
 from fastsfvae.evaluate.taylor import PAPER_SAMPLES, Agreement, TaylorQuality, taylor_quality
@@ -30,6 +30,7 @@ __all__ = [
     "Conditioning",
     "FrechetDistance",
     "GradientError",
+    "GradientPart",
     "ImageMean",
     "Inception",
     "LogMarginalLikelihood",

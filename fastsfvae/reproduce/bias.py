@@ -1,17 +1,18 @@
-"""Bias of the sampling-free objectives against the Monte Carlo error they spare (beyond 3.3)."""
+"""Bias of the sampling-free objectives, in scale and direction, against the sampling error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastsfvae import evaluate
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
-from fastsfvae.reproduce.figures import log_counts, row_of_panels, tidy
+from fastsfvae.reproduce.figures import log_counts, log_numbers, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods, images_of
-from fastsfvae.reproduce.tables import grid, last_summaries
+from fastsfvae.reproduce.tables import grid, summarise
 from fastsfvae.reproduce.wallclock import STEPS
+from fastsfvae.results.pictures import new_figure
 from fastsfvae.results.report import encode
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.run import Run, evaluation_generator
@@ -23,8 +24,9 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "expected": {"likelihood": "expected"},
 }
 _SAMPLING = "sampling VAE"
-_SAMPLES = (1, 4, 16, 64)
-_ERRORS = ("loss", "gradient")
+_PARTS = ("decoder", "encoder")
+# Steps of measuring before the last: what an objective's direction is worth changes in training.
+_EARLIER = (100, 500)
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class ObjectiveBias:
         likelihoods: how the model itself is judged.
         repeats: evaluations of the sampling objective for each K.
         batch: images of the batch whose loss and gradient are compared.
+        samples: the K.
     """
 
     likelihoods: Likelihoods
     repeats: int = 20
     batch: int = 64
+    samples: tuple[int, ...] = (1, 4, 16, 64)
 
     @property
     def conventions(self) -> dict[str, str]:
@@ -49,11 +53,18 @@ class ObjectiveBias:
             "active units": "dimensions with Var_x(E_q[z_i]) > 0.01, on the same images",
             "gap": "objective - sampled ELBO, mean over the same images, 10 draws each; positive: "
             "the objective lies above the ELBO",
-            "loss and gradient bias": f"of the objective against the sampled ELBO, {batch}; the "
-            "gradient is that in the posterior and the decoder's weights, as one norm",
+            "loss bias": f"of the objective against the sampled ELBO, {batch}",
+            "relative bias": f"|objective's gradient - true gradient| / |true gradient|, {batch}, "
+            "in the decoder's weights and in the encoder's; the true gradient is the ELBO's, from "
+            f"{self.repeats * sum(self.samples):,} draws an image, their noise taken off",
+            "cosine": "of the angle between the objective's gradient and the true one; below 0 a "
+            "step along the one is a step against the other",
             "deviation, K": f"of the sampling objective with K draws an image, {batch}, "
-            f"{self.repeats} evaluations; of the gradient: the root of the summed variances",
+            f"{self.repeats} evaluations; relative: the root of the gradient's summed variances "
+            "over the norm of the true gradient; a relative deviation d leaves a cosine of about "
+            "1 / sqrt(1 + d^2)",
             "equal K": "the K at which that deviation equals the bias",
+            "error": "standard error of the number that it follows, for one run",
         }
 
     def __call__(self, run: Run) -> dict[str, float]:
@@ -77,7 +88,8 @@ class ObjectiveBias:
             error = evaluate.gradient_error(
                 *first,
                 noise_var=c,
-                samples=_SAMPLES,
+                encoder=run.encoder,
+                samples=self.samples,
                 repeats=self.repeats,
                 generator=noise,
                 **objective,
@@ -85,81 +97,162 @@ class ObjectiveBias:
             numbers |= {
                 f"gap, {name}": float(gap.gap.mean()),
                 f"loss bias, {name}": abs(error.loss_bias),
-                f"gradient bias, {name}": error.gradient_bias,
                 f"equal K, loss, {name}": error.equal_loss_samples,
-                f"equal K, gradient, {name}": error.equal_gradient_samples,
             }
-        for kind in _ERRORS:
-            variances = zip(_SAMPLES, getattr(error, f"{kind}_variance"), strict=True)
-            numbers |= {f"{kind} deviation, K={k}": v**0.5 for k, v in variances}
+            for part in _PARTS:
+                found = getattr(error, part)
+                numbers |= {
+                    f"relative bias, {part}, {name}": found.relative_bias,
+                    f"relative bias, {part}, {name}, error": found.relative_bias_error,
+                    f"cosine, {part}, {name}": found.cosine,
+                    f"cosine, {part}, {name}, error": found.cosine_error,
+                    f"equal K, {part}, {name}": found.equal_samples,
+                }
+        for k, variance in zip(self.samples, error.loss_variance, strict=True):
+            numbers[f"loss deviation, K={k}"] = variance**0.5
+        for part in _PARTS:
+            found = getattr(error, part)
+            numbers |= {
+                f"true gradient, {part}": found.norm,
+                f"true gradient, {part}, error": found.norm_error,
+            }
+            for k, deviation in zip(self.samples, found.relative_deviation, strict=True):
+                numbers[f"relative deviation, {part}, K={k}"] = deviation
         return numbers
 
 
 def _cells(options: Options) -> list[Cell]:
-    steps = 200 if options.quick else STEPS
+    at = (50, 100) if options.quick else (*_EARLIER, STEPS)
     measure = ObjectiveBias(Likelihoods(samples=500, images=100 if options.quick else 250))
     if options.quick:
-        measure = replace(measure, repeats=5)
+        measure = replace(measure, repeats=5, samples=(1, 4))
     (data,) = options.data_sets("digits")
     base = TrainConfig(**options.place(data), model="mlp")
     configs = {_SAMPLING: replace(base, method="sampling")}
     configs |= {name: replace(base, **objective) for name, objective in _OBJECTIVES.items()}
     seeds = 1 if options.quick else 3
-    return [Cell(name, config, measure, (steps,), seeds) for name, config in configs.items()]
+    return [Cell(name, config, measure, at, seeds) for name, config in configs.items()]
 
 
-def _means(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Cell -> quantity -> mean over seeds, after the last step."""
-    means: dict[str, dict[str, float]] = {}
-    for row in last_summaries(results):
-        means.setdefault(row.cell, {})[row.quantity] = row.mean
+# Cell -> step -> quantity -> mean over seeds.
+_Means = dict[str, dict[int, dict[str, float]]]
+
+
+def _means(results: Sequence[Result]) -> _Means:
+    means: _Means = {}
+    for row in summarise(results):
+        means.setdefault(row.cell, {}).setdefault(row.step, {})[row.quantity] = row.mean
     return means
 
 
 def _reading(results: Sequence[Result]) -> str:
-    """Every objective on every model: its gap, and the K of equal error."""
-    rows = []
-    for cell, values in _means(results).items():
-        rows.append([cell])
-        for name in _OBJECTIVES:
-            counts = (f"{values[f'equal K, {kind}, {name}']:.2g}" for kind in _ERRORS)
-            rows[-1].append(f"{values[f'gap, {name}']:.2f} ({', '.join(counts)})")
-    lines = [
-        "gap in nats; in brackets the K at which the sampling objective's loss, then its gradient, "
-        "has an error as large as the bias:",
-        "",
-        *grid(["trained by", *(f"gap of {name}" for name in _OBJECTIVES)], rows),
+    """Every objective on every model: its gap, its gradient's direction, and its scale."""
+    rows = [
+        ([f"{cell}, {step:,}"], values)
+        for cell, steps in _means(results).items()
+        for step, values in steps.items()
     ]
-    return "\n".join(lines)
+
+    def table(text: str, show: Callable[[Mapping[str, float], str], str]) -> list[str]:
+        shown = [head + [show(values, name) for name in _OBJECTIVES] for head, values in rows]
+        return [text, "", *grid(["trained by, steps", *_OBJECTIVES], shown), ""]
+
+    def gap(values: Mapping[str, float], name: str) -> str:
+        return f"{values[f'gap, {name}']:.2f} ({values[f'equal K, loss, {name}']:.2g})"
+
+    def cosine(values: Mapping[str, float], name: str) -> str:
+        return " / ".join(f"{values[f'cosine, {part}, {name}']:.2f}" for part in _PARTS)
+
+    def bias(values: Mapping[str, float], name: str) -> str:
+        return " / ".join(
+            f"{values[f'relative bias, {part}, {name}']:.2f} "
+            f"({values[f'equal K, {part}, {name}']:.2g})"
+            for part in _PARTS
+        )
+
+    lines = [
+        *table(
+            "Gap to the sampled ELBO in nats; in brackets the K at which the sampling objective's "
+            "loss has an error as large as the loss's bias:",
+            gap,
+        ),
+        *table("Cosine of the gradient with the true one, decoder / encoder:", cosine),
+        *table(
+            "Bias of the gradient over the norm of the true one, decoder / encoder; in brackets "
+            "the K at which sampling's relative deviation is as large:",
+            bias,
+        ),
+    ]
+    return "\n".join(lines[:-1])
 
 
 def _draw(results: Sequence[Result]):
-    """Gaps of all objectives on all models; on the sampling VAE, bias against deviation."""
+    """All objectives: gaps on all models; on the sampling VAE direction and scale of the bias."""
     means = _means(results)
-    figure, (axes, *panels) = row_of_panels(1 + len(_ERRORS), 4.4, 3.6)
+    judged = _SAMPLING if _SAMPLING in means else next(iter(means))
+    figure = new_figure(14, 7.6)
+    (gaps, *cosines), (losses, *scales) = figure.subplots(2, 3)
+    _draw_gaps(gaps, means)
+    last = max(means[judged])
+    for axes, part in zip(cosines, _PARTS, strict=True):
+        _draw_cosines(axes, means[judged], part)
+        tidy(axes, f"direction, {part}'s weights", f"steps of training, by {judged}")
+        axes.set_ylabel("cosine with the true gradient", fontsize=9)
+    _draw_errors(losses, means[judged][last], "loss", "loss bias", "loss deviation")
+    losses.set_ylabel("error of the loss, nats", fontsize=9)
+    for axes, part in zip(scales, _PARTS, strict=True):
+        names = f"relative bias, {part}", f"relative deviation, {part}"
+        _draw_errors(axes, means[judged][last], f"gradient, {part}'s weights", *names)
+        axes.set_ylabel("error / norm of the true gradient", fontsize=9)
+    for axes in (losses, *scales):
+        axes.set_xlabel(f"draws K an image; {judged}, {last:,} steps", fontsize=9)
+    handles, labels = scales[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_gaps(axes, means: _Means) -> None:
     rows = list(means)[::-1]
     for i, name in enumerate(_OBJECTIVES):
-        gaps = [means[row][f"gap, {name}"] for row in rows]
-        axes.plot(gaps, range(len(rows)), "o", color=f"C{i}", label=name)
+        gaps = [means[row][max(means[row])][f"gap, {name}"] for row in rows]
+        axes.plot(gaps, range(len(rows)), "o", color=f"C{i}")
     axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"trained by {row}" for row in rows])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylabel("trained by", fontsize=9)
     axes.grid(axis="y", alpha=0.3)
     tidy(axes, "objective - sampled ELBO", "nats per image; linear below 1")
-    axes.legend(fontsize=7, frameon=False)
-    judged = _SAMPLING if _SAMPLING in means else rows[-1]
-    for axes, kind in zip(panels, _ERRORS, strict=True):
-        values = means[judged]
-        deviations = [values[f"{kind} deviation, K={k}"] for k in _SAMPLES]
-        axes.plot(_SAMPLES, deviations, "k.-", label="sampling, K draws: deviation")
-        for i, name in enumerate(_OBJECTIVES):
-            bias = values[f"{kind} bias, {name}"]
-            axes.axhline(bias, color=f"C{i}", label=f"{name}: bias")
-        log_counts(axes, _SAMPLES)
-        axes.set_yscale("log")
-        tidy(axes, f"error of the {kind}, trained by {judged}", "draws K per image, B = 64")
-    panels[-1].legend(fontsize=7, frameon=False)
-    return figure
+
+
+def _draw_cosines(axes, by_step: Mapping[int, Mapping[str, float]], part: str) -> None:
+    """Those of the objectives, and of one draw by its deviation."""
+    steps = list(by_step)
+    one_draw = (values[f"relative deviation, {part}, K=1"] for values in by_step.values())
+    axes.plot(steps, [(1 + d * d) ** -0.5 for d in one_draw], "k.--")
+    for i, name in enumerate(_OBJECTIVES):
+        cosines, errors = (
+            [values[f"cosine, {part}, {name}{end}"] for values in by_step.values()]
+            for end in ("", ", error")
+        )
+        axes.errorbar(steps, cosines, yerr=errors, fmt="o-", color=f"C{i}", markersize=4)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylim(-1.05, 1.05)
+    log_counts(axes, steps)
+
+
+def _draw_errors(axes, values: Mapping[str, float], title: str, bias: str, deviation: str) -> None:
+    """Biases of the objectives as lines across, the deviation of K draws as it falls."""
+    counts = [int(q.rpartition("=")[2]) for q in values if q.startswith(f"{deviation}, K=")]
+    deviations = [values[f"{deviation}, K={k}"] for k in counts]
+    label = "sampling, K draws (dashed: K = 1)"
+    axes.plot(counts, deviations, "k.-", label=label)
+    for i, name in enumerate(_OBJECTIVES):
+        axes.axhline(values[f"{bias}, {name}"], color=f"C{i}", label=name)
+    log_counts(axes, counts)
+    axes.set_yscale("log")
+    log_numbers(axes.yaxis)
+    tidy(axes, f"error of the {title}")
 
 
 BIAS = Experiment(

@@ -43,6 +43,15 @@ def log_seconds(axes) -> None:
     axes.minorticks_off()
 
 
+def log_numbers(axis) -> None:
+    """A logarithmic axis (an axes' xaxis or yaxis) whose numbers are plain: 1, 2, 5, 10, ..."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def label_points(axes, points: Sequence[tuple[float, float, str]], labels: Sequence[str]) -> None:
     """Write labels above or below the points (x, y, colour), those alone that stay clear.
 

@@ -223,8 +223,8 @@ def test_the_biases_of_a_linear_decoder_are_the_exact_ones(tmp_path):
             assert expected > 5 * noise
         assert abs(measured[f"gap, {name}"] - expected) < 5 * noise, name
     # The deviation falls as 1 / sqrt(K); 100 repeats know each to 1 / sqrt(198).
-    for kind in ("loss", "gradient"):
-        ratio = measured[f"{kind} deviation, K=1"] / measured[f"{kind} deviation, K=64"]
+    for one in ("loss deviation", "relative deviation, decoder", "relative deviation, encoder"):
+        ratio = measured[f"{one}, K=1"] / measured[f"{one}, K=64"]
         assert ratio == pytest.approx(8, rel=5 * (2 / 198) ** 0.5)
     assert measured["loss bias, expected"] < measured["loss bias, precision .95"]
 
