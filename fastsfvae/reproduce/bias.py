@@ -69,7 +69,7 @@ class ObjectiveBias:
 
     def __call__(self, run: Run) -> dict[str, float]:
         """See `Measure`."""
-        c = run.config.noise_var
+        c = run.noise_var
         x = images_of(run, "test", self.likelihoods.images)
         mean, log_var = encode(run.encoder, x)
         numbers = self.likelihoods(run)

@@ -59,7 +59,7 @@ class Collapse:
     @torch.no_grad()
     def __call__(self, run: Run) -> dict[str, float]:
         """See `Measure`."""
-        x, c = images_of(run, "train"), run.config.noise_var
+        x, c = images_of(run, "train"), run.noise_var
         mean, log_var = encode(run.encoder, x)
         collapse = evaluate.posterior_collapse(mean, log_var)
         sampled = evaluate.sampled_elbo(
@@ -114,7 +114,7 @@ class Likelihoods:
         x = images_of(run, "test", self.images)
         mean, log_var = encode(run.encoder, x)
         generator = evaluation_generator(run.config, run.device)
-        c = run.config.noise_var
+        c = run.noise_var
         log_ml = evaluate.log_marginal_likelihood(
             *(run.decoder, x, mean, log_var),
             samples=self.samples,
@@ -156,7 +156,7 @@ class LikelihoodsAndObjective(Likelihoods):
         x = images_of(run, "test", self.images)
         generator = evaluation_generator(run.config, run.device)
         value = objective_values(run.objective, x, *encode(run.encoder, x), generator).double()
-        constant = -0.5 * x[0].numel() * math.log(2 * math.pi * run.config.noise_var)
+        constant = -0.5 * x[0].numel() * math.log(2 * math.pi * run.noise_var)
         return super().__call__(run) | {OWN_OBJECTIVE: float(constant - value.mean())}
 
 
@@ -193,7 +193,7 @@ class ObjectiveGap:
         gamma = config.schedules["gamma"].at(run.step - 1)
         gap = evaluate.objective_gap(
             *(run.decoder, x, mean, log_var),
-            noise_var=config.noise_var,
+            noise_var=run.noise_var,
             gamma=gamma,
             likelihood=config.likelihood,
             samples=self.samples,

@@ -42,8 +42,11 @@ _EIGHTHS = (1, 2, 4, 6, 8)
 _LONGER = {SAMPLING: 8, ANTITHETIC: 8, "KL warm-up 250, antithetic": 8}
 _LONGER |= {"4 orthogonal pairs": 4, "DReG, K=5": 4}
 _LONGER |= {name: 4 for name, recipe in RECIPES.items() if recipe.start}
-_NARROW = 0.03
-_IN_NARROW = f"c = {_NARROW:g}, "
+# Other observation noise, by what stands in front of a recipe's name.
+_NOISE: dict[str, dict[str, Any]] = {
+    "c = 0.03, ": {"noise_var": 0.03},
+    "c learned, ": {"learned_noise_var": True},
+}
 
 
 def _cells(options: Options) -> list[Cell]:
@@ -69,21 +72,19 @@ def _cells(options: Options) -> list[Cell]:
     timed.append(step_time_cell(plain, plain=True))
     if not options.quick:
         cells += [cell(name, recipe) for name, recipe in LENGTHS.items()]
-        narrow = {name: r for name, r in RECIPES.items() if name != "DReG, K=5"}
-        cells += [cell(_IN_NARROW + n, r, noise_var=_NARROW) for n, r in narrow.items()]
+        for prefix, noise in _NOISE.items():
+            cells += [cell(prefix + name, recipe, **noise) for name, recipe in RECIPES.items()]
     return [*cells, *timed]
 
 
-def _recipe_of(cell: Cell) -> Recipe:
-    """A cell's recipe, with a start as long as the cell's."""
-    recipe = (RECIPES | LENGTHS)[cell.name.removeprefix(_IN_NARROW)]
-    return replace(recipe, settings=dict(recipe.settings) | {"warm_start": cell.config.warm_start})
-
-
 def _recipes(results: Sequence[Result]) -> dict[str, Recipe]:
-    """Of the cells that are trained at the default c."""
-    cells = {r.cell.name: r.cell for r in trained(results)}
-    return {n: _recipe_of(c) for n, c in cells.items() if not n.startswith(_IN_NARROW)}
+    """Of the cells that are trained at the default c, each with a start as long as its own."""
+    known, found = RECIPES | LENGTHS, {}
+    for cell in (result.cell for result in trained(results)):
+        if (recipe := known.get(cell.name)) is not None:
+            start = {"warm_start": cell.config.warm_start}
+            found[cell.name] = replace(recipe, settings=dict(recipe.settings) | start)
+    return found
 
 
 def _against_seconds(results: Sequence[Result], quantity: str) -> dict[str, dict[float, float]]:
@@ -292,6 +293,7 @@ WALLCLOCK = Experiment(
         "KL warm-up N: the KL divergence weighs 0.2 for N steps, then 1",
         "precision N, antithetic: N steps by the sampling-free objective, then by an antithetic "
         "pair of draws per image",
+        "c learned: with the weights, from 0.5 on; each model is judged at the c that it learned",
         "what takes less time is trained for more steps",
         "runs of one seed share their initial weights and batches",
     ),
