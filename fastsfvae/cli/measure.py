@@ -13,7 +13,7 @@ from tyro.conf import arg
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate.frechet import load_extractor
-from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
+from fastsfvae.evaluate.proposals import DEFAULT_PROPOSAL, ProposalName
 from fastsfvae.ground.atomic import check_writable, new_folder, write_text
 from fastsfvae.ground.options import UsageError, fail, parse
 from fastsfvae.ground.progress import counter
@@ -55,7 +55,7 @@ class CompareArguments:
     samples: int = report.WEIGHTS["compare"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: ProposalName = COMMANDS_PROPOSAL
+    proposal: ProposalName = DEFAULT_PROPOSAL
     """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 20

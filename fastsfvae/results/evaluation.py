@@ -18,7 +18,7 @@ from fastsfvae.evaluate import (
     mean_over_images,
     monte_carlo_error,
 )
-from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
+from fastsfvae.evaluate.proposals import DEFAULT_PROPOSAL, ProposalName
 from fastsfvae.ground.progress import counter
 from fastsfvae.results import report, verdict
 from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
@@ -38,7 +38,7 @@ class Settings:
     samples: int = report.WEIGHTS["evaluate"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: ProposalName = COMMANDS_PROPOSAL
+    proposal: ProposalName = DEFAULT_PROPOSAL
     """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 100

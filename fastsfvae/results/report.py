@@ -19,7 +19,7 @@ from fastsfvae.evaluate import (
     mean_over_images,
     monte_carlo_error,
 )
-from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
+from fastsfvae.evaluate.proposals import DEFAULT_PROPOSAL, ProposalName
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.ground.provenance import VERSION, commit
 from fastsfvae.objectives import Objective
@@ -153,13 +153,13 @@ def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Rep
             generator=generator,
         )
 
-    proposal: str = COMMANDS_PROPOSAL
+    proposal: str = DEFAULT_PROPOSAL
     try:
-        log_ml = log_marginal_likelihood(COMMANDS_PROPOSAL)
+        log_ml = log_marginal_likelihood(DEFAULT_PROPOSAL)
     except (TypeError, ValueError, RuntimeError) as error:
         # A method that samples trains decoders that cannot be linearised.
         log_ml = log_marginal_likelihood("posterior")
-        proposal = f"posterior, as {COMMANDS_PROPOSAL} fails ({' '.join(str(error).split())})"
+        proposal = f"posterior, as {DEFAULT_PROPOSAL} fails ({' '.join(str(error).split())})"
     splits["test"]["log ML"] = mean_over_images(log_ml.estimate)
     collapse = evaluate.posterior_collapse(mean, log_var)
     return Report(
@@ -189,7 +189,7 @@ def conventions(config: TrainConfig, importance_samples: int, proposal: str) -> 
         "log_ml": f"K={importance_samples} importance weights, proposal {proposal}",
         "log_ml_elsewhere": "by default K is "
         + ", ".join(f"{count:,} in {command}" for command, count in WEIGHTS.items())
-        + f", and the proposal {COMMANDS_PROPOSAL}",
+        + f", and the proposal {DEFAULT_PROPOSAL}",
         "sampled_elbo": "1 draw of q(z|x) per image",
         "standard_errors": "spread over images / sqrt(N)",
         "collapse": "epsilon=0.05 nats, delta=0.01, test images",
