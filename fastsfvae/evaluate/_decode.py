@@ -89,12 +89,15 @@ class NoiseStream:
 
     def take(self, rows: int) -> Tensor:
         """Return the image's next rows, ``[rows, columns]``."""
-        while len(self._left) < rows:
-            drawn = self._draw()
-            self._left = torch.cat([self._left, drawn]) if len(self._left) else drawn
-        drawn = self._left
-        self._left = self._nothing if len(drawn) == rows else drawn[rows:]
-        return drawn if len(drawn) == rows else drawn[:rows]
+        left = self._left
+        while left.shape[0] < rows:
+            left = torch.cat([left, self._draw()]) if left.shape[0] else self._draw()
+        # Of many images with few rows each, every slice counts.
+        if left.shape[0] == rows:
+            self._left = self._nothing
+            return left
+        self._left = left[rows:]
+        return left[:rows]
 
     def _draw(self) -> Tensor:
         blocks = min(self._undrawn, max(1, _NOISE_ROWS // self._block))
