@@ -281,8 +281,11 @@ def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, An
 
 
 def names(groups: list[list[Trained]]) -> list[str]:
-    """Their folders' names, or, where two are alike, their whole paths."""
-    short = [",".join(run.folder.name for run in group) for group in groups]
+    """The first folder's name of each, or, where two are alike, the whole paths of all."""
+    short = [
+        group[0].folder.name + (f" ({len(group)} seeds)" if len(group) > 1 else "")
+        for group in groups
+    ]
     if len(set(short)) == len(groups):
         return short
     return [",".join(str(run.folder) for run in group) for group in groups]

@@ -160,6 +160,7 @@ def test_half_precision_features_and_the_spread_of_kid():
 
 def _kid(a, b):
     """The unbiased squared maximum mean discrepancy of rows, as it reads."""
+
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
 
