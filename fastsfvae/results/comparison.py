@@ -222,15 +222,10 @@ def sections(found: Comparison) -> dict[str, dict[str, list[str]]]:
         name: [f"{value:,.3g}" for value in values] + empty
         for name, values in found.weights.items()
     }
-    tables = {
-        "Means, ± standard error over test images (not over seeds); differences are paired, image "
-        "by image": images
-    }
+    # Short, as a terminal's first column is as wide as they are; `conventions` has the rest.
+    tables = {"± over test images, not over seeds": images}
     if any(math.isfinite(s) for spreads in found.seed_spreads.values() for s in spreads):
-        tables[
-            "Over seeds: ± standard deviation of the runs' means; of differences ± standard error, "
-            "Welch's sqrt(s1^2/n1 + s2^2/n2)"
-        ] = {
+        tables["± over seeds"] = {
             name: [
                 f"± {value:,.2f}" if math.isfinite(value) else "-"
                 for value in (*spreads, *found.seed_errors[name])
@@ -251,7 +246,6 @@ def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, An
             "pixel_scale",
             "log_ml",
             "log_ml_elsewhere",
-            "standard_errors",
             "sampled_elbo",
             "squared_error",
             "split",
@@ -261,6 +255,12 @@ def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, An
             "torch",
             "fastsfvae",
         )
+    }
+    shared |= {
+        "± over test images": "standard error of the mean, spread over images / sqrt(N), of the "
+        "mean of a group's runs; differences are paired, image by image",
+        "± over seeds": "standard deviation of the means of a group's runs; of a difference its "
+        "standard error, sqrt(s1^2/n1 + s2^2/n2) (Welch); -: a group has one run",
     }
     own = (
         "method",
