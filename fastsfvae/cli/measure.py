@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import sys
+import os
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -13,11 +14,12 @@ from tyro.conf import arg
 
 from fastsfvae import evaluate
 from fastsfvae.evaluate.frechet import load_extractor
-from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
+from fastsfvae.evaluate.proposals import DEFAULT_PROPOSAL, ProposalName
 from fastsfvae.ground.atomic import check_writable, new_folder, write_text
-from fastsfvae.ground.options import UsageError, fail, parse
+from fastsfvae.ground.options import UsageError, fail, parse, say
 from fastsfvae.ground.progress import counter
 from fastsfvae.results import comparison, evaluation, page, report
+from fastsfvae.training import distributed
 
 _GENERATED_BATCH = 250
 
@@ -47,15 +49,18 @@ class EvaluateArguments:
 
 @dataclasses.dataclass(frozen=True)
 class CompareArguments:
-    """Measure runs on the same test images: differences from the first, image by image."""
+    """Measure runs on the same test images: differences from the first, image by image.
 
-    runs: Annotated[list[Path], arg(metavar="RUN RUN ...", help_behavior_hint="")]
-    """Folders of two or more runs."""
+    Spreads are over images; over seeds as well for groups of runs that differ in their seed alone.
+    """
+
+    runs: Annotated[list[str], arg(metavar="RUN[,RUN...] RUN[,RUN...] ...", help_behavior_hint="")]
+    """Folders of two or more runs; those that are joined by commas form one group."""
 
     samples: int = report.WEIGHTS["compare"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: ProposalName = COMMANDS_PROPOSAL
+    proposal: ProposalName = DEFAULT_PROPOSAL
     """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 20
@@ -79,15 +84,22 @@ def compare_command(options: list[str]) -> int:
 
 
 def _guarded(prog: str, options: list[str], command: Callable[[str, list[str]], None]) -> int:
-    try:
-        command(prog, options)
-    except BrokenPipeError:
-        raise
-    except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
-        return fail(prog, str(error))
-    except KeyboardInterrupt:
-        return fail(prog, "interrupted, nothing was written", code=130)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(distributed.process_group())
+            command(prog, options)
+        except BrokenPipeError:
+            raise
+        except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
+            return _fail(prog, str(error))
+        except KeyboardInterrupt:
+            return _fail(prog, "interrupted, nothing was written", code=130)
     return 0
+
+
+def _fail(prog: str, message: str, code: int = 2) -> int:
+    """`fail` on one of the processes."""
+    return fail(prog, message, code) if distributed.speaks_of_failure() else code
 
 
 def _evaluate(prog: str, options: list[str]) -> None:
@@ -96,13 +108,18 @@ def _evaluate(prog: str, options: list[str]) -> None:
     if sum(map(bool, networks)) > 1:
         raise UsageError("--extractor, --inception and --download name one network: give one")
     stem = arguments.run / "evaluation"
-    _check_out(arguments.out, stem)
+    writes = distributed.rank() == 0
+    if writes:
+        _check_out(arguments.out, stem)
     extractor = _extractor(arguments)
     trained = evaluation.load_trained(arguments.run, arguments.settings.images)
-    print(f"{trained.folder}: {len(trained.x):,} test images", file=sys.stderr)
+    if writes:
+        say(f"{trained.folder}: {len(trained.x):,} test images")
     # First, so that an extractor that does not fit is found out before the long part.
     distance, conventions = _distance(trained, extractor) if extractor is not None else ({}, {})
     found = evaluation.evaluate_trained(trained, arguments.settings)
+    if not writes:
+        return
     found = found._replace(
         sections=found.sections | distance, conventions=found.conventions | conventions
     )
@@ -115,8 +132,11 @@ def _evaluate(prog: str, options: list[str]) -> None:
 
 def _compare(prog: str, options: list[str]) -> None:
     arguments = parse(prog, CompareArguments, options)
-    if len(arguments.runs) < 2:
-        raise UsageError(f"{len(arguments.runs)} run: name at least two folders")
+    groups = [_group(word) for word in arguments.runs]
+    if len(groups) < 2:
+        given = f"{len(groups[0])} runs in one group" if groups and groups[0][1:] else "1 run"
+        given = given if groups else "no run"
+        raise UsageError(f"{given}: name at least two folders, or groups, with a space between")
     settings = evaluation.Settings(
         samples=arguments.samples,
         proposal=arguments.proposal,
@@ -124,31 +144,48 @@ def _compare(prog: str, options: list[str]) -> None:
         images=arguments.images,
     )
     stem = Path("comparison")
-    _check_out(arguments.out, stem)
-    runs = [evaluation.load_trained(name, arguments.images) for name in arguments.runs]
+    writes = distributed.rank() == 0
+    if writes:
+        _check_out(arguments.out, stem)
+    runs = [[evaluation.load_trained(name, arguments.images) for name in group] for group in groups]
     found = comparison.compare(runs, settings)
+    if not writes:
+        return
     first, *others = names = comparison.names(runs)
     columns = [*names, *(f"{run} - {first}" for run in others)]
-    rows = {
-        name: [
-            f"{v.mean:,.2f} ± {v.standard_error:.2f}" for v in (*means, *found.differences[name])
-        ]
-        for name, means in found.means.items()
-    }
-    sections = {"Test images, ± standard error over images; differences are paired": rows}
     conventions = comparison.conventions(runs, settings)
     _show(
         *(arguments.out, stem, "Comparison", found._asdict() | {"conventions": conventions}),
-        *(found.verdict, columns, sections, conventions),
+        *(found.verdict, columns, comparison.sections(found), conventions),
         {"side by side": page.png(comparison.side_by_side(runs))},
     )
+
+
+def _group(word: str) -> list[str]:
+    """The folders that a word names, joined by commas; what exists with a comma is one folder.
+
+    Raises:
+        UsageError: where nothing stands before, between or behind commas.
+    """
+    parts, folders = word.split(","), []
+    while parts:
+        # As many parts together as there is a folder of that name; else one.
+        ends = (end for end in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:end])))
+        end = next(ends, 1)
+        folders.append(",".join(parts[:end]))
+        del parts[:end]
+    if len(folders) > 1 and not all(folders):
+        raise UsageError(f"{word!r} has a comma without a folder: give RUN,RUN,...")
+    return folders
 
 
 def _extractor(arguments: EvaluateArguments):
     if arguments.extractor:
         return load_extractor(arguments.extractor)
     if arguments.inception or arguments.download:
-        return evaluate.Inception(arguments.inception or None)
+        # Where it is downloaded, once.
+        with distributed.first_process_first():
+            return evaluate.Inception(arguments.inception or None)
     return None
 
 
@@ -160,7 +197,8 @@ def _distance(
 
     generator, images, m = trained.generator(), len(trained.x), trained.mean.shape[1]
     z = torch.randn(images, m, generator=generator, device=trained.x.device)
-    with torch.no_grad(), counter("FID and KID, images", 2 * images) as progress:
+    shown = distributed.rank() == 0
+    with torch.no_grad(), counter("FID and KID, images", 2 * images, shown) as progress:
         generated = (trained.decoder(part) for part in z.split(_GENERATED_BATCH))
         distance = evaluate.frechet_distance(
             trained.x,

@@ -29,7 +29,8 @@ _PUBLISHED_WEIGHTS = "6726825d"
 # How far the features of an image may move, of the largest, when it is alone in its batch: other
 # kernels round otherwise, in half precision or TF32 by up to some percent.
 _ROUNDING = 0.05
-# The customary size of KID's subsets.
+# The customary size of KID's subsets; of fewer than twice as many images a subset is a half, as
+# subsets that are nearly all images are nearly all alike.
 _SUBSET = 1000
 
 
@@ -38,9 +39,11 @@ class FrechetDistance(NamedTuple):
 
     Attributes:
         fid: Frechet distance between Gaussians fitted to the features.
-        kid: mean of the unbiased squared maximum mean discrepancy over random subsets (cubic
-            polynomial kernel).
-        kid_spread: its standard deviation over the subsets; NaN where each of them is all images.
+        kid: mean of the unbiased squared maximum mean discrepancy over 100 random subsets (cubic
+            polynomial kernel). Each has 1,000 images, or half of the smaller set where that is
+            less, but at least two.
+        kid_spread: its standard deviation over the subsets: that of a distance of so many images,
+            not the error of `kid`. NaN for two images of each kind, as each subset is all of them.
         real_images: number of real images.
         generated_images: number of generated images.
         features: dimension of the feature space.
@@ -189,7 +192,7 @@ def frechet_distance(
             stacklevel=2,
         )
     given = _Given(width)
-    subset = min(count, _SUBSET)
+    subset = max(2, min(count // 2, _SUBSET))
     with warnings.catch_warnings():
         # That features are kept: they are here anyway.
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")

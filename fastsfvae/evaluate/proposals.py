@@ -8,20 +8,22 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from fastsfvae.evaluate._decode import Decoder, Proposal
+from fastsfvae.evaluate._decode import Decoder, Proposal, checked_output
 from fastsfvae.fit import fit_latents
 from fastsfvae.jacobian.api import decode_with_jacobian
 
 ProposalName: TypeAlias = Literal["posterior", "linearized", "defensive", "laplace"]
 PROPOSALS: tuple[ProposalName, ...] = get_args(ProposalName)
-# What the commands take unless told otherwise.
-COMMANDS_PROPOSAL: ProposalName = "defensive"
+# What all functions and commands take unless told otherwise.
+DEFAULT_PROPOSAL: ProposalName = "defensive"
 
 # Towards the posterior's mode.
 _STEPS = 10
-_DEFENSIVE_SHARE = 0.1
-# A standard normal number lies below it with that probability.
-_DEFENSIVE_BELOW = -1.2815515655446004
+# Of a defensive mixture: what q(z|x) and the prior have of the draws.
+_POSTERIOR_SHARE, _PRIOR_SHARE = 0.1, 0.05
+# A standard normal number lies below the first with the first's probability, below the second with
+# that of both.
+_POSTERIOR_BELOW, _PRIOR_BELOW = -1.2815515655446004, -1.0364333894937898
 
 
 class Posterior:
@@ -103,7 +105,7 @@ def linearized(decoder: Decoder, x: Tensor, mean: Tensor, noise_var: float | Ten
         mean: a, ``[b, m]``.
         noise_var: c.
     """
-    output, J, precision, c = _linearise(decoder, mean, noise_var)
+    output, J, precision, c = _linearise(decoder, x, mean, noise_var)
     r = (x - output).flatten(1).double().unsqueeze(-1)
     score = J @ r / c - mean.double().unsqueeze(-1)
     step = torch.cholesky_solve(score, torch.linalg.cholesky_ex(precision).L).squeeze(-1)
@@ -119,17 +121,25 @@ def laplace(decoder: Decoder, x: Tensor, mean: Tensor, noise_var: float | Tensor
         mean: where the mode is looked for, ``[b, m]``.
         noise_var: c.
     """
+    # What cannot be linearised is refused in the words that all proposals have.
+    _linearise(decoder, x[:1], mean[:1], noise_var)
     mode = fit_latents(decoder, x, mean, steps=_STEPS, prior_var=1.0, noise_var=noise_var, tol=0).z
     # Not the fit's covariance, which is in the latents' own dtype.
-    _, _, precision, _ = _linearise(decoder, mode, noise_var)
+    _, _, precision, _ = _linearise(decoder, x, mode, noise_var)
     return Gaussian(mode.double(), precision, mean.dtype)
 
 
 def _linearise(
-    decoder: Decoder, z: Tensor, noise_var: float | Tensor
+    decoder: Decoder, x: Tensor, z: Tensor, noise_var: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f(z), J ``[b, m, n]``, Lambda and c, the last three in float64."""
-    output, jacobian = decode_with_jacobian(decoder, z)
+    """f(z) like x, J ``[b, m, n]``, Lambda and c, the last three in float64."""
+    try:
+        output, jacobian = decode_with_jacobian(decoder, z)
+    except (TypeError, ValueError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        error.args = (f'{words}; proposal="posterior" needs no Jacobian',)
+        raise
+    checked_output(output, len(z), x)
     # In float64: a float32 Gram matrix may cost Lambda its positive definiteness.
     J = jacobian.flatten(2).double()
     c = torch.as_tensor(noise_var, dtype=torch.float64, device=z.device)
@@ -138,9 +148,11 @@ def _linearise(
 
 
 class Defensive:
-    """A tenth of the draws from q(z|x), the others from a Gaussian.
+    """A tenth of the draws from q(z|x), a twentieth from the prior, the others from a Gaussian.
 
-    Its density is the mixture's, so that no weight exceeds ten times that under q alone.
+    Its density is the mixture's, so that no weight exceeds ten times that under q alone, nor twenty
+    times p(x|z). The prior reaches the modes that q and the Gaussian know nothing of: where one
+    holds much of p(z|x), some draws meet it, and the effective sample size tells of them.
     """
 
     def __init__(self, posterior: Posterior, gaussian: Gaussian) -> None:
@@ -150,22 +162,30 @@ class Defensive:
 
     def draw(self, images: slice, noise: Tensor) -> tuple[Tensor, Tensor]:
         """See `Proposal`."""
-        from_posterior, noise = noise[..., -1:] < _DEFENSIVE_BELOW, noise[..., :-1]
+        choice, noise = noise[..., -1:], noise[..., :-1]
         z = torch.where(
-            from_posterior,
+            choice < _POSTERIOR_BELOW,
             self._posterior.shift(images, noise),
-            self._gaussian.shift(images, noise),
+            torch.where(choice < _PRIOR_BELOW, noise, self._gaussian.shift(images, noise)),
         )
-        return z, torch.logaddexp(
-            math.log(_DEFENSIVE_SHARE) + self._posterior.log_density(images, z),
-            math.log1p(-_DEFENSIVE_SHARE) + self._gaussian.log_density(images, z),
+        log_prior = -0.5 * z.double().square().sum(-1)
+        wide = torch.logaddexp(
+            math.log(_POSTERIOR_SHARE) + self._posterior.log_density(images, z),
+            math.log(_PRIOR_SHARE) + log_prior,
         )
+        share = 1 - _POSTERIOR_SHARE - _PRIOR_SHARE
+        return z, torch.logaddexp(wide, math.log(share) + self._gaussian.log_density(images, z))
 
 
 def make_proposal(
     name: str, decoder: Decoder, x: Tensor, mean: Tensor, log_var: Tensor, noise_var: float | Tensor
 ) -> Proposal:
-    """Build a proposal of `PROPOSALS` for images x ``[b, *out]``."""
+    """Build a proposal of `PROPOSALS` for images x ``[b, *out]``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for a decoder without the Jacobian that it needs, in
+            one line.
+    """
     if name == "posterior":
         return Posterior(mean, log_var)
     make = laplace if name == "laplace" else linearized

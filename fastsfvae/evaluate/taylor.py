@@ -103,13 +103,14 @@ def taylor_quality(
             f"samples={tuple(samples)} and reference_samples={reference_samples}: a variance needs "
             "at least 2 draws"
         )
-    noise = NoiseStream(mean.shape[1], mean, generator)
+    noise = NoiseStream(reference_samples + sum(samples), mean.shape[1], mean, generator)
     columns: tuple[int | str, ...] = ("taylor", *samples)
     truths: list[Tensor] = []
     rounding: list[Tensor] = []
     variances: dict[int | str, list[Tensor]] = {name: [] for name in columns}
     errors: dict[int | str, list[Tensor]] = {name: [] for name in columns}
-    for mu, std in zip(mean, torch.exp(0.5 * log_var), strict=True):
+    for image, (mu, std) in enumerate(zip(mean, torch.exp(0.5 * log_var), strict=True)):
+        noise.start(image)
         centre, jacobian = decode_with_jacobian(decoder, mu[None])
         centre = centre.flatten().double()
 

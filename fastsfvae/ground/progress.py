@@ -14,11 +14,15 @@ LINE_SECONDS = 5.0
 
 
 @contextmanager
-def counter(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def counter(label: str, total: int, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Give a callback that is told how many more of `total` things are done.
 
-    Lines are written where stderr is no terminal or rich is not installed.
+    Lines are written where stderr is no terminal or rich is not installed; nothing is where it is
+    not to be shown, as on all processes but one.
     """
+    if not shown:
+        yield lambda count: None
+        return
     if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         yield _PlainCounter(label, total)
         return

@@ -12,6 +12,7 @@ from fastsfvae import evaluate
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.evaluate.proposals import ProposalName
 from fastsfvae.results.report import encode, objective_values
+from fastsfvae.results.verdict import ENOUGH_EFFECTIVE
 from fastsfvae.training.run import Run, evaluation_generator
 
 _BATCH = 250
@@ -21,6 +22,8 @@ OWN_OBJECTIVE = "NLL, by its own objective"
 LIKELIHOOD_COLUMNS = (
     "NLL, Monte Carlo error",
     "median effective samples",
+    "smallest effective samples",
+    "bias of log ML",
     "sampled ELBO",
     "error at the mean",
     "error, sampled",
@@ -104,6 +107,9 @@ class Likelihoods:
             "log ML": f"{self.samples:,} importance weights per image, proposal {self.proposal}; "
             "holds -(n/2) log(2 pi c)",
             "NLL": "-log ML without that constant",
+            "effective samples": f"of {self.samples:,}; an image's error is too small below "
+            f"{ENOUGH_EFFECTIVE}",
+            "bias of log ML": "-(1/ESS - 1/K) / 2, estimated, averaged over images; in nats",
             "sampled ELBO": "10 draws of q(z|x) per image; holds the constant",
             "KL": "KL(q(z|x) || N(0, I)) in nats",
         }
@@ -129,6 +135,8 @@ class Likelihoods:
             "NLL": -float(log_ml.without_constant.mean()),
             "NLL, Monte Carlo error": evaluate.monte_carlo_error(log_ml.standard_error),
             "median effective samples": float(log_ml.effective_samples.median()),
+            "smallest effective samples": float(log_ml.effective_samples.min()),
+            "bias of log ML": float(log_ml.bias.mean()),
             "log ML": float(log_ml.estimate.mean()),
             "sampled ELBO": float(elbo.elbo.mean()),
             "error at the mean": float(evaluate.squared_error_at_mean(run.decoder, x, mean).mean()),

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsfvae import evaluate
-from fastsfvae.data.pixels import to_unit
 from fastsfvae.evaluate import (
     LogMarginalLikelihood,
     TaylorQuality,
     mean_over_images,
     monte_carlo_error,
 )
-from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
+from fastsfvae.evaluate.proposals import DEFAULT_PROPOSAL, ProposalName
 from fastsfvae.ground.progress import counter
+from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.results import report, verdict
-from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
-from fastsfvae.training.config import TrainConfig
-from fastsfvae.training.run import evaluation_generator
+from fastsfvae.results.trained import Trained, load_trained, over_images, progress
+from fastsfvae.training import distributed
+
+__all__ = ["Evaluation", "Number", "Settings", "Trained", "evaluate_trained", "load_trained"]
 
 _ESS_SAMPLES = 256
 _GRADIENT_SAMPLES = (1, 10, 100)
@@ -38,7 +37,7 @@ class Settings:
     samples: int = report.WEIGHTS["evaluate"]
     """Importance weights per image of the log marginal likelihood."""
 
-    proposal: ProposalName = COMMANDS_PROPOSAL
+    proposal: ProposalName = DEFAULT_PROPOSAL
     """What they are drawn from: posterior, linearized, defensive or laplace."""
 
     elbo_samples: int = 100
@@ -108,63 +107,23 @@ class Evaluation(NamedTuple):
     kl_per_dimension: list[float]
 
 
-class Trained(NamedTuple):
-    """A run with its test images, on one device.
-
-    Attributes:
-        folder: of the run.
-        config: what was trained.
-        step: optimiser steps done.
-        encoder: x -> (mean, log_var).
-        decoder: z -> x.
-        x: test images in [0, 1], ``[N, C, H, W]``.
-        mean: ``[N, m]``.
-        log_var: ``[N, m]``.
-    """
-
-    folder: Path
-    config: TrainConfig
-    step: int
-    encoder: nn.Module
-    decoder: nn.Module
-    x: Tensor
-    mean: Tensor
-    log_var: Tensor
-
-    def generator(self) -> torch.Generator:
-        """The noise of this run's evaluation, the same at every call."""
-        return evaluation_generator(self.config, self.x.device)
-
-
-def load_trained(folder: str | Path, images: int = 0) -> Trained:
-    """Load a run and encode its first `images` test images, all with 0.
-
-    Raises:
-        ValueError, FileNotFoundError, RuntimeError: for a folder without a run, missing data or a
-            device that is not there, in one line.
-    """
-    folder = Path(folder)
-    encoder, decoder, config = load(folder)
-    device = config.resolve_device()
-    encoder, decoder = encoder.to(device), decoder.to(device)
-    x = to_unit(config.load_images("test")[: images or None].to(device))
-    step = int(load_checkpoint(folder / CHECKPOINT)["step"])
-    mean, log_var = report.encode(encoder, x)
-    return Trained(folder, config, step, encoder, decoder, x, mean, log_var)
-
-
 def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
-    """Evaluate everything that needs no further network; progress goes to stderr."""
+    """Evaluate everything that needs no further network; progress goes to stderr.
+
+    Under torchrun the processes share the images of what is per image, and all have the same
+    numbers; the rest each process computes by itself.
+    """
     # First, as it takes no time and refuses a decoder that cannot be linearised.
     covariance = _conditioning(trained)
     collapse = evaluate.posterior_collapse(trained.mean, trained.log_var, _EPSILON, _DELTA)
     log_ml = _log_ml(trained, settings)
+    at_mean = over_images(
+        trained, lambda part: evaluate.squared_error_at_mean(part.decoder, part.x, part.mean)
+    )
     sections = {
         "Log-densities (nats)": _log_densities(trained, settings, log_ml),
         "Reconstruction and latent dimensions": {
-            "squared error at the mean": _mean(
-                evaluate.squared_error_at_mean(trained.decoder, trained.x, trained.mean)
-            ),
+            "squared error at the mean": _mean(at_mean),
             f"dimensions collapsed (KL < {_EPSILON:g} on {1 - _DELTA:.0%})": Number(
                 collapse.collapsed
             ),
@@ -192,6 +151,7 @@ def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
             settings.weights,
             collapse,
             taylor,
+            understated=understated(log_ml),
         ),
         conventions(trained, settings),
         sections,
@@ -203,6 +163,11 @@ def unresolved(log_ml: LogMarginalLikelihood) -> int:
     """Images whose log ML rests on too few weights."""
     # A NaN counts.
     return int((~(log_ml.effective_samples >= verdict.FEW_EFFECTIVE)).sum())
+
+
+def understated(log_ml: LogMarginalLikelihood) -> int:
+    """Images whose log ML has an error that is too small."""
+    return int((~(log_ml.effective_samples >= verdict.ENOUGH_EFFECTIVE)).sum())
 
 
 def conventions(trained: Trained, settings: Settings) -> dict[str, Any]:
@@ -224,35 +189,40 @@ def conventions(trained: Trained, settings: Settings) -> dict[str, Any]:
 
 
 def _log_ml(trained: Trained, settings: Settings) -> LogMarginalLikelihood:
-    with counter("log ML, decodes", len(trained.x) * settings.samples) as progress:
-        return evaluate.log_marginal_likelihood(
-            *(trained.decoder, trained.x, trained.mean, trained.log_var),
-            noise_var=trained.config.noise_var,
-            samples=settings.samples,
-            proposal=settings.proposal,
-            generator=trained.generator(),
-            progress=progress,
+    with progress("log ML, decodes", len(trained.x) * settings.samples) as count:
+        return over_images(
+            trained,
+            lambda part: evaluate.log_marginal_likelihood(
+                *part.posterior,
+                noise_var=part.config.noise_var,
+                samples=settings.samples,
+                proposal=settings.proposal,
+                generator=part.generator(),
+                first_image=part.first_image,
+                progress=count,
+            ),
         )
 
 
 def _log_densities(
     trained: Trained, settings: Settings, log_ml: LogMarginalLikelihood
 ) -> dict[str, Number]:
-    config, posterior = trained.config, (trained.x, trained.mean, trained.log_var)
-    with counter("ELBO, decodes", len(trained.x) * settings.elbo_samples) as progress:
-        gap = evaluate.objective_gap(
-            trained.decoder,
-            *posterior,
-            noise_var=config.noise_var,
-            gamma=config.gamma,
-            likelihood=config.likelihood,
-            samples=settings.elbo_samples,
-            generator=trained.generator(),
-            progress=progress,
+    config = trained.config
+    with progress("ELBO, decodes", len(trained.x) * settings.elbo_samples) as count:
+        gap = over_images(
+            trained,
+            lambda part: evaluate.objective_gap(
+                *part.posterior,
+                noise_var=config.noise_var,
+                gamma=config.gamma,
+                likelihood=config.likelihood,
+                samples=settings.elbo_samples,
+                generator=part.generator(),
+                first_image=part.first_image,
+                progress=count,
+            ),
         )
-    kl = evaluate.sampled_elbo(
-        trained.decoder, *posterior, noise_var=config.noise_var, generator=trained.generator()
-    ).kl
+    kl = gaussian_kl(trained.mean.double(), trained.log_var.double())
     constant = log_ml.constant
     error = (constant - gap.elbo - kl) * 2 * config.noise_var
     return {
@@ -261,6 +231,10 @@ def _log_densities(
         "effective samples, median": Number(float(log_ml.effective_samples.median())),
         "effective samples, smallest": Number(float(log_ml.effective_samples.min())),
         f"images with fewer than {verdict.FEW_EFFECTIVE}": Number(unresolved(log_ml)),
+        f"images with fewer than {verdict.ENOUGH_EFFECTIVE}, error too small": Number(
+            understated(log_ml)
+        ),
+        "log ML, estimated bias": _mean(log_ml.bias),
         "sampled ELBO": _mean(gap.elbo, gap.standard_error),
         "sampled ELBO, without constant": _mean(gap.elbo - constant, gap.standard_error),
         "objective (not a bound)": _mean(gap.objective),
@@ -273,12 +247,16 @@ def _log_densities(
 
 def _effective_samples(trained: Trained) -> dict[str, Number]:
     def median(proposal: ProposalName) -> Number:
-        found = evaluate.log_marginal_likelihood(
-            *(trained.decoder, trained.x, trained.mean, trained.log_var),
-            noise_var=trained.config.noise_var,
-            samples=_ESS_SAMPLES,
-            proposal=proposal,
-            generator=trained.generator(),
+        found = over_images(
+            trained,
+            lambda part: evaluate.log_marginal_likelihood(
+                *part.posterior,
+                noise_var=part.config.noise_var,
+                samples=_ESS_SAMPLES,
+                proposal=proposal,
+                generator=part.generator(),
+                first_image=part.first_image,
+            ),
         )
         return Number(float(found.effective_samples.median()))
 
@@ -286,8 +264,11 @@ def _effective_samples(trained: Trained) -> dict[str, Number]:
 
 
 def _conditioning(trained: Trained) -> dict[str, Number]:
-    found = evaluate.conditioning(
-        trained.decoder, trained.mean, trained.log_var, noise_var=trained.config.noise_var
+    found = over_images(
+        trained,
+        lambda part: evaluate.conditioning(
+            part.decoder, part.mean, part.log_var, noise_var=part.config.noise_var
+        ),
     )
     ratio = found.log10_ratio
     return {
@@ -300,7 +281,7 @@ def _conditioning(trained: Trained) -> dict[str, Number]:
 def _gradient(trained: Trained, settings: Settings) -> dict[str, Number]:
     config, images = trained.config, min(_GRADIENT_IMAGES, len(trained.x))
     decodes = settings.gradient_repeats * sum(_GRADIENT_SAMPLES) * images
-    with counter("Monte Carlo error, decodes", decodes) as progress:
+    with counter("Monte Carlo error, decodes", decodes, shown=distributed.rank() == 0) as count:
         found = evaluate.gradient_error(
             trained.decoder,
             *(t[:images] for t in (trained.x, trained.mean, trained.log_var)),
@@ -310,7 +291,7 @@ def _gradient(trained: Trained, settings: Settings) -> dict[str, Number]:
             samples=_GRADIENT_SAMPLES,
             repeats=settings.gradient_repeats,
             generator=trained.generator(),
-            progress=progress,
+            progress=count,
         )
     spreads = zip(found.samples, found.loss_variance, found.gradient_variance, strict=True)
     numbers = {}
@@ -329,13 +310,13 @@ def _taylor(trained: Trained, settings: Settings) -> TaylorQuality:
     images = slice(settings.taylor_images)
     counts = evaluate.PAPER_SAMPLES
     decodes = len(trained.mean[images]) * (settings.taylor_reference + sum(counts))
-    with counter("linearisation, decodes", decodes) as progress:
+    with counter("linearisation, decodes", decodes, shown=distributed.rank() == 0) as count:
         return evaluate.taylor_quality(
             *(trained.decoder, trained.mean[images], trained.log_var[images]),
             samples=counts,
             reference_samples=settings.taylor_reference,
             generator=trained.generator(),
-            progress=progress,
+            progress=count,
         )
 
 

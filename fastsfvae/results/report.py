@@ -19,10 +19,11 @@ from fastsfvae.evaluate import (
     mean_over_images,
     monte_carlo_error,
 )
-from fastsfvae.evaluate.proposals import COMMANDS_PROPOSAL, ProposalName
+from fastsfvae.evaluate.proposals import DEFAULT_PROPOSAL, ProposalName
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.ground.provenance import VERSION, commit
 from fastsfvae.objectives import Objective
+from fastsfvae.results import verdict
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.run import Run, evaluation_generator
 
@@ -41,7 +42,10 @@ class Report(NamedTuple):
         splits: split -> quantity -> mean over images and its standard error.
         collapse: dimensions collapsed, active and in all (test images).
         log_ml_monte_carlo_error: Monte Carlo error of the test split's mean log ML.
+        log_ml_bias: estimated bias of the test split's mean log ML, in nats: `bias` of
+            `LogMarginalLikelihood`, averaged over images.
         median_effective_samples: of the importance weights, over test images.
+        smallest_effective_samples: the same of the image that has fewest.
         seconds: time spent training.
         steps_per_second: training rate.
     """
@@ -50,7 +54,9 @@ class Report(NamedTuple):
     splits: dict[str, dict[str, ImageMean]]
     collapse: dict[str, int]
     log_ml_monte_carlo_error: float
+    log_ml_bias: float
     median_effective_samples: float
+    smallest_effective_samples: float
     seconds: float
     steps_per_second: float
 
@@ -153,13 +159,13 @@ def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Rep
             generator=generator,
         )
 
-    proposal: str = COMMANDS_PROPOSAL
+    proposal: str = DEFAULT_PROPOSAL
     try:
-        log_ml = log_marginal_likelihood(COMMANDS_PROPOSAL)
+        log_ml = log_marginal_likelihood(DEFAULT_PROPOSAL)
     except (TypeError, ValueError, RuntimeError) as error:
         # A method that samples trains decoders that cannot be linearised.
         log_ml = log_marginal_likelihood("posterior")
-        proposal = f"posterior, as {COMMANDS_PROPOSAL} fails ({' '.join(str(error).split())})"
+        proposal = f"posterior, as {DEFAULT_PROPOSAL} fails ({' '.join(str(error).split())})"
     splits["test"]["log ML"] = mean_over_images(log_ml.estimate)
     collapse = evaluate.posterior_collapse(mean, log_var)
     return Report(
@@ -173,7 +179,9 @@ def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Rep
             "latent_dim": collapse.latent_dim,
         },
         log_ml_monte_carlo_error=monte_carlo_error(log_ml.standard_error),
+        log_ml_bias=float(log_ml.bias.mean()),
         median_effective_samples=float(log_ml.effective_samples.median()),
+        smallest_effective_samples=float(log_ml.effective_samples.min()),
         seconds=run.seconds,
         steps_per_second=run.step / run.seconds if run.seconds else math.nan,
     )
@@ -189,7 +197,7 @@ def conventions(config: TrainConfig, importance_samples: int, proposal: str) -> 
         "log_ml": f"K={importance_samples} importance weights, proposal {proposal}",
         "log_ml_elsewhere": "by default K is "
         + ", ".join(f"{count:,} in {command}" for command, count in WEIGHTS.items())
-        + f", and the proposal {COMMANDS_PROPOSAL}",
+        + f", and the proposal {DEFAULT_PROPOSAL}",
         "sampled_elbo": "1 draw of q(z|x) per image",
         "standard_errors": "spread over images / sqrt(N)",
         "collapse": "epsilon=0.05 nats, delta=0.01, test images",
@@ -262,8 +270,10 @@ def table(report: Report, config: TrainConfig) -> str:
         f"method {config.method}{reading}, c {config.noise_var:g}{learned}, seed {config.seed}; "
         f"pixels in [0, 1]; nats; constant -(n/2) log(2 pi c) = {offset:.2f}",
         f"± is the standard error over images; log ML: {c['log_ml']}, Monte Carlo error "
-        f"{report.log_ml_monte_carlo_error:.3f}, median effective samples "
-        f"{report.median_effective_samples:.0f}",
+        f"{report.log_ml_monte_carlo_error:.3f}, estimated bias {report.log_ml_bias:.3f}, "
+        f"effective samples {report.median_effective_samples:.0f} (median) and "
+        f"{report.smallest_effective_samples:.1f} (smallest)"
+        f"{verdict.doubt(report.smallest_effective_samples)}",
         c["log_ml_elsewhere"],
     ]
     return "\n".join(lines)

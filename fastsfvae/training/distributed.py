@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterator
@@ -87,6 +88,55 @@ def join(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts, dim=-1)
+
+
+def share(count: int) -> slice:
+    """This process's part of so many things; the parts in order are the whole.
+
+    Of fewer things than processes each process has all.
+    """
+    bounds = _bounds(count)
+    return slice(bounds[rank()], bounds[rank() + 1]) if bounds else slice(0, count)
+
+
+def join_shares(part: Tensor, count: int) -> Tensor:
+    """Put the processes' parts of `share` together along the first axis, on every process.
+
+    Args:
+        part: this process's, ``[n, ...]``, of any device; it comes back on the same.
+        count: things in all.
+    """
+    bounds = _bounds(count)
+    if not bounds:
+        return part
+    sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    # Gathered tensors must have one shape, and bool is no type of all back ends.
+    padded = torch.zeros(max(sizes), *part.shape[1:], dtype=torch.float64)
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    whole = torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
+    return whole.to(part.device, part.dtype)
+
+
+def _bounds(count: int) -> list[int]:
+    """Where the shares begin, and the last one's end; none where there is nothing to share."""
+    if size() == 1 or count < size():
+        return []
+    return [count * process // size() for process in range(size() + 1)]
+
+
+def speaks_of_failure() -> bool:
+    """Whether this process is to say what went wrong: the first one that asks.
+
+    A fault that all processes meet is one line. What the others meet because the first has ended is
+    no news.
+    """
+    with contextlib.suppress(RuntimeError):
+        if _initialized():
+            store = dist.distributed_c10d._get_default_store()
+            return store.add("fastsfvae/failures", 1) == 1
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def wait() -> None:

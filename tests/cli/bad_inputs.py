@@ -224,6 +224,14 @@ def _compare() -> Iterator[Case]:
         yield ["compare", "run", place], place[:2]
         yield ["compare", place, "run"], place[:2]
     yield ["compare", "run", "model"], "wrong_models:key"
+    yield ["compare", "run,nowhere", "second"], "nowhere"
+    yield ["compare", "run,run", "second"], "the seed of run, 0"
+    yield ["compare", "run,second,run", "second"], "the seed of run, 0"
+    yield ["compare", "second", "run,noisy"], "noise_var"
+    yield ["compare", "run,unlike", "second"], "different test images"
+    yield ["compare", "run,second"], "2 runs in one group: name at least two folders"
+    for word in (",", "run,", ",run", "run,,second"):
+        yield ["compare", word, "second"], f"{word!r} has a comma without a folder"
     yield ["compare"], "two folders"
     yield ["compare", "run"], "two folders"
     yield ["compare", "run", "unlike"], "different test images"

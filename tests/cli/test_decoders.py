@@ -67,6 +67,7 @@ def test_a_run_is_measured_where_its_decoder_cannot_be_linearised(tmp_path, caps
     )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "autograd.Function 'Doubled'" in results["conventions"]["log_ml"]
+    assert 'proposal="posterior" needs no Jacobian' in results["conventions"]["log_ml"]
     assert math.isfinite(results["splits"]["test"]["log ML"]["mean"])
     # What needs the Jacobian is refused at once, before the importance weights.
     options = ["evaluate", str(tmp_path / "run"), "--images", "4", "--proposal", "posterior"]
@@ -90,6 +91,8 @@ def test_infinite_draws_leave_every_number_that_there_is(tmp_path, capsys):
     densities = found["sections"]["Log-densities (nats)"]
     assert math.isfinite(densities["log ML"]["monte_carlo_error"])
     assert densities["images with fewer than 10"]["value"] == 0
+    assert densities["images with fewer than 30, error too small"]["value"] == 0
+    assert -0.1 < densities["log ML, estimated bias"]["value"] < 0
     # The ELBO is -inf, which JSON has no number for.
     assert densities["sampled ELBO"]["value"] is None
     assert densities["sampled ELBO"]["standard_error"] is None
@@ -104,3 +107,4 @@ def test_infinite_draws_leave_every_number_that_there_is(tmp_path, capsys):
     found = json.loads((tmp_path / "c" / "comparison.json").read_text())
     (difference,) = found["differences"]["log ML, without constant"]
     assert difference == {"mean": 0.0, "standard_error": None}
+    assert "±" not in found["verdict"]

@@ -1,6 +1,10 @@
 import base64
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -100,6 +104,79 @@ def test_compare_gives_paired_differences(runs, capsys, tmp_path):
     assert found["standard_error"] == pytest.approx(expected.standard_error)
     assert "sampling-free" in results["conventions"][str(runs / "a")]
     assert [path.name for path in out.glob("*.png")] == ["side-by-side.png"]
+
+
+def test_compare_of_groups_knows_spreads_over_seeds(runs, capsys, tmp_path):
+    comma = tmp_path / "b,1"
+    shutil.copytree(runs / "b", comma)
+    for seed in "01":
+        options = [*TRAIN, str(tmp_path / seed), "--method", "sampling", "--steps", "5"]
+        assert cli.main([*options, "--seed", str(2 + int(seed))]) == 0
+    capsys.readouterr()
+    group = f"{comma},{tmp_path / '0'},{tmp_path / '1'}"
+    options = ["--images", "30", "--samples", "20", "--out"]
+    assert cli.main(["compare", str(runs / "a"), group, *options, str(tmp_path / "c")]) == 0
+    printed = capsys.readouterr().out
+    assert "± over test images, not over seeds" in printed
+    assert "± over seeds" in printed and "b,1 (3 seeds) - a" in printed
+    found = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert found["runs"] == [str(runs / "a"), group]
+    alone, *values = (
+        sf.evaluate.squared_error_at_mean(decoder, x, mean)
+        for decoder, x, mean, _ in map(
+            _posterior, (runs / "a", comma, tmp_path / "0", tmp_path / "1")
+        )
+    )
+    stacked, name = torch.stack(values), "squared error at the mean"
+    (difference,) = found["differences"][name]
+    expected = sf.evaluate.mean_over_images(stacked.mean(0) - alone)
+    assert difference["mean"] == pytest.approx(expected.mean)
+    assert difference["standard_error"] == pytest.approx(expected.standard_error)
+    # A group of one has no spread over seeds, and its difference no error.
+    assert found["seed_spreads"][name][0] is None and found["seed_errors"][name] == [None]
+    spread = float(stacked.mean(1).std())
+    assert found["seed_spreads"][name][1] == pytest.approx(spread)
+    # Against two of its own runs: s1^2/3 + s2^2/2.
+    pair = f"{tmp_path / '0'},{tmp_path / '1'}"
+    assert cli.main(["compare", group, pair, *options, str(tmp_path / "d")]) == 0
+    again = json.loads((tmp_path / "d" / "comparison.json").read_text())
+    of_pair = float(stacked[1:].mean(1).std())
+    expected = (spread**2 / 3 + of_pair**2 / 2) ** 0.5
+    assert again["seed_errors"][name] == [pytest.approx(expected)]
+
+
+def test_torchrun_gives_the_numbers_of_one_process(runs, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    quick = [*QUICK[2:-2], "--gradient-repeats", "0", "--images", "31"]
+    assert cli.main(["evaluate", str(runs / "a"), *quick, "--out", str(tmp_path / "one")]) == 0
+    command = ["-m", "fastsfvae", "evaluate", str(runs / "a"), *quick, "--out"]
+    done = subprocess.run(
+        [*start, *command, str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results, pictures") == 1 and done.stderr.count("31 test images") == 1
+    one, two = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")
+    )
+    assert one["conventions"] == two["conventions"]
+    for title, numbers in one["sections"].items():
+        for label, number in numbers.items():
+            other = two["sections"][title][label]
+            for key in ("value", "standard_error", "monte_carlo_error"):
+                assert (other[key] is None) == (number[key] is None), label
+                if number[key] is not None:
+                    assert other[key] == pytest.approx(number[key], rel=1e-4, abs=1e-5), label
+    # What all processes meet is one line.
+    failed = subprocess.run(
+        [*start, *command, str(tmp_path / "two")], capture_output=True, text=True, timeout=200
+    )
+    assert failed.returncode
+    assert failed.stderr.count("exists: give another folder") == 1
+    assert failed.stderr.count("fastsfvae evaluate: ") == 1
 
 
 @pytest.mark.parametrize(

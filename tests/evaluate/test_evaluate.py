@@ -49,7 +49,11 @@ def _orthogonal_linear(noise_var: float, m: int = 3, n: int = 6):
 def test_log_ml_of_a_linear_decoder_is_exact_under_its_posterior(noise_var):
     decoder, x, mean, log_var, exact = _orthogonal_linear(noise_var)
     result = evaluate.log_marginal_likelihood(
-        decoder, x, mean, log_var, samples=9, noise_var=noise_var, generator=_generator()
+        *(decoder, x, mean, log_var),
+        samples=9,
+        noise_var=noise_var,
+        proposal="posterior",
+        generator=_generator(),
     )
     # Every weight equals p(x): no spread, all samples effective.
     torch.testing.assert_close(result.estimate, exact, rtol=1e-12, atol=1e-12)
@@ -75,7 +79,11 @@ def test_log_ml_agrees_with_quadrature_on_a_grid():
     # The prior as proposal: wide enough for any image.
     zeros = torch.zeros(len(x), 2, dtype=torch.float64)
     result = evaluate.log_marginal_likelihood(
-        decoder, x, zeros, zeros, samples=40_000, noise_var=c, generator=_generator()
+        *(decoder, x, zeros, zeros),
+        samples=40_000,
+        noise_var=c,
+        proposal="posterior",
+        generator=_generator(),
     )
     assert (result.effective_samples > 50).all()
     assert ((result.estimate - exact).abs() < 5 * result.standard_error).all()
@@ -99,7 +107,11 @@ def test_estimates_equal_plain_formulas_on_the_same_draws(chunk_size, samples):
 
     recorder = _Recorder(decoder)
     result = evaluate.log_marginal_likelihood(
-        recorder, x, mean, log_var, noise_var=c, generator=_generator(), **options
+        *(recorder, x, mean, log_var),
+        noise_var=c,
+        proposal="posterior",
+        generator=_generator(),
+        **options,
     )
     assert max(map(len, recorder.calls)) <= (chunk_size or 10**6)
     z = draws(recorder.calls)
@@ -125,11 +137,13 @@ def test_estimates_equal_plain_formulas_on_the_same_draws(chunk_size, samples):
         elbo.squared_error, (decoder(z) - x).square().sum(-1).mean(0), rtol=1e-12, atol=0
     )
     if samples == 1:
-        assert result.standard_error.isnan().all()
+        assert result.standard_error.isnan().all() and result.bias.isnan().all()
         assert elbo.standard_error.isnan().all()
     else:
         error = weight.std(0) / (math.sqrt(samples) * weight.mean(0))
         torch.testing.assert_close(result.standard_error, error, rtol=1e-6, atol=1e-9)
+        bias = -(1 / effective - 1 / samples) / 2
+        torch.testing.assert_close(result.bias, bias, rtol=1e-6, atol=1e-9)
         spread = per_draw.std(0) / math.sqrt(samples)
         torch.testing.assert_close(elbo.standard_error, spread, rtol=1e-6, atol=1e-9)
 
@@ -213,7 +227,13 @@ def test_mean_over_images():
         ({"proposal": "prior"}, ValueError, "proposal='prior' is not one of 'posterior'"),
         ({"x": torch.zeros(7, 11, dtype=torch.uint8)}, TypeError, "x has dtype torch.uint8"),
         ({"mean": torch.zeros(6, 3)}, ValueError, "must both be \\[B, m\\]"),
-        ({"decoder": lambda z: z}, ValueError, "the decoder returned \\(35, 3\\) for 35 latents"),
+        ({"decoder": lambda z: z}, ValueError, "the decoder returned \\(7, 3\\) for 7 latents"),
+        (
+            {"decoder": lambda z: z, "proposal": "posterior"},
+            ValueError,
+            "the decoder returned \\(35, 3\\) for 35 latents",
+        ),
+        ({"first_image": -1}, ValueError, "first_image=-1 must not be negative"),
     ],
 )
 def test_bad_input(change, error, message):

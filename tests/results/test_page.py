@@ -66,9 +66,38 @@ def test_the_verdict_of_a_comparison():
         ["a", "b", "c"], [ImageMean(1.26, 0.3), ImageMean(-0.5, 0.2)], [0, 3, 1], 100, WEIGHTS
     )
     assert found == (
-        "log ML of b - a: +1.3 ± 0.3 nats; log ML of c - a: -0.5 ± 0.2 nats; 100 test images "
-        "(K = 50,000, defensive), 3 of them with fewer than 10 effective weights"
+        "log ML of b - a: +1.3 ± 0.3 nats (± over images, not over seeds); log ML of c - a: -0.5 ± "
+        "0.2 nats (± over images, not over seeds); 100 test images (K = 50,000, defensive), 3 of "
+        "them with fewer than 10 effective weights"
     )
+
+
+@pytest.mark.parametrize(
+    ("over_seeds", "says"),
+    [
+        (0.4, "+1.3 ± 0.4 nats (± over seeds)"),
+        (0.2, "+1.3 ± 0.3 nats (± over images)"),
+        (math.nan, "+1.3 ± 0.3 nats (± over images, not over seeds)"),
+    ],
+)
+def test_the_verdict_of_groups_states_the_larger_error(over_seeds, says):
+    arguments = (["a", "b"], [ImageMean(1.26, 0.3)], [0, 0], 100, WEIGHTS)
+    assert says in verdict.of_comparison(*arguments, seed_errors=[over_seeds])
+
+
+def test_errors_that_are_too_small_are_called_so():
+    found = verdict.of_comparison(
+        *(["a", "b"], [ImageMean(1.26, 0.3)], [0, 3], 100, WEIGHTS), understated=8
+    )
+    assert found.endswith(
+        "3 of them with fewer than 10 effective weights, 5 more with fewer than 30 effective "
+        "weights, where the error is too small"
+    )
+    alone = verdict.of_evaluation(ImageMean(-1.0, 0.1), 0, 10, WEIGHTS, COLLAPSE, None, 2)
+    assert ", 2 of them with fewer than 30 effective weights, where" in alone
+    assert "NOT" not in alone
+    assert not verdict.doubt(30.0) and "too small" in verdict.doubt(29.9)
+    assert "too small" in verdict.doubt(math.nan)
 
 
 SECTIONS = {
