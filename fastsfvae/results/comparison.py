@@ -67,7 +67,7 @@ def compare(groups: list[list[Trained]], settings: Settings) -> Comparison:
     _check(groups, runs)
     decodes = len(runs) * len(runs[0].x) * (settings.samples + settings.elbo_samples)
     with progress("decodes", decodes) as count:
-        measured = [_measure(group, settings, count) for group in groups]
+        measured = [_measure(group, settings, count, _learns(runs)) for group in groups]
     first, *others = [group.values for group in measured]
     differences = {
         name: [mean_over_images(group[name].mean(0) - first[name].mean(0)) for group in others]
@@ -79,17 +79,18 @@ def compare(groups: list[list[Trained]], settings: Settings) -> Comparison:
         for name in first
     }
     seed_errors = {name: _welch(found) for name, found in spreads.items()}
+    log_ml = _named(_LOG_ML, _learns(runs))
     log_mls = [found for group in measured for found in group.log_ml]
     return Comparison(
         [",".join(str(run.folder) for run in group) for group in groups],
         verdict.of_comparison(
             names(groups),
-            differences[_LOG_ML],
+            differences[log_ml],
             [max(map(unresolved, group.log_ml)) for group in measured],
             len(runs[0].x),
             settings.weights,
             understated=max(map(understated, log_mls)),
-            seed_errors=seed_errors[_LOG_ML],
+            seed_errors=seed_errors[log_ml],
         ),
         {name: [mean_over_images(g.values[name].mean(0)) for g in measured] for name in first},
         differences,
@@ -107,13 +108,23 @@ def _check(groups: list[list[Trained]], runs: list[Trained]) -> None:
                 f"{run.folder} and {first.folder} have different test images: compare runs on one "
                 "data set, prepared alike"
             )
-        if run.config.noise_var != first.config.noise_var:
+        if run.config.noise_var != first.config.noise_var and not _learns(runs):
             raise ValueError(
                 f"{run.folder} has noise_var={run.config.noise_var:g} but {first.folder} "
                 f"{first.config.noise_var:g}: their densities do not compare"
             )
     for group in groups:
         _check_seeds(group)
+
+
+def _learns(runs: list[Trained]) -> bool:
+    """Whether each run may have a noise variance of its own."""
+    return any(run.config.learned_noise_var for run in runs)
+
+
+def _named(name: str, learns: bool) -> str:
+    """A log-density's name: where the constants differ they are part of what is compared."""
+    return name.partition(", without")[0] if learns else name
 
 
 def _check_seeds(group: list[Trained]) -> None:
@@ -123,8 +134,9 @@ def _check_seeds(group: list[Trained]) -> None:
         settings, expected = (
             dataclasses.asdict(r.config) | {"trained steps": r.step} for r in (run, first)
         )
+        own = {"seed", "noise_var"} if _learns(group) else {"seed"}
         for name, value in settings.items():
-            if name != "seed" and value != expected[name]:
+            if name not in own and value != expected[name]:
                 raise ValueError(
                     f"{run.folder} has {name}={value!r} but {first.folder} {expected[name]!r}: "
                     "runs of a group, joined by a comma, differ in their seed alone"
@@ -147,8 +159,8 @@ def _welch(spreads: list[tuple[int, float]]) -> list[float]:
     return [math.sqrt(first + other) for other in others]
 
 
-def _measure(group: list[Trained], settings: Settings, count) -> _Group:
-    found = [_quantities(run, settings, count) for run in group]
+def _measure(group: list[Trained], settings: Settings, count, learns: bool) -> _Group:
+    found = [_quantities(run, settings, count, learns) for run in group]
     values = [of_run for of_run, _ in found]
     return _Group(
         {name: torch.stack([of_run[name] for of_run in values]) for name in values[0]},
@@ -157,7 +169,7 @@ def _measure(group: list[Trained], settings: Settings, count) -> _Group:
 
 
 def _quantities(
-    run: Trained, settings: Settings, count
+    run: Trained, settings: Settings, count, learns: bool
 ) -> tuple[dict[str, Tensor], LogMarginalLikelihood]:
     """Per image ``[N]``, and log ML with its weights."""
     c = run.config.noise_var
@@ -187,9 +199,10 @@ def _quantities(
     at_mean = over_images(
         run, lambda part: evaluate.squared_error_at_mean(part.decoder, part.x, part.mean)
     )
+    left_out = 0.0 if learns else log_ml.constant
     values = {
-        _LOG_ML: log_ml.without_constant,
-        "sampled ELBO, without constant": elbo.elbo - elbo.constant,
+        _named(_LOG_ML, learns): log_ml.estimate - left_out,
+        _named("sampled ELBO, without constant", learns): elbo.elbo - left_out,
         "KL": elbo.kl,
         "squared error, sampled": elbo.squared_error,
         "squared error at the mean": at_mean,
@@ -249,7 +262,7 @@ def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, An
             "sampled_elbo",
             "squared_error",
             "split",
-            "noise_var",
+            *(() if _learns(runs) else ("noise_var",)),
             "data",
             "commit",
             "torch",
@@ -263,6 +276,7 @@ def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, An
         "standard error, sqrt(s1^2/n1 + s2^2/n2) (Welch); -: a group has one run",
     }
     own = (
+        *(("noise_var",) if _learns(runs) else ()),
         "method",
         "likelihood",
         "gamma",

@@ -67,7 +67,7 @@ def _curves(run: Run):
     with (run.folder / METRICS).open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     at_the_mean = run.config.method in ("sampling-free", "auto-encoder")
-    where, switch = "at the mean" if at_the_mean else "sampled", run.phases[-1].first
+    where, switch = "at the mean" if at_the_mean else "sampled", run.config.start.steps
     if switch and not at_the_mean:
         where = "at the mean, then sampled"
     panels = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastsfvae.results import pictures, run_figures
+from fastsfvae.training.config import TrainConfig
 
 pytest.importorskip("matplotlib")
 
@@ -97,7 +98,7 @@ def test_curves_of_few_points_show_them(tmp_path, points, shown):
         writer = csv.writer(file)
         writer.writerow(["step", "objective", "kl", "squared_error"])
         writer.writerows([i, -i, i, math.sqrt(i)] for i in range(points))
-    run = SimpleNamespace(folder=tmp_path, config=SimpleNamespace(method="sampling"))
+    run = SimpleNamespace(folder=tmp_path, config=TrainConfig(method="sampling"))
     for axes in drawn(run_figures._curves(run)).axes:
         (line,) = axes.lines
         assert (line.get_marker() not in ("", "None")) == shown

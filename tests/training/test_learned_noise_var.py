@@ -128,6 +128,18 @@ def test_a_run_is_judged_by_what_it_learned(tmp_path, capsys):
     assert cli.main([*evaluate, "--out", str(tmp_path / "judged")]) == 0
     found = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
     assert found["conventions"]["noise_var"] == c
+    # Another one has another c: densities are compared whole.
+    other = ["--seed", "1", "--out", str(tmp_path / "other")]
+    assert cli.main([*command, *other]) == 0
+    runs = [str(tmp_path / name) for name in ("run", "other")]
+    quick = ["--samples", "20", "--elbo-samples", "2", "--images", "20"]
+    assert cli.main(["compare", *runs, *quick, "--out", str(tmp_path / "compared")]) == 0
+    found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    assert "log ML" in found["means"] and "log ML, without constant" not in found["means"]
+    assert "noise_var" in found["conventions"][runs[0]]
+    # And runs that differ in their seed are one group all the same.
+    group = ["compare", ",".join(runs), runs[0], *quick, "--out", str(tmp_path / "group")]
+    assert cli.main(group) == 0
 
 
 def test_it_is_refused_where_it_has_no_meaning(tmp_path, capsys):
