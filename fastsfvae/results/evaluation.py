@@ -183,7 +183,8 @@ def conventions(trained: Trained, settings: Settings) -> dict[str, Any]:
         "linearisation": f"{settings.taylor_images} images, {settings.taylor_reference} reference "
         "draws, covariance error is the squared Frobenius norm, reference noise subtracted",
         "monte_carlo": f"one batch of {min(_GRADIENT_IMAGES, len(trained.x))} images, "
-        f"{settings.gradient_repeats} repetitions; gradient in mean, log_var and decoder",
+        f"{settings.gradient_repeats} repetitions; gradient of the negative ELBO in the "
+        "weights of both networks",
         "trained_steps": trained.step,
     }
 
@@ -290,6 +291,7 @@ def _gradient(trained: Trained, settings: Settings) -> dict[str, Number]:
             likelihood=config.likelihood,
             samples=_GRADIENT_SAMPLES,
             repeats=settings.gradient_repeats,
+            encoder=trained.encoder,
             generator=trained.generator(),
             progress=count,
         )
@@ -298,12 +300,19 @@ def _gradient(trained: Trained, settings: Settings) -> dict[str, Number]:
     for k, loss, gradient in spreads:
         numbers[f"sd of the loss, {k} samples (nats)"] = Number(math.sqrt(loss))
         numbers[f"sd of the gradient, {k} samples"] = Number(math.sqrt(gradient))
-    return numbers | {
+    numbers |= {
         "sampling-free loss - sampled loss (nats)": Number(found.loss_bias),
-        "sampling-free gradient - sampled gradient, norm": Number(found.gradient_bias),
         "samples with an sd as large as the loss's bias": Number(found.equal_loss_samples),
-        "samples with an sd as large as the gradient's bias": Number(found.equal_gradient_samples),
     }
+    for name, part in (("decoder", found.decoder), ("encoder", found.encoder)):
+        relative = Number(part.relative_bias, monte_carlo_error=part.relative_bias_error)
+        cosine = Number(part.cosine, monte_carlo_error=part.cosine_error)
+        numbers |= {
+            f"{name}: norm of the gradient's bias / of the true gradient": relative,
+            f"{name}: cosine of the two gradients": cosine,
+            f"{name}: samples with an sd as large as the bias": Number(part.equal_samples),
+        }
+    return numbers
 
 
 def _taylor(trained: Trained, settings: Settings) -> TaylorQuality:
