@@ -20,7 +20,12 @@ from fastsfvae.evaluate.log_densities import (
     sampled_elbo,
     squared_error_at_mean,
 )
-from fastsfvae.evaluate.monte_carlo import GradientError, GradientPart, gradient_error
+from fastsfvae.evaluate.monte_carlo import (
+    GradientError,
+    GradientPart,
+    gradient_error,
+    gradient_errors,
+)
 from fastsfvae.evaluate.proposals import PROPOSALS
 from fastsfvae.evaluate.summary import ImageMean, mean_over_images, monte_carlo_error
 from fastsfvae.evaluate.taylor import PAPER_SAMPLES, Agreement, TaylorQuality, taylor_quality
@@ -43,6 +48,7 @@ __all__ = [
     "conditioning",
     "frechet_distance",
     "gradient_error",
+    "gradient_errors",
     "log_marginal_likelihood",
     "mean_over_images",
     "monte_carlo_error",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastsfvae import _checks
 from fastsfvae._checks import Likelihood
+from fastsfvae._noise import Draws
 from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.evaluate._decode import Progress
 from fastsfvae.objectives.sampling import Sampling
@@ -95,6 +96,7 @@ def gradient_error(
     likelihood: Likelihood = "precision",
     encoder: nn.Module | None = None,
     samples: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
+    draws: Draws = "iid",
     repeats: int = 100,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
@@ -113,6 +115,8 @@ def gradient_error(
             in the given mean and log_var in its place, which is another vector: a small error in
             one is not always small in the other.
         samples: the K.
+        draws: how the draws of an image hang together, as in `sampled_elbo`. What falls as 1 / K
+            of independent ones, and `equal_samples` with it, falls faster of orthogonal ones.
         repeats: evaluations for each K, at least 2.
         generator: source of the noise, on x's device.
         progress: called with the number of latents decoded since its last call.
@@ -120,6 +124,40 @@ def gradient_error(
     Raises:
         TypeError, ValueError, RuntimeError: as `sampling_free_elbo`, in one line; for an encoder
             that does not give this mean and log_var, or shares parameters with the decoder.
+    """
+    settings = {"gamma": gamma, "likelihood": likelihood}
+    (error,) = gradient_errors(
+        *(decoder, x, mean, log_var),
+        noise_var=noise_var,
+        objectives=[settings],
+        encoder=encoder,
+        samples=samples,
+        draws=draws,
+        repeats=repeats,
+        generator=generator,
+        progress=progress,
+    )
+    return error
+
+
+def gradient_errors(
+    decoder: nn.Module,
+    x: Tensor,
+    mean: Tensor,
+    log_var: Tensor,
+    *,
+    noise_var: float,
+    objectives: Sequence[Mapping[str, Any]],
+    encoder: nn.Module | None = None,
+    samples: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),
+    draws: Draws = "iid",
+    repeats: int = 100,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> list[GradientError]:
+    """`gradient_error` of several objectives against the same sampled gradients.
+
+    Args, raises: as `gradient_error`; `objectives` are the `gamma` and `likelihood` of each.
     """
     _checks.tensors(x=x, mean=mean, log_var=log_var)
     if repeats < 2:
@@ -145,13 +183,14 @@ def gradient_error(
         parts = (loss.detach(), *grads)
         return torch.cat([part.flatten().double() for part in parts])
 
-    elbo = sampling_free_elbo(
-        decoder, x, mean, log_var, noise_var=noise_var, gamma=gamma, likelihood=likelihood
-    ).elbo
-    objective = with_gradient(-elbo.mean())
-    variances, blocks = [], _Blocks(objective, min(repeats, _BLOCKS))
+    given = decoder, x, mean, log_var
+    judged = [
+        with_gradient(-sampling_free_elbo(*given, noise_var=noise_var, **settings).elbo.mean())
+        for settings in objectives
+    ]
+    variances, blocks = [], _Blocks(judged[0], min(repeats, _BLOCKS))
     for count in samples:
-        sampled = Sampling(decoder, noise_var=noise_var, samples=count)
+        sampled = Sampling(decoder, noise_var=noise_var, samples=count, draws=draws)
         spread = _Spread()
         for repeat in range(repeats):
             vector = with_gradient(sampled(x, mean, log_var, generator=generator).loss)
@@ -160,8 +199,19 @@ def gradient_error(
             if progress is not None:
                 progress(count * len(x))
         variances.append(spread.variance())
-    differences = blocks.finish()
     end = 1 + sum(v.numel() for v in of_encoder)
+    return [_error(objective, blocks, variances, samples, end) for objective in judged]
+
+
+def _error(
+    objective: Tensor,
+    blocks: _Blocks,
+    variances: Sequence[Tensor],
+    samples: Sequence[int],
+    end: int,
+) -> GradientError:
+    """Of one objective's loss and gradient, whose encoder's part ends at `end`."""
+    differences = blocks.minus(objective)
     loss, *parts = (
         _Truth(objective[part], differences[:, part], [float(v[part].sum()) for v in variances])
         for part in (slice(1), slice(1, end), slice(end, None))
@@ -172,7 +222,7 @@ def gradient_error(
         tuple(samples),
         tuple(loss.variances),
         tuple(gradient_variance),
-        -blocks.mean_difference(),
+        -blocks.mean_difference(objective),
         max(squared_bias, 0.0) ** 0.5,
         _equal(samples, loss.variances, loss.squared_bias),
         _equal(samples, gradient_variance, squared_bias),
@@ -250,28 +300,32 @@ class _Truth:
 
 
 class _Blocks:
-    """Means of the vectors of each block minus the objective's, evaluations weighted by their K."""
+    """Means of the vectors of each block, evaluations weighted by their K.
 
-    def __init__(self, objective: Tensor, count: int) -> None:
-        self._objective = objective
-        self._sums = objective.new_zeros(count, len(objective))
-        self._weights = objective.new_zeros(count, 1)
+    Held as differences from an origin near them, which do not cancel where an objective is nearly
+    right.
+    """
+
+    def __init__(self, origin: Tensor, count: int) -> None:
+        self._origin = origin
+        self._sums = origin.new_zeros(count, len(origin))
+        self._weights = origin.new_zeros(count, 1)
 
     def __len__(self) -> int:
         return len(self._sums)
 
     def add(self, block: int, vector: Tensor, weight: int) -> None:
-        # Differences do not cancel where the objective is nearly right.
-        self._sums[block].add_(vector - self._objective, alpha=weight)
+        self._sums[block].add_(vector - self._origin, alpha=weight)
         self._weights[block] += weight
 
-    def mean_difference(self) -> float:
-        """Of the first entry, over all draws."""
-        return float(self._sums[:, 0].sum() / self._weights.sum())
+    def mean_difference(self, objective: Tensor) -> float:
+        """The first entry's mean over all draws, minus the objective's."""
+        mean = self._sums[:, 0].sum() / self._weights.sum()
+        return float(mean + (self._origin[0] - objective[0]))
 
-    def finish(self) -> Tensor:
-        """The means, ``[blocks, D]``."""
-        return self._sums / self._weights
+    def minus(self, objective: Tensor) -> Tensor:
+        """The means minus the objective's vector, ``[blocks, D]``."""
+        return self._sums / self._weights + (self._origin - objective)
 
 
 class _Spread:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastsfvae import evaluate
+from fastsfvae._noise import Draws
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import log_counts, log_numbers, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods, images_of
+from fastsfvae.reproduce.recipes import RECIPES, SAMPLING, scaled
 from fastsfvae.reproduce.tables import grid, summarise
 from fastsfvae.reproduce.wallclock import STEPS
 from fastsfvae.results.pictures import new_figure
@@ -23,8 +25,9 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "precision .5": {"likelihood": "precision", "gamma": 0.5},
     "expected": {"likelihood": "expected"},
 }
-_SAMPLING = "sampling VAE"
 _PARTS = ("decoder", "encoder")
+# Of the K that are measured, one for the table.
+_FEW = 4
 # Steps of measuring before the last: what an objective's direction is worth changes in training.
 _EARLIER = (100, 500)
 
@@ -38,12 +41,20 @@ class ObjectiveBias:
         repeats: evaluations of the sampling objective for each K.
         batch: images of the batch whose loss and gradient are compared.
         samples: the K.
+        pairs: of orthogonal directions, at most m.
     """
 
     likelihoods: Likelihoods
     repeats: int = 20
     batch: int = 64
     samples: tuple[int, ...] = (1, 4, 16, 64)
+    pairs: int = 4
+
+    @property
+    def _paired(self) -> dict[str, tuple[int, Draws]]:
+        """Draws that are not independent: how many, and of which kind."""
+        several: tuple[int, Draws] = (2 * self.pairs, "orthogonal")
+        return {"antithetic pair": (2, "antithetic"), f"{self.pairs} orthogonal pairs": several}
 
     @property
     def conventions(self) -> dict[str, str]:
@@ -63,6 +74,8 @@ class ObjectiveBias:
             f"{self.repeats} evaluations; relative: the root of the gradient's summed variances "
             "over the norm of the true gradient; a relative deviation d leaves a cosine of about "
             "1 / sqrt(1 + d^2)",
+            ", ".join(self._paired): f"2 and {2 * self.pairs} draws an image, "
+            f"{4 * self.repeats} evaluations",
             "equal K": "the K at which that deviation equals the bias",
             "error": "standard error of the number that it follows, for one run",
         }
@@ -75,23 +88,22 @@ class ObjectiveBias:
         numbers = self.likelihoods(run)
         numbers["active units"] = float(evaluate.posterior_collapse(mean, log_var).active)
         first = (run.decoder, x[: self.batch], mean[: self.batch], log_var[: self.batch])
-        for name, objective in _OBJECTIVES.items():
-            # The same noise for each, so that only the objectives differ.
-            noise = evaluation_generator(run.config, run.device)
+        settings: dict[str, Any] = {"noise_var": c, "encoder": run.encoder}
+        errors = evaluate.gradient_errors(
+            *first,
+            objectives=list(_OBJECTIVES.values()),
+            samples=self.samples,
+            repeats=self.repeats,
+            generator=evaluation_generator(run.config, run.device),
+            **settings,
+        )
+        for (name, objective), error in zip(_OBJECTIVES.items(), errors, strict=True):
             gap = evaluate.objective_gap(
                 *(run.decoder, x, mean, log_var),
                 noise_var=c,
                 samples=10,
-                generator=noise,
-                **objective,
-            )
-            error = evaluate.gradient_error(
-                *first,
-                noise_var=c,
-                encoder=run.encoder,
-                samples=self.samples,
-                repeats=self.repeats,
-                generator=noise,
+                # The same noise for each, so that only the objectives differ.
+                generator=evaluation_generator(run.config, run.device),
                 **objective,
             )
             numbers |= {
@@ -118,6 +130,18 @@ class ObjectiveBias:
             }
             for k, deviation in zip(self.samples, found.relative_deviation, strict=True):
                 numbers[f"relative deviation, {part}, K={k}"] = deviation
+        for name, (count, draws) in self._paired.items():
+            paired = evaluate.gradient_error(
+                *first,
+                samples=(count,),
+                draws=draws,
+                repeats=4 * self.repeats,
+                generator=evaluation_generator(run.config, run.device),
+                **settings,
+            )
+            for part in _PARTS:
+                (deviation,) = getattr(paired, part).relative_deviation
+                numbers[f"relative deviation, {part}, {name}"] = deviation
         return numbers
 
 
@@ -128,7 +152,9 @@ def _cells(options: Options) -> list[Cell]:
         measure = replace(measure, repeats=5, samples=(1, 4))
     (data,) = options.data_sets("digits")
     base = TrainConfig(**options.place(data), model="mlp")
-    configs = {_SAMPLING: replace(base, method="sampling")}
+    names = [SAMPLING] if options.quick else list(RECIPES)
+    recipes = {name: scaled(RECIPES[name], at[-1] / STEPS) for name in names}
+    configs = {name: replace(base, **recipe.settings) for name, recipe in recipes.items()}
     configs |= {name: replace(base, **objective) for name, objective in _OBJECTIVES.items()}
     seeds = 1 if options.quick else 3
     return [Cell(name, config, measure, at, seeds) for name, config in configs.items()]
@@ -170,6 +196,16 @@ def _reading(results: Sequence[Result]) -> str:
             for part in _PARTS
         )
 
+    named = (q.rpartition(", ")[2] for q in rows[0][1] if q.startswith("relative deviation, dec"))
+    kinds = ["K=1", f"K={_FEW}", *(kind for kind in named if "pair" in kind)]
+    deviations = [
+        head
+        + [
+            " / ".join(f"{values[f'relative deviation, {part}, {kind}']:.2f}" for part in _PARTS)
+            for kind in kinds
+        ]
+        for head, values in rows
+    ]
     lines = [
         *table(
             "Gap to the sampled ELBO in nats; in brackets the K at which the sampling objective's "
@@ -182,14 +218,17 @@ def _reading(results: Sequence[Result]) -> str:
             "the K at which sampling's relative deviation is as large:",
             bias,
         ),
+        "Relative deviation of the sampled gradient, decoder / encoder:",
+        "",
+        *grid(["trained by, steps", *kinds], deviations),
     ]
-    return "\n".join(lines[:-1])
+    return "\n".join(lines)
 
 
 def _draw(results: Sequence[Result]):
     """All objectives: gaps on all models; on the sampling VAE direction and scale of the bias."""
     means = _means(results)
-    judged = _SAMPLING if _SAMPLING in means else next(iter(means))
+    judged = SAMPLING if SAMPLING in means else next(iter(means))
     figure = new_figure(14, 7.6)
     (gaps, *cosines), (losses, *scales) = figure.subplots(2, 3)
     _draw_gaps(gaps, means)

@@ -200,7 +200,7 @@ def test_the_biases_of_a_linear_decoder_are_the_exact_ones(tmp_path):
         # Weights of a size at which the objectives differ by nats.
         run.decoder[0].weight.mul_(3)
     likelihoods = Likelihoods(samples=20, proposal="posterior", images=40)
-    measured = ObjectiveBias(likelihoods, repeats=100, batch=16)(run)
+    measured = ObjectiveBias(likelihoods, repeats=100, batch=16, pairs=2)(run)
     x = run.config.load_images("test")[:40].double() / 255
     encoder, decoder = run.encoder.double(), run.decoder.double()
     with torch.no_grad():
@@ -227,6 +227,11 @@ def test_the_biases_of_a_linear_decoder_are_the_exact_ones(tmp_path):
         ratio = measured[f"{one}, K=1"] / measured[f"{one}, K=64"]
         assert ratio == pytest.approx(8, rel=5 * (2 / 198) ** 0.5)
     assert measured["loss bias, expected"] < measured["loss bias, precision .95"]
+    for part in ("decoder", "encoder"):
+        kinds = ("K=1", "antithetic pair", "2 orthogonal pairs")
+        one, pair, two = (measured[f"relative deviation, {part}, {kind}"] for kind in kinds)
+        # Two pairs are better than two independent ones.
+        assert pair < one and two < pair / 2**0.5
 
 
 def test_hours_are_listed_where_the_step_was_timed(tmp_path, monkeypatch, capsys):
