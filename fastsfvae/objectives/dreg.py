@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastsfvae._noise import Draws
 from fastsfvae.objectives.draws import Decoder, Drawn, at_deviation, deviate
 from fastsfvae.objectives.iwae import ImportanceWeighted
-from fastsfvae.objectives.noise_variance import NoiseVar
 
 ORTHOGONAL_BIAS = (
     "draws='orthogonal' would bias the doubly reparameterised gradient, as such a draw given the "
@@ -28,25 +28,16 @@ class DoublyReparameterized(ImportanceWeighted):
     l, moves as well, against z_k: sum_k v_k (v_k s_k - v_l s_l) dz_k is then what is unbiased.
 
     Args:
-        decoder: as in `MonteCarlo`, like all others.
-        noise_var: c.
-        samples: K.
-        draws: "iid" or "antithetic".
+        decoder: f, ``z [B, m] -> [B, *out]``.
+        **settings: those of `MonteCarlo`; `draws` "iid" or "antithetic".
 
     Raises:
         ValueError: for a setting out of range, and for orthogonal draws.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        noise_var: NoiseVar = 0.5,
-        samples: int = 1,
-        draws: Draws = "iid",
-    ) -> None:
-        super().__init__(decoder, noise_var=noise_var, samples=samples, draws=draws)
-        if draws == "orthogonal":
+    def __init__(self, decoder: Decoder, **settings: Any) -> None:
+        super().__init__(decoder, **settings)
+        if self.draws == "orthogonal":
             raise ValueError(ORTHOGONAL_BIAS)
 
     def _draw(self, mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
