@@ -20,16 +20,17 @@ from fastsfvae.training.config import TrainConfig
 
 
 def make_objective(
-    config: TrainConfig, decoder: nn.Module, noise_var: NoiseVar, **scheduled: Tensor
+    config: TrainConfig, decoder: nn.Module, noise_var: NoiseVar | None = None, **scheduled: Tensor
 ) -> Objective:
     """Build the objective of a configuration's method.
 
     Args:
         config: names it and its settings.
         decoder: f, ``z [B, m] -> [B, *out]``.
-        noise_var: c, the configuration's or a module to be learned.
+        noise_var: c where it is a module to be learned; None is the configuration's.
         **scheduled: 0-d tensors for the settings that change while training, gamma and kl_weight.
     """
+    noise_var = config.noise_var if noise_var is None else noise_var
     drawn: dict[str, Any] = {"samples": config.samples, "draws": config.draws}
     match config.method:
         case "sampling" | "beta-vae":
@@ -56,7 +57,7 @@ def make_objective(
 
 
 def make_start(
-    config: TrainConfig, decoder: nn.Module, noise_var: NoiseVar, **scheduled: Tensor
+    config: TrainConfig, decoder: nn.Module, noise_var: NoiseVar | None = None, **scheduled: Tensor
 ) -> Objective:
     """Build the objective of a configuration's warm start; the arguments are `make_objective`'s.
 
@@ -69,9 +70,10 @@ def _sampling_free(
     config: TrainConfig,
     likelihood: Likelihood,
     decoder: nn.Module,
-    noise_var: NoiseVar,
+    noise_var: NoiseVar | None,
     scheduled: dict[str, Tensor],
 ) -> SamplingFree:
     weights = {"gamma": config.gamma, "kl_weight": config.kl_weight} | scheduled
     settings = {"likelihood": likelihood, "backend": config.backend}
+    noise_var = config.noise_var if noise_var is None else noise_var
     return SamplingFree(decoder, noise_var=noise_var, **weights, **settings)

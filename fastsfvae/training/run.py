@@ -325,10 +325,9 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
     }
     values = {name: value for name, (_, value) in scheduled.items()}
     learned = NoiseVariance(config.noise_var).to(device) if config.learned_noise_var else None
-    noise_var = config.noise_var if learned is None else learned
-    phases = [Phase(config.start.steps, make_objective(config, decoder, noise_var, **values))]
+    phases = [Phase(config.start.steps, make_objective(config, decoder, learned, **values))]
     if config.start.steps:
-        phases.insert(0, Phase(0, make_start(config, decoder, noise_var, **values)))
+        phases.insert(0, Phase(0, make_start(config, decoder, learned, **values)))
     bf16 = config.precision == "bf16"
     model = Model(encoder, decoder, phases[0].objective, learned, autocast=bf16)
     if config.compile:

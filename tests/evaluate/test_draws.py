@@ -66,8 +66,8 @@ def test_a_lost_mode_is_found_by_the_prior(proposal, x, at, samples):
 
 
 def test_the_estimated_bias_is_that_of_repeated_estimates():
-    decoder, c, repeats = nn.Linear(1, 2).double().requires_grad_(False), 0.3, 4000
     torch.manual_seed(0)
+    decoder, c, repeats = nn.Linear(1, 2).double().requires_grad_(False), 0.1, 4000
     x = torch.randn(1, 2, dtype=F64).expand(repeats, 2)
     zeros = torch.zeros(repeats, 1, dtype=F64)
 
