@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.data import arrays, arrow, cache, digits, files, omniglot, shards
+from fastsfvae.data import arrays, arrow, cache, digits, files, omniglot, omniglot_parts, shards
 from fastsfvae.data.convert import Settings, convert_images
 from fastsfvae.data.decode import SUFFIXES
 from fastsfvae.data.download import SOURCES, SYSTEM_FOLDERS, download
@@ -45,7 +45,7 @@ _IMAGES = {
     "celeba": files.find_celeba,
     "chairs": files.find_chairs,
     "folder": files.find_folder,
-    "omniglot-images": files.find_omniglot,
+    "omniglot-images": omniglot_parts.find,
     "huggingface": arrow.find,
     "webdataset": shards.find,
 }
@@ -88,7 +88,8 @@ def download_images(name: str, folder: str) -> None:
     place = _place(name, folder)
     try:
         if name in _IMAGES:
-            _IMAGES[name](place)
+            if _IMAGES[name](place).part:
+                download(name, place)
         else:
             for split in PARTS:
                 _PUBLISHED[name].find(place, split)
@@ -96,6 +97,20 @@ def download_images(name: str, folder: str) -> None:
         if not folder:
             raise
         download(name, place)
+
+
+def data_label(name: str, folder: str) -> str:
+    """A data set's name as a result is labelled, which says where it is a part of the set.
+
+    Args:
+        name: one of `DATA_SETS`.
+        folder: where its files lie; read for "omniglot-images" alone.
+
+    Raises:
+        FileNotFoundError, ValueError: for drawings that are missing or damaged.
+    """
+    part = _IMAGES[name](_place(name, folder)).part if name == "omniglot-images" else ""
+    return f"{name}, {part}" if part else name
 
 
 def load_images(name: str, folder: str, split: str, **settings: Any) -> Tensor:
