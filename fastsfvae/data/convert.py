@@ -42,12 +42,14 @@ class Found(NamedTuple):
         open: starts to read it.
         notes: what was not taken.
         published: whether its split is the published one, which nothing changes.
+        part: what is there, as a result is labelled, where that is a part of a published set.
     """
 
     paths: list[Path]
     open: Callable[[], Source]
     notes: list[str]
     published: bool = False
+    part: str = ""
 
 
 class Settings(NamedTuple):

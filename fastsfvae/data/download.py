@@ -26,12 +26,25 @@ class Source(NamedTuple):
     size: str
 
 
+class SystemFolder(NamedTuple):
+    """Where a package of the system puts a set."""
+
+    path: Path
+    package: str
+
+
+SYSTEM_FOLDERS = {
+    "fashion-mnist": SystemFolder(
+        Path("/usr/share/datasets/fashion-mnist"), "dataset-fashion-mnist"
+    ),
+}
 SOURCES = {
     "mnist": Source("https://ossci-datasets.s3.amazonaws.com/mnist/", "12 MB"),
     "omniglot": Source(
         "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT/chardata.mat",
         "32,415 characters of 28x28",
     ),
+    "fashion-mnist": Source("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", "31 MB"),
     "omniglot-images": Source("https://github.com/brendenlake/omniglot", "16 MB"),
     "celeba": Source("https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html", "1.4 GB"),
     "chairs": Source(
@@ -44,7 +57,12 @@ SOURCES = {
 def missing(name: str, what: str) -> FileNotFoundError:
     """The error that says what is not there and how to get it."""
     url, size = SOURCES[name]
-    return FileNotFoundError(f"{what}: put it there, or give --download ({size}, {url})")
+    if name not in SYSTEM_FOLDERS:
+        return FileNotFoundError(f"{what}: put it there, or give --download ({size}, {url})")
+    return FileNotFoundError(
+        f"{what}: apt-get install {SYSTEM_FOLDERS[name].package} and leave out --data-dir, or say "
+        f"with --data-dir where it lies, or give --download with --data-dir ({size}, {url})"
+    )
 
 
 def download(name: str, folder: Path) -> None:
@@ -71,6 +89,10 @@ def download(name: str, folder: Path) -> None:
 
 def _mnist(folder: Path) -> None:
     _torchvision().MNIST(folder, download=True)
+
+
+def _fashion_mnist(folder: Path) -> None:
+    _torchvision().FashionMNIST(folder, download=True)
 
 
 def _omniglot(folder: Path) -> None:
@@ -103,6 +125,7 @@ def _chairs(folder: Path) -> None:
 
 _DOWNLOADS: dict[str, Callable[[Path], None]] = {
     "mnist": _mnist,
+    "fashion-mnist": _fashion_mnist,
     "omniglot": _omniglot,
     "omniglot-images": _omniglot_images,
     "celeba": _celeba,

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsfvae.data import arrays, arrow, cache, digits, files, mnist, omniglot, shards
+from fastsfvae.data import arrays, arrow, cache, digits, files, omniglot, omniglot_parts, shards
 from fastsfvae.data.convert import Settings, convert_images
 from fastsfvae.data.decode import SUFFIXES
-from fastsfvae.data.download import SOURCES, download
+from fastsfvae.data.download import SOURCES, SYSTEM_FOLDERS, download
+from fastsfvae.data.idx import FASHION_MNIST, MNIST
 from fastsfvae.data.split import PARTS
 
 
@@ -29,6 +30,7 @@ class Defaults(NamedTuple):
 DATA_SETS = {
     "digits": Defaults(1, 28, 0),
     "mnist": Defaults(1, 28, 0),
+    "fashion-mnist": Defaults(1, 28, 0),
     "omniglot": Defaults(1, 28, 0),
     "omniglot-images": Defaults(1, 28, 0),
     "celeba": Defaults(3, 64, 148),
@@ -43,12 +45,12 @@ _IMAGES = {
     "celeba": files.find_celeba,
     "chairs": files.find_chairs,
     "folder": files.find_folder,
-    "omniglot-images": files.find_omniglot,
+    "omniglot-images": omniglot_parts.find,
     "huggingface": arrow.find,
     "webdataset": shards.find,
 }
 # Each finds and reads one file of one part.
-_PUBLISHED = {"mnist": mnist, "omniglot": omniglot}
+_PUBLISHED: dict[str, Any] = {"mnist": MNIST, "fashion-mnist": FASHION_MNIST, "omniglot": omniglot}
 # Raised where the same files are to become other pixels.
 _VERSION = 2
 
@@ -86,12 +88,29 @@ def download_images(name: str, folder: str) -> None:
     place = _place(name, folder)
     try:
         if name in _IMAGES:
-            _IMAGES[name](place)
+            if _IMAGES[name](place).part:
+                download(name, place)
         else:
             for split in PARTS:
                 _PUBLISHED[name].find(place, split)
     except FileNotFoundError:
+        if not folder:
+            raise
         download(name, place)
+
+
+def data_label(name: str, folder: str) -> str:
+    """A data set's name as a result is labelled, which says where it is a part of the set.
+
+    Args:
+        name: one of `DATA_SETS`.
+        folder: where its files lie; read for "omniglot-images" alone.
+
+    Raises:
+        FileNotFoundError, ValueError: for drawings that are missing or damaged.
+    """
+    part = _IMAGES[name](_place(name, folder)).part if name == "omniglot-images" else ""
+    return f"{name}, {part}" if part else name
 
 
 def load_images(name: str, folder: str, split: str, **settings: Any) -> Tensor:
@@ -151,6 +170,8 @@ def load_set(
 
 
 def _place(name: str, folder: str) -> Path:
+    if not folder and name in SYSTEM_FOLDERS:
+        return SYSTEM_FOLDERS[name].path
     if not folder:
         raise ValueError(f"data={name!r} is read from disk: say where it lies with --data-dir")
     return Path(folder).expanduser()
@@ -159,12 +180,14 @@ def _place(name: str, folder: str) -> Path:
 def _load_published(name: str, folder: Path, split: str) -> Loaded:
     path = _PUBLISHED[name].find(folder, split)
 
-    def convert():
-        pixels = _PUBLISHED[name].read(path, split)
-        return pixels.shape, [pixels]
+    def convert() -> cache.Conversion:
+        pixels, notes = _PUBLISHED[name].read(path, split)
+        facts = {"scale": "uint8", "notes": notes, "left_out": []}
+        return cache.Conversion(pixels.shape[1:], len(pixels), [(split, pixels)], facts)
 
-    made_from = cache.fingerprint([path], split)
-    return Loaded(cache.open_cached(f"{name}-{split}", made_from, convert), "uint8", [])
+    made_from = cache.fingerprint([path], split, _VERSION)
+    opened = cache.open_part(name, (split,), split, made_from, convert)
+    return _loaded(opened, folder, split, [])
 
 
 def _load_converted(name: str, folder: Path, split: str, settings: Settings) -> Loaded:
@@ -184,7 +207,12 @@ def _load_converted(name: str, folder: Path, split: str, settings: Settings) -> 
         skipped = found.notes
         made_from = cache.fingerprint(found.paths, _VERSION, *settings)
         convert = partial(convert_images, str(folder), found, settings)
-    images, facts = cache.open_part(name, PARTS, split, made_from, convert)
+    opened = cache.open_part(name, PARTS, split, made_from, convert)
+    return _loaded(opened, folder, split, skipped)
+
+
+def _loaded(opened: cache.Opened, folder: Path, split: str, skipped: list[str]) -> Loaded:
+    images, facts = opened
     for note in (*skipped, *facts["notes"]):
         if (text := f"{folder}: {note}") not in _said:
             _said.add(text)

@@ -24,8 +24,8 @@ def find(folder: Path, split: str) -> Path:
     return path
 
 
-def read(path: Path, split: str) -> np.ndarray:
-    """Read a split, uint8 ``[N, 1, 28, 28]``: the grey levels as stored, in 255ths.
+def read(path: Path, split: str) -> tuple[np.ndarray, list[str]]:
+    """Read a split, uint8 ``[N, 1, 28, 28]``, with no notes: the grey levels as stored, in 255ths.
 
     Raises:
         RuntimeError: without SciPy.
@@ -46,4 +46,4 @@ def read(path: Path, split: str) -> np.ndarray:
     columns = loadmat(path, variable_names=[_ARRAY[split]])[_ARRAY[split]]
     # One image a column, itself stored column by column.
     images = columns.T.reshape(-1, 1, 28, 28).swapaxes(2, 3)
-    return np.rint(255 * images).astype(np.uint8)
+    return np.rint(255 * images).astype(np.uint8), []

@@ -67,7 +67,7 @@ _NAMES_HERE = dict(zip((PRECISION, EXPECTED), _FREE, strict=True))
 _EPOCHS = 30
 # The sampling-free runs are measured on their way too: a step of fewer samples takes less time.
 _POINTS = 5
-_STEPS_PER_EPOCH = {"digits": 450, "mnist": 3000, "omniglot": 1217}
+_STEPS_PER_EPOCH = {"digits": 450, "mnist": 3000, "fashion-mnist": 3000, "omniglot": 1217}
 
 
 def _paper(data: str, method: str, count: int, step: int) -> Mapping[str, Mapping[int, Published]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae import evaluate
+from fastsfvae.data.load import data_label
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.evaluate import (
     ImageMean,
@@ -193,7 +194,7 @@ def conventions(config: TrainConfig, importance_samples: int, proposal: str) -> 
         "constant": "-(n/2) log(2 pi c) included; listed apart where it is left out",
         "constant_value": constant(config),
         "pixel_scale": "[0, 1]",
-        "data": config.data,
+        "data": data_label(config.data, config.data_dir),
         "log_ml": f"K={importance_samples} importance weights, proposal {proposal}",
         "log_ml_elsewhere": "by default K is "
         + ", ".join(f"{count:,} in {command}" for command, count in WEIGHTS.items())

@@ -26,6 +26,7 @@ from fastsfvae.training.schedules import Schedule, WarmStart
 DataSet = Literal[
     "digits",
     "mnist",
+    "fashion-mnist",
     "omniglot",
     "omniglot-images",
     "celeba",
@@ -60,7 +61,8 @@ class TrainConfig:
     .npy or .pt file, huggingface: what save_to_disk of datasets wrote, webdataset: .tar shards."""
 
     data_dir: str = ""
-    """Where the set lies; for npz the file."""
+    """Where the set lies; for npz the file. fashion-mnist is also found where Debian's package
+    dataset-fashion-mnist puts it."""
 
     channels: int = 0
     """Channels of the images, 1 or 3; 0 is the set's own (3 for folder, 1 for npz)."""

@@ -61,7 +61,10 @@ def _write_png(path, pixels):
     Image.fromarray(pixels).save(path)
 
 
-def test_mnist(served, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "published"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")]
+)
+def test_idx(served, tmp_path, monkeypatch, name, published):
     folder, url = served
     resources = []
     for split, kind in ((s, k) for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")):
@@ -71,15 +74,15 @@ def test_mnist(served, tmp_path, monkeypatch):
         content = PIXELS if len(shape) == 3 else np.arange(6, dtype=np.uint8)
         path.write_bytes(gzip.compress(header + content.tobytes()))
         resources.append((path.name, _md5(path)))
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"{url}/"])
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
-    place = tmp_path / "new" / "mnist"
-    download_images("mnist", str(place))
-    images = load_images("mnist", str(place), "train", channels=1, size=28)
+    monkeypatch.setattr(getattr(torchvision.datasets, published), "mirrors", [f"{url}/"])
+    monkeypatch.setattr(getattr(torchvision.datasets, published), "resources", resources)
+    place = tmp_path / "new" / name
+    download_images(name, str(place))
+    images = load_images(name, str(place), "train", channels=1, size=28)
     np.testing.assert_array_equal(images[:, 0].numpy(), PIXELS)
     # What is there is not fetched again, nor asked for.
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [])
-    download_images("mnist", str(place))
+    monkeypatch.setattr(getattr(torchvision.datasets, published), "mirrors", [])
+    download_images(name, str(place))
 
 
 def test_omniglot_by_its_checksum(served, tmp_path, monkeypatch):
@@ -223,6 +226,7 @@ def test_without_a_network(name, tmp_path, monkeypatch):
     nowhere = "http://127.0.0.1:9"
     _publish(monkeypatch, name, f"{nowhere}/file")
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"{nowhere}/"])
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [f"{nowhere}/"])
     monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", nowhere)
     # Google Drive is asked through this function.
     monkeypatch.setattr(torchvision.datasets.celeba, "download_file_from_google_drive", _refuse)
