@@ -136,6 +136,7 @@ def conventions(runs: list[Trained], settings: Settings) -> dict[str, Any]:
         "kl_weight",
         "samples",
         "draws",
+        "training_proposal",
         "warm_start",
         "output_activation",
         "init",

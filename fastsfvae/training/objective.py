@@ -35,7 +35,8 @@ def make_objective(config: TrainConfig, decoder: nn.Module, **scheduled: Tensor)
         case "auto-encoder":
             return AutoEncoder(decoder, noise_var=c)
         case "iwae":
-            return ImportanceWeighted(decoder, noise_var=c, **drawn)
+            proposal: dict[str, Any] = {"proposal": config.proposal, "backend": config.backend}
+            return ImportanceWeighted(decoder, noise_var=c, **proposal, **drawn)
         case "stl":
             return StickingTheLanding(decoder, noise_var=c, **drawn)
         case "dreg":
