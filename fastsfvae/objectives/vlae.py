@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastsfvae import _checks
 from fastsfvae._noise import Draws, check_draws, standard_normal
-from fastsfvae.distributions import kalman_update
 from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.fit import fit_latents
 from fastsfvae.likelihoods import gaussian_kl_of_factor
 from fastsfvae.objectives.draws import decode
+from fastsfvae.objectives.linearized import divergence, linearized_posterior
 from fastsfvae.objectives.terms import Terms
 
 Bound: TypeAlias = Literal["sampled", "closed-form"]
@@ -84,10 +84,8 @@ class VariationalLaplace:
             tol=0.0,
             backend=self.backend,
         )
-        prior = torch.zeros_like(mean), torch.ones_like(mean)
-        given = self.decoder, x, *prior, self.noise_var
-        posterior = kalman_update(*given, at=found.z, backend=self.backend)
-        mode, factor = posterior.mean, torch.linalg.cholesky_ex(posterior.cov).L
+        at = self.decoder, x, found.z, self.noise_var
+        mode, factor = linearized_posterior(*at, self.backend)
         kl = gaussian_kl_of_factor(mode, factor)
         if self.bound == "closed-form":
             terms = sampling_free_elbo(
@@ -108,14 +106,6 @@ class VariationalLaplace:
                 t.mean(0) for t in decode(self.decoder, x, z, self.noise_var)
             )
         elbo = log_likelihood - kl
-        loss = _divergence(mode.detach(), factor.detach(), mean, log_var).mean() - elbo.mean()
+        loss = divergence(mode.detach(), factor.detach(), mean, log_var).mean() - elbo.mean()
         detached = (t.detach() for t in (elbo, log_likelihood, kl, squared_error))
         return Terms(loss, *detached)
-
-
-def _divergence(mode: Tensor, factor: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mean, diag(exp(log_var))) || N(mode, L L^T)), ``[B]``, in nats."""
-    given = torch.cat([(mean - mode).unsqueeze(-1), torch.diag_embed(torch.exp(0.5 * log_var))], -1)
-    # By L^-1 the second one becomes N(0, I).
-    whitened = torch.linalg.solve_triangular(factor, given, upper=False)
-    return gaussian_kl_of_factor(whitened[..., 0], whitened[..., 1:])

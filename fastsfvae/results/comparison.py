@@ -283,6 +283,7 @@ def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, An
         "kl_weight",
         "samples",
         "draws",
+        "training_proposal",
         "warm_start",
         "output_activation",
         "init",

@@ -212,6 +212,7 @@ def conventions(config: TrainConfig, importance_samples: int, proposal: str) -> 
         "kl_weight_schedule": config.kl_weight_schedule,
         "samples": config.samples,
         "draws": config.draws,
+        "training_proposal": config.proposal,
         "warm_start": config.warm_start or "none",
         "output_activation": config.output_activation,
         "init": config.init,

@@ -18,6 +18,7 @@ from fastsfvae._noise import Draws, check_draws
 from fastsfvae.data.load import DATA_SETS, Loaded, load_set
 from fastsfvae.models import Init, ModelConfig, OutputActivation
 from fastsfvae.objectives.dreg import ORTHOGONAL_BIAS
+from fastsfvae.objectives.iwae import TrainingProposal, check_proposal
 from fastsfvae.objectives.vlae import BOUNDS, Bound
 from fastsfvae.training import distributed
 from fastsfvae.training.methods import METHODS, Method, check_taken
@@ -61,8 +62,7 @@ class TrainConfig:
     .npy or .pt file, huggingface: what save_to_disk of datasets wrote, webdataset: .tar shards."""
 
     data_dir: str = ""
-    """Where the set lies; for npz the file. fashion-mnist is also found where Debian's package
-    dataset-fashion-mnist puts it."""
+    """Where the set lies; for npz the file. Debian's fashion-mnist is found without it."""
 
     channels: int = 0
     """Channels of the images, 1 or 3; 0 is the set's own (3 for folder, 1 for npz)."""
@@ -139,6 +139,9 @@ class TrainConfig:
     bound: Bound = "sampled"
     """What the decoder is trained by at the mode: sampled, or closed-form (vlae)."""
 
+    proposal: TrainingProposal = "posterior"
+    """What draws come from: the posterior, or that of the decoder linearised at its mean (iwae)."""
+
     seed: int = 0
     """Seeds the weights, the data order and the sampling noise, each on its own."""
 
@@ -173,6 +176,7 @@ class TrainConfig:
         _checks.noise_var(self.noise_var)
         _checks.kl_weight(self.kl_weight)
         _checks.choice("bound", self.bound, BOUNDS)
+        check_proposal(self.proposal, self.method, self.compile or self.cuda_graph)
         for name in ("batch_size", "steps", "samples", "mode_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -23,6 +23,7 @@ _TAKEN_BY = {
     "cuda_graph": _ALL_BUT_VLAE,
     "mode_steps": ("vlae",),
     "bound": ("vlae",),
+    "proposal": ("iwae",),
 }
 
 

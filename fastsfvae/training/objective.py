@@ -39,7 +39,8 @@ def make_objective(
         case "auto-encoder":
             return AutoEncoder(decoder, noise_var=noise_var)
         case "iwae":
-            return ImportanceWeighted(decoder, noise_var=noise_var, **drawn)
+            proposal: dict[str, Any] = {"proposal": config.proposal, "backend": config.backend}
+            return ImportanceWeighted(decoder, noise_var=noise_var, **proposal, **drawn)
         case "stl":
             return StickingTheLanding(decoder, noise_var=noise_var, **drawn)
         case "dreg":

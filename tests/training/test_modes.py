@@ -39,6 +39,8 @@ OPTIONS = {
 WARM = "warm start"
 OPTIONS[WARM] = ["--method", "sampling", "--warm-start", "precision:2", *OPTIONS["sampling"]]
 OPTIONS[WARM] += ["--learned-noise-var"]
+LINEARIZED = "linearized proposal"
+OPTIONS[LINEARIZED] = ["--method", "iwae", "--proposal", "linearized", "--samples", "3"]
 MODES = {
     "eager": [],
     "bf16": ["--precision", "bf16"],
@@ -51,9 +53,11 @@ MODES = {
 }
 # What is refused, of what is not right everywhere; all other cells must be right.
 REFUSED = {("vlae", mode): "leave out --compile" for mode in MODES if "compile" in mode}
+REFUSED |= {(LINEARIZED, mode): "leave out --compile" for mode in MODES if "compile" in mode}
 if not torch.cuda.is_available():
     no_gpu = "--cuda-graph needs a GPU, this run is on the cpu"
     REFUSED |= {(method, "graph"): no_gpu for method in OPTIONS}
+REFUSED[LINEARIZED, "graph"] = "leave out --compile and --cuda-graph"
 REFUSED["vlae", "graph"] = "--cuda-graph is for sampling-free, sampling, beta-vae"
 CELLS = list(itertools.product(OPTIONS, MODES))
 ALONE = [cell for cell in CELLS if cell not in REFUSED and "DDP" not in cell[1]]
@@ -149,7 +153,7 @@ def _assert_same(run, whole):
 
 
 def test_the_table_has_every_method():
-    assert OPTIONS.keys() == {*METHODS, WARM}
+    assert OPTIONS.keys() == {*METHODS, WARM, LINEARIZED}
 
 
 @pytest.mark.parametrize(("method", "mode"), [c for c in CELLS if c in REFUSED])
