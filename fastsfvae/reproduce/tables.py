@@ -141,7 +141,8 @@ def earlier_runs(
         config = {key: row.pop(key) for key in list(row) if key in _CONFIG}
         origin = {key: row.pop(key) for key in _ORIGIN if row.get(key)}
         record = origin | {"config": config, "measured": {}}
-        result = found.setdefault((name, seed), Result(cell, seed, runs / origin["folder"], record))
+        folder = runs / origin.get("folder", cell.slug)
+        result = found.setdefault((name, seed), Result(cell, seed, folder, record))
         result.record["measured"][str(step)] = {k: float(v) for k, v in row.items() if v}
     return [
         dataclasses.replace(r, cell=dataclasses.replace(r.cell, at=tuple(map(int, steps))))
@@ -153,11 +154,9 @@ def earlier_runs(
 def _is_of(cell: Cell, row: dict[str, str]) -> bool:
     """Whether a row of `runs_csv` is of the cell's configuration and measure."""
     for field in dataclasses.fields(cell.config):
-        value = getattr(cell.config, field.name)
         # What a later version has added had its default.
-        if field.name not in _NOT_COMPARED and row.get(field.name, str(field.default)) != str(
-            value
-        ):
+        written = row.get(field.name) or str(field.default)
+        if field.name not in _NOT_COMPARED and written != str(getattr(cell.config, field.name)):
             return False
     length = cell.config.schedule_steps
     return row["measure"] == repr(cell.measure) and length in (0, int(row["schedule_steps"]))
