@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae._noise import Draws
 from fastsfvae.likelihoods import gaussian_kl, wide
 from fastsfvae.objectives.draws import Decoder, Drawn, MonteCarlo, decode
 from fastsfvae.objectives.linearized import divergence, linearized_posterior
-from fastsfvae.objectives.noise_variance import NoiseVar, log_normalizer
+from fastsfvae.objectives.noise_variance import log_normalizer
 from fastsfvae.objectives.terms import Terms
 
 TrainingProposal: TypeAlias = Literal["posterior", "linearized"]
@@ -57,12 +56,10 @@ class ImportanceWeighted(MonteCarlo):
     encoder's mean is a mode of the posterior, and q can be evaluated without a linearisation.
 
     Args:
-        decoder: as in `MonteCarlo`, like all others but the last two.
-        noise_var: c.
-        samples: K.
-        draws: how they hang together.
+        decoder: f, ``z [B, m] -> [B, *out]``.
         proposal: "posterior", q(z|x), or "linearized".
         backend: of the linearisation's tangents, as in `SamplingFreeLoss`.
+        **settings: those of `MonteCarlo`.
 
     Raises:
         ValueError: for a setting out of range.
@@ -72,13 +69,11 @@ class ImportanceWeighted(MonteCarlo):
         self,
         decoder: Decoder,
         *,
-        noise_var: NoiseVar = 0.5,
-        samples: int = 1,
-        draws: Draws = "iid",
         proposal: TrainingProposal = "posterior",
         backend: _checks.Backend = "auto",
+        **settings: Any,
     ) -> None:
-        super().__init__(decoder, noise_var=noise_var, samples=samples, draws=draws)
+        super().__init__(decoder, **settings)
         _checks.choice("proposal", proposal, TRAINING_PROPOSALS)
         self.proposal, self.backend = proposal, backend
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae._noise import Draws
 from fastsfvae.objectives.draws import Decoder, Drawn, MonteCarlo
-from fastsfvae.objectives.noise_variance import NoiseVar
 
 
 class Sampling(MonteCarlo):
@@ -16,27 +16,19 @@ class Sampling(MonteCarlo):
     With a `kl_weight` beta other than 1 this is the beta-VAE (Higgins et al. 2017).
 
     Args:
-        decoder: as in `MonteCarlo`.
-        noise_var: likewise.
+        decoder: f, ``z [B, m] -> [B, *out]``.
         kl_weight: factor of the KL divergence, a number or a 0-d tensor; 1 makes the objective
             an estimate of the ELBO.
-        samples: as in `MonteCarlo`.
-        draws: likewise.
+        **settings: those of `MonteCarlo`.
 
     Raises:
         ValueError: for a setting out of range.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        noise_var: NoiseVar = 0.5,
-        kl_weight: float | Tensor = 1.0,
-        samples: int = 1,
-        draws: Draws = "iid",
+        self, decoder: Decoder, *, kl_weight: float | Tensor = 1.0, **settings: Any
     ) -> None:
-        super().__init__(decoder, noise_var=noise_var, samples=samples, draws=draws)
+        super().__init__(decoder, **settings)
         _checks.kl_weight(kl_weight)
         self.kl_weight = kl_weight
 

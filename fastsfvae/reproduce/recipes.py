@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.schedules import WarmStart
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Recipe:
     @property
     def start_steps(self) -> int:
         """Steps of its warm start."""
-        return TrainConfig(**{"steps": 2**31} | dict(self.settings)).start.steps
+        return WarmStart.parse(self.settings.get("warm_start", "")).steps
 
 
 SAMPLING, ANTITHETIC = "sampling", "antithetic"

@@ -15,6 +15,7 @@ from fastsfvae.results import pictures, verdict
 from fastsfvae.results.evaluation import Settings, understated, unresolved
 from fastsfvae.results.evaluation import conventions as run_conventions
 from fastsfvae.results.trained import Trained, over_images, progress
+from fastsfvae.training.config import CHANGEABLE
 
 _LOG_ML = "log ML, without constant"
 
@@ -134,7 +135,8 @@ def _check_seeds(group: list[Trained]) -> None:
         settings, expected = (
             dataclasses.asdict(r.config) | {"trained steps": r.step} for r in (run, first)
         )
-        own = {"seed", "noise_var"} if _learns(group) else {"seed"}
+        # Where and for how long a run may go on says nothing of its model; the steps are its own.
+        own = {*CHANGEABLE, "seed"} | ({"noise_var"} if _learns(group) else set())
         for name, value in settings.items():
             if name not in own and value != expected[name]:
                 raise ValueError(

@@ -111,6 +111,8 @@ def test_compare_of_groups_knows_spreads_over_seeds(runs, capsys, tmp_path):
     shutil.copytree(runs / "b", comma)
     for seed in "01":
         options = [*TRAIN, str(tmp_path / seed), "--method", "sampling", "--steps", "5"]
+        # How a run was carried out is no difference.
+        options += ["--data-budget", seed]
         assert cli.main([*options, "--seed", str(2 + int(seed))]) == 0
     capsys.readouterr()
     group = f"{comma},{tmp_path / '0'},{tmp_path / '1'}"
