@@ -18,13 +18,15 @@ from fastsfvae._noise import Draws, check_draws
 from fastsfvae.data.load import DATA_SETS, Loaded, load_set
 from fastsfvae.models import Init, ModelConfig, OutputActivation
 from fastsfvae.objectives.dreg import ORTHOGONAL_BIAS
+from fastsfvae.objectives.exact import check_model
 from fastsfvae.objectives.vlae import BOUNDS, Bound
 from fastsfvae.training import distributed
 from fastsfvae.training.schedules import Schedule, WarmStart
 
 Method = Literal[
-    "sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg", "vlae"
-]
+    "sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg", "vlae",
+    "exact-marginal",
+]  # fmt: skip
 METHODS: tuple[Method, ...] = get_args(Method)
 DataSet = Literal[
     "digits",
@@ -42,13 +44,14 @@ DataSet = Literal[
 # The methods that a setting other than its default has a meaning for.
 _TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
 _TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "stl", "dreg", "vlae")
+_SEARCHING = ("vlae", "exact-marginal")
 _TAKEN_BY = {
     "samples": _TAKE_SAMPLES,
     "draws": _TAKE_SAMPLES,
     "kl_weight": _TAKE_KL_WEIGHT,
     "kl_weight_schedule": _TAKE_KL_WEIGHT,
     "gamma_schedule": ("sampling-free",),
-    "cuda_graph": tuple(method for method in METHODS if method != "vlae"),
+    "cuda_graph": tuple(method for method in METHODS if method not in _SEARCHING),
     "mode_steps": ("vlae",),
     "bound": ("vlae",),
 }
@@ -67,7 +70,7 @@ class TrainConfig:
     method: Method = "sampling-free"
     """Linearise the decoder at the posterior mean; or the sampling VAE, beta-VAE (--kl-weight),
     auto-encoder, importance-weighted bound, Sticking-the-Landing, doubly reparameterised; or
-    the variational Laplace auto-encoder."""
+    the variational Laplace auto-encoder; or the exact log p(x) of a ReLU decoder of one latent."""
 
     model: str = "mlp"
     """mlp, tanh, linear, conv (digits padded to 32x32), or package.module:function for your own."""
@@ -168,7 +171,7 @@ class TrainConfig:
     """Compile encoder, decoder and objective with torch.compile."""
 
     cuda_graph: bool = False
-    """Replay the whole step as one CUDA graph, on one GPU (all methods but vlae)."""
+    """Replay the whole step as one CUDA graph, on one GPU (not vlae, exact-marginal)."""
 
     output_activation: OutputActivation = "none"
     """Last operation of the decoder."""
@@ -207,8 +210,10 @@ class TrainConfig:
             )
         if self.cuda_graph and self.compile:
             raise ValueError("compile and cuda_graph exclude each other: give one of them")
-        if self.compile and self.method == "vlae":
-            raise ValueError("method='vlae' cannot compile its search: leave out --compile")
+        if self.compile and self.method in _SEARCHING:
+            raise ValueError(
+                f"method={self.method!r} cannot compile its search: leave out --compile"
+            )
         if self.train_images < 0:
             raise ValueError(f"train_images={self.train_images} must not be negative")
         if not 0 <= self.data_budget < math.inf:
@@ -229,6 +234,8 @@ class TrainConfig:
                     f"{name}={shown} with method={self.method!r}: --{name.replace('_', '-')} is "
                     f"for {', '.join(methods)}"
                 )
+        if self.method == "exact-marginal":
+            check_model(self.model, self.latent_dim, self.output_activation)
         fixed = self.kl_weight_schedule == "constant"
         if self.kl_weight == 1 and fixed and self.method == "beta-vae":
             raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastsfvae._checks import Likelihood
 from fastsfvae.objectives.auto_encoder import AutoEncoder
 from fastsfvae.objectives.dreg import DoublyReparameterized
+from fastsfvae.objectives.exact import ExactMarginal
 from fastsfvae.objectives.iwae import ImportanceWeighted
 from fastsfvae.objectives.sampling import Sampling
 from fastsfvae.objectives.sampling_free import SamplingFree
@@ -49,6 +50,8 @@ def make_objective(config: TrainConfig, decoder: nn.Module, **scheduled: Tensor)
                 backend=config.backend,
                 **drawn,
             )
+        case "exact-marginal":
+            return ExactMarginal(decoder, noise_var=c)
     return _sampling_free(config, config.likelihood, decoder, scheduled)
 
 
