@@ -34,12 +34,12 @@ def check_model(model: str, latent_dim: int, output_activation: str) -> None:
 
 
 class ExactMarginal:
-    """log p(x) itself, in place of a bound (Balestriero, Paris & Baraniuk 2020, by gradients).
+    """The exact log p(x), in place of a bound (Balestriero, Paris & Baraniuk 2020, by gradients).
 
     The decoder is trained by log p(x), which knows no encoder. The encoder is trained by the exact
     ELBO of the decoder as it is, which leads q(z|x) to the posterior, so that it can be used, and
-    evaluated. Nothing is drawn. Time grows with pieces times pixels: for tiny decoders. With two latents
-    a step takes seconds to minutes.
+    evaluated. Nothing is drawn. Time grows with pieces times pixels: for tiny decoders.
+    With two latents a step takes seconds to minutes.
 
     Args:
         decoder: f, as `fastsfvae.evaluate.exact_log_marginal_likelihood` takes it.
