@@ -1,8 +1,8 @@
 """Fours by their exact log-likelihood, beside a sampling VAE: one latent, a small ReLU decoder.
 
 Both are trained on the digits of label 4 for as many steps, the first by log p(x) itself. Printed
-of either, for held-out fours: the exact log p(x) and ELBO, and how far the importance sampler is off
-with a hundred draws.
+of either, for held-out fours: the exact log p(x) and ELBO, and how far the importance sampler is
+off with a hundred draws.
 
     python examples/exact_marginal.py --steps 2000 --hidden 32
 
