@@ -10,6 +10,7 @@ Carlo error of one image's estimate, and `mean_over_images` adds the spread over
 
 from fastsfvae.evaluate.collapse import PosteriorCollapse, posterior_collapse
 from fastsfvae.evaluate.conditioning import Conditioning, conditioning
+from fastsfvae.evaluate.exact import ExactElbo, exact_elbo, exact_log_marginal_likelihood
 from fastsfvae.evaluate.frechet import FrechetDistance, Inception, frechet_distance
 from fastsfvae.evaluate.log_densities import (
     LogMarginalLikelihood,
@@ -33,6 +34,7 @@ from fastsfvae.evaluate.taylor import PAPER_SAMPLES, Agreement, TaylorQuality, t
 __all__ = [
     "Agreement",
     "Conditioning",
+    "ExactElbo",
     "FrechetDistance",
     "GradientError",
     "GradientPart",
@@ -46,6 +48,8 @@ __all__ = [
     "SampledElbo",
     "TaylorQuality",
     "conditioning",
+    "exact_elbo",
+    "exact_log_marginal_likelihood",
     "frechet_distance",
     "gradient_error",
     "gradient_errors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastsfvae.objectives.auto_encoder import AutoEncoder as AutoEncoder
 from fastsfvae.objectives.dreg import DoublyReparameterized as DoublyReparameterized
+from fastsfvae.objectives.exact import ExactMarginal as ExactMarginal
 from fastsfvae.objectives.iwae import ImportanceWeighted as ImportanceWeighted
 from fastsfvae.objectives.noise_variance import NoiseVariance as NoiseVariance
 from fastsfvae.objectives.sampling import Sampling as Sampling

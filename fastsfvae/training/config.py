@@ -18,6 +18,7 @@ from fastsfvae._noise import Draws, check_draws
 from fastsfvae.data.load import DATA_SETS, Loaded, load_set
 from fastsfvae.models import Init, ModelConfig, OutputActivation
 from fastsfvae.objectives.dreg import ORTHOGONAL_BIAS
+from fastsfvae.objectives.exact import check_model
 from fastsfvae.objectives.iwae import TrainingProposal, check_proposal
 from fastsfvae.objectives.vlae import BOUNDS, Bound
 from fastsfvae.training import distributed
@@ -52,7 +53,7 @@ class TrainConfig:
     method: Method = "sampling-free"
     """Linearise the decoder at the posterior mean; or the sampling VAE, beta-VAE (--kl-weight),
     auto-encoder, importance-weighted bound, Sticking-the-Landing, doubly reparameterised; or
-    the variational Laplace auto-encoder."""
+    the variational Laplace auto-encoder; or the exact log p(x) of a ReLU decoder of one latent."""
 
     model: str = "mlp"
     """mlp, tanh, linear, conv (digits padded to 32x32), or package.module:function for your own."""
@@ -109,7 +110,7 @@ class TrainConfig:
     """Variance c of the observation noise, for pixels in [0, 1]."""
 
     learned_noise_var: bool = False
-    """Learn c, from --noise-var on, with the weights (all methods but vlae)."""
+    """Learn c, from --noise-var on, with the weights (not for vlae and exact-marginal)."""
 
     kl_weight: float = 1.0
     """Factor of the KL divergence, at the end of its schedule (sampling-free, sampling,
@@ -159,7 +160,7 @@ class TrainConfig:
     """Compile encoder, decoder and objective with torch.compile."""
 
     cuda_graph: bool = False
-    """Replay the whole step as one CUDA graph, on one GPU (all methods but vlae)."""
+    """Replay the whole step as one CUDA graph, on one GPU (not vlae, exact-marginal)."""
 
     output_activation: OutputActivation = "none"
     """Last operation of the decoder."""
@@ -196,8 +197,6 @@ class TrainConfig:
             )
         if self.cuda_graph and self.compile:
             raise ValueError("compile and cuda_graph exclude each other: give one of them")
-        if self.compile and self.method == "vlae":
-            raise ValueError("method='vlae' cannot compile its search: leave out --compile")
         if self.train_images < 0:
             raise ValueError(f"train_images={self.train_images} must not be negative")
         if not 0 <= self.data_budget < math.inf:
@@ -211,6 +210,8 @@ class TrainConfig:
     def _check_method(self) -> None:
         """Refuse settings that the method would leave unread, or that are another method's."""
         check_taken(self.method, self)
+        if self.method == "exact-marginal":
+            check_model(self.model, self.latent_dim, self.output_activation)
         fixed = self.kl_weight_schedule == "constant"
         if self.kl_weight == 1 and fixed and self.method == "beta-vae":
             raise ValueError(

@@ -5,13 +5,22 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 Method = Literal[
-    "sampling-free", "sampling", "beta-vae", "auto-encoder", "iwae", "stl", "dreg", "vlae"
+    "sampling-free",
+    "sampling",
+    "beta-vae",
+    "auto-encoder",
+    "iwae",
+    "stl",
+    "dreg",
+    "vlae",
+    "exact-marginal",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 _TAKE_KL_WEIGHT = ("sampling-free", "sampling", "beta-vae")
 _TAKE_SAMPLES = ("sampling", "beta-vae", "iwae", "stl", "dreg", "vlae")
-_ALL_BUT_VLAE = tuple(method for method in METHODS if method != "vlae")
+# Each step of the others is the same program: `vlae` searches modes, `exact-marginal` pieces.
+_FIXED = tuple(method for method in METHODS if method not in ("vlae", "exact-marginal"))
 # The methods that a setting other than its default has a meaning for.
 _TAKEN_BY = {
     "samples": _TAKE_SAMPLES,
@@ -19,8 +28,9 @@ _TAKEN_BY = {
     "kl_weight": _TAKE_KL_WEIGHT,
     "kl_weight_schedule": _TAKE_KL_WEIGHT,
     "gamma_schedule": ("sampling-free",),
-    "learned_noise_var": _ALL_BUT_VLAE,
-    "cuda_graph": _ALL_BUT_VLAE,
+    "learned_noise_var": _FIXED,
+    "compile": _FIXED,
+    "cuda_graph": _FIXED,
     "mode_steps": ("vlae",),
     "bound": ("vlae",),
     "proposal": ("iwae",),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastsfvae._checks import Likelihood
 from fastsfvae.objectives.auto_encoder import AutoEncoder
 from fastsfvae.objectives.dreg import DoublyReparameterized
+from fastsfvae.objectives.exact import ExactMarginal
 from fastsfvae.objectives.iwae import ImportanceWeighted
 from fastsfvae.objectives.noise_variance import NoiseVar
 from fastsfvae.objectives.sampling import Sampling
@@ -54,6 +55,8 @@ def make_objective(
                 backend=config.backend,
                 **drawn,
             )
+        case "exact-marginal":
+            return ExactMarginal(decoder, noise_var=config.noise_var)
     return _sampling_free(config, config.likelihood, decoder, noise_var, scheduled)
 
 

@@ -17,6 +17,7 @@ from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.models import build
 from fastsfvae.objectives import (
+    ExactMarginal,
     NoiseVariance,
     Objective,
     SamplingFree,
@@ -335,7 +336,7 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
     # What cannot run should say so before anything is written: a decoder or backend that cannot be
     # linearised, more draws than the memory holds.
     for phase in phases:
-        if isinstance(phase.objective, (SamplingFree, VariationalLaplace)):
+        if isinstance(phase.objective, (SamplingFree, VariationalLaplace, ExactMarginal)):
             z = torch.zeros(2, config.latent_dim, device=device)
             phase.objective(to_unit(images[:2].to(device)), z, z)
     if config.samples > 1:

@@ -20,6 +20,7 @@ OPTIONS = {
     "stl": (["--samples", "2"], o.StickingTheLanding, {"samples": 2}),
     "dreg": (["--samples", "2"], o.DoublyReparameterized, {"samples": 2}),
     "vlae": (["--mode-steps", "2"], o.VariationalLaplace, {"mode_steps": 2, "bound": "sampled"}),
+    "exact-marginal": ([], o.ExactMarginal, {}),
 }
 
 
@@ -29,7 +30,8 @@ def test_every_method_trains(method, tmp_path, monkeypatch):
     # The figures and the evaluation of 10,000 digits are tested once, elsewhere.
     monkeypatch.setattr("fastsfvae.results.run_figures.save_figures", lambda run: [])
     options, class_, attributes = OPTIONS[method]
-    arguments = ["train", "--model", "linear", "--latent-dim", "2", "--steps", "20", "--lr", "0.01"]
+    m = "1" if method == "exact-marginal" else "2"
+    arguments = ["train", "--model", "linear", "--latent-dim", m, "--steps", "20", "--lr", "0.01"]
     folder = tmp_path / "run"
     command = [*arguments, "--method", method, *options, "--noise-var", "0.2", "--out", str(folder)]
     assert cli.main(command) == 0
@@ -61,7 +63,16 @@ def test_every_method_is_listed():
         ("--method dreg --kl-weight 2", "kl_weight=2 with method='dreg'"),
         ("--method iwae --bound closed-form", "--bound is for vlae"),
         ("--method vlae --mode-steps 0", "mode_steps=0 must be at least 1"),
-        ("--method vlae --compile", "leave out --compile"),
+        ("--method vlae --compile", "--compile is for sampling-free, sampling"),
+        (
+            "--method exact-marginal --latent-dim 1 --compile",
+            "--compile is for sampling-free, sampling",
+        ),
+        ("--method exact-marginal", "is for --latent-dim 1"),
+        ("--method exact-marginal --model tanh --latent-dim 1", "give --model mlp"),
+        ("--method exact-marginal --output-activation sigmoid", "--output-activation none"),
+        ("--method exact-marginal --model conv --latent-dim 1", "would take too long"),
+        ("--method exact-marginal --samples 2 --latent-dim 1", "--samples is for sampling"),
         ("--method beta-vae", "give --kl-weight, or --method sampling"),
     ],
 )

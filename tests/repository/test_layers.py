@@ -32,7 +32,7 @@ LAYERS = """
     jacobian.rules
     jacobian.cost | jacobian.validate
     ops
-    kernels | reference | models | data
+    kernels | reference | models | data | piecewise
     ground | _checks | _constants | _ranges
 """
 # What a decoder and its loss do without.

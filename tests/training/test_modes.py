@@ -34,7 +34,10 @@ OPTIONS = {
     "stl": ["--samples", "2"],
     "dreg": ["--samples", "4", "--draws", "antithetic"],
     "vlae": ["--samples", "2", "--draws", "antithetic"],
+    "exact-marginal": [],
 }
+# What is not the others' model, a smooth one of two latents.
+MODELS = {"exact-marginal": ["--model", "mlp", "--latent-dim", "1"]}
 # Beside the methods: the first two steps of three by another one.
 WARM = "warm start"
 OPTIONS[WARM] = ["--method", "sampling", "--warm-start", "precision:2", *OPTIONS["sampling"]]
@@ -52,13 +55,19 @@ MODES = {
     "DDP, compile": ["--compile"],
 }
 # What is refused, of what is not right everywhere; all other cells must be right.
-REFUSED = {("vlae", mode): "leave out --compile" for mode in MODES if "compile" in mode}
-REFUSED |= {(LINEARIZED, mode): "leave out --compile" for mode in MODES if "compile" in mode}
+SEARCHING = ("vlae", "exact-marginal")
+COMPILED = [mode for mode in MODES if "compile" in mode]
+REFUSED = {
+    cell: "--compile is for sampling-free, sampling"
+    for cell in itertools.product(SEARCHING, COMPILED)
+}
+REFUSED |= {(LINEARIZED, mode): "leave out --compile" for mode in COMPILED}
 if not torch.cuda.is_available():
     no_gpu = "--cuda-graph needs a GPU, this run is on the cpu"
     REFUSED |= {(method, "graph"): no_gpu for method in OPTIONS}
 REFUSED[LINEARIZED, "graph"] = "leave out --compile and --cuda-graph"
-REFUSED["vlae", "graph"] = "--cuda-graph is for sampling-free, sampling, beta-vae"
+for searching in SEARCHING:
+    REFUSED[searching, "graph"] = "--cuda-graph is for sampling-free, sampling, beta-vae"
 CELLS = list(itertools.product(OPTIONS, MODES))
 ALONE = [cell for cell in CELLS if cell not in REFUSED and "DDP" not in cell[1]]
 TOGETHER = [cell for cell in CELLS if cell not in REFUSED and "DDP" in cell[1]]
@@ -66,8 +75,9 @@ BF16 = torch.finfo(torch.bfloat16).eps
 
 
 def _command(data, method, mode, folder, steps):
-    options = ["--data", "npz", "--data-dir", str(data), "--image-size", "14", "--model", "tanh"]
-    options += ["--latent-dim", "2", "--batch-size", str(BATCH), "--seed", str(SEED)]
+    options = ["--data", "npz", "--data-dir", str(data), "--image-size", "14"]
+    options += MODELS.get(method, ["--model", "tanh", "--latent-dim", "2"])
+    options += ["--batch-size", str(BATCH), "--seed", str(SEED)]
     options += ["--schedule-steps", "3", "--noise-var", "0.1", "--steps", str(steps)]
     options += ["--method", method] if method in METHODS else []
     options += [*OPTIONS[method], *MODES[mode]]

@@ -1,0 +1,1 @@
+"""Exact Gaussian integrals of piecewise affine decoders with one or two latents."""
