@@ -67,6 +67,16 @@ LENGTHS: dict[str, Recipe] = {
     "KL warm-up 100, antithetic": warm_up(100),
     **{f"precision {n}, antithetic": warm_start("precision", n) for n in (25, 50, 250)},
 }
+# Importance weights drawn from the linearised posterior, beside those drawn from the encoder's.
+WEIGHTS: dict[str, Recipe] = {
+    "IWAE, K=5": Recipe({"method": "iwae", "samples": 5}, is_baseline=True),
+    **{
+        f"IWAE, linearized, K={k}": Recipe(
+            {"method": "iwae", "samples": k, "proposal": "linearized"}
+        )
+        for k in (1, 5)
+    },
+}
 
 
 def scaled(recipe: Recipe, share: float) -> Recipe:

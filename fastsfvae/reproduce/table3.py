@@ -70,6 +70,12 @@ _POINTS = 5
 _STEPS_PER_EPOCH = {"digits": 450, "mnist": 3000, "fashion-mnist": 3000, "omniglot": 1217}
 
 
+def _steps_per_epoch(config: TrainConfig) -> int:
+    """Of a set whose size is known before it is there, or else of what is there."""
+    known = _STEPS_PER_EPOCH.get(config.data)
+    return known or max(1, len(config.load_images("train")) // config.batch_size)
+
+
 def _paper(data: str, method: str, count: int, step: int) -> Mapping[str, Mapping[int, Published]]:
     values = dict(zip(_SAMPLES, _PAPER.get(data, {}).get(method, ()), strict=False))
     return {"NLL": {step: Published(values[count])}} if count in values else {}
@@ -84,7 +90,7 @@ def _cells(options: Options) -> list[Cell]:
     timed: list[Cell] = []
     for data in options.data_sets("digits", "mnist", "omniglot"):
         base = TrainConfig(**options.place(data), model="tanh", latent_dim=50, batch_size=20)
-        step = 400 if options.quick else _EPOCHS * _STEPS_PER_EPOCH.get(data, 3000)
+        step = 400 if options.quick else _EPOCHS * _steps_per_epoch(base)
 
         def add(name: str, config: TrainConfig, paper, points=1, data=data, step=step) -> None:
             at = doublings(step, points)

@@ -16,6 +16,7 @@ from fastsfvae.reproduce.recipes import (
     PRECISION,
     RECIPES,
     SAMPLING,
+    WEIGHTS,
     Recipe,
     scaled,
     step_seconds_of,
@@ -37,6 +38,7 @@ STEPS = 2000
 _PLAIN = "vmap(jacfwd)"
 _LOG_ML = "log ML"
 _QUANTITIES = (_LOG_ML, "sampled ELBO")
+_KNOWN = RECIPES | WEIGHTS | LENGTHS
 # Measured after these eighths of STEPS; what takes less time is trained so many times as long.
 _EIGHTHS = (1, 2, 4, 6, 8)
 _LONGER = {SAMPLING: 8, ANTITHETIC: 8, "KL warm-up 250, antithetic": 8}
@@ -66,8 +68,9 @@ def _cells(options: Options) -> list[Cell]:
         config = replace(base, **(dict(shown.settings) | settings))
         return Cell(name, config, measure, tuple(at), seeds, fixed_steps=True)
 
-    cells = [cell(name, recipe, _LONGER.get(name, 1)) for name, recipe in RECIPES.items()]
-    timed = [step_time_cell(c) for c in cells if not RECIPES[c.name].step]
+    shown = RECIPES if options.quick else RECIPES | WEIGHTS
+    cells = [cell(name, recipe, _LONGER.get(name, 1)) for name, recipe in shown.items()]
+    timed = [step_time_cell(c) for c in cells if not shown[c.name].step]
     plain = replace(next(c for c in cells if c.name == PRECISION), name=_PLAIN)
     timed.append(step_time_cell(plain, plain=True))
     if not options.quick:
@@ -79,9 +82,9 @@ def _cells(options: Options) -> list[Cell]:
 
 def _recipes(results: Sequence[Result]) -> dict[str, Recipe]:
     """Of the cells that are trained at the default c, each with a start as long as its own."""
-    known, found = RECIPES | LENGTHS, {}
+    found = {}
     for cell in (result.cell for result in trained(results)):
-        if (recipe := known.get(cell.name)) is not None:
+        if (recipe := _KNOWN.get(cell.name)) is not None:
             start = {"warm_start": cell.config.warm_start}
             found[cell.name] = replace(recipe, settings=dict(recipe.settings) | start)
     return found
@@ -293,6 +296,7 @@ WALLCLOCK = Experiment(
         "KL warm-up N: the KL divergence weighs 0.2 for N steps, then 1",
         "precision N, antithetic: N steps by the sampling-free objective, then by an antithetic "
         "pair of draws per image",
+        "IWAE, linearized: importance weights drawn from the linearised posterior at the mean",
         "c learned: with the weights, from 0.5 on; each model is judged at the c that it learned",
         "what takes less time is trained for more steps",
         "runs of one seed share their initial weights and batches",

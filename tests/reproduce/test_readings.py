@@ -128,9 +128,9 @@ def test_equal_seconds_are_read_off_the_curves():
     assert seen == pytest.approx(math.log2(800), abs=0.03)
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES | recipes.LENGTHS)
+@pytest.mark.parametrize("name", recipes.RECIPES | recipes.WEIGHTS | recipes.LENGTHS)
 def test_a_recipe_can_be_shortened(name):
-    recipe = (recipes.RECIPES | recipes.LENGTHS)[name]
+    recipe = (recipes.RECIPES | recipes.WEIGHTS | recipes.LENGTHS)[name]
     config = TrainConfig(**recipes.scaled(recipe, 0.1).settings)
     whole = TrainConfig(**recipe.settings)
     assert config.method == whole.method and config.draws == whole.draws
