@@ -13,10 +13,11 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from fastsfvae import evaluate
+from fastsfvae.cli.failing import fail
 from fastsfvae.evaluate.frechet import load_extractor
 from fastsfvae.evaluate.proposals import DEFAULT_PROPOSAL, ProposalName
 from fastsfvae.ground.atomic import check_writable, new_folder, write_text
-from fastsfvae.ground.options import UsageError, fail, parse, say
+from fastsfvae.ground.options import UsageError, parse, say
 from fastsfvae.ground.progress import counter
 from fastsfvae.results import comparison, evaluation, page, report
 from fastsfvae.training import distributed
@@ -91,15 +92,10 @@ def _guarded(prog: str, options: list[str], command: Callable[[str, list[str]], 
         except BrokenPipeError:
             raise
         except (UsageError, TypeError, ValueError, RuntimeError, OSError) as error:
-            return _fail(prog, str(error))
+            return fail(prog, str(error))
         except KeyboardInterrupt:
-            return _fail(prog, "interrupted, nothing was written", code=130)
+            return fail(prog, "interrupted, nothing was written", code=130)
     return 0
-
-
-def _fail(prog: str, message: str, code: int = 2) -> int:
-    """`fail` on one of the processes."""
-    return fail(prog, message, code) if distributed.speaks_of_failure() else code
 
 
 def _evaluate(prog: str, options: list[str]) -> None:

@@ -11,8 +11,9 @@ from typing import Annotated
 from tyro.conf import arg
 
 from fastsfvae import training
+from fastsfvae.cli.failing import fail
 from fastsfvae.data.load import download_images
-from fastsfvae.ground.options import UsageError, fail, parse, require_extras, say
+from fastsfvae.ground.options import UsageError, parse, require_extras, say
 from fastsfvae.results import report, run_figures
 from fastsfvae.training import distributed
 from fastsfvae.training.checkpoint import load_config
@@ -79,7 +80,7 @@ def _run_steps(arguments: TrainArguments, run: training.Run) -> int:
         with monitors(run, *asked, draw=run_figures.snapshot) as watching:
             training.train(run, *watching)
     except training.NonFiniteLoss as error:
-        return fail(_PROG, str(error), code=1) if writes else 1
+        return fail(_PROG, str(error), code=1)
     except OSError as error:
         return fail(_PROG, str(error))
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """Training in two processes against one that takes the joined batch."""
 
 import csv
+import functools
 import os
 import signal
 import subprocess
@@ -146,7 +147,8 @@ def test_torchrun_trains_one_model(tmp_path_factory, tmp_path):
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--method", "sampling", "--model", "linear", "--latent-dim", "2", "--steps", "30"]
-    done = subprocess.run(
+    run = functools.partial(
+        subprocess.run,
         [*command, "-m", "fastsfvae", "train", *options, "--batch-size", "16", "--out", "a"],
         cwd=tmp_path,
         capture_output=True,
@@ -154,6 +156,7 @@ def test_torchrun_trains_one_model(tmp_path_factory, tmp_path):
         timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
+    done = run()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results in a") == 1 and done.stderr.count("step 30/30") == 1
     assert [row["step"] for row in _rows(tmp_path / "a")] == [1, 25, 30]
@@ -162,3 +165,6 @@ def test_torchrun_trains_one_model(tmp_path_factory, tmp_path):
     for rank in "01":
         threads = (site / rank).read_text()
         assert "python" in threads and "gloo" not in threads
+    # What both processes meet is one line.
+    again = run()
+    assert again.returncode and again.stderr.count("fastsfvae train: ") == 1
