@@ -118,6 +118,8 @@ def _write(name: str, cells: list[Cell], out: Path, quick: bool) -> None:
     stem = f"{name}-quick" if quick else name
     # What was measured elsewhere, or before out/runs was removed, stays.
     results += tables.earlier_runs(out / f"{stem}-runs.csv", cells, results, out / RUNS)
+    place = {cell.name: i for i, cell in enumerate(cells)}
+    results.sort(key=lambda result: place[result.cell.name])
     title = f"{experiment.title}{' (quick version, not the protocol)' if quick else ''}"
     experiment = dataclasses.replace(experiment, title=title)
     write_text(out / f"{stem}.csv", tables.summary_csv(results))
