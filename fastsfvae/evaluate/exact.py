@@ -11,7 +11,6 @@ from fastsfvae import _checks
 from fastsfvae.evaluate._decode import constant
 from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.piecewise import integrals
-from fastsfvae.piecewise.trace import latent_dim
 
 # Images whose integrals exist at one time, each with all pieces; two latents share their lines.
 _IMAGES = 256
@@ -68,8 +67,7 @@ def exact_log_marginal_likelihood(
             that are too many; all in one line.
     """
     _checks.noise_var(noise_var)
-    m = latent_dim(decoder)
-    integrals.check_batch(decoder, x, m)
+    m = integrals.check_batch(decoder, x)
     c = torch.as_tensor(noise_var, dtype=torch.float64, device=x.device)
     logs = [integrals.log_marginal(decoder, part, c, m) for part in x.split(_IMAGES)]
     return torch.cat(logs) + constant(x, noise_var)
@@ -96,10 +94,7 @@ def exact_elbo(
     _checks.noise_var(noise_var)
     _checks.latent(mean, log_var)
     _checks.batch(x, mean)
-    m = latent_dim(decoder)
-    if mean.shape[1] != m:
-        raise ValueError(f"mean has shape {tuple(mean.shape)} but the decoder takes m={m} latents")
-    integrals.check_batch(decoder, x, m)
+    integrals.check_batch(decoder, x, mean)
     parts = zip(*(t.split(_IMAGES) for t in (x, mean, log_var)), strict=True)
     error = torch.cat([integrals.expected_squared_error(decoder, *part) for part in parts])
     offset = constant(x, noise_var)

@@ -67,9 +67,10 @@ class ExactMarginal:
         """
         _checks.latent(mean, log_var)
         _checks.batch(x, mean)
+        m = integrals.check_batch(self.decoder, x, mean)
         c, n = torch.tensor(self.noise_var, dtype=torch.float64, device=x.device), x[0].numel()
         constant = -0.5 * n * math.log(2 * math.pi * self.noise_var)
-        log_marginal = constant + integrals.log_marginal(self.decoder, x, c, mean.shape[1])
+        log_marginal = constant + integrals.log_marginal(self.decoder, x, c, m)
         error = integrals.expected_squared_error(self.decoder, x, mean, log_var, hold=True)
         log_likelihood = constant - error / (2 * c)
         kl = gaussian_kl(mean.double(), log_var.double())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastsfvae import _checks
 from fastsfvae.piecewise import gaussian as on_pieces
-from fastsfvae.piecewise.trace import Pieces, trace
+from fastsfvae.piecewise.trace import Pieces, latent_dim, trace
 
 # Nodes of a panel.
 _NODES = 8
@@ -43,12 +43,11 @@ def log_marginal(decoder: nn.Module, x: Tensor, c: Tensor, m: int) -> Tensor:
         decoder: as `fastsfvae.piecewise.trace.trace` takes it.
         x: ``[B, *out]``.
         c: the noise variance, 0-d float64.
-        m: latent dimensions, 1 or 2.
+        m: latent dimensions, as `check_batch` counts them.
 
     Raises:
-        TypeError, ValueError: as `trace`, for another m, or where two latents take too many lines.
+        TypeError, ValueError: as `trace`, or where two latents take too many lines.
     """
-    check_latent_dim(m)
     if m == 1:
         return on_pieces.log_marginal(_line(decoder, x), x, c)[:, 0]
 
@@ -70,14 +69,13 @@ def expected_squared_error(
     Args:
         decoder: as `fastsfvae.piecewise.trace.trace` takes it.
         x: ``[B, *out]``.
-        mean: ``[B, m]``, m being 1 or 2.
+        mean: ``[B, m]``, as `check_batch` takes it.
         log_var: ``[B, m]``.
         hold: whether the decoder gets no gradient.
 
     Raises:
         TypeError, ValueError: as `log_marginal`.
     """
-    check_latent_dim(mean.shape[1])
     mean, std = mean.double(), torch.exp(0.5 * log_var.double())
     first = mean[:, 0], std[:, 0]
     with_graph = torch.is_grad_enabled() and not hold
@@ -107,21 +105,25 @@ def expected_squared_error(
     return (errors(y) * torch.exp(log_density(y) + log_width)).sum(1)
 
 
-def check_latent_dim(m: int) -> None:
-    """Raise ValueError unless m is 1 or 2."""
+def check_batch(decoder: nn.Module, x: Tensor, mean: Tensor | None = None) -> int:
+    """Count the decoder's latents, once x is a batch of its data and mean one of its latents.
+
+    Raises:
+        TypeError: for a decoder that is not known to be piecewise affine, or data of another type.
+        ValueError: for shapes that do not fit, or other than one or two latents.
+    """
+    m = latent_dim(decoder)
     if m not in (1, 2):
         raise ValueError(
             f"the decoder has m={m} latent dimensions: exact integrals take 1 or 2, use "
             "log_marginal_likelihood or sampled_elbo"
         )
-
-
-def check_batch(decoder: nn.Module, x: Tensor, m: int) -> None:
-    """Raise unless x is a batch of floating-point data and m the decoder's latents, 1 or 2."""
     _checks.floating("x", x)
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: give a batch [B, *out] that is not empty")
-    check_latent_dim(m)
+    if mean is not None and mean.shape[1] != m:
+        raise ValueError(f"mean has shape {tuple(mean.shape)} but the decoder takes m={m} latents")
+    return m
 
 
 def _line(decoder: nn.Module, x: Tensor) -> Pieces:

@@ -234,6 +234,15 @@ def test_what_is_not_known_is_refused_in_one_line(net, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "exact", [evaluate.exact_elbo, lambda net, *data, **c: ExactMarginal(net, **c)(*data)]
+)
+def test_latents_that_do_not_fit_are_refused(exact):
+    x, mean, log_var = data(2)
+    with pytest.raises(ValueError, match=r"mean has shape \(3, 2\) but the decoder takes m=1"):
+        exact(decoder(1), x, mean, log_var, noise_var=C)
+
+
 def test_second_derivatives_are_refused():
     net, (x, mean, log_var) = decoder(1), data(1)
     elbo = evaluate.exact_elbo(net, x, mean, log_var, noise_var=C).elbo
