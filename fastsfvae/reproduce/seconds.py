@@ -1,17 +1,18 @@
 """Equal seconds: steps of training as seconds, by the time of a step that is measured apart.
 
-A run's own seconds hold whatever else its machine did. Cells of their own measure a step, to be run
-with nothing beside them: ``--only "*step time"``.
+A run's own seconds hold whatever else its machine did. Cells of their own measure a step, in turn
+with a sampling one: ``--only "*step time"``.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fastsfvae.reproduce.cells import Cell, Result
-from fastsfvae.reproduce.runtime import STEP_TIME, StepTime
+from fastsfvae.reproduce.runtime import STEP_RATIO, STEP_TIME, StepTime
 from fastsfvae.reproduce.tables import summarise
 
 # Steps of training -> what was measured after them.
@@ -42,12 +43,20 @@ def trained(results: Iterable[Result]) -> list[Result]:
 
 
 def step_seconds(results: Iterable[Result]) -> dict[str, float]:
-    """Cell -> seconds of its step, of the cells whose step time is among the results."""
-    return {
-        row.cell.removesuffix(_SUFFIX): row.mean / 1e3
-        for row in summarise(results)
-        if row.cell.endswith(_SUFFIX) and row.quantity == STEP_TIME
-    }
+    """Cell -> seconds of its step, of the cells whose step time is among the results.
+
+    Each is the cell's ratio to a sampling step, which a machine that slows down for a while leaves
+    alone, times one time for all, the median of the sampling steps beside them.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for row in summarise(results):
+        if row.cell.endswith(_SUFFIX):
+            found.setdefault(row.cell.removesuffix(_SUFFIX), {})[row.quantity] = row.mean
+    timed = {cell: row for cell, row in found.items() if STEP_RATIO in row}
+    if not timed:
+        return {}
+    unit = statistics.median(row[STEP_TIME] / row[STEP_RATIO] for row in timed.values()) / 1e3
+    return {cell: unit * row[STEP_RATIO] for cell, row in timed.items()}
 
 
 def curves(results: Sequence[Result], quantity: str) -> Mapping[str, Curve]:

@@ -21,7 +21,7 @@ from fastsfvae.reproduce.recipes import (
     Recipe,
     step_seconds_of,
 )
-from fastsfvae.reproduce.runtime import STEP_TIME
+from fastsfvae.reproduce.runtime import STEP_RATIO, STEP_TIME
 from fastsfvae.reproduce.seconds import (
     Curve,
     curves,
@@ -240,7 +240,7 @@ TABLE3 = Experiment(
     cells=_cells,
     draw=_draw,
     reading=_reading,
-    columns=("NLL", OWN_OBJECTIVE, *LIKELIHOOD_COLUMNS, STEP_TIME),
+    columns=("NLL", OWN_OBJECTIVE, *LIKELIHOOD_COLUMNS, STEP_TIME, STEP_RATIO),
     assumptions=(
         "m, the epochs, the learning rate and the estimator are not stated: m = 50, 30 epochs, "
         "Adam at 1e-3, 5,000 importance weights from one defensive proposal for all",
