@@ -1,5 +1,6 @@
 """Fixtures, a closed network, and a summary of what the tests counted and of the largest errors."""
 
+import gc
 import json
 import math
 import os
@@ -76,6 +77,18 @@ def tally():
         counts[what] = counts.get(what, 0) + count
 
     return add
+
+
+@pytest.fixture
+def young_heap():
+    """Let garbage collections see only what the test makes.
+
+    One over all that a whole run has imported and collected takes a second or more.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

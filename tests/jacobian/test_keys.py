@@ -231,6 +231,7 @@ def test_changes_inside_a_value_are_seen():
     assert fingerprint(decoder).key != before
 
 
+@pytest.mark.usefixtures("young_heap")
 def test_an_object_of_unknown_kind_is_not_taken_for_a_later_one():
     decoder = Decoder()
     seen = []

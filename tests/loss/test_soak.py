@@ -37,6 +37,7 @@ def test_the_slope_sees_a_leak_and_no_noise():
     assert _slope([0] * 5 + [100] * 35) == 0
 
 
+@pytest.mark.usefixtures("young_heap")
 def test_a_long_run_neither_grows_nor_traces_again(request, monkeypatch, tally):
     steps = request.config.getoption("--soak-steps")
     torch.manual_seed(0)
@@ -67,7 +68,6 @@ def test_a_long_run_neither_grows_nor_traces_again(request, monkeypatch, tally):
             resident.append(_resident())
     tally("a long run", "steps", steps)
     assert bool(value.isfinite()) and after_warm_up == len(traced) > 0
-    # What tests before this one left behind may be freed meanwhile.
     assert max(tensors) == tensors[0]
     # A leak of one number a step would be 8 bytes; an allocator's noise over a mark is pages.
     allowed = max(8 * every, 4 * resource.getpagesize())
