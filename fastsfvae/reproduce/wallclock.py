@@ -68,9 +68,9 @@ def _cells(options: Options) -> list[Cell]:
         config = replace(base, **(dict(shown.settings) | settings))
         return Cell(name, config, measure, tuple(at), seeds, fixed_steps=True)
 
-    shown = RECIPES if options.quick else RECIPES | WEIGHTS
-    cells = [cell(name, recipe, _LONGER.get(name, 1)) for name, recipe in shown.items()]
-    timed = [step_time_cell(c) for c in cells if not shown[c.name].step]
+    recipes = RECIPES if options.quick else RECIPES | WEIGHTS
+    cells = [cell(name, recipe, _LONGER.get(name, 1)) for name, recipe in recipes.items()]
+    timed = [step_time_cell(c) for c in cells if not recipes[c.name].step]
     plain = replace(next(c for c in cells if c.name == PRECISION), name=_PLAIN)
     timed.append(step_time_cell(plain, plain=True))
     if not options.quick:
