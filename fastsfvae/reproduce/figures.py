@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,9 +28,16 @@ def tidy(axes, title: str, x_label: str = "") -> None:
 
 
 def log_counts(axes, counts: Sequence[int]) -> None:
-    """A logarithmic axis whose numbers are these alone."""
+    """A logarithmic axis with these ticks; of two numbers that would touch, the larger's alone."""
+    room = math.log(max(counts) / min(counts)) / 11
+    labels: dict[int, str] = {}
+    above = math.inf  # the number that was written last
+    for count in sorted(counts, reverse=True):
+        touches = math.log(above / count) < room
+        labels[count] = "" if touches else f"{count:,}"
+        above = above if touches else count
     axes.set_xscale("log")
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_xticks(list(labels), list(labels.values()))
     axes.minorticks_off()
 
 
