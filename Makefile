@@ -11,7 +11,7 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train reproduce test trust licenses audit-deps lint audit bench bench-full zoo clean
+.PHONY: help install train reproduce test test-slow trust licenses audit-deps lint audit bench bench-full zoo clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,16 +34,25 @@ reproduce: $(INSTALLED) ## Make quick versions of Table 4 and Figure 2; results 
 # In two processes at once, as neither keeps two cores busy: the second takes the interpreter's tests, and
 # of the others as many folders as make both take about as long. Its output comes behind the first's.
 BESIDE := tests/bench tests/training
+PYTEST = $(BIN)/python -m pytest $(if $(TURN),--turn $(TURN))
+define RUN_TESTS
+@log=$$(mktemp); beside() { \
+  TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -m 'interpreter and $(SPEED)' -p no:cacheprovider; one=$$?; \
+  $(PYTEST) -m '$(SPEED)' -p no:cacheprovider $(BESIDE); other=$$?; \
+  [ $$((one + other)) = 0 ]; }; \
+beside > $$log 2>&1 & second=$$!; \
+$(PYTEST) -m '$(SPEED)' $(addprefix --ignore=,$(BESIDE)); first=$$?; \
+wait $$second; second=$$?; echo 'In the interpreter, then $(BESIDE):'; cat $$log; rm $$log; \
+exit $$((first + second))
+endef
 
-test: $(INSTALLED) ## Run the tests, and beside them the Triton kernels' again in the interpreter
-	@log=$$(mktemp); beside() { \
-	  TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interpreter -p no:cacheprovider; one=$$?; \
-	  $(BIN)/python -m pytest -p no:cacheprovider $(BESIDE); other=$$?; \
-	  [ $$((one + other)) = 0 ]; }; \
-	beside > $$log 2>&1 & second=$$!; \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(BESIDE)); first=$$?; \
-	wait $$second; second=$$?; echo 'In the interpreter, then $(BESIDE):'; cat $$log; rm $$log; \
-	exit $$((first + second))
+test: SPEED := not slow
+test: $(INSTALLED) ## Run the quick tests, and beside them the Triton kernels' again in the interpreter
+	$(RUN_TESTS)
+
+test-slow: SPEED := slow
+test-slow: $(INSTALLED) ## Run all other tests in the same way; TURN=2/5: the second of five parts of them
+	$(RUN_TESTS)
 
 trust: $(INSTALLED) ## Look for what breaks: random decoders, hostile numbers, kills, long runs
 	$(BIN)/python -m tests.trust --out bench/results/trust.md

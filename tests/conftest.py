@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ import torch
 # Child processes test this tree as well, wherever they stand and whatever is installed.
 _PATHS = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
+
+# Of a test with more cases than this, every so-many-th is quick: a number that the lengths of what
+# cases are made of (types, shapes, layouts) do not divide, so that all of them occur.
+_QUICK_EVERY = 5
 
 _HERE = {"127.0.0.1", "::1", "localhost", "", None}
 # By subject and by what was counted or measured of it.
@@ -34,6 +39,13 @@ def _refuse_network(event, arguments):
 sys.addaudithook(_refuse_network)
 
 
+def _turn(text):
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(text)
+    return slice(part - 1, None, parts)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--decoders", type=int, default=100, help="random decoders to check (test_random_decoders)"
@@ -49,6 +61,9 @@ def pytest_addoption(parser):
     )
     parser.addoption(
         "--processes", type=int, default=1, help="bad command lines to start (test_bad_inputs)"
+    )
+    parser.addoption(
+        "--turn", type=_turn, metavar="K/N", help="of the slow tests the K-th of N parts alone"
     )
     parser.addoption(
         "--record", type=Path, metavar="FILE", help="write counts and errors there (tests/trust.py)"
@@ -91,7 +106,21 @@ def young_heap():
     gc.unfreeze()
 
 
-def pytest_collection_modifyitems(items):
+def _mark_slow(items):
+    """Leave a few of a test's many cases quick; what takes long by itself is marked where it is."""
+    function = [item.nodeid.partition("[")[0] for item in items]
+    cases, seen = Counter(function), Counter()
+    for item, name in zip(items, function, strict=True):
+        if cases[name] > _QUICK_EVERY and seen[name] % _QUICK_EVERY:
+            item.add_marker(pytest.mark.slow)
+        seen[name] += 1
+
+
+@pytest.hookimpl(tryfirst=True)  # -m selects by the marks that are given here
+def pytest_collection_modifyitems(config, items):
+    _mark_slow(items)
+    if turn := config.getoption("--turn"):
+        items[:] = [item for item in items if item.get_closest_marker("slow")][turn]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -106,6 +106,7 @@ def test_compare_gives_paired_differences(runs, capsys, tmp_path):
     assert [path.name for path in out.glob("*.png")] == ["side-by-side.png"]
 
 
+@pytest.mark.slow
 def test_compare_of_groups_knows_spreads_over_seeds(runs, capsys, tmp_path):
     comma = tmp_path / "b,1"
     shutil.copytree(runs / "b", comma)
@@ -147,6 +148,7 @@ def test_compare_of_groups_knows_spreads_over_seeds(runs, capsys, tmp_path):
     assert again["seed_errors"][name] == [pytest.approx(expected)]
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_numbers_of_one_process(runs, tmp_path):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     quick = [*QUICK[2:-2], "--gradient-repeats", "0", "--images", "31"]

@@ -57,6 +57,7 @@ def _started(folder, start, **given):
 SCRIPT = ["-X", "utf8=1", "-c", "import sys; from fastsfvae.cli.main import main; sys.exit(main())"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [["-X", "dev", "-m", "fastsfvae"], SCRIPT])
 def test_idle_threads_sleep(start, here):
     found, starts = _started(here, start, OMP_NUM_THREADS="2", LOCAL_RANK="0")
@@ -65,6 +66,7 @@ def test_idle_threads_sleep(start, here):
     assert starts == "xx"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [
@@ -163,6 +165,7 @@ def test_a_reader_that_has_gone_loses_no_results(here):
     assert (here / "run" / "results.json").is_file()
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed(here):
     def close():
         for stream in range(3):
@@ -174,6 +177,7 @@ def test_streams_that_are_closed(here):
     assert [line.split(",")[0] for line in lines] == ["step", "1", "3"]
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_sign(here):
     ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
     process = _run(stdout=subprocess.PIPE, stderr=subprocess.PIPE, environment=ascii_only)

@@ -121,6 +121,7 @@ def test_part_of_the_whole_set_is_still_refused(tmp_path):
         _load(tmp_path / "data", "train")
 
 
+@pytest.mark.slow
 def test_results_name_the_part(tmp_path, capsys):
     _zip(tmp_path / "data", SMALL1)
     out = tmp_path / "run"

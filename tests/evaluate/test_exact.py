@@ -247,6 +247,7 @@ def test_conditioning_and_lost_samples():
     assert found.lost.all()
 
 
+@pytest.mark.slow
 def test_gradient_error_of_a_linear_decoder():
     torch.manual_seed(6)
     decoder, c = nn.Linear(2, 4).double(), 0.5

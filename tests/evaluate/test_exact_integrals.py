@@ -103,6 +103,7 @@ def test_gradients_against_finite_differences():
     assert torch.autograd.gradcheck(values, given, eps=1e-6, atol=2e-4, rtol=1e-4, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_two_latents_against_a_fine_grid():
     net = decoder(2, scale=1.0, seed=2)
     x, mean, log_var = data(2, images=2)

@@ -105,6 +105,7 @@ def test_compile(case):
     close(*results, tolerance=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [(2, False, 1, 3), (2, True, 2, 2), (3, False, 1, 2)], ids=str)
 def test_compiled_code(case):
     torch._dynamo.reset()

@@ -69,6 +69,7 @@ def operations_on_complex_values(module, monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_every_operation_is_tested(monkeypatch):
     tested = set()
     for build in CASES.values():

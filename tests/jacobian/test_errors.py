@@ -305,6 +305,7 @@ def test_lists_and_tuples_are_no_tensors(name):
                 function(**others, **{key: other})
 
 
+@pytest.mark.slow
 def test_no_deprecation_of_torch_reaches_the_user():
     """In a process of its own: some are said once."""
     program = """

@@ -12,7 +12,7 @@ from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.run.sweep import program_of
 from tests.grammar import M, Part, draw_decoder
 
-PER_TEST = 25
+PER_TEST = 10
 EPS = torch.finfo(torch.float64).eps
 SETTINGS = {"noise_var": 0.3, "gamma": 0.7}
 SUBJECT = "random decoders, float64"

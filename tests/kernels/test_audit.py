@@ -18,6 +18,7 @@ def run(*arguments, **environment):
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_interpreter_is_refused():
     done = run(TRITON_INTERPRET="1")
     assert done.returncode == 2 and "unset TRITON_INTERPRET" in done.stderr

@@ -227,6 +227,7 @@ def _worker(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
     model = _model()

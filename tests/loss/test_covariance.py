@@ -237,6 +237,7 @@ def test_probes_are_orthogonal_signs():
             assert torch.equal(outer, count * torch.eye(m).double().expand(3, -1, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [True, False])
 def test_probes_are_unbiased(full):
     """Values and gradients, over many draws, against the exact ones."""

@@ -51,6 +51,7 @@ def test_every_decoder_under_deterministic_algorithms(name, deterministic):
     assert bits(name, "torch") == bits(name, "torch")
 
 
+@pytest.mark.slow
 def test_the_same_bits_in_every_process(deterministic):
     # Another order of hashing is what tells one process from the next.
     code = "from tests.loss.test_determinism import bits; print(bits('residual', 'torch'))"

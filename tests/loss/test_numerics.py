@@ -9,6 +9,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -260,6 +261,7 @@ def _check_objective(largest_error, tally, batch: Batch, setting: Setting):
         assert bool((error <= allowed_in_c + EPS[batch.x.dtype] * in_c.abs() + tiny).all())
 
 
+@pytest.mark.slow
 def test_the_objective_stays_within_its_error_bound(request, largest_error, tally):
     count = request.config.getoption("--examples")
 

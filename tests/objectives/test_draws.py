@@ -180,6 +180,7 @@ def _pairs_by_quadrature(class_, encoder, x, points=1501):
     return total
 
 
+@pytest.mark.slow
 def test_the_pairs_own_doubly_reparameterised_gradient_is_exact():
     encoder, _ = _model(1)
     x = torch.randn(3, N, dtype=torch.float64, generator=_seeded(1))
@@ -188,6 +189,7 @@ def test_the_pairs_own_doubly_reparameterised_gradient_is_exact():
     torch.testing.assert_close(ours, total, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_independent_draws_would_be_biased_in_pairs(monkeypatch):
     encoder, _ = _model(1)
     x = torch.randn(3, N, dtype=torch.float64, generator=_seeded(1))

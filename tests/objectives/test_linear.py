@@ -88,6 +88,7 @@ def test_expected_reaches_probabilistic_pca(noise_var):
     torch.testing.assert_close(model.decoder(model.encoder(x)).mean(0), x.mean(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["precision", "mixture", "normalized"])
 def test_the_other_likelihoods_end_elsewhere(likelihood):
     x = _data()

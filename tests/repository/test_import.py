@@ -33,6 +33,7 @@ def test_tab_shows_the_interface_alone():
         sf.SamplingFreeLos  # noqa: B018
 
 
+@pytest.mark.slow
 def test_import_adds_less_than_three_tenths_of_a_second(largest_error):
     code = (
         "import time, torch; start = time.perf_counter(); import fastsfvae; "

@@ -150,6 +150,7 @@ def test_an_installed_package_finds_its_kernels(built, tmp_path):
     assert origins(tmp_path, built.wheel) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True])
 def test_a_clone_finds_its_kernels(built, installed):
     kernels = built.clone / "kernels"

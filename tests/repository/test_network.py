@@ -26,6 +26,7 @@ def _run(folder, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_training_and_its_report_stay_at_home(tmp_path):
     done = _run(tmp_path, "--model", "tanh", "--latent-dim", "2", "--steps", "2")
     assert done.returncode == 0, done.stderr

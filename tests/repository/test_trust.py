@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests import trust
 
 
@@ -25,6 +27,7 @@ def test_every_part_names_files_that_exist():
             assert (trust.ROOT / trust.file_of(name)).is_file()
 
 
+@pytest.mark.slow
 def test_a_run_records_what_its_tests_count(tmp_path):
     (tmp_path / "test_a.py").write_text(
         "def test_a(tally, largest_error):\n"

@@ -405,6 +405,7 @@ def test_a_run_keeps_the_budget_that_it_began_with(tmp_path, monkeypatch):
     assert step_ratios(Options(quick=True), tmp_path) == {"digits": 1_000_000 / 650_000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["celeba", "chairs"])
 def test_table2_runs_on_a_small_set_in_the_true_format(data, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTSFVAE_CACHE", str(tmp_path / "cache"))
