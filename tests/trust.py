@@ -1,7 +1,8 @@
 """`make trust`: look for what breaks, two parts at a time, and print one table of what was found.
 
-Each part is a run of pytest with more cases than `make test` draws; it records what it counted and
-the largest errors (`tests/conftest.py`). The table goes to a file as well: bench/results/trust.md.
+Each part is a run of pytest with more cases than a test draws by itself; it records what it counted
+and the largest errors (`tests/conftest.py`). The table goes to a file as well:
+bench/results/trust.md.
 """
 
 import argparse

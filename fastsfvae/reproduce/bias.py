@@ -9,7 +9,7 @@ from typing import Any
 from fastsfvae import evaluate
 from fastsfvae._noise import Draws
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
-from fastsfvae.reproduce.figures import log_counts, log_numbers, tidy
+from fastsfvae.reproduce.figures import legend_below, log_counts, log_numbers, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods, images_of
 from fastsfvae.reproduce.recipes import RECIPES, SAMPLING, scaled
 from fastsfvae.reproduce.tables import grid, summarise
@@ -245,8 +245,7 @@ def _draw(results: Sequence[Result]):
         axes.set_ylabel("error / norm of the true gradient", fontsize=9)
     for axes in (losses, *scales):
         axes.set_xlabel(f"draws K an image; {judged}, {last:,} steps", fontsize=9)
-    handles, labels = scales[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    legend_below(figure, scales[0])
     return figure
 
 

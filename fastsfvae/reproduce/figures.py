@@ -27,6 +27,12 @@ def tidy(axes, title: str, x_label: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def legend_below(figure, axes) -> None:
+    """Name the curves of these axes once for all panels, in rows of five below them."""
+    named = axes.get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+
+
 def log_counts(axes, counts: Sequence[int]) -> None:
     """A logarithmic axis with these ticks; of two numbers that would touch, the larger's alone."""
     room = math.log(max(counts) / min(counts)) / 11

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
-from fastsfvae.reproduce.figures import label_points, log_counts, log_seconds, row_of_panels, tidy
+from fastsfvae.reproduce.figures import (
+    label_points,
+    legend_below,
+    log_counts,
+    log_seconds,
+    row_of_panels,
+    tidy,
+)
 from fastsfvae.reproduce.measures import (
     LIKELIHOOD_COLUMNS,
     OWN_OBJECTIVE,
@@ -35,6 +42,7 @@ from fastsfvae.reproduce.tables import Summary, grid, summarise
 from fastsfvae.training.config import Method, TrainConfig
 
 _SAMPLES = (1, 5, 20, 50, 100, 200)
+_COLORS = (*(f"C{i}" for i in range(10)), "black")  # as many as there are methods
 # Data set -> method -> NLL for each number of samples.
 _PAPER: dict[str, dict[str, tuple[float, ...]]] = {
     "mnist": {
@@ -173,19 +181,18 @@ def _draw(results: Sequence[Result]):
     names = list(dict.fromkeys(result.cell.config.data for result in results))
     if not names:
         return None
-    figure, panels = row_of_panels(len(names) * (3 if seconds else 2), 4.6, 3.6)
+    figure, panels = row_of_panels(len(names) * (3 if seconds else 2), 4.6, 4.0)
     for data in names:
         shown = [result for result in results if result.cell.config.data == data]
         by_log_ml, by_objective, *by_seconds = (panels.pop(0) for _ in range(3 if seconds else 2))
         _plot_samples(by_log_ml, shown, "NLL")
-        # The colours are the same in all panels.
-        by_log_ml.legend(fontsize=8, frameon=False)
         tidy(by_log_ml, f"{data}: NLL of test images (nats, lower is better)", "samples K")
         _plot_samples(by_objective, shown, OWN_OBJECTIVE)
         tidy(by_objective, "the same by each method's own objective", "samples K")
         for axes in by_seconds:
             _plot_seconds(axes, shown, seconds)
             tidy(axes, "NLL; numbers are K, which rises along each curve", "seconds of training")
+    legend_below(figure, figure.axes[0])  # the colours are the same in all panels
     return figure
 
 
@@ -206,7 +213,7 @@ def _lines(
 def _plot_samples(axes, results: Sequence[Result], quantity: str) -> None:
     for i, (name, points) in enumerate(_lines(results, quantity).items()):
         counts, shown = zip(*points, strict=True)
-        style = {"color": f"C{i}", "label": name}
+        style = {"color": _COLORS[i], "label": name}
         if name in _FREE:
             axes.axhline(shown[-1].mean, **style)
             continue
@@ -227,9 +234,9 @@ def _plot_seconds(axes, results: Sequence[Result], seconds: Mapping[str, float])
         if not timed:
             continue
         x, y, counts = zip(*timed, strict=True)
-        axes.plot(x, y, marker=".", color=f"C{i}", label=name)
+        axes.plot(x, y, marker=".", color=_COLORS[i], label=name)
         if name not in _FREE:
-            marked += [(*point, f"C{i}") for point in zip(x, y, strict=True)]
+            marked += [(*point, _COLORS[i]) for point in zip(x, y, strict=True)]
             labels += [str(sampled) for sampled in counts]
     log_seconds(axes)
     label_points(axes, marked, labels)

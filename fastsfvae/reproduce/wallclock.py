@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
-from fastsfvae.reproduce.figures import log_counts, log_seconds, row_of_panels, tidy
+from fastsfvae.reproduce.figures import legend_below, log_counts, log_seconds, row_of_panels, tidy
 from fastsfvae.reproduce.measures import LIKELIHOOD_COLUMNS, Likelihoods
 from fastsfvae.reproduce.recipes import (
     ANTITHETIC,
@@ -245,16 +245,7 @@ def _draw(results: Sequence[Result]):
         log_seconds(axes)
         _settle(axes)
         tidy(axes, f"{quantity} of test images (nats)", "seconds of training")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        fontsize=8,
-        frameon=False,
-        ncols=5,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.02),
-    )
+    legend_below(figure, panels[0])
     axes, by_point = panels[-1], _break_even(results, _LOG_ML)
     for name in dict.fromkeys(name for name, _ in by_point if name in RECIPES):
         middle = {
