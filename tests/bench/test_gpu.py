@@ -95,6 +95,7 @@ def test_suites_are_counted_line_by_line(context):
     assert rows_of(context)[-1]["note"].endswith("pytest ended with status -9: no output")
 
 
+@pytest.mark.slow
 def test_a_suite_that_was_stopped_is_run_by_a_second_call(context, monkeypatch):
     monkeypatch.setattr(correctness, "suites", lambda: ("no/such", "neither/this"))
     context.quick, context.deadline = False, time.monotonic() + 0.3

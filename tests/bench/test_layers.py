@@ -35,6 +35,7 @@ def named(case):
 class TestCases:
     pytestmark = requires_triton
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", cases_layers.DTYPES)
     def test_every_case_is_right(self, dtype):
         for case in tiny_cases():
@@ -42,6 +43,7 @@ class TestCases:
                 _, columns = check(case, DEVICE)
                 assert float(columns["error"]) <= TOLERANCE[dtype], named(case)
 
+    @pytest.mark.slow
     def test_what_overwrites_its_input_finds_the_same_again(self):
         for case in tiny_cases():
             if case.mode == "forward" and case.dtype == "float32":

@@ -161,6 +161,7 @@ def test_a_wrong_launch_is_found_by_the_interpreter(tmp_path, spoiled):
     assert wrong == (["_gram_project_bwd_kernel"] if spoiled else [])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETER, reason="runs the same in either run of the suite")
 def test_a_step_is_searched_launch_by_launch(context, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -156,6 +156,7 @@ def _run(**given):
     return subprocess.Popen(command, env=environment, **given)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_loses_no_results(here):
     reader, writer = os.pipe()
     os.close(reader)

@@ -138,6 +138,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("B, m, Ci, Co, H, W, front, behind", EXACT)
 def test_lost_samples_are_redone(B, m, Ci, Co, H, W, front, behind, poisoned_empty):
     tail, harmless, x = nearly_equal_rows(B, m, Ci, Co, H, W, front, behind)

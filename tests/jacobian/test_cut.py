@@ -54,6 +54,7 @@ def few(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", "silu", "sigmoid", "images in rows"])
 @pytest.mark.parametrize("chunk_size, rounds", [(None, 1), (3, 2)])
 def test_the_same_loss_and_gradients(name, chunk_size, rounds, few, monkeypatch):

@@ -110,11 +110,13 @@ def test_every_likelihood(name, likelihood, launches):
     check(name, launches, likelihood=likelihood)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["silu", "tied"])
 def test_other_endings_in_several_chunks(name, launches):
     check(name, launches, rounds=2, chunk_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size, rounds", [(None, 1), (2, -(-B // 2))])
 def test_gradients_that_are_asked_for_later(launches, chunk_size, rounds):
     module = decoder().to(DEVICE)
@@ -126,6 +128,7 @@ def test_gradients_that_are_asked_for_later(launches, chunk_size, rounds):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("name, chunk_size", [("relu", None), ("relu", 2), ("silu", 2)])
 def test_the_pullback(launches, name, chunk_size, given):
@@ -166,6 +169,7 @@ def test_only_the_last_layers_gradient(trained, launches):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_a_last_layer_that_is_not_trained(chunk_size, monkeypatch):
     module, seen = decoder().to(DEVICE), []
@@ -247,6 +251,7 @@ def test_autocast(launches):
         assert mine.dtype == truth.dtype and (mine - truth).abs().max() <= bound
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits():
     module = decoder("silu").to(DEVICE)
     with sf.fused_layers("always"):

@@ -193,6 +193,7 @@ def test_every_layer_runs_fused_and_right(name, launches):
     assert_as_good(ours, plain, gradients(exact, tensors(module, dtype=torch.float64), "reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "layer_norm"])
 def test_chunks_of_which_the_last_is_smaller(name, launches):
     module = build(name)
@@ -207,6 +208,7 @@ def test_chunks_of_which_the_last_is_smaller(name, launches):
     assert_as_good(runs[0], plain, gradients(exact, doubles, "reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("name", ["paper", "two users"])
 def test_bfloat16(name, autocast, launches):
@@ -225,6 +227,7 @@ def test_bfloat16(name, autocast, launches):
     assert_as_good(ours, plain, want, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "strided"])
 def test_never_and_on_the_cpu_auto_are_the_library(name, launches, monkeypatch):
     module = build(name)

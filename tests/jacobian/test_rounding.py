@@ -66,6 +66,7 @@ def told(monkeypatch):
 
 
 # From the last layer to the first.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, expected",
     [

@@ -123,6 +123,7 @@ def check(tail, x, cotangents, eps=None, behind=False):
 class TestShapes:
     pytestmark = requires_triton
 
+    @pytest.mark.slow
     def test_values_and_gradients(self, shape, dtype, poisoned_empty):
         check(*problem(*shape, dtype=dtype))
 
@@ -146,6 +147,7 @@ class TestKernel:
     def test_a_stack_behind_the_activation(self, kind, behind, dtype, poisoned_empty):
         check(*problem(2, 3, 16, 3, 3, 5, kind, behind, dtype), behind=True)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", DTYPES[:2])
     def test_more_work_than_programs_at_sizes_that_are_used(self, dtype, poisoned_empty):
         with pretend(DeviceLimits(sm_count=1)):
@@ -265,6 +267,7 @@ class TestKernel:
             pair = (tail_partials(t, values, lost)[0] for t in (tail, of_nothing))
             assert torch.equal(*pair)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", DTYPES[:2])
     def test_two_runs_give_the_same_bits(self, dtype):
         given = problem(1, 5, 32, 3, 8, 8, "silu", "sigmoid", dtype)

@@ -36,7 +36,10 @@ def test_every_kernel_takes_its_turn_first():
 
 
 @compiles
-@pytest.mark.parametrize("workload, dtype", [("mnist2", "bfloat16"), ("celeba16", "tf32")])
+@pytest.mark.parametrize(
+    "workload, dtype",
+    [("mnist2", "bfloat16"), pytest.param("celeba16", "tf32", marks=pytest.mark.slow)],
+)
 def test_nothing_is_read_or_written_before_the_wait(workload, dtype, monkeypatch):
     monkeypatch.setenv("FASTSFVAE_PDL", "1")
     launches = step(workload, dtype, H100, batch=4).kernels

@@ -115,6 +115,7 @@ def test_what_a_last_layer_gives_is_rounded_however_it_multiplies():
     assert found.count_nonzero() and torch.equal(found, rounded_to_tf32(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "gelu"])
 def test_a_last_layer_with_its_gram(kind):
     layer = Layer(GEOMETRY, kind, product="tf32")

@@ -110,6 +110,7 @@ class TestKernel:
 
     # Rows that fill neither the last tile nor the last product, windows in tiles of columns, and
     # images that do not fill a block.
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "shape, of",
         [((2, 45, (1, 1), 196, 388), (1, 1, 0)), ((3, 3, (5, 4), 100, 64), DOUBLING)],

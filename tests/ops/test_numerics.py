@@ -107,6 +107,7 @@ def test_a_gram_beyond_float32_is_formed_again_in_float64(scales, backend):
         assert bool(((got - exact).abs() <= 16 * eps * exact.abs()).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rescued_sample_explains_no_more_than_its_squared_error(backend):
     # With m > n and a small c all is explained, and |r|^2 is rounded another way.

@@ -97,6 +97,7 @@ def single(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_gradients_equal_one_process_on_the_joined_batch(single):
     ours, theirs = (torch.load(single / name) for name in ("two.pt", "one.pt"))
     assert len(ours) == len(theirs) == 12

@@ -121,6 +121,7 @@ def _assert_same_run(folder, whole):
     assert _same(first, second)
 
 
+@pytest.mark.slow
 def test_killed_training_is_resumed_as_if_it_had_not_been(tmp_path, kills, survives):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     killer = Killer(_time(_train, whole), random.Random(1))

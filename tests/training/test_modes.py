@@ -265,6 +265,7 @@ def together(data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "mode"), TOGETHER)
 def test_two_processes_are_right(method, mode, together):
     run = together / f"{method}-{mode}"

@@ -28,6 +28,7 @@ def curve(chunk_size):
     return torch.stack(values)
 
 
+@pytest.mark.slow
 def test_two_hundred_steps_are_the_same_for_every_chunk_size_and_path(monkeypatch):
     whole = curve(None)
     assert whole[-20:].mean() < whole[:20].mean()
