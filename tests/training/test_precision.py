@@ -1,5 +1,6 @@
 """Training does not depend on how the gradients are finished."""
 
+import pytest
 import torch
 
 import fastsfvae as sf
