@@ -23,8 +23,8 @@ def _result(cell, measured, seed=0):
     return Result(cell, seed, None, {"measured": stored})
 
 
-def _cells(name):
-    return {cell.name: cell for cell in choose(name, Options())}
+def _cells(name, **options):
+    return {cell.name: cell for cell in choose(name, Options(**options))}
 
 
 def _timed(cells, beside=5.0, **milliseconds):
@@ -196,6 +196,12 @@ def test_table4_claims_no_reading_that_fits_one_row_alone():
     results.append(_result(cells["expected, sigmoid, kaiming"], {100: free}))
     reading = EXPERIMENTS["table4"].reading(results)
     assert "sampling-free one: sigmoid, kaiming, error at the mean after 100 steps." in reading
+
+
+def test_table4_reads_nothing_into_another_set():
+    cell = _cells("table4", data="fashion-mnist")["sampling, sigmoid, kaiming"]
+    values = {"collapse %": 99.0, "error at the mean": 172.0, "error, sampled": 54.0, "KL": 0.1}
+    assert EXPERIMENTS["table4"].reading([_result(cell, {100: values})]) == ""
 
 
 def test_the_biases_of_a_linear_decoder_are_the_exact_ones(tmp_path):

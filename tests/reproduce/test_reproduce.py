@@ -251,6 +251,13 @@ def test_every_protocol_has_distinct_runs(name, quick):
         assert cell.measure.conventions
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_printed_value_stands_beside_a_set_that_the_paper_has_not(name):
+    cells = choose(name, Options(data="fashion-mnist"))
+    assert [cell.name for cell in cells if cell.config.data != "fashion-mnist"] == []
+    assert [cell.name for cell in cells if any(cell.paper.values())] == []
+
+
 def test_the_papers_table4_stands_beside_every_reading():
     cells = {cell.name: cell for cell in choose("table4", Options())}
     assert len(cells) == 21
