@@ -51,7 +51,7 @@ test: $(INSTALLED) ## Run the quick tests, and beside them the Triton kernels' a
 	$(RUN_TESTS)
 
 test-slow: SPEED := slow
-test-slow: $(INSTALLED) ## Run all other tests in the same way; TURN=2/5: the second of five parts of them
+test-slow: $(INSTALLED) ## Run all other tests in the same way; TURN=2/8: the second of eight parts of them
 	$(RUN_TESTS)
 
 trust: $(INSTALLED) ## Look for what breaks: random decoders, hostile numbers, kills, long runs
