@@ -134,11 +134,10 @@ def dots(results: Sequence[Result], panels: Sequence[Panel]):
             tidy(axes, panel.label if step == steps[0] else "")
         row[0].set_ylabel(f"after {step:,} steps", fontsize=9)
     figure.align_ylabels(grid[:, 0])
-    figure.supxlabel(
-        "dots: mean and standard deviation over seeds; black: the paper; filled: within both "
-        "spreads of it",
-        fontsize=8,
-    )
+    words = "dots: mean and standard deviation over seeds"
+    if any(summary.paper for summary in summaries):
+        words += "; black: the paper; filled: within both spreads of it"
+    figure.supxlabel(words, fontsize=8)
     return figure
 
 
