@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastsfvae.reproduce.cells import Result
 from fastsfvae.reproduce.tables import Summary, summarise
@@ -27,9 +27,13 @@ def tidy(axes, title: str, x_label: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_below(figure, axes) -> None:
-    """Name the curves of these axes once for all panels, in rows of five below them."""
-    named = axes.get_legend_handles_labels()
+def legend_below(figure, *panels) -> None:
+    """Name the curves of these panels once for all, in rows of five below them."""
+    curves: dict[str, Any] = {}
+    for axes in panels:
+        for curve, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            curves.setdefault(label, curve)
+    named = list(curves.values()), list(curves)
     figure.legend(*named, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 

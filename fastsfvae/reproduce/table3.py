@@ -182,17 +182,21 @@ def _draw(results: Sequence[Result]):
     if not names:
         return None
     figure, panels = row_of_panels(len(names) * (3 if seconds else 2), 4.6, 4.0)
+    # One legend serves all data sets: a method has its colour where others are missing too.
+    colors = dict(zip(_lines(results), _COLORS, strict=False))
+    named = []
     for data in names:
         shown = [result for result in results if result.cell.config.data == data]
         by_log_ml, by_objective, *by_seconds = (panels.pop(0) for _ in range(3 if seconds else 2))
-        _plot_samples(by_log_ml, shown, "NLL")
+        named.append(by_log_ml)
+        _plot_samples(by_log_ml, shown, "NLL", colors)
         tidy(by_log_ml, f"{data}: NLL of test images (nats, lower is better)", "samples K")
-        _plot_samples(by_objective, shown, OWN_OBJECTIVE)
+        _plot_samples(by_objective, shown, OWN_OBJECTIVE, colors)
         tidy(by_objective, "the same by each method's own objective", "samples K")
         for axes in by_seconds:
-            _plot_seconds(axes, shown, seconds)
+            _plot_seconds(axes, shown, seconds, colors)
             tidy(axes, "NLL; numbers are K, which rises along each curve", "seconds of training")
-    legend_below(figure, figure.axes[0])  # the colours are the same in all panels
+    legend_below(figure, *named)
     return figure
 
 
@@ -210,10 +214,12 @@ def _lines(
     return lines
 
 
-def _plot_samples(axes, results: Sequence[Result], quantity: str) -> None:
-    for i, (name, points) in enumerate(_lines(results, quantity).items()):
+def _plot_samples(
+    axes, results: Sequence[Result], quantity: str, colors: Mapping[str, str]
+) -> None:
+    for name, points in _lines(results, quantity).items():
         counts, shown = zip(*points, strict=True)
-        style = {"color": _COLORS[i], "label": name}
+        style = {"color": colors[name], "label": name}
         if name in _FREE:
             axes.axhline(shown[-1].mean, **style)
             continue
@@ -222,10 +228,12 @@ def _plot_samples(axes, results: Sequence[Result], quantity: str) -> None:
     log_counts(axes, _SAMPLES)
 
 
-def _plot_seconds(axes, results: Sequence[Result], seconds: Mapping[str, float]) -> None:
+def _plot_seconds(
+    axes, results: Sequence[Result], seconds: Mapping[str, float], colors: Mapping[str, str]
+) -> None:
     marked: list[tuple[float, float, str]] = []
     labels: list[str] = []
-    for i, (name, points) in enumerate(_lines(results).items()):
+    for name, points in _lines(results).items():
         timed = [
             (time, s.mean, count)
             for count, s in points
@@ -234,9 +242,9 @@ def _plot_seconds(axes, results: Sequence[Result], seconds: Mapping[str, float])
         if not timed:
             continue
         x, y, counts = zip(*timed, strict=True)
-        axes.plot(x, y, marker=".", color=_COLORS[i], label=name)
+        axes.plot(x, y, marker=".", color=colors[name], label=name)
         if name not in _FREE:
-            marked += [(*point, _COLORS[i]) for point in zip(x, y, strict=True)]
+            marked += [(*point, colors[name]) for point in zip(x, y, strict=True)]
             labels += [str(sampled) for sampled in counts]
     log_seconds(axes)
     label_points(axes, marked, labels)

@@ -65,8 +65,8 @@ def told(monkeypatch):
     return seen
 
 
-# From the last layer to the first.
 @pytest.mark.slow
+# From the last layer to the first.
 @pytest.mark.parametrize(
     "make, expected",
     [

@@ -274,3 +274,19 @@ def test_step_times_are_not_stretched_by_steps():
     assert cells["precision 100, antithetic"].config.warm_start == "precision:3"
     with pytest.raises(ValueError, match="--steps 15: the curves take at least 16"):
         choose("wallclock", Options(steps=15))
+
+
+def test_a_method_has_one_colour_in_the_panels_of_all_sets():
+    cells = _cells("table3")
+    measured = {"NLL": 30.0, "NLL, by its own objective": 31.0}
+    names = "digits, vanilla, K=1", "digits, IWAE, K=1", "mnist, IWAE, K=1"
+    results = [_result(cells[name], {cells[name].at[-1]: measured}) for name in names]
+    figure = EXPERIMENTS["table3"].draw(results)
+    colors = [
+        {curve.get_label(): curve.lines[0].get_color() for curve in axes.containers}
+        for axes in figure.axes
+    ]
+    digits, _, mnist, _ = colors
+    assert len({*digits.values()}) == 2 and mnist == {"IWAE": digits["IWAE"]}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["vanilla", "IWAE"]

@@ -254,6 +254,7 @@ def test_every_protocol_has_distinct_runs(name, quick):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_printed_value_stands_beside_a_set_that_the_paper_has_not(name):
     cells = choose(name, Options(data="fashion-mnist"))
+    assert cells
     assert [cell.name for cell in cells if cell.config.data != "fashion-mnist"] == []
     assert [cell.name for cell in cells if any(cell.paper.values())] == []
 
