@@ -166,6 +166,17 @@ def gaussian_kl_of_factor(mean: Tensor, factor: Tensor) -> Tensor:
     return 0.5 * (squares - mean.shape[1]) - torch.linalg.slogdet(factor).logabsdet
 
 
+def posterior_kl(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(q(z|x) || N(0, I)) per sample, ``[B]``; log_var ``[B, m]`` or a factor ``[B, m, m]``."""
+    kl = gaussian_kl_of_factor if log_var.dim() == 3 else gaussian_kl
+    return kl(mean, log_var)
+
+
+def marginal_log_var(log_var: Tensor) -> Tensor:
+    """The log-variances ``[B, m]`` of each latent alone, of log_var or a factor ``[B, m, m]``."""
+    return log_var.square().sum(-1).log() if log_var.dim() == 3 else log_var
+
+
 def wide(tensor: Tensor) -> Tensor:
     """A tensor in float32 at least, as variances and sums are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -20,6 +20,7 @@ from fastsfvae.ground.atomic import check_writable, new_folder, write_text
 from fastsfvae.ground.options import UsageError, parse, say
 from fastsfvae.ground.progress import counter
 from fastsfvae.results import comparison, evaluation, page, report
+from fastsfvae.results.samples import sample_latents
 from fastsfvae.training import distributed
 
 _GENERATED_BATCH = 250
@@ -191,8 +192,8 @@ def _distance(
     """FID and KID of as many samples as there are test images: a section and its conventions."""
     import torch
 
-    generator, images, m = trained.generator(), len(trained.x), trained.mean.shape[1]
-    z = torch.randn(images, m, generator=generator, device=trained.x.device)
+    generator, images = trained.generator(), len(trained.x)
+    z, origin = sample_latents(trained.config, trained.encoder, images, generator)
     shown = distributed.rank() == 0
     with torch.no_grad(), counter("FID and KID, images", 2 * images, shown) as progress:
         generated = (trained.decoder(part) for part in z.split(_GENERATED_BATCH))
@@ -212,7 +213,7 @@ def _distance(
         "KID, spread over subsets": evaluation.Number(distance.kid_spread),
     }
     conventions = {
-        "distance": f"f(z) without observation noise, clamped to [0, 1], z ~ N(0, I); "
+        "distance": f"f(z) without observation noise, clamped to [0, 1], z ~ {origin}; "
         f"{distance.generated_images:,} samples, {distance.real_images:,} test images; "
         f"{distance.features} features of {distance.extractor}, resized by it alone",
         "distance_weights_sha256": distance.weights_sha256,
@@ -252,5 +253,6 @@ def _show(
         # All there is where the disk is full; behind the files, as its reader may be gone.
         page.print_table(title, columns, sections)
         print(verdict)
-        print(f"log ML: {conventions['log_ml']}; {conventions['log_ml_elsewhere']}")
+        if "log_ml" in conventions:
+            print(f"log ML: {conventions['log_ml']}; {conventions['log_ml_elsewhere']}")
     print(f"results, pictures and conventions in {folder / f'{stem.name}.html'}")

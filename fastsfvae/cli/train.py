@@ -18,6 +18,7 @@ from fastsfvae.results import report, run_figures
 from fastsfvae.training import distributed
 from fastsfvae.training.checkpoint import load_config
 from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.methods import WITHOUT_PRIOR
 from fastsfvae.training.monitors import monitors
 
 _PROG = "fastsfvae train"
@@ -120,6 +121,9 @@ def _start(options: list[str]) -> tuple[TrainArguments, training.Run]:
 def _prepare(arguments: TrainArguments) -> None:
     """Refuse a device that is not there; fetch the data where that is asked for."""
     arguments.config.training_device()
+    if arguments.config.method in WITHOUT_PRIOR:
+        # Its pictures are drawn from a density that this fits.
+        require_extras(("sklearn",), "train")
     if arguments.download:
         with distributed.first_process_first():
             download_images(arguments.config.data, arguments.config.data_dir)

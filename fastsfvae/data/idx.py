@@ -13,7 +13,7 @@ import numpy as np
 
 from fastsfvae.data.download import missing
 
-_MAGIC = 2051
+_MAGIC, _LABELS_MAGIC = 2051, 2049
 _PREFIX = {"train": "train", "test": "t10k"}
 # SHA-256 of the published files of images, unpacked.
 _PUBLISHED = {
@@ -43,7 +43,25 @@ class Idx(NamedTuple):
         Raises:
             FileNotFoundError: where there is none, in one line that says what is expected.
         """
-        name = f"{_PREFIX[split]}-images-idx3-ubyte"
+        return self._find(folder, f"{_PREFIX[split]}-images-idx3-ubyte")
+
+    def labels(self, folder: Path, split: str) -> np.ndarray:
+        """The labels of a split's images, int64 ``[N]``, from the file beside theirs.
+
+        Raises:
+            FileNotFoundError, ValueError: for a file that is missing, damaged or something else.
+        """
+        path = self._find(folder, f"{_PREFIX[split]}-labels-idx1-ubyte")
+        content = self._unpack(path)
+        magic, count = struct.unpack_from(">2i", content) if len(content) >= 8 else (0, 0)
+        labels = np.frombuffer(content, np.uint8, offset=min(8, len(content)))
+        if magic != _LABELS_MAGIC or count != labels.size or not count:
+            raise ValueError(
+                f"{path} is damaged, or no file of {self.title} labels: fetch it again"
+            )
+        return labels.astype(np.int64)
+
+    def _find(self, folder: Path, name: str) -> Path:
         for layout in ("", "raw", f"{self.torchvision}/raw"):
             for suffix in ("", ".gz"):
                 if (path := folder / layout / f"{name}{suffix}").is_file():
@@ -61,12 +79,10 @@ class Idx(NamedTuple):
             ValueError: for a file that is damaged or something else, be it the same file of another
                 set or split, in one line that names it.
         """
-        opener = gzip.open if path.suffix == ".gz" else open
+        content = self._unpack(path)
         try:
-            with opener(path, "rb") as file:
-                content = file.read()
             magic, count, height, width = struct.unpack_from(">4i", content)
-        except (OSError, EOFError, zlib.error, struct.error) as error:
+        except struct.error as error:
             raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
         if magic != _MAGIC:
             raise ValueError(
@@ -79,6 +95,15 @@ class Idx(NamedTuple):
                 "bytes of pixels: fetch it again"
             )
         return pixels.reshape(count, 1, height, width), self._notes(path, split, content, count)
+
+    @staticmethod
+    def _unpack(path: Path) -> bytes:
+        opener = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opener(path, "rb") as file:
+                return file.read()
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
 
     def _notes(self, path: Path, split: str, content: bytes, count: int) -> list[str]:
         found = _PUBLISHED.get(hashlib.sha256(content).hexdigest())

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from fastsfvae.data import arrays, arrow, cache, digits, files, omniglot, omnigl
 from fastsfvae.data.convert import Settings, convert_images
 from fastsfvae.data.decode import SUFFIXES
 from fastsfvae.data.download import SOURCES, SYSTEM_FOLDERS, download
-from fastsfvae.data.idx import FASHION_MNIST, MNIST
+from fastsfvae.data.idx import FASHION_MNIST, MNIST, Idx
 from fastsfvae.data.split import PARTS
 
 
@@ -116,6 +117,25 @@ def data_label(name: str, folder: str) -> str:
 def load_images(name: str, folder: str, split: str, **settings: Any) -> Tensor:
     """The images of `load_set`, whose arguments it takes."""
     return load_set(name, folder, split, **settings).images
+
+
+def load_labels(name: str, folder: str, split: str) -> Tensor:
+    """The labels of the images of `load_set`, int64 ``[N]``.
+
+    Args:
+        name: "digits", "mnist" or "fashion-mnist".
+        folder: as in `load_set`.
+        split: "train" or "test".
+
+    Raises:
+        FileNotFoundError, ValueError: for a set without labels, or files that are missing or
+            damaged, in one line.
+    """
+    if name == "digits":
+        return digits(split).labels
+    if not isinstance(published := _PUBLISHED.get(name), Idx):
+        raise ValueError(f"data={name!r} has no labels: take digits, mnist or fashion-mnist")
+    return torch.from_numpy(published.labels(_place(name, folder), split))
 
 
 def load_set(

@@ -21,6 +21,7 @@ from fastsfvae.evaluate.log_densities import (
     sampled_elbo,
     squared_error_at_mean,
 )
+from fastsfvae.evaluate.mixture import GaussianMixture, fit_mixture
 from fastsfvae.evaluate.monte_carlo import (
     GradientError,
     GradientPart,
@@ -36,6 +37,7 @@ __all__ = [
     "Conditioning",
     "ExactElbo",
     "FrechetDistance",
+    "GaussianMixture",
     "GradientError",
     "GradientPart",
     "ImageMean",
@@ -50,6 +52,7 @@ __all__ = [
     "conditioning",
     "exact_elbo",
     "exact_log_marginal_likelihood",
+    "fit_mixture",
     "frechet_distance",
     "gradient_error",
     "gradient_errors",

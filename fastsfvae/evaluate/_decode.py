@@ -157,7 +157,7 @@ def passes(
     `first_image` + i, whatever else is evaluated. Of proposals that linearise the decoder fewer
     exist at one time where they are large.
     """
-    _checks.latent(mean, log_var)
+    _checks.latent(mean, log_var, factor=True)
     _checks.batch(x, mean)
     _checks.noise_var(noise_var)
     if samples < 1:

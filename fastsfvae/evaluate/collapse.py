@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae.likelihoods import gaussian_kl
+from fastsfvae.likelihoods import gaussian_kl, marginal_log_var
 
 _ACTIVE_VARIANCE = 0.01
 
@@ -41,14 +41,16 @@ def posterior_collapse(
 
     Args:
         mean: ``[N, m]``.
-        log_var: ``[N, m]``.
+        log_var: ``[N, m]``; or a factor of a full covariance, ``[N, m, m]``, each of whose
+            dimensions is then judged by its marginal.
         epsilon: nats below which an image's KL_i counts as collapsed.
         delta: fraction of images that may exceed epsilon, in [0, 1].
 
     Raises:
         TypeError, ValueError: for inputs that do not fit, in one line.
     """
-    _checks.latent(mean, log_var)
+    _checks.latent(mean, log_var, factor=True)
+    log_var = marginal_log_var(log_var)
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon!r} must be positive (nats)")
     if not 0 <= delta <= 1:

@@ -24,11 +24,11 @@ from fastsfvae.evaluate._decode import squared_error as _squared_error
 from fastsfvae.evaluate.proposals import (
     DEFAULT_PROPOSAL,
     PROPOSALS,
-    Posterior,
     ProposalName,
     make_proposal,
+    posterior,
 )
-from fastsfvae.likelihoods import gaussian_kl
+from fastsfvae.likelihoods import posterior_kl
 
 # Images whose objective is evaluated together: their tangents are chunked further below.
 _OBJECTIVE_IMAGES = 250
@@ -126,7 +126,7 @@ def log_marginal_likelihood(
         decoder: f, called with at most `chunk_size` latents.
         x: ``[N, *out]``, floating point.
         mean: ``[N, m]``.
-        log_var: ``[N, m]``.
+        log_var: ``[N, m]``; or a factor of a full covariance, ``[N, m, m]``.
         noise_var: c, in squared units of x.
         samples: K.
         proposal: the density that z is drawn from: "posterior", i.e. q(z|x); "linearized", the
@@ -206,7 +206,7 @@ def sampled_elbo(
         decoder: as in `log_marginal_likelihood`, like all that are not listed.
         x: ``[N, *out]``.
         mean: ``[N, m]``.
-        log_var: ``[N, m]``.
+        log_var: ``[N, m]``, or a factor.
         noise_var: c.
         samples: K.
         draws: "iid"; "antithetic", in pairs mean +- e, K even; "orthogonal", in blocks of such
@@ -221,13 +221,13 @@ def sampled_elbo(
         TypeError, ValueError: as `log_marginal_likelihood`, and for a K that `draws` cannot have.
     """
     _checks.tensors(x=x, mean=mean, log_var=log_var)
-    _checks.latent(mean, log_var)
+    _checks.latent(mean, log_var, factor=True)
     block = block_size(draws, samples, mean.shape[1])
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     total_square = torch.zeros_like(total)
     for images, _, squared_error in passes(
         *(decoder, x, mean, log_var),
-        lambda _, mean, log_var: Posterior(mean, log_var),
+        lambda _, mean, log_var: posterior(mean, log_var),
         samples=samples,
         noise_var=noise_var,
         generator=generator,
@@ -245,7 +245,7 @@ def sampled_elbo(
     error = total / blocks
     variance = (total_square / blocks - error.square()).clamp_min(0)
     spread = (variance / (blocks - 1)).sqrt() if blocks > 1 else total * math.nan
-    kl = gaussian_kl(mean.double(), log_var.double())
+    kl = posterior_kl(mean.double(), log_var.double())
     offset = constant(x, noise_var)
     log_likelihood = offset - error / (2 * noise_var)
     elbo = log_likelihood - kl
@@ -274,7 +274,7 @@ def objective_gap(
         decoder: as in `log_marginal_likelihood`, like all that are not listed.
         x: ``[N, *out]``.
         mean: ``[N, m]``.
-        log_var: ``[N, m]``.
+        log_var: ``[N, m]``, or a factor.
         noise_var: c.
         gamma: the objective's, as in `sampling_free_elbo`.
         likelihood: the objective's reading, as in `sampling_free_elbo`.

@@ -31,8 +31,14 @@ class Posterior:
 
     def __init__(self, mean: Tensor, log_var: Tensor) -> None:
         self.columns = mean.shape[1]
-        self._mean, self._log_var = mean, log_var
+        self._mean = mean
         self._std = torch.exp(0.5 * log_var)
+        self._log_det = log_var.double().sum(-1, keepdim=True)
+
+    @property
+    def precision(self) -> Tensor:
+        """The inverse of the covariance, ``[b, m, m]`` float64."""
+        return torch.diag_embed(self._std.double() ** -2)
 
     def draw(self, images: slice, noise: Tensor) -> tuple[Tensor, Tensor]:
         """See `Proposal`."""
@@ -45,12 +51,43 @@ class Posterior:
 
     def log_density(self, images: slice, z: Tensor) -> Tensor:
         """Evaluate at z ``[b, k, m]`` from anywhere: ``[b, k]`` float64, without (2 pi)^(-m/2)."""
-        mean, std = self._mean[images, None].double(), self._std[images, None].double()
-        return self._normalise(images, (z.double() - mean) / std)
+        return self._normalise(images, self._whiten(images, z.double() - self._at(images)))
+
+    def _at(self, images: slice) -> Tensor:
+        return self._mean[images, None].double()
+
+    def _whiten(self, images: slice, deviation: Tensor) -> Tensor:
+        return deviation / self._std[images, None].double()
 
     def _normalise(self, images: slice, whitened: Tensor) -> Tensor:
-        log_det = self._log_var[images].double().sum(-1, keepdim=True)
-        return -0.5 * (whitened.square().sum(-1) + log_det)
+        return -0.5 * (whitened.square().sum(-1) + self._log_det[images])
+
+
+class FullPosterior(Posterior):
+    """q(z|x) = N(mean, L L^T), with mean ``[b, m]`` and any factor L ``[b, m, m]``."""
+
+    def __init__(self, mean: Tensor, factor: Tensor) -> None:
+        self.columns = mean.shape[1]
+        self._mean, self._factor = mean, factor
+        self._log_det = 2 * torch.linalg.slogdet(factor.double()).logabsdet.unsqueeze(-1)
+
+    @property
+    def precision(self) -> Tensor:
+        """The inverse of the covariance, ``[b, m, m]`` float64."""
+        inverse = torch.linalg.inv(self._factor.double())
+        return inverse.mT @ inverse
+
+    def shift(self, images: slice, noise: Tensor) -> Tensor:
+        """Turn noise ``[b, k, m]`` into draws."""
+        return self._mean[images, None] + noise @ self._factor[images].mT
+
+    def _whiten(self, images: slice, deviation: Tensor) -> Tensor:
+        return torch.linalg.solve(self._factor[images].double(), deviation.mT).mT
+
+
+def posterior(mean: Tensor, log_var: Tensor) -> Posterior:
+    """q(z|x) of log_var ``[b, m]``, or of a factor of the covariance ``[b, m, m]``."""
+    return FullPosterior(mean, log_var) if log_var.dim() == 3 else Posterior(mean, log_var)
 
 
 class Gaussian:
@@ -67,14 +104,13 @@ class Gaussian:
         self._spread = inverse.to(dtype)
         self._log_det = self._factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
 
-    def or_posterior(self, mean: Tensor, log_var: Tensor) -> Gaussian:
-        """The same with N(mean, diag(exp(log_var))) for the images where it is no density."""
+    def or_posterior(self, mean: Tensor, posterior: Posterior) -> Gaussian:
+        """The same with the posterior of this mean for the images where it is no density."""
         finite = self._loc.isfinite().all(1) & self._precision.isfinite().all(2).all(1)
         whole = (finite & (self._info == 0)).unsqueeze(-1)
-        of_posterior = torch.diag_embed(torch.exp(-log_var.double()))
         return Gaussian(
             torch.where(whole, self._loc, mean.double()),
-            torch.where(whole.unsqueeze(-1), self._precision, of_posterior),
+            torch.where(whole.unsqueeze(-1), self._precision, posterior.precision),
             mean.dtype,
         )
 
@@ -186,11 +222,12 @@ def make_proposal(
         TypeError, ValueError, RuntimeError: for a decoder without the Jacobian that it needs, in
             one line.
     """
+    of_encoder = posterior(mean, log_var)
     if name == "posterior":
-        return Posterior(mean, log_var)
+        return of_encoder
     make = laplace if name == "laplace" else linearized
     # Any density that covers p(z|x) is right: where one is not finite, q(z|x) is at hand.
-    gaussian = make(decoder, x, mean, noise_var).or_posterior(mean, log_var)
+    gaussian = make(decoder, x, mean, noise_var).or_posterior(mean, of_encoder)
     if name == "linearized":
         return gaussian
-    return Defensive(Posterior(mean, log_var), gaussian)
+    return Defensive(of_encoder, gaussian)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsfvae import _checks
 from fastsfvae._noise import Draws, check_draws, standard_normal
-from fastsfvae.likelihoods import gaussian_kl, wide
+from fastsfvae.likelihoods import posterior_kl, wide
 from fastsfvae.objectives.noise_variance import NoiseVar, check_noise_var, log_normalizer
 from fastsfvae.objectives.terms import Terms, make_terms
 
@@ -36,10 +37,20 @@ class Decoded(NamedTuple):
 
 
 def draw(mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
-    """The draws mean + std * noise, of noise ``[K, B, m]``; gradients are total derivatives."""
-    z = mean + torch.exp(0.5 * log_var) * noise
+    """The draws mean + std * noise, of noise ``[K, B, m]``; gradients are total derivatives.
+
+    In place of log_var ``[B, m]`` there may be a factor L of the covariance, ``[B, m, m]``.
+    """
+    if log_var.dim() == 3:
+        # The draw is no layer: autocast would leave eight bits of it.
+        with torch.autocast(mean.device.type, enabled=False):
+            z = mean + (log_var @ noise.unsqueeze(-1)).squeeze(-1)
+        log_std = torch.linalg.slogdet(log_var).logabsdet
+    else:
+        z = mean + torch.exp(0.5 * log_var) * noise
+        log_std = 0.5 * log_var.sum(-1)
     # The (2 pi)^(m/2) of the two densities cancel.
-    return Drawn(z, 0.5 * (noise.square() - z.square() + log_var).sum(-1))
+    return Drawn(z, 0.5 * (noise.square() - z.square()).sum(-1) + log_std)
 
 
 def draw_path(mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
@@ -97,6 +108,8 @@ class MonteCarlo:
     """
 
     _draw = staticmethod(draw)
+    # Whether log_var may be a factor of the covariance.
+    _full_covariance = False
 
     def __init__(
         self,
@@ -133,15 +146,18 @@ class MonteCarlo:
 
     def at_noise(self, x: Tensor, mean: Tensor, log_var: Tensor, noise: Tensor) -> Terms:
         """Evaluate at given noise, as `noise` draws it."""
+        _checks.latent(mean, log_var, factor=self._full_covariance)
         given = mean.dtype
         mean, log_var = wide(mean), wide(log_var)
         drawn = self._draw(mean, log_var, noise)
         z = drawn.z.to(given)
         log_likelihood, squared_error = decode(self.decoder, x, z, self.noise_var)
-        kl = gaussian_kl(mean, log_var)
-        objective = self._objective(log_likelihood, drawn, kl)
+        kl = posterior_kl(mean, log_var)
+        objective = self._objective(log_likelihood, drawn, kl, (mean, log_var))
         return make_terms(objective, log_likelihood.mean(0), kl, squared_error.mean(0))
 
-    def _objective(self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor) -> Tensor:
-        """``[B]``, of the draws' log-likelihoods ``[K, B]`` and the closed form ``[B]``."""
+    def _objective(
+        self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor, posterior: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """``[B]``, of the draws' log-likelihoods ``[K, B]``, the closed form ``[B]`` and q(z|x)."""
         raise NotImplementedError

@@ -79,6 +79,7 @@ class ImportanceWeighted(MonteCarlo):
 
     def at_noise(self, x: Tensor, mean: Tensor, log_var: Tensor, noise: Tensor) -> Terms:
         """Evaluate at given noise, as `noise` draws it."""
+        _checks.latent(mean, log_var)
         if self.proposal == "posterior":
             return super().at_noise(x, mean, log_var, noise)
         given = mean.dtype
@@ -97,17 +98,23 @@ class ImportanceWeighted(MonteCarlo):
             log_ratio = log_det + 0.5 * (whitened.square() - wide(z).square()).sum(-1)
         log_likelihood, squared_error = decode(self.decoder, x, z, self.noise_var)
         kl = gaussian_kl(mean, log_var)
-        objective = self._objective(log_likelihood, Drawn(z, log_ratio), kl)
+        objective = self._objective(log_likelihood, Drawn(z, log_ratio), kl, (mean, log_var))
         loss = divergence(loc, factor, mean, log_var).mean() - objective.mean()
         logged = (
             t.detach() for t in (objective, log_likelihood.mean(0), kl, squared_error.mean(0))
         )
         return Terms(loss, *logged)
 
-    def _objective(self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor) -> Tensor:
-        log_weight = log_likelihood + drawn.log_ratio
-        # Below eps^2 of the largest a weight is lost in the sum. Its gradient, a subnormal number
-        # before long, would take a CPU several times as long as a zero does.
-        least = log_weight.detach().amax(0) + 2 * math.log(torch.finfo(log_weight.dtype).eps)
-        log_weight = log_weight.masked_fill(log_weight < least, -math.inf)
-        return log_weight.logsumexp(0) - math.log(self.samples)
+    def _objective(
+        self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor, posterior: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        return log_mean_weight(log_likelihood + drawn.log_ratio)
+
+
+def log_mean_weight(log_weight: Tensor) -> Tensor:
+    """The logarithm ``[B]`` of the mean of weights given by theirs, ``[K, B]``."""
+    # Below eps^2 of the largest a weight is lost in the sum. Its gradient, a subnormal number
+    # before long, would take a CPU several times as long as a zero does.
+    least = log_weight.detach().amax(0) + 2 * math.log(torch.finfo(log_weight.dtype).eps)
+    log_weight = log_weight.masked_fill(log_weight < least, -math.inf)
+    return log_weight.logsumexp(0) - math.log(len(log_weight))

@@ -21,9 +21,13 @@ class Sampling(MonteCarlo):
             an estimate of the ELBO.
         **settings: those of `MonteCarlo`.
 
+    The posterior may have a full covariance: its factor L ``[B, m, m]`` in place of log_var.
+
     Raises:
         ValueError: for a setting out of range.
     """
+
+    _full_covariance = True
 
     def __init__(
         self, decoder: Decoder, *, kl_weight: float | Tensor = 1.0, **settings: Any
@@ -32,5 +36,7 @@ class Sampling(MonteCarlo):
         _checks.kl_weight(kl_weight)
         self.kl_weight = kl_weight
 
-    def _objective(self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor) -> Tensor:
+    def _objective(
+        self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor, posterior: tuple[Tensor, Tensor]
+    ) -> Tensor:
         return log_likelihood.mean(0) - self.kl_weight * kl

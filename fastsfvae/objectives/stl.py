@@ -18,5 +18,7 @@ class StickingTheLanding(MonteCarlo):
 
     _draw = staticmethod(draw_path)
 
-    def _objective(self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor) -> Tensor:
+    def _objective(
+        self, log_likelihood: Tensor, drawn: Drawn, kl: Tensor, posterior: tuple[Tensor, Tensor]
+    ) -> Tensor:
         return log_likelihood.mean(0) + drawn.log_ratio.mean(0)

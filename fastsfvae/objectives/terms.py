@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,4 +50,17 @@ class Objective(Protocol):
 
         `generator` is the source of whatever noise the objective draws.
         """
+        ...
+
+
+@runtime_checkable
+class Drawing(Protocol):
+    """An objective that draws, in two parts: the noise, and what it makes of it."""
+
+    def noise(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw what a call draws, for posteriors like this mean ``[B, m]``."""
+        ...
+
+    def at_noise(self, x: Tensor, mean: Tensor, log_var: Tensor, noise: Tensor) -> Terms:
+        """Evaluate at given noise, as `noise` draws it."""
         ...

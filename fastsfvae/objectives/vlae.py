@@ -75,6 +75,7 @@ class VariationalLaplace:
         `objective` is the ELBO of q*, `kl` its divergence from the prior; the loss has
         KL(q || q*) besides.
         """
+        _checks.latent(mean, log_var)
         # Every step is taken, so that no batch waits for its slowest image.
         found = fit_latents(
             *(self.decoder, x, mean),

@@ -18,6 +18,7 @@ from fastsfvae.reproduce.bias import BIAS
 from fastsfvae.reproduce.cells import Cell, Experiment, Options
 from fastsfvae.reproduce.gamma import FIGURE1, FIGURE_C2
 from fastsfvae.reproduce.manifold import FIGURE2
+from fastsfvae.reproduce.neighbours import NEIGHBOURS
 from fastsfvae.reproduce.runner import RUNS, Interrupted, run_cells, stored_results
 from fastsfvae.reproduce.runtime import RUNTIME
 from fastsfvae.reproduce.sizes import FIGURE4, FIGURE_C1, TABLE2
@@ -46,6 +47,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "runtime": RUNTIME,
     "wallclock": WALLCLOCK,
     "bias": BIAS,
+    "neighbours": NEIGHBOURS,
 }
 _DPI = 150
 

@@ -15,7 +15,7 @@ from fastsfvae.reproduce.recipes import RECIPES, SAMPLING, scaled
 from fastsfvae.reproduce.tables import grid, summarise
 from fastsfvae.reproduce.wallclock import STEPS
 from fastsfvae.results.pictures import new_figure
-from fastsfvae.results.report import encode
+from fastsfvae.results.samples import encode
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.run import Run, evaluation_generator
 

@@ -10,7 +10,8 @@ from fastsfvae.reproduce.cells import Cell, Experiment, Options, Result
 from fastsfvae.reproduce.figures import row_of_panels
 from fastsfvae.reproduce.measures import Likelihoods
 from fastsfvae.results.pictures import draw_manifold
-from fastsfvae.training.config import Method, TrainConfig
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.methods import Method
 
 _METHODS: tuple[Method, ...] = ("sampling-free", "sampling")
 

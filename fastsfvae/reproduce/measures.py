@@ -11,7 +11,8 @@ from torch import Tensor
 from fastsfvae import evaluate
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.evaluate.proposals import ProposalName
-from fastsfvae.results.report import encode, objective_values
+from fastsfvae.results.report import objective_values
+from fastsfvae.results.samples import encode
 from fastsfvae.results.verdict import ENOUGH_EFFECTIVE
 from fastsfvae.training.run import Run, evaluation_generator
 

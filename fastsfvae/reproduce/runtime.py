@@ -20,7 +20,8 @@ from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.runner import stored_results
 from fastsfvae.reproduce.tables import summarise
-from fastsfvae.training.config import Method, TrainConfig
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.methods import Method
 from fastsfvae.training.run import Run
 
 # Hours of 10^6 steps on a Quadro RTX 6000, CelebA, m = 16.

@@ -12,7 +12,8 @@ from fastsfvae.reproduce.measures import Likelihoods, Quality
 from fastsfvae.reproduce.runner import stored_records
 from fastsfvae.reproduce.runtime import measured_ratios
 from fastsfvae.reproduce.tables import summarise
-from fastsfvae.training.config import Method, TrainConfig
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.methods import Method
 
 _METHODS: tuple[Method, ...] = ("sampling-free", "sampling")
 # Sampling-free steps, of 10^6, that took the time of sampling's 10^6 there.

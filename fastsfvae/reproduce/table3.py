@@ -39,7 +39,8 @@ from fastsfvae.reproduce.seconds import (
     value_at,
 )
 from fastsfvae.reproduce.tables import Summary, grid, summarise
-from fastsfvae.training.config import Method, TrainConfig
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.methods import Method
 
 _SAMPLES = (1, 5, 20, 50, 100, 200)
 _COLORS = (*(f"C{i}" for i in range(10)), "black")  # as many as there are methods

@@ -14,10 +14,12 @@ from fastsfvae.evaluate import ImageMean, LogMarginalLikelihood, mean_over_image
 from fastsfvae.results import pictures, verdict
 from fastsfvae.results.evaluation import Settings, understated, unresolved
 from fastsfvae.results.evaluation import conventions as run_conventions
+from fastsfvae.results.samples import posterior_noise, sample_latents, without_density
 from fastsfvae.results.trained import Trained, over_images, progress
 from fastsfvae.training.config import CHANGEABLE
 
 _LOG_ML = "log ML, without constant"
+_AT_MEAN = "squared error at the mean"
 
 
 class Comparison(NamedTuple):
@@ -47,7 +49,10 @@ class Comparison(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What is measured of a group: quantity -> ``[runs, N]``; log ML as it comes, of each run."""
+    """What is measured of a group: quantity -> ``[runs, N]``; log ML as it comes, of each run.
+
+    Where a run of any group has no density of x, there is no log ML.
+    """
 
     values: dict[str, Tensor]
     log_ml: list[LogMarginalLikelihood]
@@ -67,8 +72,12 @@ def compare(groups: list[list[Trained]], settings: Settings) -> Comparison:
     runs = [run for group in groups for run in group]
     _check(groups, runs)
     decodes = len(runs) * len(runs[0].x) * (settings.samples + settings.elbo_samples)
-    with progress("decodes", decodes) as count:
-        measured = [_measure(group, settings, count, _learns(runs)) for group in groups]
+    reason = _reason(runs)
+    if reason:
+        measured = [_errors(group) for group in groups]
+    else:
+        with progress("decodes", decodes) as count:
+            measured = [_measure(group, settings, count, _learns(runs)) for group in groups]
     first, *others = [group.values for group in measured]
     differences = {
         name: [mean_over_images(group[name].mean(0) - first[name].mean(0)) for group in others]
@@ -80,11 +89,12 @@ def compare(groups: list[list[Trained]], settings: Settings) -> Comparison:
         for name in first
     }
     seed_errors = {name: _welch(found) for name, found in spreads.items()}
-    log_ml = _named(_LOG_ML, _learns(runs))
-    log_mls = [found for group in measured for found in group.log_ml]
-    return Comparison(
-        [",".join(str(run.folder) for run in group) for group in groups],
-        verdict.of_comparison(
+    if reason:
+        said = verdict.of_errors(names(groups), differences[_AT_MEAN], len(runs[0].x), reason)
+    else:
+        log_ml = _named(_LOG_ML, _learns(runs))
+        log_mls = [found for group in measured for found in group.log_ml]
+        said = verdict.of_comparison(
             names(groups),
             differences[log_ml],
             [max(map(unresolved, group.log_ml)) for group in measured],
@@ -92,12 +102,15 @@ def compare(groups: list[list[Trained]], settings: Settings) -> Comparison:
             settings.weights,
             understated=max(map(understated, log_mls)),
             seed_errors=seed_errors[log_ml],
-        ),
+        )
+    return Comparison(
+        [",".join(str(run.folder) for run in group) for group in groups],
+        said,
         {name: [mean_over_images(g.values[name].mean(0)) for g in measured] for name in first},
         differences,
         {name: [spread for _, spread in found] for name, found in spreads.items()},
         seed_errors,
-        _weights(measured),
+        {} if reason else _weights(measured),
     )
 
 
@@ -116,6 +129,24 @@ def _check(groups: list[list[Trained]], runs: list[Trained]) -> None:
             )
     for group in groups:
         _check_seeds(group)
+
+
+def _reason(runs: list[Trained]) -> str:
+    """Why densities cannot be compared; "" where all runs have one."""
+    return next((reason for run in runs if (reason := without_density(run.config))), "")
+
+
+def _errors(group: list[Trained]) -> _Group:
+    return _Group({_AT_MEAN: torch.stack([_error_at_mean(run) for run in group])}, [])
+
+
+def _error_at_mean(run: Trained) -> Tensor:
+    """``[N]``, on the CPU: runs may have been loaded onto different devices."""
+
+    def measure(part: Trained) -> Tensor:
+        return evaluate.squared_error_at_mean(part.decoder, part.x, part.mean)
+
+    return over_images(run, measure).cpu()
 
 
 def _learns(runs: list[Trained]) -> bool:
@@ -198,18 +229,14 @@ def _quantities(
             progress=count,
         ),
     )
-    at_mean = over_images(
-        run, lambda part: evaluate.squared_error_at_mean(part.decoder, part.x, part.mean)
-    )
     left_out = 0.0 if learns else log_ml.constant
     values = {
         _named(_LOG_ML, learns): log_ml.estimate - left_out,
         _named("sampled ELBO, without constant", learns): elbo.elbo - left_out,
         "KL": elbo.kl,
         "squared error, sampled": elbo.squared_error,
-        "squared error at the mean": at_mean,
+        _AT_MEAN: _error_at_mean(run),
     }
-    # Runs may have been loaded onto different devices.
     return {name: value.cpu() for name, value in values.items()}, log_ml
 
 
@@ -247,7 +274,7 @@ def sections(found: Comparison) -> dict[str, dict[str, list[str]]]:
             ]
             for name, spreads in found.seed_spreads.items()
         }
-    return tables | {"Importance weights": weights}
+    return tables | ({"Importance weights": weights} if weights else {})
 
 
 def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, Any]:
@@ -271,6 +298,10 @@ def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, An
             "fastsfvae",
         )
     }
+    if reason := _reason(runs):
+        of_densities = ("log_ml", "log_ml_elsewhere", "sampled_elbo")
+        shared = {key: value for key, value in shared.items() if key not in of_densities}
+        shared["not_judged"] = reason
     shared |= {
         "± over test images": "standard error of the mean, spread over images / sqrt(N), of the "
         "mean of a group's runs; differences are paired, image by image",
@@ -293,7 +324,9 @@ def conventions(groups: list[list[Trained]], settings: Settings) -> dict[str, An
         "trained_steps",
     )
     differing = {
-        str(run.folder): ", ".join(f"{key} {of_run[key]}" for key in own)
+        str(run.folder): ", ".join(
+            f"{key} {of_run[key]}" for key in (*own, *run.config.own_settings)
+        )
         for run, of_run in zip(runs, each, strict=True)
     }
     return shared | differing
@@ -314,16 +347,18 @@ def names(groups: list[list[Trained]]) -> list[str]:
 def side_by_side(groups: list[list[Trained]], images: int = 16):
     """One figure: test images, then each run's decoder at the mean and at a draw of the posterior.
 
-    The last row of each run shows samples of its prior. Of a group the first run is shown.
+    The last row of each run shows samples of its prior, or of what stands for it. Of a group the
+    first run is shown.
     """
     runs = [group[0] for group in groups]
     rows = {"test image": runs[0].x[:images]}
     for name, run in zip(names([[run] for run in runs]), runs, strict=True):
         generator = run.generator()
         x = run.x[:images]
-        drawn = pictures.reconstructions(run.encoder, run.decoder, x, generator)
-        z = torch.randn(len(x), run.mean.shape[1], generator=generator, device=x.device)
-        drawn["f(z), z ~ N(0, I)"] = run.decoder(z)
+        noise = posterior_noise(run.config, generator)
+        drawn = pictures.reconstructions(run.encoder, run.decoder, x, noise)
+        z, origin = sample_latents(run.config, run.encoder, len(x), generator)
+        drawn[f"f(z), z ~ {origin}"] = run.decoder(z)
         rows |= {f"{name}: {k}": v.cpu() for k, v in list(drawn.items())[1:]}
     rows["test image"] = rows["test image"].cpu()
     return pictures.rows_of_images(rows)

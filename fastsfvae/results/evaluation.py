@@ -17,8 +17,9 @@ from fastsfvae.evaluate import (
 )
 from fastsfvae.evaluate.proposals import DEFAULT_PROPOSAL, ProposalName
 from fastsfvae.ground.progress import counter
-from fastsfvae.likelihoods import gaussian_kl
+from fastsfvae.likelihoods import posterior_kl
 from fastsfvae.results import report, verdict
+from fastsfvae.results.samples import without_density
 from fastsfvae.results.trained import Trained, load_trained, over_images, progress
 from fastsfvae.training import distributed
 
@@ -97,7 +98,7 @@ class Evaluation(NamedTuple):
         verdict: what the numbers come to, in one line.
         conventions: everything that a number's meaning depends on.
         sections: title -> label -> number.
-        kl_per_dimension: mean KL_i over images, in nats.
+        kl_per_dimension: mean KL_i over images, in nats; empty without a density of x.
     """
 
     run: str
@@ -113,8 +114,13 @@ def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
     Under torchrun the processes share the images of what is per image, and all have the same
     numbers; the rest each process computes by itself.
     """
+    reason = without_density(trained.config)
+    if reason:
+        return _without_density(trained, settings, reason)
+    # What is known of diagonal covariances alone.
+    diagonal = trained.log_var.dim() == 2
     # First, as it takes no time and refuses a decoder that cannot be linearised.
-    covariance = _conditioning(trained)
+    covariance = _conditioning(trained) if diagonal else {}
     collapse = evaluate.posterior_collapse(trained.mean, trained.log_var, _EPSILON, _DELTA)
     log_ml = _log_ml(trained, settings)
     at_mean = over_images(
@@ -131,15 +137,15 @@ def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
             "dimensions in all": Number(collapse.latent_dim),
         },
         f"Effective samples of {_ESS_SAMPLES}, median": _effective_samples(trained),
-        "Covariance of the likelihood": covariance,
+        **({"Covariance of the likelihood": covariance} if covariance else {}),
     }
     # The sampled error belongs beside the one at the mean.
     moved = ("squared error, sampled", "KL")
     densities = sections["Log-densities (nats)"]
     sections["Reconstruction and latent dimensions"] |= {k: densities.pop(k) for k in moved}
-    if settings.gradient_repeats:
+    if settings.gradient_repeats and diagonal:
         sections["Monte Carlo error against sampling-free bias"] = _gradient(trained, settings)
-    taylor = _taylor(trained, settings) if settings.taylor_images else None
+    taylor = _taylor(trained, settings) if settings.taylor_images and diagonal else None
     if taylor is not None:
         sections["Linearisation (paper, Table 1)"] = _taylor_numbers(taylor)
     return Evaluation(
@@ -159,6 +165,28 @@ def evaluate_trained(trained: Trained, settings: Settings) -> Evaluation:
     )
 
 
+def _without_density(trained: Trained, settings: Settings, reason: str) -> Evaluation:
+    """What is left: the error at the mean, and how many dimensions are in use."""
+    at_mean = over_images(
+        trained, lambda part: evaluate.squared_error_at_mean(part.decoder, part.x, part.mean)
+    )
+    collapse = evaluate.posterior_collapse(trained.mean, trained.log_var, _EPSILON, _DELTA)
+    error = _mean(at_mean)
+    numbers = {
+        "squared error at the mean": error,
+        "dimensions active": Number(collapse.active),
+        "dimensions in all": Number(collapse.latent_dim),
+    }
+    return Evaluation(
+        str(trained.folder),
+        f"squared error {error.value:.2f} at the mean on {len(trained.x):,} test images; "
+        f"{collapse.active} of {collapse.latent_dim} latent dimensions active; {reason}",
+        conventions(trained, settings),
+        {"Reconstruction and latent dimensions": numbers},
+        [],
+    )
+
+
 def unresolved(log_ml: LogMarginalLikelihood) -> int:
     """Images whose log ML rests on too few weights."""
     # A NaN counts.
@@ -173,7 +201,17 @@ def understated(log_ml: LogMarginalLikelihood) -> int:
 def conventions(trained: Trained, settings: Settings) -> dict[str, Any]:
     """What a number's meaning depends on, as JSON-able values."""
     config = trained.config
-    return report.conventions(config, settings.samples, settings.proposal) | {
+    shared = report.conventions(config, settings.samples, settings.proposal)
+    if "not_judged" in shared:
+        error = "summed over pixels, at the posterior mean"
+        split = f"{len(trained.x):,} test images"
+        return shared | {"squared_error": error, "split": split, "trained_steps": trained.step}
+    if trained.log_var.dim() == 3:
+        shared["not_judged"] = (
+            "a posterior of full covariance: the likelihood's covariance, the Monte Carlo error "
+            "and the linearisation are measured of diagonal ones"
+        )
+    return shared | {
         "sampled_elbo": f"{settings.elbo_samples} draws of q(z|x) per image",
         "squared_error": "summed over pixels; at the posterior mean, and sampled: both listed",
         "objective": f"sampling-free, kl_weight 1, likelihood {config.likelihood}, "
@@ -223,7 +261,7 @@ def _log_densities(
                 progress=count,
             ),
         )
-    kl = gaussian_kl(trained.mean.double(), trained.log_var.double())
+    kl = posterior_kl(trained.mean.double(), trained.log_var.double())
     constant = log_ml.constant
     error = (constant - gap.elbo - kl) * 2 * config.noise_var
     return {

@@ -12,6 +12,7 @@ import torch
 
 from fastsfvae.results import pictures
 from fastsfvae.results.evaluation import Evaluation, Number, Trained
+from fastsfvae.results.samples import posterior_noise, sample_latents
 
 _DPI = 130
 # On a narrow screen a picture is scrolled in a box of its own, at a size at which its words can be
@@ -39,7 +40,7 @@ td:first-child { min-width: 8rem; overflow-wrap: break-word }
 _CAPTIONS = {
     "reconstructions": "Test images, the decoder at the posterior mean, the decoder at one "
     "posterior sample",
-    "samples": "Decoder outputs at samples of the prior",
+    "samples": "Decoder outputs at samples of the prior, or of what stands for it",
     "traversals": "The decoder along each latent dimension, the others held",
     "kl": "Mean KL divergence of each latent dimension, sorted",
     "manifold": "The decoder over the latent plane",
@@ -52,14 +53,21 @@ _CAPTIONS = {
 def draw(trained: Trained, evaluation: Evaluation) -> dict[str, Any]:
     """Figures by title: reconstructions, samples, traversals, KL, and with m = 2 the manifold."""
     generator, decoder, m = trained.generator(), trained.decoder, trained.mean.shape[1]
-    rows = pictures.reconstructions(trained.encoder, decoder, trained.x[:16], generator)
-    z = torch.randn(128, m, generator=generator, device=trained.x.device)
+    drawn = posterior_noise(trained.config, generator)
+    rows = pictures.reconstructions(trained.encoder, decoder, trained.x[:16], drawn)
+    z, origin = sample_latents(trained.config, trained.encoder, 128, generator)
+    title, kl = f"Decoder output f(z), z drawn from {origin}", evaluation.kl_per_dimension
+    # Without a KL divergence, by how far the means spread.
+    spread = trained.mean.var(0, correction=0).tolist()
     figures = {
         "reconstructions": pictures.rows_of_images(rows),
-        "samples": pictures.image_grid(decoder(z), 16, "Decoder output f(z), z drawn from N(0, I)"),
-        "traversals": pictures.traversals(decoder, trained.mean[0], evaluation.kl_per_dimension),
-        "kl": pictures.kl_bars(evaluation.kl_per_dimension, epsilon=0.05),
+        "samples": pictures.image_grid(decoder(z), 16, title),
+        "traversals": pictures.traversals(
+            decoder, trained.mean[0], kl or spread, measure="KL" if kl else "variance"
+        ),
     }
+    if kl:
+        figures["kl"] = pictures.kl_bars(kl, epsilon=0.05)
     if m == 2:
         figures["manifold"] = pictures.manifold(decoder, trained.x.device)
     return figures

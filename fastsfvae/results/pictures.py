@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsfvae.objectives.draws import draw
+
 Decoder = Callable[[Tensor], Tensor]
 
 # Rows of a block of traversals: more dimensions go beside it.
@@ -51,13 +53,19 @@ def reconstructions(
     encoder: Callable[[Tensor], tuple[Tensor, Tensor]],
     decoder: Decoder,
     x: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    """Images, decoded at their mean and at one draw, as the rows of `rows_of_images`."""
+    """Images, decoded at their mean and at one draw, as the rows of `rows_of_images`.
+
+    Without a generator there is no draw: a deterministic encoder has no variance.
+    """
     mean, log_var = encoder(x)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    sampled = mean + torch.exp(0.5 * log_var) * noise
-    return {"test image": x, "f(mean)": decoder(mean), "f(z), z ~ q(z|x)": decoder(sampled)}
+    rows = {"test image": x, "f(mean)": decoder(mean)}
+    if generator is None:
+        return rows
+    noise = torch.randn(1, *mean.shape, generator=generator, device=mean.device)
+    sampled = draw(mean, log_var, noise).z[0]
+    return rows | {"f(z), z ~ q(z|x)": decoder(sampled)}
 
 
 def rows_of_images(rows: dict[str, Tensor]):
@@ -80,15 +88,18 @@ def traversals(
     *,
     limit: float = 3.0,
     steps: int = 11,
+    measure: str = "KL",
 ):
     """Draw f along every latent dimension from -limit to limit, the others held at z ``[m]``.
 
     Args:
         decoder: f.
         z: where the others are held.
-        kl: mean KL of each dimension in nats; those of the largest come first.
+        kl: mean KL of each dimension in nats, or another measure of what it carries; those of the
+            largest come first.
         limit: end of the range, in prior standard deviations.
         steps: images a dimension.
+        measure: what `kl` is.
     """
     order = sorted(range(len(z)), key=lambda i: -kl[i])
     ticks = torch.linspace(-limit, limit, steps, device=z.device, dtype=z.dtype)
@@ -104,14 +115,15 @@ def traversals(
         images = decoder(latents.flatten(0, 1))
         draw_images(axes, images, steps)
         height, width = images.shape[-2:]
-        labels = [f"$z_{{{i + 1}}}$  KL {kl[i]:.2f}" for i in dimensions]
+        labels = [f"$z_{{{i + 1}}}$  {measure} {kl[i]:.2f}" for i in dimensions]
         axes.set_yticks(centres(len(labels), height), labels, fontsize=8)
         first, *_, last = centres(steps, width)
         ends = [f"{value:g}" for value in (-limit, 0, limit)]
         axes.set_xticks([first, (first + last) / 2, last], ends, fontsize=8)
         axes.tick_params(length=0)
         axes.set_xlabel("$z_i$", fontsize=9)
-    panels[0].set_ylabel("dimension, KL in nats", fontsize=8)
+    unit = " in nats" if measure == "KL" else " of the means"
+    panels[0].set_ylabel(f"dimension, {measure}{unit}", fontsize=8)
     figure.suptitle("Decoder output along each latent dimension, the others held", fontsize=10)
     return figure
 

@@ -25,18 +25,27 @@ from fastsfvae.ground.atomic import write_text
 from fastsfvae.ground.provenance import VERSION, commit
 from fastsfvae.objectives import Objective
 from fastsfvae.results import verdict
+from fastsfvae.results.samples import encode, without_density
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.run import Run, evaluation_generator
 
 RESULTS = "results.json"
 _BATCH = 250
 _MAX_IMAGES = 10_000
+_OF_WEIGHTS = (
+    "log_ml_monte_carlo_error",
+    "log_ml_bias",
+    "median_effective_samples",
+    "smallest_effective_samples",
+)
 # Importance weights an image that the commands take unless told otherwise: what each can spend.
 WEIGHTS = {"train": 100, "evaluate": 50_000, "compare": 1_000}
 
 
 class Report(NamedTuple):
     """Results of a run.
+
+    Of a method without a density of x what rests on one is NaN, None or left out.
 
     Attributes:
         conventions: everything that a number's meaning depends on.
@@ -53,7 +62,7 @@ class Report(NamedTuple):
 
     conventions: dict[str, Any]
     splits: dict[str, dict[str, ImageMean]]
-    collapse: dict[str, int]
+    collapse: dict[str, int | None]
     log_ml_monte_carlo_error: float
     log_ml_bias: float
     median_effective_samples: float
@@ -82,14 +91,6 @@ def json_text(value: Any) -> str:
 
 
 @torch.no_grad()
-def encode(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode images ``[N, C, H, W]`` in chunks; mean and log_var, each ``[N, m]``."""
-    parts = [encoder(chunk) for chunk in x.split(_BATCH)]
-    mean, log_var = zip(*parts, strict=True)
-    return torch.cat(mean), torch.cat(log_var)
-
-
-@torch.no_grad()
 def objective_values(
     objective: Objective, x: Tensor, mean: Tensor, log_var: Tensor, generator: torch.Generator
 ) -> Tensor:
@@ -107,31 +108,35 @@ def measure(
     noise_var: float,
     generator: torch.Generator,
     objective: Objective | None = None,
+    has_density: bool = True,
 ) -> dict[str, Tensor]:
-    """Quantities per image, each ``[N]``: objective (if given), sampled ELBO, KL, both errors."""
+    """Quantities per image, each ``[N]``: objective (if given), sampled ELBO, KL, both errors.
+
+    Without a density, the objective and the error at the mean alone.
+    """
     mean, log_var = encode(encoder, x)
     quantities = {}
     if objective is not None:
         quantities["objective"] = objective_values(objective, x, mean, log_var, generator)
+    at_mean = {"squared error at the mean": evaluate.squared_error_at_mean(decoder, x, mean)}
+    if not has_density:
+        return quantities | at_mean
     elbo = evaluate.sampled_elbo(
         decoder, x, mean, log_var, noise_var=noise_var, generator=generator
     )
-    return quantities | {
-        "sampled ELBO": elbo.elbo,
-        "KL": elbo.kl,
-        "squared error at the mean": evaluate.squared_error_at_mean(decoder, x, mean),
-        "squared error, sampled": elbo.squared_error,
-    }
+    quantities |= {"sampled ELBO": elbo.elbo, "KL": elbo.kl}
+    return quantities | at_mean | {"squared error, sampled": elbo.squared_error}
 
 
 @torch.no_grad()
 def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Report:
     """Evaluate a run on up to 10,000 images a split; log ML and collapse on the test images.
 
+    A method without a density of x is judged by its objective, its error and its active dimensions.
     The importance weights come from the commands' proposal, or, where the decoder cannot be
     linearised, from the posterior; `conventions` says which.
     """
-    config = run.judged
+    config, has_density = run.judged, not without_density(run.config)
     run.encoder.eval()
     run.decoder.eval()
     generator = evaluation_generator(config, run.device)
@@ -146,6 +151,7 @@ def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Rep
             noise_var=config.noise_var,
             generator=generator,
             objective=run.objective,
+            has_density=has_density,
         )
         splits[split] = {name: mean_over_images(values) for name, values in quantities.items()}
 
@@ -161,48 +167,62 @@ def evaluate_run(run: Run, *, importance_samples: int = WEIGHTS["train"]) -> Rep
         )
 
     proposal: str = DEFAULT_PROPOSAL
-    try:
-        log_ml = log_marginal_likelihood(DEFAULT_PROPOSAL)
-    except (TypeError, ValueError, RuntimeError) as error:
-        # A method that samples trains decoders that cannot be linearised.
-        log_ml = log_marginal_likelihood("posterior")
-        proposal = f"posterior, as {DEFAULT_PROPOSAL} fails ({' '.join(str(error).split())})"
-    splits["test"]["log ML"] = mean_over_images(log_ml.estimate)
     collapse = evaluate.posterior_collapse(mean, log_var)
+    log_ml = None
+    if has_density:
+        try:
+            log_ml = log_marginal_likelihood(DEFAULT_PROPOSAL)
+        except (TypeError, ValueError, RuntimeError) as error:
+            # A method that samples trains decoders that cannot be linearised.
+            log_ml = log_marginal_likelihood("posterior")
+            proposal = f"posterior, as {DEFAULT_PROPOSAL} fails ({' '.join(str(error).split())})"
+        splits["test"]["log ML"] = mean_over_images(log_ml.estimate)
     return Report(
         conventions=conventions(config, importance_samples, proposal)
         | {"split": f"{len(train):,} train / {len(test):,} test images evaluated"}
         | {"data_scale": run.scale},
         splits=splits,
         collapse={
-            "collapsed": collapse.collapsed,
+            "collapsed": collapse.collapsed if has_density else None,
             "active": collapse.active,
             "latent_dim": collapse.latent_dim,
         },
-        log_ml_monte_carlo_error=monte_carlo_error(log_ml.standard_error),
-        log_ml_bias=float(log_ml.bias.mean()),
-        median_effective_samples=float(log_ml.effective_samples.median()),
-        smallest_effective_samples=float(log_ml.effective_samples.min()),
+        **_weights(log_ml),
         seconds=run.seconds,
         steps_per_second=run.step / run.seconds if run.seconds else math.nan,
     )
 
 
+def _weights(log_ml: LogMarginalLikelihood | None) -> dict[str, float]:
+    """What `Report` says of the importance weights."""
+    if log_ml is None:
+        return dict.fromkeys(_OF_WEIGHTS, math.nan)
+    effective = log_ml.effective_samples
+    error, bias = monte_carlo_error(log_ml.standard_error), log_ml.bias.mean()
+    found = error, float(bias), float(effective.median()), float(effective.min())
+    return dict(zip(_OF_WEIGHTS, found, strict=True))
+
+
 def conventions(config: TrainConfig, importance_samples: int, proposal: str) -> dict[str, Any]:
     """What a number's meaning depends on, as JSON-able values."""
-    return {
-        "constant": "-(n/2) log(2 pi c) included; listed apart where it is left out",
-        "constant_value": constant(config),
-        "pixel_scale": "[0, 1]",
-        "data": data_label(config.data, config.data_dir),
+    not_judged = without_density(config)
+    of_densities = {
         "log_ml": f"K={importance_samples} importance weights, proposal {proposal}",
         "log_ml_elsewhere": "by default K is "
         + ", ".join(f"{count:,} in {command}" for command, count in WEIGHTS.items())
         + f", and the proposal {DEFAULT_PROPOSAL}",
         "sampled_elbo": "1 draw of q(z|x) per image",
-        "standard_errors": "spread over images / sqrt(N)",
         "collapse": "epsilon=0.05 nats, delta=0.01, test images",
+    }
+    return {
+        "constant": "-(n/2) log(2 pi c) included; listed apart where it is left out",
+        "constant_value": constant(config),
+        "pixel_scale": "[0, 1]",
+        "data": data_label(config.data, config.data_dir),
+        **({"not_judged": not_judged} if not_judged else of_densities),
+        "standard_errors": "spread over images / sqrt(N)",
         "method": config.method,
+        **config.own_settings,
         "likelihood": config.likelihood if config.method == "sampling-free" else None,
         "gamma": config.gamma if config.method == "sampling-free" else None,
         "gamma_schedule": config.gamma_schedule if config.method == "sampling-free" else None,
@@ -256,6 +276,7 @@ def table(report: Report, config: TrainConfig) -> str:
     c = report.conventions
     sampling_free = config.method == "sampling-free"
     reading = f", likelihood {config.likelihood}" if sampling_free else ""
+    reading += "".join(f", {name} {value}" for name, value in config.own_settings.items())
     if sampling_free and config.likelihood != "expected":
         reading += f", gamma {config.gamma:g}"
     if config.draws != "iid":
@@ -264,13 +285,17 @@ def table(report: Report, config: TrainConfig) -> str:
         reading += f", warm start {config.warm_start}"
     learned = " (learned)" if config.learned_noise_var else ""
     collapse = report.collapse
+    collapsed = "" if collapse["collapsed"] is None else f", {collapse['collapsed']} collapsed"
     lines += [
         "",
         f"{report.steps_per_second:.1f} steps/s ({report.seconds:.1f} s); "
-        f"{collapse['active']} of {collapse['latent_dim']} latent dimensions active, "
-        f"{collapse['collapsed']} collapsed",
+        f"{collapse['active']} of {collapse['latent_dim']} latent dimensions active{collapsed}",
         f"method {config.method}{reading}, c {config.noise_var:g}{learned}, seed {config.seed}; "
         f"pixels in [0, 1]; nats; constant -(n/2) log(2 pi c) = {offset:.2f}",
+    ]
+    if "not_judged" in c:
+        return "\n".join([*lines, f"± is the standard error over images; -: {c['not_judged']}"])
+    lines += [
         f"± is the standard error over images; log ML: {c['log_ml']}, Monte Carlo error "
         f"{report.log_ml_monte_carlo_error:.3f}, estimated bias {report.log_ml_bias:.3f}, "
         f"effective samples {report.median_effective_samples:.0f} (median) and "

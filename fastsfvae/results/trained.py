@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.progress import counter
-from fastsfvae.results import report
+from fastsfvae.results.samples import encode
 from fastsfvae.training import distributed
 from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
 from fastsfvae.training.config import TrainConfig
@@ -33,7 +33,7 @@ class Trained(NamedTuple):
         decoder: z -> x.
         x: test images in [0, 1], ``[N, C, H, W]``.
         mean: ``[N, m]``.
-        log_var: ``[N, m]``.
+        log_var: ``[N, m]``, or the covariance's factor ``[N, m, m]``.
         first_image: number of x's first image, where it is a part of the test images.
     """
 
@@ -73,7 +73,7 @@ def load_trained(folder: str | Path, images: int = 0) -> Trained:
         test = config.load_images("test")
     x = to_unit(test[: images or None].to(device))
     step = int(load_checkpoint(folder / CHECKPOINT)["step"])
-    mean, log_var = report.encode(encoder, x)
+    mean, log_var = encode(encoder, x)
     return Trained(folder, config, step, encoder, decoder, x, mean, log_var)
 
 

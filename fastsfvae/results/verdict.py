@@ -49,6 +49,25 @@ def of_evaluation(
     return "; ".join(parts)
 
 
+def of_errors(
+    names: Sequence[str], differences: Sequence[ImageMean], images: int, reason: str
+) -> str:
+    """Say it of several runs, one of which has no density of x.
+
+    Args:
+        names: of the runs; the first is what the others are compared with.
+        differences: of their errors at the mean from the first's.
+        images: test images.
+        reason: why there is no density.
+    """
+    first, *others = names
+    parts = [
+        f"{name} has a squared error at the mean {_with_error(difference)} from that of {first}"
+        for name, difference in zip(others, differences, strict=True)
+    ]
+    return f"{'; '.join(parts)}, on {images:,} test images; {reason}"
+
+
 def of_comparison(
     names: Sequence[str],
     differences: Sequence[ImageMean],

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastsfvae.graphed import GraphedStep, make_graphed_step
 from fastsfvae.objectives import Objective, SamplingFree, Terms
-from fastsfvae.objectives.draws import MonteCarlo
 from fastsfvae.objectives.sampling_free import terms_of
+from fastsfvae.objectives.terms import Drawing
 
 
 class _AsLoss:
@@ -23,7 +23,7 @@ class _AsLoss:
     def __call__(
         self, x: Tensor, mean: Tensor, log_var: Tensor, *noise: Tensor, return_terms: bool
     ) -> tuple[Tensor, Terms]:
-        if isinstance(self.objective, MonteCarlo):
+        if isinstance(self.objective, Drawing):
             terms = self.objective.at_noise(x, mean, log_var, *noise)
         else:
             terms = self.objective(x, mean, log_var)
@@ -47,7 +47,7 @@ def capture_objective(
     an eager step draws.
 
     Args:
-        objective: any that draws nothing, or a `MonteCarlo`.
+        objective: any that draws nothing, or a `Drawing`.
         encoder: x -> (mean, log_var).
         optimizer: Adam with capturable=True.
         x: a batch of the size to capture, on the GPU.
@@ -60,7 +60,7 @@ def capture_objective(
         return lambda x, _: terms_of(*graphed(x))
 
     def noise(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        if not isinstance(objective, MonteCarlo):
+        if not isinstance(objective, Drawing):
             return ()
         return (objective.noise(x.new_empty(len(x), latent_dim), generator),)
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from fastsfvae.ground.atomic import replacing
-from fastsfvae.models import build
 from fastsfvae.objectives import NoiseVariance
 from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.networks import build_networks
 
 CONFIG = "config.json"
 CHECKPOINT = "checkpoint.pt"
@@ -136,7 +136,7 @@ def load(run: str | os.PathLike[str]) -> tuple[nn.Module, nn.Module, TrainConfig
     state = load_checkpoint(path)
     # The initial weights are overwritten: they must not advance the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
-        encoder, decoder = build(config.model_config)
+        encoder, decoder = build_networks(config)
     load_modules(path, state, encoder=encoder, decoder=decoder)
     if config.learned_noise_var:
         learned = NoiseVariance()

@@ -14,15 +14,11 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae._noise import Draws, check_draws
 from fastsfvae.data.load import DATA_SETS, Loaded, load_set
 from fastsfvae.models import Init, ModelConfig, OutputActivation
-from fastsfvae.objectives.dreg import ORTHOGONAL_BIAS
 from fastsfvae.objectives.exact import check_model
-from fastsfvae.objectives.iwae import TrainingProposal, check_proposal
-from fastsfvae.objectives.vlae import BOUNDS, Bound
 from fastsfvae.training import distributed
-from fastsfvae.training.methods import METHODS, Method, check_taken
+from fastsfvae.training.methods import MethodSettings
 from fastsfvae.training.schedules import Schedule, WarmStart
 
 DataSet = Literal[
@@ -47,13 +43,8 @@ _ALWAYS_WRITTEN = ("method", "model", "latent_dim", "seed", "steps")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(MethodSettings):
     """Train a Gaussian VAE, by default on the bundled digits (9,000 to train on, 1,000 to test)."""
-
-    method: Method = "sampling-free"
-    """Linearise the decoder at the posterior mean; or the sampling VAE, beta-VAE (--kl-weight),
-    auto-encoder, importance-weighted bound, Sticking-the-Landing, doubly reparameterised; or
-    the variational Laplace auto-encoder; or the exact log p(x) of a ReLU decoder of one latent."""
 
     model: str = "mlp"
     """mlp, tanh, linear, conv (digits padded to 32x32), or package.module:function for your own."""
@@ -96,52 +87,14 @@ class TrainConfig:
     lr: float = 1e-3
     """Learning rate of Adam."""
 
-    gamma: float = 0.5
-    """Weight of the low-rank precision in [0, 1], at the end of its schedule (sampling-free)."""
-
-    gamma_schedule: str = "constant"
-    """constant, or what comes before --gamma: steps:0.95,0.67 (the paper's Figure 1, in equal
-    phases), linear:0.95, cosine:0.95 (sampling-free)."""
-
-    likelihood: _checks.Likelihood = "precision"
-    """Which reading of the objective (sampling-free)."""
-
     noise_var: float = 0.5
     """Variance c of the observation noise, for pixels in [0, 1]."""
 
     learned_noise_var: bool = False
     """Learn c, from --noise-var on, with the weights (not for vlae and exact-marginal)."""
 
-    kl_weight: float = 1.0
-    """Factor of the KL divergence, at the end of its schedule (sampling-free, sampling,
-    beta-vae)."""
-
-    kl_weight_schedule: str = "constant"
-    """constant, or what comes before --kl-weight, as in --gamma-schedule."""
-
     schedule_steps: int = 0
     """Steps that the schedules take; 0 is --steps as it was when the run was started."""
-
-    samples: int = 1
-    """Draws of the posterior per image (sampling, beta-vae, iwae, stl, dreg, vlae)."""
-
-    draws: Draws = "iid"
-    """How the draws of an image hang together: not, in pairs around the mean, or in such pairs
-    along orthogonal directions; --samples is then even (sampling, beta-vae, iwae, stl, dreg, vlae;
-    dreg takes no orthogonal ones)."""
-
-    warm_start: str = ""
-    """Train the first steps by a sampling-free likelihood, e.g. precision:100, and go on by
-    --method with the same optimiser."""
-
-    mode_steps: int = 1
-    """Steps from the encoder's mean to the posterior's mode (vlae)."""
-
-    bound: Bound = "sampled"
-    """What the decoder is trained by at the mode: sampled, or closed-form (vlae)."""
-
-    proposal: TrainingProposal = "posterior"
-    """What draws come from: the posterior, or that of the decoder linearised at its mean (iwae)."""
 
     seed: int = 0
     """Seeds the weights, the data order and the sampling noise, each on its own."""
@@ -169,19 +122,16 @@ class TrainConfig:
     """Initial weights: the layers' own, He-normal or Glorot-uniform with zero bias."""
 
     def __post_init__(self) -> None:
-        _checks.choice("method", self.method, METHODS)
-        _checks.choice("likelihood", self.likelihood, _checks.LIKELIHOODS)
+        self._check_settings()
         _checks.choice("backend", self.backend, _checks.BACKENDS)
         _checks.choice("precision", self.precision, ("float32", "bf16"))
-        _checks.gamma(self.gamma)
         _checks.noise_var(self.noise_var)
-        _checks.kl_weight(self.kl_weight)
-        _checks.choice("bound", self.bound, BOUNDS)
-        check_proposal(self.proposal, self.method, self.compile or self.cuda_graph)
-        for name in ("batch_size", "steps", "samples", "mode_steps"):
+        for name in ("batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        self._check_method()
+        self._check_method(self.latent_dim, self.compile or self.cuda_graph)
+        if self.method == "exact-marginal":
+            check_model(self.model, self.latent_dim, self.output_activation)
         self._check_schedules()
         if self.start.steps and self.start.steps >= max(self.steps, self.schedule_steps):
             raise ValueError(
@@ -206,21 +156,6 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**63)")
         self.model_config  # noqa: B018 - its own checks
-
-    def _check_method(self) -> None:
-        """Refuse settings that the method would leave unread, or that are another method's."""
-        check_taken(self.method, self)
-        if self.method == "exact-marginal":
-            check_model(self.model, self.latent_dim, self.output_activation)
-        fixed = self.kl_weight_schedule == "constant"
-        if self.kl_weight == 1 and fixed and self.method == "beta-vae":
-            raise ValueError(
-                "method='beta-vae' with kl_weight=1 is the sampling VAE: give --kl-weight, or "
-                "--method sampling"
-            )
-        check_draws(self.draws, self.samples, self.latent_dim)
-        if self.method == "dreg" and self.draws == "orthogonal":
-            raise ValueError(f"method='dreg': {ORTHOGONAL_BIAS}")
 
     def _check_schedules(self) -> None:
         if self.schedule_steps < 0:

@@ -18,6 +18,7 @@ from fastsfvae.data.pixels import to_unit
 from fastsfvae.objectives import Terms
 from fastsfvae.training import distributed
 from fastsfvae.training.interrupt import deferred_interrupt
+from fastsfvae.training.methods import DETERMINISTIC
 from fastsfvae.training.metrics_csv import METRICS, MetricsFile, Row
 from fastsfvae.training.run import Run, save
 from fastsfvae.training.seeds import LAYERS, NOISE, iterate_orders, mix_seed
@@ -92,8 +93,8 @@ def train(run: Run, *monitors: Monitor) -> None:
 
 def _make_step(run: Run, noise: torch.Generator) -> Callable[[Tensor], Terms]:
     """What a batch ``[B, C, H, W]`` does to the run: forward, backward, update."""
-    # An auto-encoder leaves the posterior's variance alone.
-    unused = run.config.method == "auto-encoder"
+    # A deterministic encoder's variance has no part in it.
+    unused = run.config.method in DETERMINISTIC
     model = distributed.wrap(run.model, unused_parameters=unused)
 
     def step(x: Tensor) -> Terms:

@@ -15,11 +15,10 @@ from fastsfvae.data.batches import ImageSet
 from fastsfvae.data.load import Loaded
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import write_text
-from fastsfvae.models import build
 from fastsfvae.objectives import (
     ExactMarginal,
-    NoiseVariance,
     Objective,
+    RegularizedAutoEncoder,
     SamplingFree,
     Terms,
     VariationalLaplace,
@@ -37,11 +36,14 @@ from fastsfvae.training.checkpoint import (
 )
 from fastsfvae.training.config import CHANGEABLE, TrainConfig
 from fastsfvae.training.metrics_csv import METRICS, rewind_metrics
-from fastsfvae.training.objective import make_objective, make_start
+from fastsfvae.training.networks import build_networks
+from fastsfvae.training.objective import learned_modules, make_objective, make_start
 from fastsfvae.training.schedules import Schedule
 from fastsfvae.training.seeds import EVALUATION, WEIGHTS, mix_seed
 
 LEFT_OUT = "left_out.txt"
+# They may ask for a Jacobian that a decoder does not have.
+_LINEARISING = (SamplingFree, VariationalLaplace, ExactMarginal, RegularizedAutoEncoder)
 COLUMNS = ("step", "seconds", *Terms._fields)
 
 
@@ -52,7 +54,7 @@ class Model(nn.Module):
         encoder: x -> (mean, log_var).
         decoder: z -> x.
         objective: of the decoder.
-        noise_var: the observation noise's variance where it is learned.
+        learned: what is trained beside the networks, such as the observation noise's variance.
         autocast: whether encoder and decoder run under bfloat16 autocast.
     """
 
@@ -61,14 +63,14 @@ class Model(nn.Module):
         encoder: nn.Module,
         decoder: nn.Module,
         objective: Objective,
-        noise_var: NoiseVariance | None,
+        learned: nn.ModuleDict,
         autocast: bool,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.objective = objective
-        self.noise_var = noise_var
+        self.learned = learned
         self.autocast = autocast
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Terms:
@@ -144,9 +146,8 @@ class Run:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What is trained, by its name in a checkpoint."""
-        learned = self.model.noise_var
-        modules = {"encoder": self.encoder, "decoder": self.decoder}
-        return modules if learned is None else modules | {"noise_var": learned}
+        networks = {"encoder": self.encoder, "decoder": self.decoder}
+        return networks | dict(self.model.learned.items())
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -157,8 +158,9 @@ class Run:
     @property
     def noise_var(self) -> float:
         """The variance c of the observation noise, as far as it is learned."""
-        learned = self.model.noise_var
-        return self.config.noise_var if learned is None else learned().item()
+        if not self.config.learned_noise_var:
+            return self.config.noise_var
+        return self.model.learned["noise_var"]().item()
 
     @property
     def judged(self) -> TrainConfig:
@@ -308,6 +310,7 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
             f"batch_size={config.batch_size} is shared by {distributed.size()} processes: give a "
             "multiple of their number"
         )
+    config.check_share(config.batch_size // distributed.size())
     with distributed.first_process_first():
         data = config.load_set("train")
         # A set that cannot be tested on should say so before anything is trained.
@@ -318,17 +321,18 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
             f"batch_size={config.batch_size} but there are {len(images)} training images"
         )
     torch.manual_seed(mix_seed(config.seed, WEIGHTS, 0))
-    encoder, decoder = (module.to(device) for module in build(config.model_config))
+    encoder, decoder = (module.to(device) for module in build_networks(config))
     scheduled = {
         name: (schedule, torch.tensor(getattr(config, name), device=device))
         for name, schedule in config.schedules.items()
         if not schedule.constant
     }
     values = {name: value for name, (_, value) in scheduled.items()}
-    learned = NoiseVariance(config.noise_var).to(device) if config.learned_noise_var else None
-    phases = [Phase(config.start.steps, make_objective(config, decoder, learned, **values))]
+    learned = learned_modules(config).to(device)
+    beside = dict(learned.items())
+    phases = [Phase(config.start.steps, make_objective(config, decoder, beside, **values))]
     if config.start.steps:
-        phases.insert(0, Phase(0, make_start(config, decoder, learned, **values)))
+        phases.insert(0, Phase(0, make_start(config, decoder, beside, **values)))
     bf16 = config.precision == "bf16"
     model = Model(encoder, decoder, phases[0].objective, learned, autocast=bf16)
     if config.compile:
@@ -336,7 +340,7 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
     # What cannot run should say so before anything is written: a decoder or backend that cannot be
     # linearised, more draws than the memory holds.
     for phase in phases:
-        if isinstance(phase.objective, (SamplingFree, VariationalLaplace, ExactMarginal)):
+        if isinstance(phase.objective, _LINEARISING):
             z = torch.zeros(2, config.latent_dim, device=device)
             phase.objective(to_unit(images[:2].to(device)), z, z)
     if config.samples > 1:

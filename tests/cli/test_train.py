@@ -12,7 +12,7 @@ from fastsfvae.data.load import DATA_SETS
 from fastsfvae.evaluate import mean_over_images
 from fastsfvae.reproduce import EXPERIMENTS
 from fastsfvae.results.report import RESULTS
-from fastsfvae.training.config import METHODS
+from fastsfvae.training.methods import METHODS
 
 FAST = ["train", "--method", "sampling", "--model", "tanh", "--batch-size", "16"]
 

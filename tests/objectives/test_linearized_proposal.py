@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fastsfvae.objectives.iwae import ImportanceWeighted
-from fastsfvae.training.config import METHODS, TrainConfig
+from fastsfvae.training.config import TrainConfig
+from fastsfvae.training.methods import METHODS
 
 B, M, N, C = 5, 3, 7, 0.3
 

@@ -1,0 +1,27 @@
+"""The networks of a run: the model's, and what its method makes of them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastsfvae.models import build
+from fastsfvae.objectives.delta_vae import MinimumRate
+from fastsfvae.objectives.householder import Householder
+from fastsfvae.objectives.rae import spectrally_normalized
+from fastsfvae.training.config import TrainConfig
+
+
+def build_networks(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
+    """Build (encoder, decoder) on the CPU, drawing from torch's global generator.
+
+    Raises:
+        ValueError: as `fastsfvae.models.build`, or for a decoder that the method cannot take.
+    """
+    encoder, decoder = build(config.model_config)
+    if config.method == "householder":
+        encoder = Householder(encoder, config.latent_dim, config.flows)
+    elif config.method == "delta-vae":
+        encoder = MinimumRate(encoder, config.min_rate)
+    elif config.method == "rae" and config.regularizer == "spectral-norm":
+        spectrally_normalized(decoder)
+    return encoder, decoder
