@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsfvae import _checks
 from fastsfvae.likelihoods import gaussian_kl, wide
 from fastsfvae.objectives.draws import Decoder, decode
 from fastsfvae.objectives.noise_variance import NoiseVar, check_noise_var
@@ -43,6 +44,7 @@ class AutoEncoder:
 
     def _evaluate(self, x: Tensor, mean: Tensor, log_var: Tensor, penalty: float | Tensor) -> Terms:
         """The terms less a penalty, a number, ``[B]``, or 0-d and so of the whole batch."""
+        _checks.latent(mean, log_var)
         log_likelihood, squared_error = decode(self.decoder, x, mean[None], self.noise_var)
         kl = gaussian_kl(mean, log_var)
         objective = log_likelihood[0] - penalty

@@ -21,7 +21,8 @@ class FreeBits(MonteCarlo):
 
     Args:
         decoder: f, ``z [B, m] -> [B, *out]``.
-        free_bits: nats that each dimension has for nothing, not negative; 0 is `Sampling`.
+        free_bits: nats that each dimension has for nothing, not negative; 0 is `Sampling`
+            but for the KL divergence in an image's `objective`, which is the batch's.
         **settings: those of `MonteCarlo`.
 
     Raises:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastsfvae.objectives.draws import Decoder, Drawn
 from fastsfvae.objectives.iwae import ImportanceWeighted
+from fastsfvae.objectives.noise_variance import NoiseVar
 
 _HIDDEN = 64
 
@@ -76,8 +77,8 @@ class HierarchicalImportanceWeighted(ImportanceWeighted):
         ValueError: for a setting out of range.
     """
 
-    def __init__(self, decoder: Decoder, coupling: Coupling, **settings: Any) -> None:
-        super().__init__(decoder, samples=coupling.samples, **settings)
+    def __init__(self, decoder: Decoder, coupling: Coupling, *, noise_var: NoiseVar = 0.5) -> None:
+        super().__init__(decoder, samples=coupling.samples, noise_var=noise_var)
         self.coupling = coupling
 
     def noise(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -33,7 +33,7 @@ class Householder(nn.Module):
             raise ValueError(f"flows={flows} must be at least 1")
         self.encoder = encoder
         sizes = [2 * latent_dim, *[latent_dim] * (flows - 1)]
-        self.vectors = nn.ModuleList(nn.Linear(inputs, latent_dim) for inputs in sizes)
+        self.vectors = nn.ModuleList([nn.Linear(inputs, latent_dim) for inputs in sizes])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean ``[B, m]`` and the covariance's Cholesky factor ``[B, m, m]``."""
@@ -45,10 +45,11 @@ class Householder(nn.Module):
             # The mean beside the columns of the root of the covariance.
             turned = torch.cat([mean.unsqueeze(-1), torch.diag_embed(torch.exp(0.5 * log_var))], -1)
             for vector in self.vectors:
-                v = vector(v)
+                assert isinstance(vector, nn.Linear)
+                v = F.linear(v, wide(vector.weight), wide(vector.bias))
                 unit = F.normalize(v, dim=-1).unsqueeze(-1)
                 turned = turned - 2 * unit * (unit.mT @ turned)
             # A A^T = R^T R with A^T = Q R: no precision is lost by squaring.
             upper = torch.linalg.qr(turned[..., 1:].mT).R
-            signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+            signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper.dtype)
             return turned[..., 0], (signs.unsqueeze(-1) * upper).mT

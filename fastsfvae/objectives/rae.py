@@ -90,6 +90,7 @@ class RegularizedAutoEncoder(AutoEncoder):
         self, x: Tensor, mean: Tensor, log_var: Tensor, *, generator: torch.Generator | None = None
     ) -> Terms:
         """Evaluate; see `Objective`. Draws nothing; `kl` is reported, not minimised."""
+        _checks.latent(mean, log_var)
         penalty = 0.5 * self.weight * wide(mean).square().sum(-1)
         if self.regularizer == "gradient-penalty":
             return self._with_gradient_penalty(x, mean, log_var, penalty)

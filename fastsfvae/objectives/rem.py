@@ -47,7 +47,8 @@ class ReweightedExpectationMaximization(MonteCarlo):
     - in version 1 by sum_k a_k log p(x, z_k), the gradient of log 1/K sum_k p(x, z_k) / q(z_k|x);
     - in version 2 by sum_k b_k log p(x, y_k), that of the same with r in q's place.
 
-    That bound of log p(x), in expectation, is the `objective`; a step decodes 2K draws.
+    That bound of log p(x), in expectation, is the `objective`; a step decodes 2K draws. With few of
+    them mu is uncertain, and r may be the worse proposal of the two.
 
     Args:
         decoder: f, ``z [B, m] -> [B, *out]``.
@@ -66,7 +67,7 @@ class ReweightedExpectationMaximization(MonteCarlo):
 
     def noise(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The noise that a call draws, ``[2, K, B, m]``: of q's draws, and of r's."""
-        return torch.stack([super(type(self), self).noise(mean, generator) for _ in range(2)])
+        return torch.stack([MonteCarlo.noise(self, mean, generator) for _ in range(2)])
 
     def at_noise(self, x: Tensor, mean: Tensor, log_var: Tensor, noise: Tensor) -> Terms:
         """Evaluate at given noise, as `noise` draws it."""

@@ -88,7 +88,7 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
 # What the weights 0 stand for: the papers', whose reconstruction is the squared error, at c = .5
 # (WAE-MMD's lambda 10 stands beside .05 of it); rae's, which have none for such, by KID.
 LATENT_WEIGHTS = {"rae": 1.0, "wae-mmd": 200.0, "swae": 10.0, "cwae": 1.0}
-_REGULARIZER_WEIGHTS = {"l2": 1e-3, "gradient-penalty": 1e-2, "spectral-norm": 0.0}
+_REGULARIZER_WEIGHTS = {"l2": 1e-3, "gradient-penalty": 1e-3, "spectral-norm": 0.0}
 # A decoder that cannot stretch needs latents that lie far apart.
 _OF_SPECTRAL_NORM = 0.01
 
@@ -98,13 +98,13 @@ class MethodSettings:
     """What a model is trained by."""
 
     method: Method = "sampling-free"
-    """Linearise the decoder at the posterior mean; or the sampling VAE, beta-VAE (--kl-weight),
-    auto-encoder, importance-weighted bound, Sticking-the-Landing, doubly reparameterised; or
-    the variational Laplace auto-encoder; or the exact log p(x) of a ReLU decoder of one latent; or
-    the ELBO with free bits, with posteriors of a minimum rate, or of a full covariance turned by
-    Householder reflections; or the hierarchical importance-weighted bound, or reweighted
-    expectation maximisation; or a deterministic auto-encoder: regularised, Wasserstein (by the
-    maximum mean discrepancy), sliced Wasserstein, Cramer-Wold."""
+    """sampling-free: linearise the decoder at the posterior mean. sampling: the VAE; beta-vae: with
+    --kl-weight. iwae: importance-weighted bound; stl: Sticking-the-Landing; dreg: doubly
+    reparameterised; hiwae: hierarchical draws. vlae: variational Laplace. exact-marginal: log p(x)
+    of a ReLU decoder of one latent. rem: reweighted expectation maximisation. free-bits, delta-vae:
+    the ELBO with free bits, or posteriors of a minimum rate; householder: of a full covariance.
+    Without a density of x: auto-encoder; rae: regularised; wae-mmd, swae, cwae: latents held to the
+    prior by maximum mean discrepancy, sliced Wasserstein or Cramer-Wold distance."""
 
     gamma: float = 0.5
     """Weight of the low-rank precision in [0, 1], at the end of its schedule (sampling-free)."""
@@ -163,8 +163,7 @@ class MethodSettings:
     are divided by their largest singular values (rae)."""
 
     regularizer_weight: float = 0.0
-    """Factor of the regulariser; 0: 0.001 for l2, 0.01 for gradient-penalty, and spectral-norm has
-    none (rae)."""
+    """Factor of the regulariser; 0: 0.001, and spectral-norm has none (rae)."""
 
     latent_weight: float = 0.0
     """Factor of the distance between latents and prior, of rae of |z|^2 / 2; 0: 1 for rae, with

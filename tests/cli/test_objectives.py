@@ -30,7 +30,7 @@ OPTIONS = {
     "rae": (
         ["--regularizer", "gradient-penalty", "--latent-weight", "0.1"],
         o.RegularizedAutoEncoder,
-        {"weight": 0.1, "regularizer": "gradient-penalty", "regularizer_weight": 1e-2},
+        {"weight": 0.1, "regularizer": "gradient-penalty", "regularizer_weight": 1e-3},
     ),
     "wae-mmd": (["--latent-weight", "5"], o.WassersteinAutoEncoder, {"weight": 5.0}),
     "swae": (

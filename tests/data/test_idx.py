@@ -8,10 +8,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from fastsfvae.cli import main as cli
 from fastsfvae.data import download, idx, load
-from fastsfvae.data.load import download_images, load_images
+from fastsfvae.data.load import download_images, load_images, load_labels
 from fastsfvae.reproduce import EXPERIMENTS, Options
 
 NAMES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -121,3 +122,41 @@ def test_reproduce_takes_it(name):
     assert {(cell.config.data, cell.config.data_dir) for cell in cells} == {("fashion-mnist", "")}
     if name == "table3":
         assert cells[0].at[-1] == 30 * 60_000 // 20
+
+
+LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_labels(tmp_path, suffix):
+    folder = tmp_path / "FashionMNIST/raw"
+    folder.mkdir(parents=True)
+    for split, labels in (("train", [3, 0, 9]), ("test", [7])):
+        content = struct.pack(">2i", 2049, len(labels)) + bytes(labels)
+        path = folder / (LABELS[split] + suffix)
+        path.write_bytes(gzip.compress(content) if suffix else content)
+        found = load_labels("fashion-mnist", str(tmp_path), split)
+        assert found.tolist() == labels and found.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged, or no file of MNIST labels"),
+        (struct.pack(">2i", 2051, 1) + b"\1", "is damaged, or no file of MNIST labels"),
+        (struct.pack(">2i", 2049, 2) + b"\1", "is damaged, or no file of MNIST labels"),
+        (None, "has no train-labels-idx1-ubyte.gz"),
+    ],
+    ids=["empty", "images", "cut off", "missing"],
+)
+def test_labels_that_are_not_there(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / LABELS["train"]).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_labels("mnist", str(tmp_path), "train")
+
+
+def test_labels_of_other_sets():
+    assert load_labels("digits", "", "train").shape == (9_000,)
+    with pytest.raises(ValueError, match="data='omniglot' has no labels: take digits"):
+        load_labels("omniglot", "", "train")

@@ -50,6 +50,8 @@ def no_warnings_of_torch() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|fastsfvae)(\.|$)")
+        # PyTorch hides it by not showing it, which is no help where warnings are errors.
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
         # It is a trace that has them, for a moment.
         warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global")
         yield
