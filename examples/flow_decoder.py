@@ -33,7 +33,10 @@ class Flow(nn.Module):
 
 
 class Encoder(nn.Sequential):
+    """The posterior's mean and log-variance."""
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x ``[B, n]`` to two ``[B, m]``."""
         mean, log_var = super().forward(x).chunk(2, dim=1)
         return mean, log_var
 

@@ -35,12 +35,10 @@ from fastsfvae.reproduce.seconds import (
 from fastsfvae.reproduce.tables import grid
 from fastsfvae.results.pictures import centres, draw_images, new_figure
 from fastsfvae.results.samples import sample_latents
-from fastsfvae.training.checkpoint import load
 from fastsfvae.training.config import TrainConfig
 
 STEPS = 2000
 _SAMPLING = "sampling"
-# Those of the first table and the README have three seeds, as all of them.
 METHODS: dict[str, dict[str, Any]] = {
     _SAMPLING: {"method": "sampling"},
     "sampling-free, precision": {"likelihood": "precision"},
@@ -67,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SWAE": {"method": "swae"},
     "CWAE": {"method": "cwae"},
 }
-_COLUMNS = 14
+_COLUMNS = 12
 # What is compared at equal seconds.
 _IN_TIME = (LOG_ML, AT_MEAN, KID)
 
@@ -79,37 +77,53 @@ def _cells(options: Options) -> list[Cell]:
     measure = Judges()
     if options.quick:
         measure = Judges(samples=50, images=50, generated=200, extractor_steps=50)
-    (data,) = options.data_sets("digits")
-    base = TrainConfig(**options.place(data))
     at = (steps,) if options.quick else doublings(steps, 5)
     cells = []
-    for name, settings in METHODS.items():
-        own = dict(settings)
-        if "warm_start" in own and steps != STEPS:
-            own["warm_start"] = f"precision:{max(1, round(100 * steps / STEPS))}"
-        config = replace(base, **own)
-        cells.append(Cell(name, config, measure, at, 1 if options.quick else 3, fixed_steps=True))
+    for data in options.data_sets("digits", "fashion-mnist"):
+        base = TrainConfig(**options.place(data))
+        for name, settings in METHODS.items():
+            own = dict(settings)
+            if "warm_start" in own and steps != STEPS:
+                own["warm_start"] = f"precision:{max(1, round(100 * steps / STEPS))}"
+            config, seeds = replace(base, **own), 1 if options.quick else 3
+            name = _prefix(data) + name
+            cells.append(Cell(name, config, measure, at, seeds, fixed_steps=True))
     if options.quick:
         return cells
     return [*cells, *(step_time_cell(cell) for cell in cells if not cell.config.warm_start)]
 
 
+def _prefix(data: str) -> str:
+    """What stands in front of a method's name in a cell's."""
+    return "" if data == "digits" else f"{data}, "
+
+
+def _by_data(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of each data set."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.cell.config.data, []).append(result)
+    return found
+
+
 def _reading(results: Sequence[Result]) -> str:
     lines = ["-, where it does not apply:", ""]
     lines += [f"- {names}: {reason}." for names, reason in BLANKS.items()]
-    return "\n".join([*lines, *_equal_seconds(results)])
+    for data, of_set in _by_data(results).items():
+        lines += _equal_seconds(data, of_set)
+    return "\n".join(lines)
 
 
-def _equal_seconds(results: Sequence[Result]) -> Iterator[str]:
-    """The judges of all kinds in the time of the baseline's own points."""
-    seconds = step_seconds(results)
-    if _SAMPLING not in seconds:
-        return
+def _equal_seconds(data: str, results: Sequence[Result]) -> Iterator[str]:
+    """The judges of all kinds in the time of three quarters of the baseline's steps, and less."""
+    seconds, baseline = step_seconds(results), _prefix(data) + _SAMPLING
     found = {quantity: curves(results, quantity) for quantity in _IN_TIME}
-    last = max(found[AT_MEAN][_SAMPLING])
+    if baseline not in seconds or baseline not in found[AT_MEAN]:
+        return
+    last = max(found[AT_MEAN][baseline])
     # Not its end: what takes a little less time has no point behind.
     steps = [last * quarters // 4 for quarters in (1, 2, 3)]
-    budgets = [seconds[_SAMPLING] * step for step in steps]
+    budgets = [seconds[baseline] * step for step in steps]
     rows = []
     for name in found[AT_MEAN]:
         if name not in seconds:
@@ -121,13 +135,15 @@ def _equal_seconds(results: Sequence[Result]) -> Iterator[str]:
                 curve = found[quantity].get(name, {})
                 in_time = {n * seconds[name]: value for n, value in curve.items()}
                 values.append(value_at(in_time, budget))
-            cells.append(" / ".join("" if math.isnan(v) else f"{v:.4g}" for v in values))
-        rows.append([name, f"{seconds[name] / seconds[_SAMPLING]:.2f}", *cells])
+            cells.append(" / ".join("-" if math.isnan(v) else f"{v:.4g}" for v in values))
+        ratio = seconds[name] / seconds[baseline]
+        rows.append([name.removeprefix(_prefix(data)), f"{ratio:.2f}", *cells])
     yield ""
     yield (
-        f"At equal seconds, {' / '.join(_IN_TIME)}: steps times the time of a step, interpolated "
-        f"over log seconds. The columns are the times of {', '.join(f'{n:,}' for n in steps)} "
-        f"steps of {_SAMPLING}. Blank: a method has no such quantity, or no point before or behind."
+        f"On {data} at equal seconds, {' / '.join(_IN_TIME)}: steps times the time of a step, "
+        f"interpolated over log seconds. The columns are the times of "
+        f"{', '.join(f'{n:,}' for n in steps)} steps of {_SAMPLING}. -: a method has no such "
+        "quantity, or no point before or behind."
     )
     yield ""
     head = ["trained by", "time of a step", *(f"{budget:.3g} s" for budget in budgets)]
@@ -136,23 +152,25 @@ def _equal_seconds(results: Sequence[Result]) -> Iterator[str]:
 
 @torch.no_grad()
 def _draw(results: Sequence[Result]):
-    """A row of test images, then of each method a row of samples, of seed 0."""
-    shown = [result for result in trained(results) if result.seed == 0]
-    if not shown:
+    """Of each data set a row of test images, then of each method a row of samples, of seed 0."""
+    sets = _by_data([result for result in trained(results) if result.seed == 0])
+    if not sets:
         return None
-    config = shown[0].cell.config
-    rows = {"test images": to_unit(config.load_images("test")[:_COLUMNS])}
-    for result in shown:
-        result.load()
-        encoder, decoder, loaded = load(result.folder)
-        z, _ = sample_latents(loaded, encoder, _COLUMNS, torch.Generator().manual_seed(0))
-        rows[result.cell.name] = decoder(z)
-    figure = new_figure(0.42 * _COLUMNS + 2.2, 0.42 * len(rows) + 0.5)
-    axes = figure.subplots()
-    draw_images(axes, torch.cat(list(rows.values())), _COLUMNS)
-    size = config.model_config.image_shape[-1]
-    axes.set_yticks(centres(len(rows), size), list(rows), fontsize=8)
-    axes.tick_params(length=0)
+    rows = 1 + max(map(len, sets.values()))
+    figure = new_figure(0.42 * _COLUMNS * len(sets) + 2.2, 0.42 * rows + 0.5)
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axes, (data, of_set) in zip(panels, sets.items(), strict=True):
+        images = {"test images": to_unit(of_set[0].cell.config.load_images("test")[:_COLUMNS])}
+        for result in of_set:
+            encoder, decoder = result.load()
+            generator = torch.Generator().manual_seed(0)
+            z, _ = sample_latents(result.cell.config, encoder, _COLUMNS, generator)
+            images[result.cell.name.removeprefix(_prefix(data))] = decoder(z)
+        draw_images(axes, torch.cat(list(images.values())), _COLUMNS)
+        size = images["test images"].shape[-1]
+        axes.set_yticks(centres(len(images), size), list(images), fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_title(data, fontsize=9)
     return figure
 
 

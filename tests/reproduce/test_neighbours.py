@@ -31,12 +31,15 @@ from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.methods import DETERMINISTIC, METHODS, WITHOUT_PRIOR
 
 OF_DENSITIES = {LOG_ML, ELBO, KL, SAMPLED, COLLAPSED}
+SETS = ("digits", "fashion-mnist")
 JUDGES = Judges(samples=20, images=20, generated=100, extractor_steps=5)
 
 
 def test_every_method_has_its_place():
     cells = choose("neighbours", Options())
-    shown = {cell.config.method for cell in cells}
+    of_sets = [{c.config.method for c in cells if c.config.data == d} for d in SETS]
+    shown = of_sets[0]
+    assert of_sets == [shown] * 2 and {cell.config.data for cell in cells} == {*SETS}
     # The exact marginal is for one latent, where there is no neighbourhood.
     assert shown == {*METHODS} - {"exact-marginal"}
     assert all(cell.seeds == 3 for cell in cells if "step time" not in cell.name)
@@ -139,7 +142,7 @@ def test_equal_seconds_are_interpolated_and_what_is_missing_stays_blank():
         f"{at:.4g} / {20 + 10 * (1 - math.log2(1.5)):.4g} / {1 + 1 - math.log2(1.5):.4g}",
     ]
     # Of half as many steps; not yet measured after one second.
-    assert rows["SWAE"][:3] == ["2.00", " /  / ", " / 40 / 3"]
+    assert rows["SWAE"][:3] == ["2.00", "- / - / -", "- / 40 / 3"]
     assert "STL" not in rows
 
 

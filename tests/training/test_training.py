@@ -168,14 +168,14 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, method):
 
 def test_model_randomness_is_resumed(tmp_path, monkeypatch):
     # A Dropout in the encoder draws from torch's global generator.
-    original = run_module.build
+    original = run_module.build_networks
 
     def with_dropout(config):
         encoder, decoder = original(config)
         encoder.trunk.insert(1, torch.nn.Dropout(0.5))
         return encoder, decoder
 
-    monkeypatch.setattr(run_module, "build", with_dropout)
+    monkeypatch.setattr(run_module, "build_networks", with_dropout)
     config = replace(SMALL, method="sampling", steps=30)
     whole, parts = (training.start(config, tmp_path / name) for name in ("whole", "parts"))
     torch.manual_seed(0)
@@ -261,14 +261,14 @@ def test_existing_folder_is_left_alone(tmp_path):
 
 
 def test_a_decoder_that_cannot_run_leaves_nothing_behind(tmp_path, monkeypatch):
-    original = run_module.build
+    original = run_module.build_networks
 
     def with_batch_norm(config):
         encoder, decoder = original(config)
         decoder.insert(1, torch.nn.BatchNorm1d(200))
         return encoder, decoder
 
-    monkeypatch.setattr(run_module, "build", with_batch_norm)
+    monkeypatch.setattr(run_module, "build_networks", with_batch_norm)
     with pytest.raises((RuntimeError, ValueError), match="decoder.1. normalises") as caught:
         training.start(SMALL, tmp_path / "run")
     assert "\n" not in str(caught.value)
