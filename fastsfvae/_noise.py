@@ -7,7 +7,7 @@ Each row alone is N(0, I) whatever its kind, so that a mean over rows stays unbi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +36,12 @@ def check_draws(draws: Draws, samples: int, latent_dim: int | None = None) -> No
             f"draws='orthogonal' with samples={samples}: {latent_dim} latent dimensions have no "
             f"more than {latent_dim} orthogonal directions, give at most {2 * latent_dim}"
         )
+
+
+def noise_like(mean: Tensor, generator: torch.Generator | None) -> dict[str, Any]:
+    """What noise for posteriors like this mean is drawn with: its device, float32 at least."""
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    return {"device": mean.device, "dtype": dtype, "generator": generator}
 
 
 def standard_normal(

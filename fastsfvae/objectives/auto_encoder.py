@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsfvae import _checks
+from fastsfvae._noise import noise_like
 from fastsfvae.likelihoods import gaussian_kl, wide
 from fastsfvae.objectives.draws import Decoder, decode
 from fastsfvae.objectives.noise_variance import NoiseVar, check_noise_var
@@ -79,9 +80,8 @@ class Matched(AutoEncoder):
 
     def noise(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal rows ``[R, m]``, the first B of which are draws of the prior."""
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        options: Any = {"device": mean.device, "dtype": dtype, "generator": generator}
-        return torch.randn(len(mean) + self._further_rows, mean.shape[1], **options)
+        rows = len(mean) + self._further_rows
+        return torch.randn(rows, mean.shape[1], **noise_like(mean, generator))
 
     def at_noise(self, x: Tensor, mean: Tensor, log_var: Tensor, noise: Tensor) -> Terms:
         """Evaluate at given noise, as `noise` draws it."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsfvae import _checks
-from fastsfvae._noise import Draws, check_draws, standard_normal
+from fastsfvae._noise import Draws, check_draws, noise_like, standard_normal
 from fastsfvae.likelihoods import posterior_kl, wide
 from fastsfvae.objectives.noise_variance import NoiseVar, check_noise_var, log_normalizer
 from fastsfvae.objectives.terms import Terms, make_terms
@@ -140,8 +140,7 @@ class MonteCarlo:
 
     def noise(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The noise that a call draws, ``[K, B, m]``, for posteriors like this mean ``[B, m]``."""
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        options: Any = {"device": mean.device, "dtype": dtype, "generator": generator}
+        options = noise_like(mean, generator)
         return standard_normal((self.samples, *mean.shape), self.draws, **options)
 
     def at_noise(self, x: Tensor, mean: Tensor, log_var: Tensor, noise: Tensor) -> Terms:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from fastsfvae._noise import noise_like
 from fastsfvae.objectives.draws import Decoder, Drawn
 from fastsfvae.objectives.iwae import ImportanceWeighted
 from fastsfvae.objectives.noise_variance import NoiseVar
@@ -83,9 +82,7 @@ class HierarchicalImportanceWeighted(ImportanceWeighted):
 
     def noise(self, mean: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The noise that a call draws, ``[1 + K, B, m]``; the first is z_0's."""
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        options: Any = {"device": mean.device, "dtype": dtype, "generator": generator}
-        return torch.randn(1 + self.samples, *mean.shape, **options)
+        return torch.randn(1 + self.samples, *mean.shape, **noise_like(mean, generator))
 
     def _draw(self, mean: Tensor, log_var: Tensor, noise: Tensor) -> Drawn:
         # A density is no layer: autocast would leave eight bits of it.

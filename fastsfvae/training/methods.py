@@ -58,7 +58,8 @@ _TAKEN_BY = {
     "gamma_schedule": ("sampling-free",),
     "learned_noise_var": _FIXED,
     "compile": _FIXED,
-    "cuda_graph": _FIXED,
+    # A factorisation of full covariances has not been captured yet.
+    "cuda_graph": tuple(method for method in _FIXED if method != "householder"),
     "mode_steps": ("vlae",),
     "bound": ("vlae",),
     "proposal": ("iwae",),

@@ -15,65 +15,21 @@ from fastsfvae.objectives import (
     ReweightedExpectationMaximization,
     Sampling,
 )
-
-B, M, N, K, C = 6, 3, 5, 4, 0.3
-
-
-def _normal(seed, *shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _fill(module, std, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std, generator=generator)
-    return module.double()
-
-
-class _Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(N, 2 * M)
-
-    def forward(self, x):
-        return self.layer(x).chunk(2, -1)
-
-
-def _model():
-    decoder = nn.Sequential(nn.Linear(M, 8), nn.Tanh(), nn.Linear(8, N))
-    return _fill(_Encoder(), 0.5), _fill(decoder, 0.5, seed=1), _normal(2, B, N)
-
-
-def _close(actual, expected, scale=64):
-    torch.testing.assert_close(
-        actual,
-        expected,
-        rtol=0,
-        atol=scale * torch.finfo(torch.float64).eps * max(1.0, float(expected.abs().max())),
-    )
-
-
-def _standard(like):
-    return Normal(torch.zeros_like(like), 1.0)
-
-
-def _posterior(mean, log_var):
-    return Normal(mean, (0.5 * log_var).exp())
-
-
-def _log_likelihood(decoder, x, z):
-    return Normal(decoder(z), math.sqrt(C)).log_prob(x).sum(-1)
-
-
-def _same_gradients(loss, expected, *modules, scale=256):
-    parameters = [p for module in modules for p in module.parameters()]
-    found, wanted = (
-        torch.autograd.grad(value, parameters, retain_graph=True) for value in (loss, expected)
-    )
-    for one, other in zip(found, wanted, strict=True):
-        assert other.abs().max() > 0
-        _close(one, other, scale)
-
+from tests.objectives.plain import (
+    B,
+    C,
+    K,
+    M,
+    N,
+    close,
+    fill,
+    log_density,
+    model,
+    normal,
+    posterior,
+    same_gradients,
+    standard,
+)
 
 # --- hierarchical importance weighting
 
@@ -94,42 +50,42 @@ def _log_weights(decoder, coupling, x, mean, log_var, noise):
             r = Normal(back[:m], back[m:].exp())
             z = mu + (0.5 * a).exp() * e
             # The density of z_k is e_k's, over the deviation.
-            log_q = q.log_prob(e) - 0.5 * a + _standard(first).log_prob(first)
-            log_p = _standard(z).log_prob(z) + r.log_prob(first)
-            row.append(_log_likelihood(decoder, x_i, z) + (log_p - log_q).sum())
+            log_q = q.log_prob(e) - 0.5 * a + standard(first).log_prob(first)
+            log_p = standard(z).log_prob(z) + r.log_prob(first)
+            row.append(log_density(decoder, x_i, z) + (log_p - log_q).sum())
         rows.append(torch.stack(row))
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_hierarchical_bound_from_its_formula(samples):
-    encoder, decoder, x = _model()
-    coupling = _fill(Coupling(M, samples), 0.1, seed=3)
+    encoder, decoder, x = model()
+    coupling = fill(Coupling(M, samples), 0.1, seed=3)
     objective = HierarchicalImportanceWeighted(decoder, coupling, noise_var=C)
     mean, log_var = encoder(x)
     noise = objective.noise(mean, torch.Generator().manual_seed(5))
-    assert torch.equal(noise, _normal(5, 1 + samples, B, M))
+    assert torch.equal(noise, normal(5, 1 + samples, B, M))
     terms = objective.at_noise(x, mean, log_var, noise)
     log_weight = _log_weights(decoder, coupling, x, mean, log_var, noise)
     value = log_weight.exp().mean(0).log()
-    _close(terms.objective, value.detach(), 256)
-    _close(terms.kl, gaussian_kl(mean, log_var).detach())
-    _same_gradients(terms.loss, -value.mean(), encoder, decoder, coupling, scale=1000)
+    close(terms.objective, value.detach(), 256)
+    close(terms.kl, gaussian_kl(mean, log_var).detach())
+    same_gradients(terms.loss, -value.mean(), encoder, decoder, coupling, scale=1000)
 
 
 def test_as_it_is_made_the_draws_are_independent():
-    encoder, decoder, x = _model()
+    encoder, decoder, x = model()
     coupling = Coupling(M, K).double()
     settings = {"noise_var": C}
     objective = HierarchicalImportanceWeighted(decoder, coupling, **settings)
-    noise, posterior = _normal(5, 1 + K, B, M), encoder(x)
+    noise, posterior = normal(5, 1 + K, B, M), encoder(x)
     terms = objective.at_noise(x, *posterior, noise)
     plain = ImportanceWeighted(decoder, samples=K, **settings)
     expected = plain.at_noise(x, *posterior, noise[1:])
     for one, other in zip(terms, expected, strict=True):
-        _close(one.detach(), other.detach())
+        close(one.detach(), other.detach())
     # The bound is the same function of the decoder, not yet of what the encoder tells the coupling.
-    _same_gradients(terms.loss, expected.loss, decoder, encoder)
+    same_gradients(terms.loss, expected.loss, decoder, encoder)
     of_last = torch.autograd.grad(terms.loss, coupling.draws[-1].weight)[0]
     assert of_last.abs().max() > 1e-4
 
@@ -140,11 +96,11 @@ RUNS = 4000
 
 
 def _linear(orthogonal=False):
-    decoder = _fill(nn.Linear(M, N), 0.6, seed=1)
+    decoder = fill(nn.Linear(M, N), 0.6, seed=1)
     W, b = decoder.weight.data, decoder.bias.data
     if orthogonal:
         W.copy_(torch.linalg.qr(W).Q * torch.tensor([1.5, 0.7, 0.4]))
-    x = b + _normal(2, 1, M) @ W.T + math.sqrt(C) * _normal(3, 1, N)
+    x = b + normal(2, 1, M) @ W.T + math.sqrt(C) * normal(3, 1, N)
     evidence = MultivariateNormal(b, W @ W.T + C * torch.eye(N).double()).log_prob(x)
     precision = torch.eye(M).double() + W.T @ W / C
     mean = torch.linalg.solve(precision, W.T @ (x - b).T / C).T
@@ -191,7 +147,7 @@ def test_matched_moments_tighten_the_bound_of_a_poor_posterior(samples):
     )
     assert _ratio(second - plain) > 3 and _ratio(evidence - second) > 3
     # Version 1 has the plain bound, of the first half of the noise.
-    _close(first, plain)
+    close(first, plain)
 
 
 def test_of_the_posterior_itself_every_draw_gives_log_p_of_x():
@@ -200,13 +156,13 @@ def test_of_the_posterior_itself_every_draw_gives_log_p_of_x():
         ImportanceWeighted(decoder, noise_var=C, samples=K),
         HierarchicalImportanceWeighted(decoder, Coupling(M, K).double(), noise_var=C),
     ):
-        _close(_repeat(objective, x, mean, log_var, seed=1, runs=50), evidence.expand(50))
+        close(_repeat(objective, x, mean, log_var, seed=1, runs=50), evidence.expand(50))
 
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_coupled_weights_have_the_mean_p_of_x(samples):
     decoder, x, evidence, mean, log_var = _linear()
-    coupling = _fill(Coupling(M, samples), 0.07, seed=3)
+    coupling = fill(Coupling(M, samples), 0.07, seed=3)
     objective = HierarchicalImportanceWeighted(decoder, coupling, noise_var=C)
     found = _repeat(objective, x, mean + 0.1, log_var + 0.4, seed=1)
     assert _ratio(evidence - found) > 3
@@ -233,8 +189,8 @@ class _Recording(nn.Module):
 
 def _moments(decoder, x, mean, log_var, z):
     """The weights' mean of draws z ``[K, B, m]``, and the covariance of q about it."""
-    log_q = _posterior(mean, log_var).log_prob(z).sum(-1)
-    log_p = _log_likelihood(decoder, x, z) + _standard(z).log_prob(z).sum(-1)
+    log_q = posterior(mean, log_var).log_prob(z).sum(-1)
+    log_p = log_density(decoder, x, z) + standard(z).log_prob(z).sum(-1)
     weight = (log_p - log_q).softmax(0)
     loc = (weight.unsqueeze(-1) * z).sum(0)
     off = loc - mean
@@ -244,7 +200,7 @@ def _moments(decoder, x, mean, log_var, z):
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("version", [1, 2])
 def test_rem_from_its_formula(version, samples):
-    encoder, decoder, x = _model()
+    encoder, decoder, x = model()
     recording = _Recording(decoder)
     settings = {"noise_var": C, "samples": samples, "version": version}
     objective = ReweightedExpectationMaximization(recording, **settings)
@@ -259,24 +215,24 @@ def test_rem_from_its_formula(version, samples):
     assert not of_q.requires_grad and not of_r.requires_grad
 
     fixed = mean.detach(), log_var.detach()
-    _close(of_q, fixed[0] + (0.5 * fixed[1]).exp() * noise[0])
+    close(of_q, fixed[0] + (0.5 * fixed[1]).exp() * noise[0])
     r = MultivariateNormal(*(t.detach() for t in _moments(decoder, x, *fixed, of_q)))
     log_r = r.log_prob(of_r)
     joint_q, joint_r = (
-        _log_likelihood(decoder, x, z) + _standard(z).log_prob(z).sum(-1) for z in (of_q, of_r)
+        log_density(decoder, x, z) + standard(z).log_prob(z).sum(-1) for z in (of_q, of_r)
     )
-    a = (joint_q - _posterior(*fixed).log_prob(of_q).sum(-1)).detach()
+    a = (joint_q - posterior(*fixed).log_prob(of_q).sum(-1)).detach()
     b = (joint_r - log_r).detach()
-    _close(terms.objective, (a if version == 1 else b).exp().mean(0).log(), 256)
-    log_q = _posterior(mean, log_var).log_prob(of_r).sum(-1)
+    close(terms.objective, (a if version == 1 else b).exp().mean(0).log(), 256)
+    log_q = posterior(mean, log_var).log_prob(of_r).sum(-1)
     encoders = -(b.softmax(0) * log_q).sum(0).mean()
     decoders = a.softmax(0) * joint_q if version == 1 else b.softmax(0) * joint_r
-    _same_gradients(terms.loss, encoders - decoders.sum(0).mean(), encoder, decoder, scale=1000)
-    _same_gradients(terms.loss, encoders, encoder, scale=1000)
+    same_gradients(terms.loss, encoders - decoders.sum(0).mean(), encoder, decoder, scale=1000)
+    same_gradients(terms.loss, encoders, encoder, scale=1000)
 
 
 def test_the_matched_proposals_draws_have_its_moments():
-    encoder, decoder, x = _model()
+    encoder, decoder, x = model()
     recording, count = _Recording(decoder), 20_000
     mean, log_var = (t[:1].detach() for t in encoder(x))
     settings = {"noise_var": C, "samples": count}
@@ -308,7 +264,7 @@ def test_bounds_in_half_precision_are_float32s(name):
     decoder = nn.Sequential(nn.Linear(M, 6), nn.Tanh(), nn.Linear(6, N))
     x = torch.randn(50, N)
     posterior = tuple((0.3 * torch.randn(2, 50, M)).bfloat16())
-    coupling = _fill(Coupling(M, K), 0.1).float()
+    coupling = fill(Coupling(M, K), 0.1).float()
     settings = {"samples": K}
     objective = {
         "h-iwae": HierarchicalImportanceWeighted(decoder, coupling),

@@ -19,6 +19,7 @@ from fastsfvae.objectives import (
 from fastsfvae.objectives.cwae import _sliced_kernel, cramer_wold
 from fastsfvae.objectives.swae import sliced_wasserstein
 from fastsfvae.objectives.wae import maximum_mean_discrepancy
+from tests.objectives.plain import close
 
 B, M, N, C = 6, 3, 5, 0.3
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -37,15 +38,6 @@ def _model(m=M):
     return encoder, decoder, NoiseVariance(C).double()
 
 
-def _close(actual, expected, scale=64):
-    torch.testing.assert_close(
-        actual,
-        expected,
-        rtol=0,
-        atol=scale * torch.finfo(torch.float64).eps * max(1.0, float(expected.abs().max())),
-    )
-
-
 def _log_likelihood(output, x, noise_var):
     return Normal(output, (0.5 * noise_var.log).exp()).log_prob(x).sum(-1)
 
@@ -56,16 +48,16 @@ def _check(terms, value, log_likelihood, posterior, parameters, scale=64):
     kl = kl_divergence(
         Normal(mean, (0.5 * log_var).exp()), Normal(torch.zeros_like(mean), 1.0)
     ).sum(-1)
-    _close(terms.objective, value.detach(), scale)
-    _close(terms.loss.detach(), -value.mean().detach(), scale)
-    _close(terms.log_likelihood, log_likelihood.detach(), scale)
-    _close(terms.kl, kl.detach())
+    close(terms.objective, value.detach(), scale)
+    close(terms.loss.detach(), -value.mean().detach(), scale)
+    close(terms.log_likelihood, log_likelihood.detach(), scale)
+    close(terms.kl, kl.detach())
     assert not any(term.requires_grad for term in terms[1:])
     found = torch.autograd.grad(terms.loss, parameters, retain_graph=True)
     expected = torch.autograd.grad(-value.mean(), parameters)
     for one, other in zip(found, expected, strict=True):
         assert other.abs().max() > 0
-        _close(one, other, scale)
+        close(one, other, scale)
 
 
 # --- regularised auto-encoder
@@ -90,7 +82,7 @@ def test_rae_from_its_formula(regularizer):
             J = torch.autograd.functional.jacobian(decoder, mean[i], create_graph=True)
             penalty = 0.5 * torch.linalg.matrix_norm(J) ** 2
         values.append(log_likelihood[i] - 0.7 * mean[i].dot(mean[i]) / 2 - 0.2 * penalty)
-    _close(terms.squared_error, (decoder(mean) - x).square().sum(-1).detach())
+    close(terms.squared_error, (decoder(mean) - x).square().sum(-1).detach())
     parameters = (*encoder.parameters(), *decoder.parameters(), noise_var.log)
     _check(terms, torch.stack(values), log_likelihood, (mean, log_var), parameters)
 
@@ -129,7 +121,7 @@ def test_a_transposed_convolution_is_normalised_by_its_outputs():
     for _ in range(300):
         decoder(z)
     matrix = layer.weight.detach().movedim(1, 0).flatten(1)
-    _close(torch.linalg.svdvals(matrix)[0], torch.ones((), dtype=torch.float64), 1e4)
+    close(torch.linalg.svdvals(matrix)[0], torch.ones((), dtype=torch.float64), 1e4)
 
 
 def test_rae_refuses_what_it_cannot_regularise():
@@ -180,7 +172,7 @@ def test_wae_from_its_formula():
 
 def test_discrepancy_is_the_loop_over_pairs():
     z, prior = 2 * _normal(1, 9, M) + 1, _normal(2, 9, M)
-    _close(maximum_mean_discrepancy(z, prior), _mmd(z, prior))
+    close(maximum_mean_discrepancy(z, prior), _mmd(z, prior))
     assert torch.autograd.gradcheck(maximum_mean_discrepancy, (z.requires_grad_(), prior))
 
 
@@ -241,7 +233,7 @@ def test_sliced_distance_knows_no_order_and_sees_a_shift():
     line, both_ways = _normal(4, 9, 1), _normal(5, 7, 1)
     assert both_ways.min() < 0 < both_ways.max()
     found = sliced_wasserstein(line[order[:9]] + 0.7, line, both_ways)
-    _close(found, torch.tensor(0.49, dtype=torch.float64))
+    close(found, torch.tensor(0.49, dtype=torch.float64))
     arguments = z.requires_grad_(), _normal(6, 9, M), directions
     assert torch.autograd.gradcheck(sliced_wasserstein, arguments)
     for wrong in (z[:8], z[:, :2]):
@@ -287,7 +279,7 @@ def _paper(z):
 @pytest.mark.parametrize("m", [3, 16])
 def test_cramer_wold_is_the_papers(m):
     z = 1.5 * _normal(1, 9, m) + 0.5
-    _close(cramer_wold(z) / _paper(z), torch.ones((), dtype=torch.float64), 4000)
+    close(cramer_wold(z) / _paper(z), torch.ones((), dtype=torch.float64), 4000)
     assert torch.autograd.gradcheck(cramer_wold, z[:4].clone().requires_grad_())
 
 
@@ -319,7 +311,7 @@ def test_cramer_wold_of_a_line_is_the_smoothed_densities_distance():
     t = torch.linspace(-20, 20, 20_001, dtype=torch.float64)
     ours = Normal(z, math.sqrt(g)).log_prob(t).exp().mean(0)
     prior = Normal(torch.zeros_like(t), math.sqrt(1 + g)).log_prob(t).exp()
-    _close(cramer_wold(z), torch.trapezoid((ours - prior) ** 2, t), 4)
+    close(cramer_wold(z), torch.trapezoid((ours - prior) ** 2, t), 4)
 
 
 @pytest.mark.parametrize("m, stated", [(3, 0.092), (4, 0.057), (8, 0.022), (16, 0.0098)])

@@ -15,6 +15,7 @@ from fastsfvae.objectives import (
     StickingTheLanding,
 )
 from fastsfvae.objectives.draws import draw_path
+from tests.objectives.plain import close
 
 NOISE_VAR = 0.3
 M, N = 2, 5
@@ -60,15 +61,6 @@ def _log_weight(decoder, x, z, mean, log_var):
     return log_likelihood, prior - normal(mean, (0.5 * log_var).exp()).log_prob(z).sum(-1)
 
 
-def _close(actual, expected, scale=64):
-    torch.testing.assert_close(
-        actual,
-        expected,
-        rtol=0,
-        atol=scale * torch.finfo(torch.float64).eps * max(1.0, float(expected.abs().max())),
-    )
-
-
 # --- exact: values and gradients against the densities written out
 
 
@@ -92,12 +84,12 @@ def test_terms_and_gradients_from_the_densities(class_, samples):
         value = (log_likelihood + log_ratio).mean(0)
     else:
         value = (log_likelihood + log_ratio).exp().mean(0).log()
-    _close(terms.objective, value.detach())
-    _close(terms.loss.detach(), -value.mean().detach())
-    _close(terms.log_likelihood, log_likelihood.mean(0).detach())
-    _close(terms.kl, kl.detach())
+    close(terms.objective, value.detach())
+    close(terms.loss.detach(), -value.mean().detach())
+    close(terms.log_likelihood, log_likelihood.mean(0).detach())
+    close(terms.kl, kl.detach())
     constant = N * math.log(2 * math.pi * NOISE_VAR)
-    _close(terms.squared_error, -NOISE_VAR * (2 * terms.log_likelihood + constant))
+    close(terms.squared_error, -NOISE_VAR * (2 * terms.log_likelihood + constant))
 
     if class_ in (StickingTheLanding, DoublyReparameterized):
         # The weighted path derivatives, sample by sample.
@@ -111,9 +103,9 @@ def test_terms_and_gradients_from_the_densities(class_, samples):
     else:
         encoder_loss = -value.mean()
     expected = torch.autograd.grad(encoder_loss, tuple(encoder.parameters()), retain_graph=True)
-    _close(encoder_gradient, torch.cat([g.flatten() for g in expected]))
+    close(encoder_gradient, torch.cat([g.flatten() for g in expected]))
     expected = torch.autograd.grad(-value.mean(), tuple(decoder.parameters()))
-    _close(decoder_gradient, torch.cat([g.flatten() for g in expected]))
+    close(decoder_gradient, torch.cat([g.flatten() for g in expected]))
 
 
 @pytest.mark.parametrize("class_", [ImportanceWeighted, DoublyReparameterized])
@@ -140,8 +132,8 @@ def test_iwae_of_one_sample_is_the_sampling_elbo():
     noise = _noise(7, 1, 6, M)
     z = mean + (0.5 * log_var).exp() * noise
     drawn_kl = -_log_weight(decoder, x, z, mean, log_var)[1][0]
-    _close(iwae.objective, elbo.log_likelihood - drawn_kl.detach())
-    _close(iwae.log_likelihood, elbo.log_likelihood)
+    close(iwae.objective, elbo.log_likelihood - drawn_kl.detach())
+    close(iwae.log_likelihood, elbo.log_likelihood)
 
 
 def test_dreg_of_one_sample_is_sticking_the_landing():
@@ -150,10 +142,10 @@ def test_dreg_of_one_sample_is_sticking_the_landing():
     dreg = _evaluate(DoublyReparameterized(decoder, noise_var=NOISE_VAR), encoder, decoder, x)
     stl = _evaluate(StickingTheLanding(decoder, noise_var=NOISE_VAR), encoder, decoder, x)
     for actual, expected in zip((*dreg[0], *dreg[1:]), (*stl[0], *stl[1:]), strict=True):
-        _close(actual.detach(), expected.detach())
+        close(actual.detach(), expected.detach())
     iwae = _evaluate(ImportanceWeighted(decoder, noise_var=NOISE_VAR), encoder, decoder, x)
-    _close(stl[0].objective, iwae[0].objective)
-    _close(stl[2], iwae[2])
+    close(stl[0].objective, iwae[0].objective)
+    close(stl[2], iwae[2])
     # The score that it leaves out has no mean, but does not vanish.
     assert (stl[1] - iwae[1]).norm() > 0.1 * iwae[1].norm()
 
@@ -172,7 +164,7 @@ def test_sticking_the_landing_is_noiseless_at_the_true_posterior():
         terms = objective(x, mean, log_var, generator=torch.Generator().manual_seed(3))
         gradients[class_] = torch.autograd.grad(terms.loss, (mean, log_var))
     for gradient in gradients[StickingTheLanding]:
-        _close(gradient, torch.zeros_like(gradient))
+        close(gradient, torch.zeros_like(gradient))
     assert all(gradient.abs().max() > 0.01 for gradient in gradients[ImportanceWeighted])
 
 
@@ -197,12 +189,12 @@ def test_auto_encoder():
     mean, _ = encoder(x).chunk(2, dim=1)
     normal = torch.distributions.Normal(decoder(mean), math.sqrt(NOISE_VAR))
     value = normal.log_prob(x).sum(-1)
-    _close(terms.objective, value.detach())
-    _close(terms.squared_error, (decoder(mean) - x).square().sum(-1).detach())
+    close(terms.objective, value.detach())
+    close(terms.squared_error, (decoder(mean) - x).square().sum(-1).detach())
     parameters = (*encoder.parameters(), *decoder.parameters())
     expected = torch.autograd.grad(-value.mean(), parameters)
     flat = torch.cat([gradient.flatten() for gradient in expected])
-    _close(torch.cat([encoder_gradient, decoder_gradient]), flat)
+    close(torch.cat([encoder_gradient, decoder_gradient]), flat)
 
 
 def test_settings_that_are_refused():

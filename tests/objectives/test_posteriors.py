@@ -23,28 +23,22 @@ from fastsfvae.objectives import (
     VariationalLaplace,
 )
 from fastsfvae.objectives.draws import draw
-
-B, M, N, K, C = 6, 3, 5, 4, 0.3
-
-
-def _normal(seed, *shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _fill(module, std, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std, generator=generator)
-    return module.double()
-
-
-class _Encoder(nn.Module):
-    def __init__(self, m=M):
-        super().__init__()
-        self.layer = nn.Linear(N, 2 * m)
-
-    def forward(self, x):
-        return self.layer(x).chunk(2, -1)
+from tests.objectives.plain import (
+    B,
+    C,
+    Encoder,
+    K,
+    M,
+    N,
+    close,
+    fill,
+    log_density,
+    model,
+    normal,
+    posterior,
+    same_gradients,
+    standard,
+)
 
 
 class _Given(nn.Module):
@@ -54,65 +48,29 @@ class _Given(nn.Module):
         return x
 
 
-def _model():
-    decoder = nn.Sequential(nn.Linear(M, 8), nn.Tanh(), nn.Linear(8, N))
-    return _fill(_Encoder(), 0.5), _fill(decoder, 0.5, seed=1), _normal(2, B, N)
-
-
-def _close(actual, expected, scale=64):
-    torch.testing.assert_close(
-        actual,
-        expected,
-        rtol=0,
-        atol=scale * torch.finfo(torch.float64).eps * max(1.0, float(expected.abs().max())),
-    )
-
-
-def _standard(like):
-    return Normal(torch.zeros_like(like), 1.0)
-
-
-def _posterior(mean, log_var):
-    return Normal(mean, (0.5 * log_var).exp())
-
-
-def _log_likelihood(decoder, x, z):
-    return Normal(decoder(z), math.sqrt(C)).log_prob(x).sum(-1)
-
-
-def _same_gradients(loss, expected, *modules, scale=256):
-    parameters = [p for module in modules for p in module.parameters()]
-    found, wanted = (
-        torch.autograd.grad(value, parameters, retain_graph=True) for value in (loss, expected)
-    )
-    for one, other in zip(found, wanted, strict=True):
-        assert other.abs().max() > 0
-        _close(one, other, scale)
-
-
 # --- free bits
 
 
 def test_free_bits_from_the_formula():
-    encoder, decoder, x = _model()
+    encoder, decoder, x = model()
     mean, log_var = encoder(x)
-    of_batch = kl_divergence(_posterior(mean, log_var), _standard(mean)).mean(0)
+    of_batch = kl_divergence(posterior(mean, log_var), standard(mean)).mean(0)
     floor = float(of_batch.detach().median())
     objective = FreeBits(decoder, noise_var=C, samples=K, free_bits=floor + 1e-9)
-    noise = _normal(3, K, B, M)
+    noise = normal(3, K, B, M)
     terms = objective.at_noise(x, mean, log_var, noise)
-    log_likelihood = _log_likelihood(decoder, x, mean + (0.5 * log_var).exp() * noise).mean(0)
+    log_likelihood = log_density(decoder, x, mean + (0.5 * log_var).exp() * noise).mean(0)
     value = log_likelihood
     for i in range(M):
         value = value - (of_batch[i] if of_batch[i] > floor + 1e-9 else floor + 1e-9)
     assert 0 < (of_batch > floor + 1e-9).sum() < M
-    _close(terms.objective, value.detach())
-    _close(terms.kl, gaussian_kl(mean, log_var).detach())
-    _same_gradients(terms.loss, -value.mean(), encoder, decoder)
+    close(terms.objective, value.detach())
+    close(terms.kl, gaussian_kl(mean, log_var).detach())
+    same_gradients(terms.loss, -value.mean(), encoder, decoder)
 
 
 def test_below_the_floor_a_dimension_has_the_decoders_gradient_alone():
-    mean, log_var = _normal(1, B, M), 0.3 * _normal(2, B, M)
+    mean, log_var = normal(1, B, M), 0.3 * normal(2, B, M)
     mean[:, 0] *= 0.1
     mean, log_var = mean.requires_grad_(), log_var.requires_grad_()
     objective = FreeBits(lambda z: 0 * z, samples=2, free_bits=0.2)
@@ -122,14 +80,14 @@ def test_below_the_floor_a_dimension_has_the_decoders_gradient_alone():
 
 
 def test_no_free_bits_are_the_elbo():
-    encoder, decoder, x = _model()
-    noise = _normal(3, K, B, M)
+    encoder, decoder, x = model()
+    noise = normal(3, K, B, M)
     posterior = encoder(x)
     settings = {"noise_var": C, "samples": K}
     free = FreeBits(decoder, free_bits=0.0, **settings).at_noise(x, *posterior, noise)
     elbo = Sampling(decoder, **settings).at_noise(x, *posterior, noise)
-    _close(free.loss.detach(), elbo.loss.detach())
-    _same_gradients(free.loss, elbo.loss, encoder, decoder)
+    close(free.loss.detach(), elbo.loss.detach())
+    same_gradients(free.loss, elbo.loss, encoder, decoder)
     for wrong in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="free_bits="):
             FreeBits(decoder, free_bits=wrong)
@@ -180,7 +138,7 @@ def test_means_are_positive_and_slopes_finite_at_the_very_ends(dtype):
 
 @pytest.mark.parametrize("rate", RATES)
 def test_minimum_rate_from_its_formula(rate):
-    encoder, decoder, x = _model()
+    encoder, decoder, x = model()
     wrapped = MinimumRate(encoder, rate)
     low, high = wrapped.ends
     a, log_v = encoder(x)
@@ -189,13 +147,13 @@ def test_minimum_rate_from_its_formula(rate):
     mean, log_var = wrapped(x)
     # Of a small rate the root is of a difference.
     scale = 64 + 1 / rate
-    _close(mean.detach(), mu.detach(), scale)
-    _close((0.5 * log_var).exp().detach(), s.detach())
-    noise = _normal(3, K, B, M)
+    close(mean.detach(), mu.detach(), scale)
+    close((0.5 * log_var).exp().detach(), s.detach())
+    noise = normal(3, K, B, M)
     terms = Sampling(decoder, noise_var=C, samples=K).at_noise(x, mean, log_var, noise)
-    kl = kl_divergence(Normal(mu, s), _standard(mu)).sum(-1)
-    value = _log_likelihood(decoder, x, mu + s * noise).mean(0) - kl
-    _same_gradients(terms.loss, -value.mean(), encoder, decoder, scale=1000 + 10 / rate)
+    kl = kl_divergence(Normal(mu, s), standard(mu)).sum(-1)
+    value = log_density(decoder, x, mu + s * noise).mean(0) - kl
+    same_gradients(terms.loss, -value.mean(), encoder, decoder, scale=1000 + 10 / rate)
     for wrong in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="min_rate="):
             MinimumRate(encoder, wrong)
@@ -219,34 +177,34 @@ def _turned(householder, mean, log_var):
 
 @pytest.mark.parametrize("m, flows", [(1, 1), (1, 2), (3, 1), (3, 5)])
 def test_householder_from_its_reflections(m, flows):
-    encoder = _fill(_Encoder(m), 0.5)
-    decoder = _fill(nn.Sequential(nn.Linear(m, 8), nn.Tanh(), nn.Linear(8, N)), 0.5, seed=1)
-    householder = _fill(Householder(encoder, m, flows), 0.5, seed=4)
-    x, noise = _normal(2, B, N), _normal(3, K, B, m)
+    encoder = fill(Encoder(m), 0.5)
+    decoder = fill(nn.Sequential(nn.Linear(m, 8), nn.Tanh(), nn.Linear(8, N)), 0.5, seed=1)
+    householder = fill(Householder(encoder, m, flows), 0.5, seed=4)
+    x, noise = normal(2, B, N), normal(3, K, B, m)
     mean, L = householder(x)
     inner = encoder(x)
     expected, covariance = _turned(householder, *inner)
-    _close(mean.detach(), expected.detach())
-    _close((L @ L.mT).detach(), covariance.detach())
+    close(mean.detach(), expected.detach())
+    close((L @ L.mT).detach(), covariance.detach())
     assert torch.equal(L, L.tril()) and L.diagonal(dim1=-2, dim2=-1).min() > 0
-    _close(posterior_kl(mean, L).detach(), gaussian_kl(*inner).detach())
+    close(posterior_kl(mean, L).detach(), gaussian_kl(*inner).detach())
     assert m == 1 or L[:, 1, 0].abs().min() > 1e-3
 
     terms = Sampling(decoder, noise_var=C, samples=K).at_noise(x, mean, L, noise)
     z = expected + (torch.linalg.cholesky(covariance) @ noise.unsqueeze(-1)).squeeze(-1)
     prior = MultivariateNormal(torch.zeros(m).double(), torch.eye(m).double())
     kl = kl_divergence(MultivariateNormal(expected, covariance), prior)
-    value = _log_likelihood(decoder, x, z).mean(0) - kl
-    _close(terms.objective, value.detach(), 1000)
+    value = log_density(decoder, x, z).mean(0) - kl
+    close(terms.objective, value.detach(), 1000)
     # A reflection of a line has no direction to learn.
     learned = (householder,) if m > 1 else (encoder,)
-    _same_gradients(terms.loss, -value.mean(), *learned, decoder, scale=10_000)
+    same_gradients(terms.loss, -value.mean(), *learned, decoder, scale=10_000)
 
 
 def test_householder_in_float32_keeps_small_variances():
     m = 6
-    householder = _fill(Householder(_Given(), m, 4), 0.5)
-    mean = _normal(1, 50, m)
+    householder = fill(Householder(_Given(), m, 4), 0.5)
+    mean = normal(1, 50, m)
     log_var = torch.linspace(math.log(1e-6), 0.0, m).double().expand(50, m)
     exact_mean, exact = householder((mean, log_var))
     single_mean, single = householder.float()((mean.float(), log_var.float()))
@@ -261,52 +219,52 @@ def test_householder_in_float32_keeps_small_variances():
 
 def test_householder_needs_a_flow():
     with pytest.raises(ValueError, match="flows=0 must be at least 1"):
-        Householder(_Encoder(), M, 0)
+        Householder(Encoder(), M, 0)
 
 
 # --- a full covariance
 
 
 def test_sampling_of_a_factor_from_the_formula():
-    _, decoder, x = _model()
-    of_mean, layer = _fill(nn.Linear(N, M), 0.5), _fill(nn.Linear(N, M * M), 0.4, seed=7)
+    _, decoder, x = model()
+    of_mean, layer = fill(nn.Linear(N, M), 0.5), fill(nn.Linear(N, M * M), 0.4, seed=7)
     mean = of_mean(x)
     # Any factor will do, triangular or not.
     L = torch.eye(M).double() + layer(x).unflatten(-1, (M, M))
-    noise = _normal(3, K, B, M)
+    noise = normal(3, K, B, M)
     settings = {"noise_var": C, "samples": K, "kl_weight": 1.7}
     terms = Sampling(decoder, **settings).at_noise(x, mean, L, noise)
     z = torch.stack([torch.einsum("bij,bj->bi", L, e) + mean for e in noise])
     prior = MultivariateNormal(torch.zeros(M).double(), torch.eye(M).double())
     kl = kl_divergence(MultivariateNormal(mean, L @ L.mT), prior)
-    log_likelihood = _log_likelihood(decoder, x, z).mean(0)
+    log_likelihood = log_density(decoder, x, z).mean(0)
     value = log_likelihood - 1.7 * kl
-    _close(terms.objective, value.detach(), 1000)
-    _close(terms.kl, kl.detach(), 1000)
-    _close(terms.log_likelihood, log_likelihood.detach())
-    _same_gradients(terms.loss, -value.mean(), decoder, layer, of_mean, scale=10_000)
+    close(terms.objective, value.detach(), 1000)
+    close(terms.kl, kl.detach(), 1000)
+    close(terms.log_likelihood, log_likelihood.detach())
+    same_gradients(terms.loss, -value.mean(), decoder, layer, of_mean, scale=10_000)
 
 
 def test_a_factors_draws_have_its_density():
-    mean, noise = _normal(1, B, M), _normal(3, K, B, M)
-    L = torch.eye(M).double() + 0.4 * _normal(2, B, M, M)
+    mean, noise = normal(1, B, M), normal(3, K, B, M)
+    L = torch.eye(M).double() + 0.4 * normal(2, B, M, M)
     z, log_ratio = draw(mean, L, noise)
     log_q = MultivariateNormal(mean, L @ L.mT).log_prob(z)
-    _close(log_ratio, _standard(z).log_prob(z).sum(-1) - log_q, 1000)
+    close(log_ratio, standard(z).log_prob(z).sum(-1) - log_q, 1000)
 
 
 @pytest.mark.parametrize("size", [3, 6])
 def test_a_diagonal_factor_is_its_log_var(size):
-    encoder, decoder, _ = _model()
-    x, noise = _normal(2, size, N), _normal(3, M, size, M)
+    encoder, decoder, _ = model()
+    x, noise = normal(2, size, N), normal(3, M, size, M)
     mean, log_var = encoder(x)
     objective = Sampling(decoder, noise_var=C, samples=M)
     terms = objective.at_noise(x, mean, log_var, noise)
     factor = torch.diag_embed(torch.exp(0.5 * log_var))
     of_factor = objective.at_noise(x, mean, factor, noise)
     for one, other in zip(of_factor, terms, strict=True):
-        _close(one.detach(), other.detach())
-    _same_gradients(of_factor.loss, terms.loss, encoder, decoder)
+        close(one.detach(), other.detach())
+    same_gradients(of_factor.loss, terms.loss, encoder, decoder)
 
 
 @pytest.mark.parametrize("size", [M, B])
@@ -325,8 +283,8 @@ def test_a_diagonal_factor_is_its_log_var(size):
     ids=["iwae", "linearized", "stl", "dreg", "vlae", "free-bits", "rem", "h-iwae"],
 )
 def test_a_factor_is_refused_where_it_has_no_meaning(make, size):
-    _, decoder, _ = _model()
-    x, mean = _normal(2, size, N), _normal(3, size, M)
+    _, decoder, _ = model()
+    x, mean = normal(2, size, N), normal(3, size, M)
     factor = torch.eye(M).double().expand(size, M, M)
     with pytest.raises(ValueError, match=r"must both be \[B, m\]") as refused:
         make(decoder)(x, mean, factor)
@@ -344,7 +302,7 @@ def test_posteriors_in_half_precision_are_float32s(name):
     posterior = tuple((0.3 * torch.randn(2, 50, M)).bfloat16())
     encoder = {
         "delta-vae": MinimumRate(_Given(), 0.1),
-        "householder": _fill(Householder(_Given(), M, 3), 0.5).float(),
+        "householder": fill(Householder(_Given(), M, 3), 0.5).float(),
     }.get(name, _Given())
     free = {"free_bits": 0.1} if name == "free-bits" else {}
     objective = (FreeBits if free else Sampling)(decoder, samples=K, **free)

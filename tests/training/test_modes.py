@@ -80,7 +80,7 @@ if not torch.cuda.is_available():
     no_gpu = "--cuda-graph needs a GPU, this run is on the cpu"
     REFUSED |= {(method, "graph"): no_gpu for method in OPTIONS}
 REFUSED[LINEARIZED, "graph"] = "leave out --compile and --cuda-graph"
-for searching in SEARCHING:
+for searching in (*SEARCHING, "householder"):
     REFUSED[searching, "graph"] = "--cuda-graph is for sampling-free, sampling, beta-vae"
 CELLS = list(itertools.product(OPTIONS, MODES))
 ALONE = [cell for cell in CELLS if cell not in REFUSED and "DDP" not in cell[1]]
