@@ -113,7 +113,8 @@ class TrainConfig(MethodSettings):
     """Compile encoder, decoder and objective with torch.compile."""
 
     cuda_graph: bool = False
-    """Replay the whole step as one CUDA graph, on one GPU (not vlae, exact-marginal, householder)."""
+    """Replay the whole step as one CUDA graph, on one GPU (not vlae, exact-marginal,
+    householder)."""
 
     output_activation: OutputActivation = "none"
     """Last operation of the decoder."""
