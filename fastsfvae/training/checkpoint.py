@@ -124,9 +124,9 @@ def load(run: str | os.PathLike[str]) -> tuple[nn.Module, nn.Module, TrainConfig
 
     Returns:
         (encoder, decoder, config), on the CPU in evaluation mode: ``encoder(x)`` gives
-        (mean, log_var), each ``[B, m]``, of a householder run the factor of the covariance
-        ``[B, m, m]`` in place of log_var; ``decoder(z)`` gives ``[B, C, H, W]``. The configuration's
-        noise_var is the one that was learned, where it was.
+        (mean, log_var), each ``[B, m]``, of a householder run the covariance's factor ``[B, m, m]``
+        in place of log_var; ``decoder(z)`` gives ``[B, C, H, W]``. The configuration's noise_var is
+        the one that was learned, where it was.
 
     Raises:
         ValueError: for a folder that holds no run, or a damaged or foreign file.
