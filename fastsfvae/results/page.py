@@ -38,8 +38,8 @@ td:first-child { min-width: 8rem; overflow-wrap: break-word }
   .box img { max-width: none; width: min(var(--width), 44rem) }
 }"""
 _CAPTIONS = {
-    "reconstructions": "Test images, the decoder at the posterior mean, the decoder at one "
-    "posterior sample",
+    "reconstructions": "Test images, the decoder at the posterior mean, and at one posterior "
+    "sample where there is one",
     "samples": "Decoder outputs at samples of the prior, or of what stands for it",
     "traversals": "The decoder along each latent dimension, the others held",
     "kl": "Mean KL divergence of each latent dimension, sorted",
