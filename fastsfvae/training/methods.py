@@ -86,9 +86,9 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "swae": ("latent_weight", "projections"),
     "cwae": ("latent_weight",),
 }
-# What the weights 0 stand for. At c = .5 the reconstruction is the squared error: wae-mmd's is its
-# code's 10 beside .05 of it, cwae's its paper's, swae's its paper's for another reconstruction cost,
-# and rae's were chosen on the digits by KID.
+# What the weights 0 stand for. At c = .5 the reconstruction is the squared error: wae-mmd's is the
+# 10 of its code, which stands beside .05 of that; cwae's is its paper's, swae's its paper's for
+# another reconstruction cost, and rae's were chosen on the digits by KID.
 LATENT_WEIGHTS = {"rae": 1.0, "wae-mmd": 200.0, "swae": 10.0, "cwae": 1.0}
 _REGULARIZER_WEIGHTS = {"l2": 1e-3, "gradient-penalty": 1e-3, "spectral-norm": 0.0}
 # A decoder that cannot stretch needs latents that lie far apart.
