@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastsfvae._ranges import span
 from fastsfvae.data.batches import ImageSet
 from fastsfvae.data.load import Loaded
 from fastsfvae.data.pixels import to_unit
@@ -36,6 +35,7 @@ from fastsfvae.training.checkpoint import (
 )
 from fastsfvae.training.config import CHANGEABLE, TrainConfig
 from fastsfvae.training.metrics_csv import METRICS, rewind_metrics
+from fastsfvae.training.model import Model
 from fastsfvae.training.networks import build_networks
 from fastsfvae.training.objective import learned_modules, make_objective, make_start
 from fastsfvae.training.schedules import Schedule
@@ -45,41 +45,6 @@ LEFT_OUT = "left_out.txt"
 # They may ask for a Jacobian that a decoder does not have.
 _LINEARISING = (SamplingFree, VariationalLaplace, ExactMarginal, RegularizedAutoEncoder)
 COLUMNS = ("step", "seconds", *Terms._fields)
-
-
-class Model(nn.Module):
-    """Encoder, decoder and objective as one module, from images to loss.
-
-    Attributes:
-        encoder: x -> (mean, log_var).
-        decoder: z -> x.
-        objective: of the decoder.
-        learned: what is trained beside the networks, such as the observation noise's variance.
-        autocast: whether encoder and decoder run under bfloat16 autocast.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        objective: Objective,
-        learned: nn.ModuleDict,
-        autocast: bool,
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.objective = objective
-        self.learned = learned
-        self.autocast = autocast
-
-    def forward(self, x: Tensor, generator: torch.Generator) -> Terms:
-        """Evaluate the objective on images ``[B, C, H, W]``."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            with span("encode"):
-                mean, log_var = self.encoder(x)
-            # The posterior's density is no place for eight bits.
-            return self.objective(x, mean.float(), log_var.float(), generator=generator)
 
 
 @dataclass
