@@ -23,7 +23,6 @@ from fastsfvae.reproduce.judges import (
     QUANTITIES,
     Judges,
 )
-from fastsfvae.reproduce.runtime import STEP_RATIO
 from fastsfvae.reproduce.seconds import (
     curves,
     doublings,
@@ -180,7 +179,7 @@ NEIGHBOURS = Experiment(
     draw=_draw,
     reading=_reading,
     last_only=True,
-    columns=(*QUANTITIES, STEP_RATIO),
+    columns=QUANTITIES,
     assumptions=(
         "the default networks (16-256-512-784), B = 64, Adam at 1e-3, c = .5, gamma = .5, 2,000 "
         "steps; runs of one seed share their initial weights and batches",

@@ -18,10 +18,18 @@ def build_networks(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
         ValueError: as `fastsfvae.models.build`, or for a decoder that the method cannot take.
     """
     encoder, decoder = build(config.model_config)
+    if not changes_networks(config):
+        return encoder, decoder
     if config.method == "householder":
         encoder = Householder(encoder, config.latent_dim, config.flows)
     elif config.method == "delta-vae":
         encoder = MinimumRate(encoder, config.min_rate)
-    elif config.method == "rae" and config.regularizer == "spectral-norm":
+    else:
         spectrally_normalized(decoder)
     return encoder, decoder
+
+
+def changes_networks(config: TrainConfig) -> bool:
+    """Whether the method makes something else of the model's networks."""
+    normalised = config.method == "rae" and config.regularizer == "spectral-norm"
+    return normalised or config.method in ("householder", "delta-vae")

@@ -10,7 +10,8 @@ import torch
 from fastsfvae import training
 from fastsfvae.cli import main as cli
 from fastsfvae.data.load import load_labels
-from fastsfvae.reproduce import Options, choose, extractor, neighbours, tables
+from fastsfvae.models import Encoder
+from fastsfvae.reproduce import Options, choose, extractor, neighbours, runtime, tables
 from fastsfvae.reproduce.cells import Result
 from fastsfvae.reproduce.extractor import FEATURES, classifier_of
 from fastsfvae.reproduce.judges import (
@@ -165,3 +166,26 @@ def test_the_mismatch_of_latents_that_are_the_priors_is_zero(tmp_path, monkeypat
 def test_summaries_leave_out_what_a_run_has_not(tmp_path):
     summaries = tables.summarise([_result("SWAE", {AT_MEAN: [3.0, 2.0, 1.0]})])
     assert {s.quantity for s in summaries} == {AT_MEAN}
+
+
+@pytest.mark.parametrize("method", ["householder", "delta-vae", "rae", "cwae"])
+def test_a_step_is_timed_beside_one_on_the_networks_as_they_were(method, tmp_path, monkeypatch):
+    spectral = {"regularizer": "spectral-norm"} if method == "rae" else {}
+    config = TrainConfig(
+        method=method, model="linear", latent_dim=2, steps=1, train_images=64, **spectral
+    )
+    run = training.start(config, tmp_path / "run")
+    seen = []
+    timed = runtime._timed_step
+    monkeypatch.setattr(runtime, "_timed_step", lambda *args: seen.append(args[1]) or timed(*args))
+    found = runtime.StepTime(steps=1)(run)
+    assert found[STEP_TIME] > 0 and found[STEP_RATIO] > 0
+    own, plain = seen[:2]
+    assert own.encoder is run.encoder and own.decoder is run.decoder
+    if method == "cwae":
+        assert plain is own
+    else:
+        assert isinstance(plain.encoder, Encoder) and len(list(plain.decoder.buffers())) == 0
+        assert {id(p) for p in plain.decoder.parameters()}.isdisjoint(
+            {id(p) for p in own.decoder.parameters()}
+        )
