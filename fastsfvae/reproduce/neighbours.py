@@ -55,6 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "DReG, K=5": {"method": "dreg", "samples": 5},
     "STL": {"method": "stl"},
     "REM, K=5": {"method": "rem", "samples": 5},
+    "REM, K=20": {"method": "rem", "samples": 20},
     "VLAE": {"method": "vlae"},
     "auto-encoder": {"method": "auto-encoder"},
     "RAE, L2": {"method": "rae"},
