@@ -61,8 +61,11 @@ def fit_mixture(latents: Tensor, components: int = 10, seed: int = 0) -> Gaussia
     if not latents.isfinite().all():
         raise ValueError("latents that are not finite have no density: look at the encoder")
     from sklearn.mixture import GaussianMixture as Fitted
+    from threadpoolctl import threadpool_limits
 
-    fitted = Fitted(components, random_state=seed).fit(latents.double().cpu().numpy())
+    # Thousands of products too small for threads, which wait for each other where other work runs.
+    with threadpool_limits(1):
+        fitted = Fitted(components, random_state=seed).fit(latents.double().cpu().numpy())
     weight, loc, covariance = (
         torch.from_numpy(array) for array in (fitted.weights_, fitted.means_, fitted.covariances_)
     )
