@@ -297,6 +297,7 @@ def test_two_processes_are_right(method, mode, together):
         _assert_same(*(run.with_name(f"{run.name}-{name}") for name in ("run", "whole")))
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_weights(together):
     ours = sorted(together.glob("weights-*-0.pt"))
     # One run a cell; where it is resumed, two more.
