@@ -41,11 +41,7 @@ def encode(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_latents(
-    config: TrainConfig,
-    encoder: nn.Module,
-    count: int,
-    generator: torch.Generator,
-    train: Tensor | None = None,
+    config: TrainConfig, encoder: nn.Module, count: int, generator: torch.Generator
 ) -> Latents:
     """Draw latents as a run's method means them to be drawn: from its prior, or what stands for it.
 
@@ -54,7 +50,6 @@ def sample_latents(
         encoder: x -> (mean, log_var).
         count: how many.
         generator: source of the noise, on the encoder's device.
-        train: training images, uint8 ``[N, C, H, W]``; None loads them where they are needed.
 
     Raises:
         RuntimeError: for a method without a prior where scikit-learn is missing.
@@ -63,8 +58,8 @@ def sample_latents(
     if config.method not in WITHOUT_PRIOR:
         z = torch.randn(count, config.latent_dim, generator=generator, device=device)
         return Latents(z, "N(0, I)")
-    images = config.load_images("train") if train is None else train
-    latents, _ = encode(encoder, to_unit(images[:_MOST_IMAGES].to(device)))
+    images = config.load_images("train")[:_MOST_IMAGES]
+    latents, _ = encode(encoder, to_unit(images.to(device)))
     mixture = fit_mixture(latents, min(_COMPONENTS, len(latents)), config.seed)
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     z = mixture.sample(count, torch.Generator().manual_seed(seed)).to(latents)

@@ -34,6 +34,7 @@ from fastsfvae.training.checkpoint import (
     save_checkpoint,
 )
 from fastsfvae.training.config import CHANGEABLE, TrainConfig
+from fastsfvae.training.methods import WITHOUT_PRIOR
 from fastsfvae.training.metrics_csv import METRICS, rewind_metrics
 from fastsfvae.training.model import Model
 from fastsfvae.training.networks import build_networks
@@ -284,6 +285,11 @@ def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
     if config.batch_size > len(images):
         raise ValueError(
             f"batch_size={config.batch_size} but there are {len(images)} training images"
+        )
+    if len(images) < 2 and config.method in WITHOUT_PRIOR:
+        raise ValueError(
+            f"method={config.method!r} with one training image: no density can be fitted to its "
+            "latents, give more images"
         )
     torch.manual_seed(mix_seed(config.seed, WEIGHTS, 0))
     encoder, decoder = (module.to(device) for module in build_networks(config))

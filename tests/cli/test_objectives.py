@@ -109,6 +109,10 @@ def test_every_method_is_listed():
         ),
         ("--method sampling --latent-weight 2", "--latent-weight is for rae, wae-mmd, swae, cwae"),
         ("--method wae-mmd --batch-size 1", "give a --batch-size of at least 2"),
+        (
+            "--method rae --train-images 1 --batch-size 1",
+            "no density can be fitted to its latents",
+        ),
         ("--method beta-vae", "give --kl-weight, or --method sampling"),
     ],
 )
