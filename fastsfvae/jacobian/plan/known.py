@@ -131,7 +131,10 @@ def value_asked_for(error: BaseException, path: str) -> str:
     own = [f for f in frames if not any(part in f.filename for part in _FOREIGN)]
     place = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
     if any("/torch/distributions/" in f.filename for f in frames):
-        way_out = "pass validate_args=False to the distribution"
+        way_out = (
+            "a distribution checks its arguments: return its mean, a tensor, or pass it "
+            "validate_args=False"
+        )
     elif isinstance(error, DynamicOutputShapeException):
         way_out = "use torch.where, or a fixed number of entries"
     else:
