@@ -1,5 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= python3
+# CONSTRAINTS=constraints-oldest.txt: the oldest torch that is supported in place of the newest.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -11,15 +13,16 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train reproduce test test-slow trust licenses audit-deps lint audit bench bench-full zoo clean
+.PHONY: help install train reproduce test test-slow docs docs-serve trust licenses audit-deps lint audit bench \
+  bench-full zoo hub-kernels release-check clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else "Python " + v + " is too old: fastsfvae needs 3.10 or newer (make PYTHON=python3.12 ...)")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 install: $(INSTALLED) ## Create .venv with everything that the other targets need
@@ -55,6 +58,14 @@ test-slow: SPEED := slow
 test-slow: $(INSTALLED) ## Run all other tests in the same way; TURN=2/8: the second of eight parts of them
 	$(RUN_TESTS)
 
+# Its theme warns of a successor of MkDocs at every build.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED) ## Build the site of docs/ in build/site; a broken link or docstring fails
+	$(BIN)/mkdocs build --quiet
+
+docs-serve: $(INSTALLED) ## Show the site on http://127.0.0.1:8000 while you write
+	$(BIN)/mkdocs serve
+
 trust: $(INSTALLED) ## Look for what breaks: random decoders, hostile numbers, kills, long runs
 	$(BIN)/python -m tests.trust --out bench/results/trust.md
 
@@ -85,11 +96,24 @@ bench-full: $(INSTALLED) ## The same for every workload, with the peak memory of
 $(ZOO)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(ZOO)
 	$(BIN)/python $(PURELIB) > "$$($(ZOO)/bin/python $(PURELIB))/outer.pth"
-	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[zoo]'
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[zoo]'
 	@touch $@
 
 zoo: $(ZOO)/.installed ## Run decoders of public packages against reverse mode; write bench/results/zoo.md
 	$(ZOO)/bin/python -m bench.zoo --jobs 2
+
+# The wheel comes into an environment of its own, with torch: some minutes and 6 GB, removed afterwards.
+RELEASE := build/release
+release-check: $(INSTALLED) ## Build sdist and wheel, check them, install the wheel elsewhere and run the quick start
+	rm -rf $(RELEASE)
+	$(BIN)/python -m build --no-isolation --outdir $(RELEASE)/dist
+	$(BIN)/twine check --strict $(RELEASE)/dist/*
+	$(PYTHON) -m venv $(RELEASE)/venv
+	$(RELEASE)/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
+	  "$$(ls $(RELEASE)/dist/*.whl)[train]"
+	cd $(RELEASE) && venv/bin/python ../../tests/quick_start.py && venv/bin/fastsfvae train --steps 50 --out run
+	rm -rf $(RELEASE)/venv
+	@ls -l $(RELEASE)/dist
 
 clean: ## Remove caches and builds (never runs/ or .venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

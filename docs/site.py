@@ -1,4 +1,4 @@
-"""What `mkdocs build` needs beside docs/: pages that lie elsewhere, links between them, the notebook.
+"""What the site needs beside docs/: pages that lie elsewhere, links between them, the notebook.
 
 The README is the home page. It is read on other sites as well, so that its links are absolute; the
 others' are relative, as GitHub follows them. Each is led to the site's page of the same file, and
@@ -26,6 +26,8 @@ ELSEWHERE = {
     NOTEBOOK: "digits.md",
 }
 RESULTS = "bench/results/"
+# [text](target) and, at the start of a line, [name]: target
+LINK = re.compile(r"(\]\(|^\[[^\]]+\]: )([^)\s]+)(\)?)", re.MULTILINE)
 
 
 def name_on_site(path: str) -> str:
@@ -58,11 +60,15 @@ def _add_notebook(path: Path, files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Lead links to where their files are."""
     own = page.file.src_uri
-    source = Path(page.file.abs_src_path).relative_to(ROOT).as_posix() if page.file.abs_src_path else NOTEBOOK
+    source = (
+        Path(page.file.abs_src_path).relative_to(ROOT).as_posix()
+        if page.file.abs_src_path
+        else NOTEBOOK
+    )
     here = posixpath.dirname(source)
 
     def lead(match: re.Match) -> str:
-        target, _, anchor = match[1].partition("#")
+        target, _, anchor = match[2].partition("#")
         for start in (f"{config.repo_url}/blob/main/", f"{raw(config)}/main/"):
             if target.startswith(start):
                 path = target.removeprefix(start)
@@ -71,18 +77,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             if not target or ":" in target:
                 return match[0]
             path = posixpath.normpath(posixpath.join(here, target))
-        anchor = f"#{anchor}" if anchor else ""
+        anchor = f"#{anchor}{match[3]}" if anchor else match[3]
         shown = name_on_site(path)
         if files.get_file_from_path(shown):
-            return f"]({posixpath.relpath(shown, posixpath.dirname(own) or '.')}{anchor})"
+            return f"{match[1]}{posixpath.relpath(shown, posixpath.dirname(own) or '.')}{anchor}"
         if files.get_file_from_path(target):
             return match[0]
         if not (ROOT / path).exists():
-            raise PluginError(f"{source} points to {match[1]}, which does not exist")
-        return f"]({config.repo_url}/blob/main/{path}{anchor})"
+            raise PluginError(f"{source} points to {match[2]}, which does not exist")
+        return f"{match[1]}{config.repo_url}/blob/main/{path}{anchor}"
 
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
-    parts[::2] = [re.sub(r"\]\(([^)\s]+)\)", lead, part) for part in parts[::2]]
+    parts[::2] = [LINK.sub(lead, part) for part in parts[::2]]
     return "".join(parts)
 
 

@@ -24,7 +24,7 @@ class SamplingFree:
     """
 
     def __init__(
-        self, decoder: Callable[[Tensor], Tensor], *, noise_var: NoiseVar = 0.5, **settings
+        self, decoder: Callable[[Tensor], Tensor], *, noise_var: NoiseVar = 0.5, **settings: Any
     ) -> None:
         if isinstance(noise_var, NoiseVariance):
             settings |= {"noise_var": noise_var().item(), "learned_noise_var": True}
