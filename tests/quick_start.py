@@ -1,4 +1,4 @@
-"""`make release-check`: the README's first example, by an installed package and nothing of the clone."""
+"""`make release-check`: the README's first example, by an installed package, not the clone's."""
 
 import re
 from pathlib import Path
