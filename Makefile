@@ -4,6 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
+TRAINABLE := $(VENV)/.trainable
 INSTALLED := $(VENV)/.installed
 ZOO := $(VENV)/zoo
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -19,15 +20,22 @@ export GOMP_SPINCOUNT ?= 1000
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
+
+# What `make train` needs comes first, so that a newcomer waits for nothing else.
+$(TRAINABLE): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else "Python " + v + " is too old: fastsfvae needs 3.10 or newer (make PYTHON=python3.12 ...)")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(PIP_INSTALL) '.[train]'
+	@touch $@
+
+$(INSTALLED): $(TRAINABLE)
+	$(PIP_INSTALL) '.[dev]'
 	@touch $@
 
 install: $(INSTALLED) ## Create .venv with everything that the other targets need
 
-train: $(INSTALLED) ## Train a sampling-free VAE on the bundled digits; results go to runs/
+train: $(TRAINABLE) ## Train a sampling-free VAE on the bundled digits; results go to runs/
 	$(BIN)/fastsfvae train
 
 reproduce: $(INSTALLED) ## Make quick versions of Table 4, Figure 2 and the neighbours; results go to runs/paper/
