@@ -157,7 +157,9 @@ def build(folder: Path) -> list[str]:
         raise FileExistsError(f"{folder} exists: remove it, or name another folder")
     files = {"build.toml": BUILD_TOML, "LICENSE": (CLONE / "LICENSE").read_text()}
     # Where kernel-builder reads it, where its upload does, and where the hub shows it.
-    files |= dict.fromkeys(("CARD.md", "build/CARD.md", "README.md"), (HERE / "CARD.md").read_text())
+    files |= dict.fromkeys(
+        ("CARD.md", "build/CARD.md", "README.md"), (HERE / "CARD.md").read_text()
+    )
     files |= {f"tests/{path.name}": path.read_text() for path in (HERE / "tests").glob("*.py")}
     package = package_files()
     files |= {f"torch-ext/{MODULE}/{name}": text for name, text in package.items()}
@@ -212,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{folder}: {len(files)} files; kernels.get_local_kernel({str(folder)!r}) loads it")
+    print(f"{folder}: {len(files)} files; kernels.get_local_kernel(Path({str(folder)!r})) loads it")
     return 0
 
 

@@ -88,16 +88,16 @@ def woodbury(
     *,
     backend: str = "triton",
 ) -> WoodburyTerms:
-    """log det(I + A/c) and p^T S (cI + A)^-1 S p of A = S G S, S = diag(sqrt h); differentiable.
+    """Of A = S G S, S = diag(sqrt h): log det(I + A/c) and p^T S (cI + A)^-1 S p; differentiable.
 
     One launch factorises every sample's m x m system; the gradients need no solve of their own.
-    Values of h and c that are tensors are not read on the host, so a negative one is not refused:
-    it gives NaN.
+    Tensors' values are not read on the host, so negative variances are not refused: log_det is NaN
+    then, or the sample is marked lost.
 
     Args:
         gram: G, ``[B, m, m]``, symmetric, float32 with m <= 64 for "triton".
         projection: p, ``[B, m]``.
-        squared_error: rr, ``[B]``: bounds `explained` from above, and has no gradient of it.
+        squared_error: rr, ``[B]``: bounds `explained` from above; no gradient flows into it.
         latent_var: h >= 0, ``[B, m]``; converted to G's dtype, as c is.
         noise_var: c > 0: a number, a 0-d tensor, or ``[B]``.
         backend: "triton", on CUDA tensors, or "torch", both with first derivatives; "reference",

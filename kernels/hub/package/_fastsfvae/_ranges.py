@@ -1,4 +1,4 @@
-"""In place of the library's ranges for profilers, whose package a kernel of the hub may not import."""
+"""No ranges for profilers: the library's need a package that a kernel of the hub may not import."""
 
 from __future__ import annotations
 
