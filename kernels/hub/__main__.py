@@ -48,7 +48,6 @@ name = "{NAME}"
 version = {VERSION}
 edition = 5
 license = "{LICENSE}"
-minver = "{MINVER}"
 backends = {json.dumps(BACKENDS)}
 
 [torch-noarch]

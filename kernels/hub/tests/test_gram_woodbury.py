@@ -8,7 +8,7 @@ import torch
 pytestmark = pytest.mark.kernels_ci
 DEVICE = "cuda" if torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ else "cpu"
 # (B, m, n): one of everything, odd ones, whole tiles, and more rows than columns.
-SIZES = [(1, 1, 1), (3, 5, 37), (2, 16, 128), (2, 33, 20)]
+SIZES = [(1, 1, 1), (3, 5, 37), (2, 16, 64), (1, 33, 20)]
 
 
 def problem(B, m, n, dtype=torch.float32, scale=1.0):
@@ -67,23 +67,23 @@ def cotangents_like(outputs):
     return [torch.randn(y.shape, generator=g).to(y.device) for y in outputs]
 
 
-def assert_as_good(got, want, plain):
-    """Errors at most twice those of plain PyTorch in the same dtype, plus a few roundings."""
-    for i, (g, w, p) in enumerate(zip(got, want, plain, strict=True)):
-        assert g.shape == w.shape
-        error, allowed = ((t.double() - w.double()).abs().max() for t in (g, p))
-        allowed = 2 * allowed + 8 * torch.finfo(g.dtype).eps * w.double().abs().max().clamp(min=1)
-        assert error <= allowed, f"{i}: error {error:.2e} above {allowed:.2e}"
+def compare(run, formula, inputs, plain=None, cancelled=None):
+    """A kernel's results and gradients with a formula's in float64, and plain ones in float32.
 
-
-def compare(run, formula, inputs, plain=None):
-    """A kernel's results and gradients with a formula's in float64, and plain ones in float32."""
+    Errors may be twice those of plain PyTorch in the same dtype, plus a few roundings of what is
+    added up, where that is more than the result: `cancelled` says so by an output's index.
+    """
     with torch.no_grad():
         cotangents = cotangents_like(run(*inputs))
     got = with_gradients(run, inputs, cotangents)
-    doubles = [t.double() for t in inputs]
-    want = with_gradients(formula, doubles, cotangents)
-    assert_as_good(got, want, with_gradients(plain or formula, inputs, cotangents, torch.float32))
+    want = with_gradients(formula, [t.double() for t in inputs], cotangents)
+    plain = with_gradients(plain or formula, inputs, cotangents, torch.float32)
+    for i, (g, w, p) in enumerate(zip(got, want, plain, strict=True)):
+        assert g.shape == w.shape
+        error, of_plain = ((t.double() - w).abs().max().item() for t in (g, p))
+        scale = max(1.0, w.abs().max().item(), (cancelled or {}).get(i, 0.0))
+        allowed = 2 * of_plain + 8 * torch.finfo(g.dtype).eps * scale
+        assert error <= allowed, f"{i}: error {error:.2e} above {allowed:.2e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -107,8 +107,11 @@ def test_woodbury(kernel, B, m, n):
 @pytest.mark.parametrize("B, m, n", SIZES)
 def test_low_rank_terms(kernel, B, m, n):
     """All three results and the gradients of J, r, h and c, by covariances as large as the data."""
+    inputs = problem(B, m, n)
     formula = lambda *args: [formulas(*args)[i] for i in (3, 4, 2)]  # noqa: E731
-    compare(lambda *args: kernel.low_rank_terms(*args)[:3], formula, problem(B, m, n))
+    # Where h is 0, d log_det / dh = (G - G K G)_ii / c, of which both terms are at most G_ii / c.
+    of_h = (inputs[0].square().sum(2) / inputs[3][:, None]).max().item()
+    compare(lambda *args: kernel.low_rank_terms(*args)[:3], formula, inputs, cancelled={5: of_h})
 
 
 def test_what_float32_loses_is_marked_and_found_in_float64(kernel):
