@@ -6,6 +6,7 @@ has the name of that package.
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -141,3 +142,18 @@ def test_kernels_loads_it(folder):
 @pytest.mark.slow
 def test_its_own_tests_pass(folder):
     run(OWN_TESTS, folder, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.slow
+def test_the_cards_example_runs(folder):
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "CARD.md").read_text(), re.DOTALL)
+    # Where and on what it runs here; a batch of 64 is slow in the interpreter.
+    for old, new in {
+        '"cuda"': '"cpu"',
+        "build/hub/gram-woodbury": ".",
+        "= 64, 16": "= 2, 16",
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    code += "assert J.grad.isfinite().all() and not lost.any()"
+    run(f"import sys\nsys.modules['fastsfvae'] = None\n{code}", folder, TRITON_INTERPRET="1")
