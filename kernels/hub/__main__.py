@@ -29,9 +29,11 @@ from ..audit import REQUIRED
 
 NAME = "gram-woodbury"
 MODULE = NAME.replace("-", "_")
-VERSION = 0  # By the hub's convention: not yet for production.
 LICENSE = "apache-2.0"
-MINVER = "0.17.2"  # The oldest `kernels` that it was tried on.
+# By the hub's convention: not yet for production.
+VERSION = 0
+# The oldest `kernels` that it was tried on.
+MINVER = "0.17.2"
 # On a CPU the kernels run in Triton's interpreter alone, and their plain twins always.
 BACKENDS = ("cuda", "cpu")
 CUDA_CAPABILITIES = [f"{arch // 10}.{arch % 10}" for arch in sorted(REQUIRED)]
@@ -113,7 +115,7 @@ def _imported(path: str, text: str) -> set[str]:
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
         above = PurePosixPath(path).parts[: -node.level]
-        base = [*above, *(node.module or "").split(".")] if node.module else [*above]
+        base = [*above, *(node.module.split(".") if node.module else ())]
         if base[:1] != [COPIES]:
             continue
         for alias in node.names:
@@ -204,7 +206,9 @@ def _digest(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastsfvae.kernels.hub", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastsfvae.kernels.hub", description=(__doc__ or "").partition("\n")[0]
+    )
     default = Path("build/hub", NAME)
     parser.add_argument("folder", nargs="?", type=Path, default=default, help=f"default: {default}")
     folder = parser.parse_args(arguments).folder

@@ -122,7 +122,9 @@ def woodbury(
             "gram {}, projection {}, squared_error {}: give all three in float32, as gram_project "
             "returns them, or in float64".format(*dtypes)
         )
-    h, c = latent_var.to(gram.dtype), _each_noise_var(noise_var, gram).to(gram.dtype)
+    c = _each_noise_var(noise_var, gram)
+    _check_shapes(gram=(gram, "Bmm"), noise_var=(c, "B"))
+    h, c = latent_var.to(gram.dtype), c.to(gram.dtype)
     if backend == "reference":
         log_det, explained = reference.woodbury(gram, projection, h, c)
         return WoodburyTerms(log_det, explained, torch.zeros_like(c, dtype=torch.bool))
@@ -159,6 +161,7 @@ def low_rank_terms(
         jacobian=(jacobian, "Bmn"), residual=(residual, "Bn"), latent_var=(latent_var, "Bm")
     )
     c = _each_noise_var(noise_var, jacobian)
+    _check_shapes(jacobian=(jacobian, "Bmn"), noise_var=(c, "B"))
     terms = _low_rank.low_rank_terms(jacobian, residual, latent_var, c, backend=backend)
     return LowRankTerms(terms.log_det, terms.explained, terms.squared_error, terms.lost)
 
@@ -182,19 +185,11 @@ def _check_shapes(**named: tuple[Tensor, str]) -> None:
 
 
 def _each_noise_var(noise_var: float | Tensor, like: Tensor) -> Tensor:
-    """C ``[B]`` on the device of a tensor ``[B, ...]``; float32 at least where it was a number."""
-    if not isinstance(noise_var, Tensor) or noise_var.dim() == 0:
-        _checks.noise_var(noise_var)
-    else:
-        _checks.floating("noise_var", noise_var)
-        if noise_var.shape != like.shape[:1]:
-            raise ValueError(
-                f"noise_var has shape {tuple(noise_var.shape)}: give a number, a 0-d tensor, or "
-                f"one for each of the {len(like)} samples"
-            )
-    if isinstance(noise_var, Tensor):
-        _checks.same_device(("the first argument", like), ("noise_var", noise_var))
-    else:
+    """C of each sample of a tensor ``[B, ...]``, ``[B]`` if it was a number or 0-d."""
+    if isinstance(noise_var, Tensor) and noise_var.dim() > 0:
+        return noise_var
+    _checks.noise_var(noise_var)
+    if not isinstance(noise_var, Tensor):
         dtype = torch.promote_types(like.dtype, torch.float32)
         noise_var = torch.full((), noise_var, dtype=dtype, device=like.device)
     return noise_var.expand(len(like))
