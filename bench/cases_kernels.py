@@ -15,6 +15,7 @@ from bench.problems import CHECKED, GIVEN, NOISE_VAR, given_jacobian, relative_e
 from fastsfvae import reference
 from fastsfvae.ops import _library
 from fastsfvae.ops.gram_project import gram_project_backward, gram_project_forward
+from fastsfvae.ops.tangent_activation import activation_bwd_op, activation_op
 from fastsfvae.ops.woodbury import woodbury_native, woodbury_triton
 
 BACKENDS = ("torch", "triton")
@@ -157,8 +158,8 @@ def _tangent_activation(device, name, dtype, kind, backward, implementation) -> 
         _library.require_triton(a)
         if backward:
             kept = T if curved else None
-            return _library.tangent_activation_bwd(a, kept, g_out, g_T, kind, ())
-        return _library.tangent_activation(a, T, kind, ())
+            return activation_bwd_op(a, kept, g_out, g_T, kind, ())
+        return activation_op(a, T, kind, ())
 
     def prepare() -> Prepared:
         sets = [draw() for _ in range(rotations(traffic, device))]

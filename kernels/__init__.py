@@ -12,6 +12,7 @@
 | `tangent_conv`, `tangent_linear` | the same for convolutions and linear layers |
 | `activations` | phi, phi' and phi'' of each kind, for any kernel that applies one |
 | `audit` | compiles every configuration for every supported GPU, without one |
+| `hub` | in a clone alone: writes two of them as a kernel of the Hugging Face hub |
 
 Nothing here imports the rest of the package, and importing this package does not import Triton.
 """

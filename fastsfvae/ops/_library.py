@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastsfvae.kernels._contract import empty_tangents, memory_format, rows_dense
+from fastsfvae.kernels._contract import rows_dense
 
 
 def require_triton(tensor: Tensor) -> None:
@@ -170,35 +170,3 @@ def _(J, r, h, c):
     B, m = h.shape
     shapes = (B, m, m), (B, m), (B,), (B,), (B,), (B, m, m), (B, m), (B, m), (B, m)
     return [*(h.new_empty(shape) for shape in shapes), h.new_empty((B,), dtype=torch.bool)]
-
-
-@torch.library.custom_op("fastsfvae::tangent_activation", mutates_args=())
-def tangent_activation(
-    a: Tensor, T: Tensor, kind: str, params: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """A ``[B, *F]``, T ``[m, B or 1, *F]`` -> phi(a) ``[B, *F]``, phi'(a) T ``[m, B, *F]``."""
-    from fastsfvae.kernels.tangent_activation import tangent_activation_fwd
-
-    return tangent_activation_fwd(a, T, kind, params)
-
-
-@tangent_activation.register_fake
-def _(a, T, kind, params):
-    a = a.contiguous(memory_format=memory_format(a))
-    return torch.empty_like(a), empty_tangents(a, T)
-
-
-@torch.library.custom_op("fastsfvae::tangent_activation_bwd", mutates_args=())
-def tangent_activation_bwd(
-    a: Tensor, T: Tensor | None, g_out: Tensor, g_T: Tensor, kind: str, params: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Pull g_out ``[B, *F]`` and g_T ``[m, B, *F]`` back to a and, per sample, to T."""
-    from fastsfvae.kernels.tangent_activation import tangent_activation_bwd
-
-    return tangent_activation_bwd(a, T, g_out, g_T, kind, params)
-
-
-@tangent_activation_bwd.register_fake
-def _(a, T, g_out, g_T, kind, params):
-    a = a.contiguous(memory_format=memory_format(a))
-    return torch.empty_like(a), empty_tangents(a, g_T)

@@ -1,20 +1,54 @@
 """An activation on a value and the tangents it carries, by one kernel.
 
-`tangent_activation` is for autograd. The other two are for a sweep, which keeps value and tangents
-in one stack, saves memory by overwriting and pulls gradients back by hand; no compiler sees them,
-so they call the launchers themselves.
+`tangent_activation` is for autograd, by two operators of torch.library. The `stack_` functions are
+for a sweep, which keeps value and tangents in one stack, saves memory by overwriting and pulls
+gradients back by hand; no compiler sees them, so they call the launchers themselves.
 
 The plain torch form of each kind is its rule in `fastsfvae.jacobian.rules.activation`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastsfvae.kernels._contract import PIECEWISE_LINEAR, memory_format
+from fastsfvae.kernels._contract import PIECEWISE_LINEAR, empty_tangents, memory_format
 from fastsfvae.kernels._contract import reads_result as reads_result
 from fastsfvae.ops import _library
+
+
+@torch.library.custom_op("fastsfvae::tangent_activation", mutates_args=())
+def activation_op(
+    a: Tensor, T: Tensor, kind: str, params: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """A ``[B, *F]``, T ``[m, B or 1, *F]`` -> phi(a) ``[B, *F]``, phi'(a) T ``[m, B, *F]``."""
+    from fastsfvae.kernels.tangent_activation import tangent_activation_fwd
+
+    return tangent_activation_fwd(a, T, kind, params)
+
+
+@activation_op.register_fake
+def _(a, T, kind, params):
+    a = a.contiguous(memory_format=memory_format(a))
+    return torch.empty_like(a), empty_tangents(a, T)
+
+
+@torch.library.custom_op("fastsfvae::tangent_activation_bwd", mutates_args=())
+def activation_bwd_op(
+    a: Tensor, T: Tensor | None, g_out: Tensor, g_T: Tensor, kind: str, params: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Pull g_out ``[B, *F]`` and g_T ``[m, B, *F]`` back to a and, per sample, to T."""
+    from fastsfvae.kernels.tangent_activation import tangent_activation_bwd
+
+    return tangent_activation_bwd(a, T, g_out, g_T, kind, params)
+
+
+@activation_bwd_op.register_fake
+def _(a, T, g_out, g_T, kind, params):
+    a = a.contiguous(memory_format=memory_format(a))
+    return torch.empty_like(a), empty_tangents(a, g_T)
 
 
 def tangent_activation(
@@ -44,7 +78,7 @@ def tangent_activation(
 class _TangentActivation(torch.autograd.Function):
     @staticmethod
     def forward(a, T, kind, params):
-        return _library.tangent_activation(a, T, kind, params)
+        return activation_op(a, T, kind, params)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -57,7 +91,7 @@ class _TangentActivation(torch.autograd.Function):
     def backward(ctx, g_out, g_T):
         _library.refuse_second_order()
         a, T = ctx.saved_tensors
-        g_a, g_T_in = _library.tangent_activation_bwd(a, T, g_out, g_T, ctx.kind, ctx.params)
+        g_a, g_T_in = activation_bwd_op(a, T, g_out, g_T, ctx.kind, ctx.params)
         return g_a, g_T_in.sum(1, keepdim=True) if ctx.shared else g_T_in, None, None
 
 

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from fastsfvae.kernels._contract import PARAMETERS
-from fastsfvae.ops import _library
 from fastsfvae.ops.tangent_activation import (
+    activation_bwd_op,
+    activation_op,
     reads_result,
     stack_activation,
     stack_activation_backward,
@@ -235,8 +236,8 @@ def test_two_runs_give_the_same_bits():
     a, T, g_out, g_T = problem((3, 300), 5, False)
     runs = [
         (
-            *_library.tangent_activation(a, T, "gelu", ()),
-            *_library.tangent_activation_bwd(a, T, g_out, g_T, "gelu", ()),
+            *activation_op(a, T, "gelu", ()),
+            *activation_bwd_op(a, T, g_out, g_T, "gelu", ()),
         )
         for _ in range(2)
     ]
@@ -271,8 +272,8 @@ def test_second_order_is_refused(kind):
 def test_opcheck(kind):
     a, T, g_out, g_T = problem((2, 3, 4, 4), 2, True, torch.channels_last)
     params = KINDS[kind][1]
-    torch.library.opcheck(_library.tangent_activation, (a, T, kind, params))
-    torch.library.opcheck(_library.tangent_activation_bwd, (a, T, g_out, g_T, kind, params))
+    torch.library.opcheck(activation_op, (a, T, kind, params))
+    torch.library.opcheck(activation_bwd_op, (a, T, g_out, g_T, kind, params))
 
 
 def test_refuses_what_does_not_fit():
@@ -286,4 +287,4 @@ def test_refuses_what_does_not_fit():
         with pytest.raises(ValueError, match=words):
             tangent_activation(*arguments)
     with pytest.raises(ValueError, match="has a second derivative"):
-        _library.tangent_activation_bwd(a, None, g_out, g_T, "tanh", ())
+        activation_bwd_op(a, None, g_out, g_T, "tanh", ())

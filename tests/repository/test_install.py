@@ -37,6 +37,8 @@ class Built(NamedTuple):
         """What a wheel holds beside its description."""
         own = {name for name in self.sources if name.startswith("fastsfvae/")}
         kernels = {name for name in self.sources if name.startswith("kernels/")}
+        # It copies a clone's files.
+        kernels -= {name for name in kernels if name.startswith("kernels/hub/")}
         return own - {"fastsfvae/kernels/__init__.py"} | {f"fastsfvae/{name}" for name in kernels}
 
 
