@@ -110,6 +110,10 @@ $(ZOO)/.installed: $(INSTALLED)
 zoo: $(ZOO)/.installed ## Run decoders of public packages against reverse mode; write bench/results/zoo.md
 	$(ZOO)/bin/python -m bench.zoo --jobs 2
 
+hub-kernels: $(INSTALLED) ## Write gram_project and woodbury as a kernel of the Hugging Face hub, to build/hub/
+	rm -rf build/hub/gram-woodbury
+	$(BIN)/python -m fastsfvae.kernels.hub
+
 # The wheel comes into an environment of its own, with torch: some minutes and 6 GB, removed afterwards.
 RELEASE := build/release
 release-check: $(INSTALLED) ## Build sdist and wheel, check them, install the wheel elsewhere and run the quick start
