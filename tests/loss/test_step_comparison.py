@@ -274,7 +274,10 @@ class Uncopied(nn.Linear):
         ({"decoder": lambda z: z}, "decoder is a function, of whose parameters no copy"),
         ({"encoder": torch.rand}, "encoder is a builtin_function_or_method, of whose parameters"),
         ({"decoder": Uncopied(M, 8)}, r"compare_step works on a copy .*cannot pickle a lock"),
-        ({"decoder": networks(8, nn.BatchNorm1d(8))[1]}, r"normalises by batch statistics.*\.eval\(\)"),
+        (
+            {"decoder": networks(8, nn.BatchNorm1d(8))[1]},
+            r"normalises by batch statistics.*\.eval\(\)",
+        ),
         ({"x": [1.0]}, "x is a list"),
         ({"seconds": -1}, "seconds=-1 must be finite and not negative"),
         ({"likelihood": "exact"}, "likelihood='exact' is not one of"),
