@@ -339,7 +339,7 @@ def test_wandb(tmp_path, monkeypatch):
             values = {item.key or item.nested_key[0]: item for item in record.history.item}
             if values:
                 history[part][record.history.step.num] = values
-            summary |= {item.nested_key[0]: item.value_json for item in record.summary.update}
+            summary |= {item.key: item.value_json for item in record.summary.update}
         config = {i.key: i.value_json for r in records for i in r.config.update}
         assert (config["steps"], config["seed"]) == (("80", "5"), ("100", "5"))[part]
     assert [[*part] for part in history] == [[1, 20, 25, 40, 50, 60], [50, 60, 75, 80, 100]]
