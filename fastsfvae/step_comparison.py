@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastsfvae import _checks
 from fastsfvae._checks import Backend, Likelihood
+from fastsfvae.ground.options import one_line
 from fastsfvae.ground.provenance import device_name
 from fastsfvae.jacobian.shared import bind
 from fastsfvae.jacobian.validate import Shared, copied, refuse_wrappers
@@ -25,8 +26,6 @@ from fastsfvae.objectives.sampling import Sampling
 WARM_UP = 2
 _LEAST, _MOST = 3, 100
 _OURS, _SAMPLING, _JACFWD = "sampling-free", "sampling", "vmap(jacfwd)"
-# Of a reason, so that the result stays a line.
-_SHOWN = 160
 
 # Of data x, the posterior's mean and its log-variance, to a loss.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -128,7 +127,7 @@ def compare_step(
         TypeError, ValueError, RuntimeError: for networks of which no copy can be made, an encoder
             that returns something else, or whatever `SamplingFreeLoss` refuses, in one line.
     """
-    _checks.tensors(x=x)
+    _checks.floating("x", x)
     _checks.not_negative("seconds", seconds)
     if not all(isinstance(arg, Tensor) for arg in args):
         raise TypeError(f"further inputs must be tensors, got {[type(a).__name__ for a in args]}")
@@ -156,6 +155,7 @@ def compare_step(
         bound = bind(decoder, args, {}, shared)
         return closed_form_loss(bound.decoder, *bound.args, **of_both)
 
+    device = _describe(x.device)
     with _undisturbed(x.device) as autocast:
         makers = {_OURS: sampling_free, _SAMPLING: sampling, _JACFWD: jacfwd}
         steps = {
@@ -163,7 +163,7 @@ def compare_step(
             for name, make in makers.items()
         }
         rounds, obstacle = _measure(steps, seconds)
-        return _summarise(rounds, _describe(x.device, autocast), obstacle)
+    return _summarise(rounds, device, obstacle)
 
 
 def timed_step(
@@ -303,8 +303,7 @@ def _measure(
                 if name != _JACFWD:
                     raise
                 del steps[name]
-                text = " ".join(str(error).split()) or type(error).__name__
-                obstacle = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+                obstacle = one_line(error)
         if len(rounds) == 1:
             until = time.perf_counter() + seconds
     return rounds[WARM_UP:], obstacle
@@ -329,13 +328,15 @@ def _summarise(rounds: list[dict[str, float]], device: str, obstacle: str) -> St
     )
 
 
-def _describe(device: torch.device, autocast: torch.autocast) -> str:
-    """The device, and what else a time depends on."""
+def _describe(device: torch.device) -> str:
+    """The device, and what else a time depends on: threads, the caller's autocast."""
     threads = torch.get_num_threads()
     name = f"cpu, {threads} thread{'s' * (threads > 1)}"
     name = name if device.type == "cpu" else device_name(device)
-    dtype = str(autocast.fast_dtype).removeprefix("torch.")
-    return name + (f", {dtype} autocast" if autocast._enabled else "")
+    if torch.is_autocast_enabled(device.type):
+        dtype = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+        name += f", {dtype} autocast"
+    return name
 
 
 def _short(value: float, digits: int) -> str:

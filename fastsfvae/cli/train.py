@@ -56,8 +56,8 @@ class TrainArguments:
     @property
     def trackers(self) -> tuple[str, ...]:
         """The names that were asked for, each once."""
-        names = [*(self.tracker or "").split(",")] * (self.tracker is not None)
-        return tuple(dict.fromkeys([*["tensorboard"] * self.tensorboard, *names]))
+        names = [] if self.tracker is None else self.tracker.split(",")
+        return tuple(dict.fromkeys(["tensorboard"] * self.tensorboard + names))
 
 
 def train_command(options: list[str]) -> int:
@@ -67,7 +67,7 @@ def train_command(options: list[str]) -> int:
             try:
                 stack.enter_context(distributed.process_group())
                 arguments, run = _start(options)
-                # The results are theirs as well, which come when the other processes have left.
+                # They outlive the group: results come when the other processes have left.
                 trackers = outer.enter_context(tracked(run, arguments.trackers))
             except _INPUT_ERRORS as error:
                 return fail(_PROG, str(error))

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastsfvae.ground.atomic import write_text
-from fastsfvae.ground.options import say
+from fastsfvae.ground.options import one_line, say
 from fastsfvae.training import distributed
 from fastsfvae.training.run import Run
 
@@ -187,6 +188,14 @@ TRACKERS: dict[str, Callable[[Run, str], Tracker]] = {
 }
 
 
+# What most often keeps one from being started.
+_SET_BY = {
+    "tensorboard": "what it asks for",
+    "wandb": "WANDB_API_KEY, or WANDB_MODE=offline",
+    "mlflow": "MLFLOW_TRACKING_URI, such as a server's address",
+}
+
+
 @contextmanager
 def tracked(run: Run, names: Sequence[str]) -> Iterator[list[Tracker]]:
     """Give a run's trackers, and close them; none on a process that does not write.
@@ -221,8 +230,8 @@ def _start(name: str, run: Run) -> Tracker:
     # The package's own, of any class: no account, no server, a store that it was not built for.
     except Exception as error:
         raise RuntimeError(
-            f"{name} could not be started ({_line(error)}): set it up by its environment variables "
-            f"(docs/tracking.md), then go on with --out {run.folder} --resume"
+            f"{name} could not be started ({one_line(error)}): set {_SET_BY[name]}, then go on with "
+            f"--out {shlex.quote(str(run.folder))} --resume"
         ) from error
     if tracker.identity:
         identities[name] = tracker.identity
@@ -265,18 +274,13 @@ class _Lasting:
         except Exception as error:
             self._failed = True
             say(
-                f"{self._name} failed at {method} ({_line(error)}): nothing more is written to it, "
+                f"{self._name} failed at {method} ({one_line(error)}): nothing more is written to it, "
                 "and the run goes on"
             )
 
 
 def _name(run: Run) -> str:
     return run.folder.absolute().name
-
-
-def _line(error: Exception) -> str:
-    """What an error says first, however long its message."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _read_identities(folder: Path) -> dict[str, str]:

@@ -279,6 +279,7 @@ class Uncopied(nn.Linear):
             r"normalises by batch statistics.*\.eval\(\)",
         ),
         ({"x": [1.0]}, "x is a list"),
+        ({"x": torch.zeros(6, 8, dtype=torch.uint8)}, r"x has dtype torch.uint8: convert it"),
         ({"seconds": -1}, "seconds=-1 must be finite and not negative"),
         ({"likelihood": "exact"}, "likelihood='exact' is not one of"),
         ({"noise_var": 0.0}, "noise_var=0.0 must be finite and positive"),
