@@ -230,8 +230,8 @@ def _start(name: str, run: Run) -> Tracker:
     # The package's own, of any class: no account, no server, a store that it was not built for.
     except Exception as error:
         raise RuntimeError(
-            f"{name} could not be started ({one_line(error)}): set {_SET_BY[name]}, then go on with "
-            f"--out {shlex.quote(str(run.folder))} --resume"
+            f"{name} could not be started ({one_line(error)}): set {_SET_BY[name]}, then go on "
+            f"with --out {shlex.quote(str(run.folder))} --resume"
         ) from error
     if tracker.identity:
         identities[name] = tracker.identity
@@ -274,8 +274,8 @@ class _Lasting:
         except Exception as error:
             self._failed = True
             say(
-                f"{self._name} failed at {method} ({one_line(error)}): nothing more is written to it, "
-                "and the run goes on"
+                f"{self._name} failed at {method} ({one_line(error)}): nothing more is written to "
+                "it, and the run goes on"
             )
 
 

@@ -138,8 +138,8 @@ def test_a_tracker_that_fails_ends_no_training(failing, recorded, tmp_path, caps
         tracker.results(RESULTS, run.step)
     said = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
     assert said == [
-        f"wandb failed at {failing} (no route to {failing} and much more): nothing more is written to it, and "
-        "the run goes on"
+        f"wandb failed at {failing} (no route to {failing} and much more): nothing more is written "
+        "to it, and the run goes on"
     ]
     assert [row["step"] for row in rows(run.folder)] == [1, 25, 50]
     # What came before its fault, and nothing behind it.
