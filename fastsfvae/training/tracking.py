@@ -217,7 +217,8 @@ def tracked(run: Run, names: Sequence[str]) -> Iterator[list[Tracker]]:
         for name in names if distributed.rank() == 0 else ():
             trackers.append(_Lasting(name, _start(name, run)))
         yield trackers
-        complete = run.finished
+        # A last window that is not finite has never been closed.
+        complete = run.finished and not run.window
     finally:
         for tracker in trackers:
             tracker.close(complete)

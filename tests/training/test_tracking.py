@@ -243,6 +243,15 @@ def test_an_interrupted_run_is_not_complete_and_goes_on(recorded, tmp_path):
     assert steps == [[1, 25], [50, 75, 100]]
 
 
+def test_a_run_whose_last_loss_is_not_finite_is_not_complete(recorded, tmp_path):
+    # Adam's first step is as long as the learning rate: the second loss overflows.
+    run = training.start(replace(SMALL, lr=1e30, steps=2), tmp_path / "run")
+    with tracked(run, ["wandb"]):
+        with pytest.raises(training.NonFiniteLoss):
+            training.train(run)
+    assert run.finished and recorded[0].calls == [("close", False)]
+
+
 def test_a_damaged_file_of_identities(tmp_path):
     run = training.start(SMALL, tmp_path / "run")
     for text in ("[1]", '{"wandb": 3}', "{"):
