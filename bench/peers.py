@@ -25,7 +25,7 @@ from bench.problems import GAMMA, NOISE_VAR, Problem, autocast
 from fastsfvae._ranges import span
 from fastsfvae.likelihoods import gaussian_kl
 from fastsfvae.objectives import Sampling, SamplingFree
-from fastsfvae.reproduce.runtime import vmap_jacfwd as vmap_jacfwd
+from fastsfvae.step_comparison import vmap_jacfwd as vmap_jacfwd
 
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

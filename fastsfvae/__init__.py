@@ -15,7 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastsfvae.elbo import Elbo as Elbo
-from fastsfvae.elbo import check_settings, sampling_free_elbo
+from fastsfvae.elbo import check_settings as check_settings
+from fastsfvae.elbo import sampling_free_elbo
 from fastsfvae.gram.pullback import Pullback as Pullback
 from fastsfvae.gram.pullback import pullback
 from fastsfvae.ground.provenance import VERSION
@@ -32,7 +33,9 @@ _LATE = {
     "Fit": "fastsfvae.fit",
     "GraphedStep": "fastsfvae.graphed",
     "LinearizedGaussian": "fastsfvae.distributions",
+    "StepComparison": "fastsfvae.step_comparison",
     "check_decoder": "fastsfvae.jacobian.check",
+    "compare_step": "fastsfvae.step_comparison",
     "evaluate": "fastsfvae.evaluate",
     "fit_latents": "fastsfvae.fit",
     "isometry_loss": "fastsfvae.gram.isometry",
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
     from fastsfvae.graphed import make_graphed_step
     from fastsfvae.jacobian.check import DecoderReport as DecoderReport
     from fastsfvae.jacobian.check import check_decoder
+    from fastsfvae.step_comparison import StepComparison as StepComparison
+    from fastsfvae.step_comparison import compare_step
     from fastsfvae.training.checkpoint import load
 else:
     # Not for a type checker, which would then believe in every name.
@@ -74,7 +79,7 @@ __all__ = [
     "LinearizedGaussian",
     "SamplingFreeLoss",
     "check_decoder",
-    "check_settings",
+    "compare_step",
     "decode_with_jacobian",
     "evaluate",
     "fit_latents",

@@ -155,6 +155,12 @@ def require_extras(packages: Sequence[str], extra: str) -> None:
         )
 
 
+def one_line(error: Exception) -> str:
+    """What another library's error says, in one line of a length that can be read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 2 * _SHOWN else f"{text[: 2 * _SHOWN]}..."
+
+
 def say(line: str) -> None:
     """Write a line to stderr; a reader that has gone ends no work."""
     with contextlib.suppress(OSError):

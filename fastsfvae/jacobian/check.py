@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -19,15 +18,13 @@ from fastsfvae.jacobian.cost import CARDS, Floor, step_floor
 from fastsfvae.jacobian.rules.registry import RULES
 from fastsfvae.jacobian.run.cache import Linearizer
 from fastsfvae.jacobian.shared import bind
-from fastsfvae.jacobian.validate import Shared, check_latents
+from fastsfvae.jacobian.validate import Shared, check_latents, copied
 from fastsfvae.ops.dispatch import Choice
 
 if TYPE_CHECKING:
     from fastsfvae.jacobian.plan.plan import Step
 
 _SAMPLES = 4
-# Whose floor the report prints.
-_BATCH = 64
 # Output directions along which J is compared with reverse mode.
 _PROBES = 32
 # Roundings of float64, and of float32 where a plain function keeps its own dtype.
@@ -144,18 +141,10 @@ class DecoderReport:
             f"J {self.jacobian_bytes / 2**20:.3g} MiB",
             f"relative errors: output {self.output_error:.1e}, Jacobian {self.jacobian_error:.1e}, "
             f"gradients {gradient} (allowed {self.tolerance:.0e})",
-            f"least time of decoder and loss at B = {_BATCH}, by data sheet: {self._floors()}",
             "loss: " + ("; ".join(self.obstacles) or "gradients are finished in the forward"),
             f"verdict: {self._verdict()}",
         ]
         return "\n".join(lines)
-
-    def _floors(self) -> str:
-        best = {name: "bfloat16" if card.bfloat16 else "float32" for name, card in CARDS.items()}
-        return ", ".join(
-            f"{name} {1e3 * self.floor(name, _BATCH, dtype).seconds:.3g} ms ({dtype})"
-            for name, dtype in best.items()
-        )
 
     def _verdict(self) -> str:
         generic = sorted({layer.op for layer in self.layers if layer.handled == "fallback"})
@@ -166,16 +155,6 @@ class DecoderReport:
         if generic:
             return f"right; no rule for {', '.join(generic)}, which run slower"
         return "right"
-
-
-def _copied(decoder: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(decoder)
-    except (TypeError, RuntimeError) as error:
-        raise RuntimeError(
-            f"check_decoder works on a copy of the decoder, which cannot be made ({error}): keep "
-            "what copy.deepcopy refuses out of its attributes"
-        ) from error
 
 
 def check_decoder(
@@ -206,7 +185,7 @@ def check_decoder(
     plan = linearizer.plan(z.shape[0])
     layers, m = _layers(plan.steps, z.shape[1], backend), z.shape[1]
     dtype = torch.float64 if isinstance(target, nn.Module) else z.dtype
-    exact = _copied(target).to(dtype) if isinstance(target, nn.Module) else target
+    exact = copied("check_decoder", target).to(dtype) if isinstance(target, nn.Module) else target
 
     def few(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from fastsfvae import _checks
 
 # Further decoder inputs that all samples share: names, and positions behind z.
 Shared: TypeAlias = Collection[int | str]
+
+Given = TypeVar("Given")
 
 _WRAPPERS = {
     "DistributedDataParallel": "wrap the module that computes the loss instead",
@@ -134,6 +137,21 @@ def refuse_wrappers(module: nn.Module, name: str = "the decoder") -> None:
                 f"{name} is wrapped in {kind.__name__}, past which gradients are not "
                 f"synchronised: {_WRAPPERS[kind.__name__]}"
             )
+
+
+def copied(caller: str, given: Given) -> Given:
+    """A deep copy of modules, for a function that leaves them as they are.
+
+    Raises:
+        RuntimeError: names the function and what to do.
+    """
+    try:
+        return copy.deepcopy(given)
+    except (TypeError, RuntimeError) as error:
+        raise RuntimeError(
+            f"{caller} works on a copy of what it is given, which cannot be made ({error}): keep "
+            "what copy.deepcopy refuses out of its attributes"
+        ) from error
 
 
 def check_latents(z: Tensor) -> None:

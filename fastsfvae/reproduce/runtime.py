@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastsfvae.data.load import DATA_SETS
 from fastsfvae.data.pixels import to_unit
-from fastsfvae.likelihoods import gaussian_kl, low_rank_log_prob
 from fastsfvae.models import build
 from fastsfvae.objectives import Objective, Sampling
 from fastsfvae.reproduce.cells import Cell, Experiment, Options, Published, Result
@@ -22,6 +20,7 @@ from fastsfvae.reproduce.figures import row_of_panels, tidy
 from fastsfvae.reproduce.images import ASSUMPTIONS, image_protocol
 from fastsfvae.reproduce.runner import stored_results
 from fastsfvae.reproduce.tables import summarise
+from fastsfvae.step_comparison import WARM_UP, Loss, closed_form_loss, timed_step
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.methods import Method
 from fastsfvae.training.networks import changes_networks
@@ -64,17 +63,17 @@ class StepTime:
 
     def __call__(self, run: Run) -> dict[str, float]:
         """See `Measure`."""
-        loss = _plain_loss(run.decoder, run.config) if self.plain else _loss(run.objective)
+        loss = _closed_form(run) if self.plain else _loss(run.objective)
         own = _Trained(run.encoder, run.decoder, run.optimizer)
         plain = _as_built(run) if changes_networks(run.config) else own
         sampling = _loss(Sampling(plain.decoder, noise_var=run.noise_var))
         rounds = [
             (_timed_step(run, own, loss), _timed_step(run, plain, sampling))
-            for _ in range(2 + self.steps)
+            for _ in range(WARM_UP + self.steps)
         ]
         return {
-            STEP_TIME: statistics.median(time for time, _ in rounds[2:]),
-            STEP_RATIO: statistics.median(time / beside for time, beside in rounds[2:]),
+            STEP_TIME: statistics.median(time for time, _ in rounds[WARM_UP:]),
+            STEP_RATIO: statistics.median(time / beside for time, beside in rounds[WARM_UP:]),
         }
 
 
@@ -94,55 +93,20 @@ def _as_built(run: Run) -> _Trained:
     return _Trained(encoder, decoder, optimizer)
 
 
-def _timed_step(run: Run, trained: _Trained, loss: Callable[..., Tensor]) -> float:
+def _timed_step(run: Run, trained: _Trained, loss: Loss) -> float:
     """Milliseconds."""
     x = to_unit(run.images[: run.config.batch_size])
-    started = time.perf_counter()
-    trained.optimizer.zero_grad()
-    loss(x, *trained.encoder(x)).backward()
-    trained.optimizer.step()
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
-    return 1e3 * (time.perf_counter() - started)
+    return timed_step(lambda: loss(x, *trained.encoder(x)), trained.optimizer, run.device)
 
 
-def _loss(objective: Objective) -> Callable[..., Tensor]:
+def _loss(objective: Objective) -> Loss:
     return lambda x, mean, log_var: objective(x, mean, log_var).loss
 
 
-def vmap_jacfwd(decoder: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Z -> (output ``[B, *out]``, J ``[B, m, n]``) by one jacfwd a sample, under vmap."""
-
-    def one(z: Tensor) -> tuple[Tensor, Tensor]:
-        output = decoder(z.unsqueeze(0)).squeeze(0)
-        return output, output
-
-    decode = torch.func.vmap(torch.func.jacfwd(one, has_aux=True))
-
-    def decode_with_jacobian(z: Tensor) -> tuple[Tensor, Tensor]:
-        columns, output = decode(z)
-        return output, columns.flatten(1, -2).mT
-
-    return decode_with_jacobian
-
-
-def _plain_loss(decoder: nn.Module, config: TrainConfig) -> Callable[..., Tensor]:
-    """The sampling-free loss as one writes it without this library."""
-    decode = vmap_jacfwd(decoder)
-
-    def loss(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-        output, jacobian = decode(mean)
-        log_likelihood = low_rank_log_prob(
-            (x - output).flatten(1),
-            jacobian,
-            log_var.exp(),
-            noise_var=config.noise_var,
-            gamma=config.gamma,
-            backend="reference",
-        )
-        return (gaussian_kl(mean, log_var) - log_likelihood).mean()
-
-    return loss
+def _closed_form(run: Run) -> Loss:
+    names = "noise_var", "gamma", "kl_weight", "likelihood"
+    settings = {name: getattr(run.config, name) for name in names}
+    return closed_form_loss(run.decoder, **settings)
 
 
 def measured_ratios(options: Options, out: Path) -> dict[str, float]:

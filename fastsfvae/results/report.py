@@ -38,6 +38,7 @@ _OF_WEIGHTS = (
     "median_effective_samples",
     "smallest_effective_samples",
 )
+_OF_RUN = (*_OF_WEIGHTS, "seconds", "steps_per_second")
 # Importance weights an image that the commands take unless told otherwise: what each can spend.
 WEIGHTS = {"train": 100, "evaluate": 50_000, "compare": 1_000}
 
@@ -69,6 +70,17 @@ class Report(NamedTuple):
     smallest_effective_samples: float
     seconds: float
     steps_per_second: float
+
+    @property
+    def values(self) -> dict[str, float]:
+        """All numbers that are finite, by names such as "test/KL" and "collapse/active"."""
+        found: dict[str, float | None] = {}
+        for split, quantities in self.splits.items():
+            for name, (mean, error) in quantities.items():
+                found |= {f"{split}/{name}": mean, f"{split}/{name}, standard error": error}
+        found |= {f"collapse/{name}": count for name, count in self.collapse.items()}
+        found |= {name: getattr(self, name) for name in _OF_RUN}
+        return {k: v for k, v in found.items() if v is not None and math.isfinite(v)}
 
     def save(self, folder: Path) -> None:
         """Write results.json."""

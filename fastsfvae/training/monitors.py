@@ -1,11 +1,11 @@
-"""What watches a training run: progress, pictures, TensorBoard."""
+"""What watches a training run: progress, metrics for trackers, pictures."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastsfvae.training import distributed
 from fastsfvae.training.loop import Monitor
 from fastsfvae.training.metrics_csv import Row
 from fastsfvae.training.run import Run
+from fastsfvae.training.tracking import Tracker
 
 Draw = Callable[[Run, Tensor], Any]
 
@@ -27,13 +28,13 @@ _IMAGES = 16
 
 @contextmanager
 def monitors(
-    run: Run, tensorboard: bool = False, image_every: int = 0, draw: Draw | None = None
+    run: Run, trackers: Sequence[Tracker] = (), image_every: int = 0, draw: Draw | None = None
 ) -> Iterator[list[Monitor]]:
     """Give the monitors for `train`; none on a process that does not write.
 
     Args:
         run: what is trained.
-        tensorboard: whether to write for TensorBoard; needs its package.
+        trackers: what is handed every row of metrics.csv, and every picture.
         image_every: steps between two pictures; 0 draws none.
         draw: makes a picture, a matplotlib figure, of the run and test images ``[N, C, H, W]``.
     """
@@ -42,11 +43,9 @@ def monitors(
         return
     with ExitStack() as stack:
         watching = [stack.enter_context(progress(run))]
-        writer = stack.enter_context(_summary_writer(run)) if tensorboard else None
-        if writer is not None:
-            watching.append(Scalars(writer))
+        watching += [Scalars(tracker) for tracker in trackers]
         if image_every and draw is not None:
-            watching.append(Pictures(run, image_every, draw, writer))
+            watching.append(Pictures(run, image_every, draw, trackers))
         yield watching
 
 
@@ -111,25 +110,24 @@ def _describe(row: Row) -> str:
 
 
 class Scalars:
-    """Hands every new row of metrics.csv to TensorBoard."""
+    """Hands every new row of metrics.csv to a tracker."""
 
-    def __init__(self, writer) -> None:
-        self._writer = writer
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
 
     def __call__(self, run: Run, row: Row) -> None:
-        """Write the row's terms where the row is this step's."""
+        """Hand over the row's terms where the row is this step's."""
         if row.get("step") != run.step:
             return
-        for name, value in row.items():
-            if name not in ("step", "seconds"):
-                self._writer.add_scalar(name, value, run.step)
+        values = {name: value for name, value in row.items() if name not in ("step", "seconds")}
+        self._tracker.scalars(values, run.step)
 
 
 class Pictures:
-    """Draws the same test images every so many steps, into images/ and for TensorBoard."""
+    """Draws the same test images every so many steps, into images/ and for trackers."""
 
-    def __init__(self, run: Run, every: int, draw: Draw, writer=None) -> None:
-        self._every, self._draw, self._writer = every, draw, writer
+    def __init__(self, run: Run, every: int, draw: Draw, trackers: Sequence[Tracker] = ()) -> None:
+        self._every, self._draw, self._trackers = every, draw, trackers
         self._folder = run.folder / "images"
         self._folder.mkdir(exist_ok=True)
         self._images = to_unit(run.config.load_images("test")[:_IMAGES].to(run.device))
@@ -141,12 +139,5 @@ class Pictures:
         figure = self._draw(run, self._images)
         with replacing(self._folder / f"step-{run.step:07}.png") as file:
             figure.savefig(file, format="png", dpi=100)
-        if self._writer is not None:
-            self._writer.add_figure("images", figure, run.step)
-
-
-def _summary_writer(run: Run):
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What was written after the checkpoint is written again.
-    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
+        for tracker in self._trackers:
+            tracker.figure("images", figure, run.step)

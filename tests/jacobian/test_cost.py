@@ -65,4 +65,3 @@ def test_unknown_cards_and_dtypes_are_refused_in_one_line():
         report.floor("Quadro RTX 6000", 64, "bfloat16")
     with pytest.raises(ValueError, match="no 'float16' products: give one of float32, tf32"):
         CARDS["H100"].rate("float16")
-    assert "RTX 3090" in str(report)

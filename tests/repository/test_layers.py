@@ -22,7 +22,7 @@ LAYERS = """
     reproduce
     results
     fastsfvae
-    training | evaluate
+    training | evaluate | step_comparison
     objectives
     loss elbo likelihoods _noise _spread distributions graphed fit levenberg_marquardt geometry
     gram

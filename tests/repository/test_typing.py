@@ -32,7 +32,10 @@ def train(encoder: nn.Module, decoder: nn.Module, x: Tensor) -> Tensor:
     reached = reached + (either[0] if isinstance(either, tuple) else either)
     step: sf.GraphedStep = sf.make_graphed_step(encoder, loss_fn, optimizer, x, capture=False)
     step(x)
-    return reached
+    compared: sf.StepComparison = sf.compare_step(
+        encoder, decoder, x, x, likelihood="expected", shared=(0,), seconds=1.0
+    )
+    return reached * compared.to_sampling
 
 
 def measure(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> float:
@@ -78,6 +81,9 @@ WRONG = {
     'sf.low_rank_log_prob(x, x, x, noise_var=1.0, likelihood="mix")': "likelihood",
     'sf.decode_with_jacobian(decoder, x, backend="jax")': "backend",
     'sf.pullback(decoder, x, backend="tritn")': "backend",
+    'sf.compare_step(decoder, decoder, x, likelihood="precisoin")': "likelihood",
+    "sf.compare_step(decoder, decoder, x, gama=0.5)": "gama",
+    "sf.compare_step(decoder, decoder, x).seconds": "seconds",
     'sf.log_volume(decoder, x, reduction="all")': "log_volume",
     'sf.isometry_loss(decoder, x, over="all")': "over",
     'sf.metric(decoder, backend="tritn")': "backend",

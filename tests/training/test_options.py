@@ -26,6 +26,7 @@ from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.metrics_csv import METRICS
 from fastsfvae.training.monitors import monitors
 from fastsfvae.training.schedules import Schedule
+from fastsfvae.training.tracking import tracked
 
 SMALL = TrainConfig(model="tanh", latent_dim=3, batch_size=8, steps=60, seed=5)
 
@@ -173,11 +174,11 @@ def test_pictures_and_tensorboard_leave_the_training_as_it_is(tmp_path):
     training.train(training.start(config, tmp_path / "plain"))
 
     watched = training.start(config, tmp_path / "watched")
-    with monitors(watched, tensorboard=True, image_every=20, draw=snapshot) as watching:
-        training.train(watched, *watching, _stop_at(30))
-    watched = training.resume(watched.folder)
-    with monitors(watched, tensorboard=True, image_every=20, draw=snapshot) as watching:
-        training.train(watched, *watching)
+    for monitor in (_stop_at(30), _stop_at(None)):
+        with tracked(watched, ["tensorboard"]) as trackers:
+            with monitors(watched, trackers, image_every=20, draw=snapshot) as watching:
+                training.train(watched, *watching, monitor)
+        watched = training.resume(watched.folder)
     rows = _rows(watched.folder)
     assert rows == _rows(tmp_path / "plain")
     pictures = sorted(path.name for path in (watched.folder / "images").iterdir())
