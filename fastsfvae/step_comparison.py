@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -238,7 +239,9 @@ def _undisturbed(device: torch.device) -> Iterator[torch.autocast]:
     autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
     devices = [device] if kind == "cuda" else []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False), warnings.catch_warnings():
+            # torch.func's first use loads parts of PyTorch that PyTorch itself has deprecated.
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
             yield autocast
 
 
