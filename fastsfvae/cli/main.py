@@ -25,7 +25,7 @@ commands:
 
 fastsfvae COMMAND --help lists a command's options; fastsfvae --version prints the version."""
 _COMMANDS = ("train", "evaluate", "compare", "reproduce")
-_EXTRAS = ("tyro", "rich", "matplotlib")
+_EXTRAS = ("tyro", "rich", "matplotlib", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
