@@ -70,6 +70,7 @@ class TrainedVAE(nn.Module):
         self._card = card
         self._files = files
         self._digest = _digest(self)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct images: the decoder at the posterior mean.

@@ -95,7 +95,7 @@ class Card(NamedTuple):
                 for name, value in test.items()
                 if math.isfinite(value.mean)
             ]
-            found = {"metrics": list(test), "eval_results": results}
+            found = {"metrics": list(test), "eval_results": results or None}
         header = hub.ModelCardData(
             model_name=title,
             library_name="fastsfvae",
