@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastsfvae.ground.atomic import new_folder
 from fastsfvae.results.card import PICTURES, Card, command, huggingface_hub
-from fastsfvae.results.report import RESULTS, load_report
+from fastsfvae.results.report import RESULTS, Report, load_report
 from fastsfvae.training.checkpoint import (
     CONFIG,
     EXPORTED,
@@ -95,19 +95,21 @@ class TrainedVAE(nn.Module):
             build: as in `fastsfvae.load`.
 
         Raises:
-            ValueError: as `fastsfvae.load`, or for a folder that is no run's.
+            ValueError: as `fastsfvae.load`, or for a folder that is no run's, or a run at step 0.
         """
         folder = Path(run)
         if (folder / EXPORTED).is_file():
             raise ValueError(f"{folder} is an export, not a run: load it by from_pretrained")
-        saved, files = load_saved(folder, build), {}
-        report = load_report(folder)
-        results = report if report is not None else "the run was interrupted, or not evaluated"
-        if report is not None and report.conventions["steps"] != saved.step:
-            at = report.conventions["steps"]
-            results = f"those of the run are from step {at:,}, before it went on"
-        if results is report:
-            files = _read(folder, (RESULTS, *PICTURES))
+        saved = load_saved(folder, build)
+        if not saved.step:
+            raise ValueError(f"{folder} has not been trained for a step: resume it first")
+        files: dict[str, bytes] = {}
+        results: Report | str = load_report(folder) or "the run was interrupted, or not evaluated"
+        if isinstance(results, Report):
+            if (at := results.conventions["steps"]) == saved.step:
+                files = _read(folder, (RESULTS, *PICTURES))
+            else:
+                results = f"those of the run are from step {at:,}, before it went on"
         pictures = tuple(name for name in PICTURES if name in files)
         asked = load_config(folder)
         if saved.step < asked.steps:

@@ -149,6 +149,12 @@ def test_a_run_without_results(data, tmp_path):
     assert _contents(tmp_path / "out").keys() == {"README.md", "config.json", "model.safetensors"}
 
 
+def test_a_run_that_has_not_begun_is_refused(data, tmp_path):
+    training.start(replace(SMALL, data_dir=str(data), image_size=8), tmp_path / "run")
+    with pytest.raises(ValueError, match="run has not been trained for a step: resume it first"):
+        TrainedVAE.from_run(tmp_path / "run")
+
+
 def test_results_of_another_step_are_left_out(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     training.train(training.resume(folder, replace(load_config(folder), steps=6)))
