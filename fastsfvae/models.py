@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,8 +84,15 @@ class Encoder(nn.Module):
         return mean, log_var
 
 
-def build(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+def build(
+    config: ModelConfig, own: Callable[[ModelConfig], object] | None = None
+) -> tuple[nn.Module, nn.Module]:
     """Build (encoder, decoder) on the CPU in float32, drawing from torch's global generator.
+
+    Args:
+        config: what to build.
+        own: the builder that a name of the form ``package.module:function`` stands for; it is
+            called in place of importing that.
 
     Raises:
         ValueError: for an image size that the model does not fit, or a builder that cannot be
@@ -93,7 +100,12 @@ def build(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
             shapes.
     """
     if ":" in config.name:
-        return _build_custom(config)
+        return _build_custom(config, own or _import_builder(config.name))
+    if own is not None:
+        raise ValueError(
+            f"a build function is given but model={config.name!r} is the library's own: leave it "
+            "out"
+        )
     if config.name == "conv":
         encoder, decoder = _conv(config)
     elif config.name == "tanh":
@@ -162,8 +174,8 @@ def _initialise(module: nn.Module, init: Init) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _build_custom(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    module_name, _, function_name = config.name.partition(":")
+def _import_builder(name: str) -> Callable[[ModelConfig], object]:
+    module_name, _, function_name = name.partition(":")
     # A console script does not search the working directory, where the user's own module lies.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -171,11 +183,17 @@ def _build_custom(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
         function = getattr(importlib.import_module(module_name), function_name)
     # The module's own code runs here, and may raise whatever it likes.
     except (Exception, SystemExit) as error:
-        raise ValueError(f"model={config.name!r} cannot be imported: {error}") from error
+        raise ValueError(f"model={name!r} cannot be imported: {error}") from error
     if not callable(function):
-        raise ValueError(f"model={config.name!r} is not callable: give a function of ModelConfig")
+        raise ValueError(f"model={name!r} is not callable: give a function of ModelConfig")
+    return function
+
+
+def _build_custom(
+    config: ModelConfig, builder: Callable[[ModelConfig], object]
+) -> tuple[nn.Module, nn.Module]:
     with _raising_one_line(config.name):
-        pair = function(config)
+        pair = builder(config)
     if not (
         isinstance(pair, tuple)
         and len(pair) == 2

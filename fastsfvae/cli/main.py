@@ -22,10 +22,11 @@ commands:
   evaluate   measure a run on its test images: numbers, a page with pictures
   compare    measure runs on the same images: paired differences, one picture
   reproduce  train and measure a table or figure of the paper; set it beside the paper
+  export     write a run's model with a model card; upload it to the Hugging Face hub
 
 fastsfvae COMMAND --help lists a command's options; fastsfvae --version prints the version."""
-_COMMANDS = ("train", "evaluate", "compare", "reproduce")
-_EXTRAS = ("tyro", "rich", "matplotlib")
+_COMMANDS = ("train", "evaluate", "compare", "reproduce", "export")
+_EXTRAS = ("tyro", "rich", "matplotlib", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,6 +91,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from fastsfvae.cli.reproduce import reproduce_command
 
         return reproduce_command
+    if name == "export":
+        from fastsfvae.cli.export import export_command
+
+        return export_command
     from fastsfvae.cli.measure import compare_command, evaluate_command
 
     return evaluate_command if name == "evaluate" else compare_command

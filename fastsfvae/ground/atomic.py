@@ -44,8 +44,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give an empty folder to write into that becomes `path` when it is whole.
+
+    Args:
+        path: of the folder; what is missing above it is made.
+        replace: whether a folder that is there already gives way to the new one.
 
     Raises:
         OSError: where it cannot be written, or `path` has come to hold something; nothing of it is
@@ -58,6 +62,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         inside.mkdir()
         try:
             yield inside
+            if replace and path.exists():
+                # A kill between the two loses nothing: both are then beside.
+                os.rename(path, Path(beside, "earlier"))
             os.rename(inside, path)
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]

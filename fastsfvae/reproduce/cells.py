@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
+from fastsfvae.training.checkpoint import load, newest_checkpoint
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.run import Run
 
@@ -113,7 +113,7 @@ class Result:
     @property
     def trained_steps(self) -> int:
         """Steps behind the weights that `load` gives: a run may be past its last measurement."""
-        return load_checkpoint(self.folder / CHECKPOINT)["step"]
+        return newest_checkpoint(self.folder)[1]["step"]
 
     def load(self) -> tuple[nn.Module, nn.Module]:
         """The trained (encoder, decoder), on the CPU.

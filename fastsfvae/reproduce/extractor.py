@@ -58,7 +58,10 @@ def classifier_of(config: TrainConfig, steps: int, folder: Path) -> Classifier:
     Raises:
         FileNotFoundError, ValueError: for a set without labels, or a damaged file.
     """
-    path = folder / f"classifier-{config.data}-{steps}.pt"
+    path = folder / f"classifier-{config.data}-{steps}.safetensors"
+    # One that an earlier version left: figures that it has judged are gone on with.
+    earlier = path.with_suffix(".pt")
+    path = earlier if earlier.is_file() else path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Classifier()

@@ -23,13 +23,7 @@ from fastsfvae import training
 from fastsfvae.ground.atomic import write_text
 from fastsfvae.ground.provenance import commit, device_name
 from fastsfvae.reproduce.cells import Cell, Result
-from fastsfvae.training.checkpoint import (
-    CHECKPOINT,
-    CONFIG,
-    FolderLock,
-    load_checkpoint,
-    load_config,
-)
+from fastsfvae.training.checkpoint import CONFIG, FolderLock, load_config, newest_checkpoint
 from fastsfvae.training.config import CHANGEABLE, TrainConfig
 from fastsfvae.training.monitors import monitors
 
@@ -133,7 +127,7 @@ def _not_past(step: int, folder: Path) -> Path:
         if not folder.exists():
             break
         # Whoever takes the run up says what is wrong with its files.
-        steps = load_checkpoint(folder / CHECKPOINT).get("step", 0)
+        steps = newest_checkpoint(folder)[1].get("step", 0)
         if steps <= step:
             reached[folder] = steps
         folder = folder.with_name(f"{first}-{number}")

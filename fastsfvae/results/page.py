@@ -37,7 +37,8 @@ td:first-child { min-width: 8rem; overflow-wrap: break-word }
   td, th { padding-right: .5rem; font-size: 15px }
   .box img { max-width: none; width: min(var(--width), 44rem) }
 }"""
-_CAPTIONS = {
+CAPTIONS = {
+    "curves": "What training has logged, over its steps",
     "reconstructions": "Test images, the decoder at the posterior mean, and at one posterior "
     "sample where there is one",
     "samples": "Decoder outputs at samples of the prior, or of what stands for it",
@@ -147,7 +148,7 @@ def _table(title: str, rows: str) -> str:
 
 
 def _figure(name: str, data: bytes) -> str:
-    caption = escape(_CAPTIONS.get(name, name))
+    caption = escape(CAPTIONS.get(name, name))
     # A PNG begins with a signature and the header of its first chunk, 16 bytes; then these.
     width, height = struct.unpack(">II", data[16:24])
     size = f'width="{width}" height="{height}" style="--width: {width}px"'

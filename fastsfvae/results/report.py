@@ -87,6 +87,38 @@ class Report(NamedTuple):
         write_text(folder / RESULTS, json_text(self))
 
 
+def load_report(folder: Path) -> Report | None:
+    """Read results.json back; None where there is none, as the run was interrupted.
+
+    Raises:
+        ValueError: where it is damaged or another version's, in one line.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        return None
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    try:
+        found = json.loads(path.read_text())
+        found["splits"] = {
+            split: {
+                name: ImageMean(number(value["mean"]), number(value["standard_error"]))
+                for name, value in quantities.items()
+            }
+            for split, quantities in found["splits"].items()
+        }
+        numbers = (*_OF_WEIGHTS, "seconds", "steps_per_second")
+        report = Report(**found | {name: number(found[name]) for name in numbers})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged or another version's: write it anew with fastsfvae train --resume "
+            f"--out {folder}"
+        ) from error
+    return report
+
+
 def json_text(value: Any) -> str:
     """Lay out results as JSON: named tuples as objects, numbers that are not finite as null."""
 
@@ -264,6 +296,13 @@ def constant(config: TrainConfig) -> float:
 
 def table(report: Report, config: TrainConfig) -> str:
     """Lay out a report as plain text."""
+    lines = [("", "train", "test"), *rows(report, config)]
+    laid_out = [f"{label:42}{train:>19}{test:>19}".rstrip() for label, train, test in lines]
+    return "\n".join([*laid_out, "", *notes(report, config)])
+
+
+def rows(report: Report, config: TrainConfig) -> list[tuple[str, str, str]]:
+    """A report's quantities: a label, and the values on both splits."""
     offset = constant(config)
     names = {
         "objective": "objective (not a bound)" if config.method == "sampling-free" else "objective",
@@ -280,11 +319,14 @@ def table(report: Report, config: TrainConfig) -> str:
         value = report.splits[split].get(name)
         return f"{value.mean - shift:10.2f} ± {value.standard_error:<6.2f}" if value else "-"
 
-    lines = [f"{'':42}{'train':>19}{'test':>19}"]
-    for label, name, shift in (*log_density, *without, *rest):
-        lines.append(
-            f"{label:42}{cell('train', name, shift):>19}{cell('test', name, shift):>19}".rstrip()
-        )
+    return [
+        (label, cell("train", name, shift), cell("test", name, shift))
+        for label, name, shift in (*log_density, *without, *rest)
+    ]
+
+
+def notes(report: Report, config: TrainConfig) -> list[str]:
+    """What a report's quantities mean, in lines."""
     c = report.conventions
     sampling_free = config.method == "sampling-free"
     reading = f", likelihood {config.likelihood}" if sampling_free else ""
@@ -298,16 +340,16 @@ def table(report: Report, config: TrainConfig) -> str:
     learned = " (learned)" if config.learned_noise_var else ""
     collapse = report.collapse
     collapsed = "" if collapse["collapsed"] is None else f", {collapse['collapsed']} collapsed"
-    lines += [
-        "",
+    lines = [
         f"{report.steps_per_second:.1f} steps/s ({report.seconds:.1f} s); "
         f"{collapse['active']} of {collapse['latent_dim']} latent dimensions active{collapsed}",
         f"method {config.method}{reading}, c {config.noise_var:g}{learned}, seed {config.seed}; "
-        f"pixels in [0, 1]; nats; constant -(n/2) log(2 pi c) = {offset:.2f}",
+        f"pixels in [0, 1]; nats; constant -(n/2) log(2 pi c) = {constant(config):.2f}",
     ]
     if "not_judged" in c:
-        return "\n".join([*lines, f"± is the standard error over images; -: {c['not_judged']}"])
-    lines += [
+        return [*lines, f"± is the standard error over images; -: {c['not_judged']}"]
+    return [
+        *lines,
         f"± is the standard error over images; log ML: {c['log_ml']}, Monte Carlo error "
         f"{report.log_ml_monte_carlo_error:.3f}, estimated bias {report.log_ml_bias:.3f}, "
         f"effective samples {report.median_effective_samples:.0f} (median) and "
@@ -315,4 +357,3 @@ def table(report: Report, config: TrainConfig) -> str:
         f"{verdict.doubt(report.smallest_effective_samples)}",
         c["log_ml_elsewhere"],
     ]
-    return "\n".join(lines)

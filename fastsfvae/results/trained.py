@@ -14,7 +14,7 @@ from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.progress import counter
 from fastsfvae.results.samples import encode
 from fastsfvae.training import distributed
-from fastsfvae.training.checkpoint import CHECKPOINT, load, load_checkpoint
+from fastsfvae.training.checkpoint import load_saved
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.run import evaluation_generator
 
@@ -65,16 +65,16 @@ def load_trained(folder: str | Path, images: int = 0) -> Trained:
             device that is not there, in one line.
     """
     folder = Path(folder)
-    encoder, decoder, config = load(folder)
+    saved = load_saved(folder)
+    config = saved.config
     device = config.resolve_device()
-    encoder, decoder = encoder.to(device), decoder.to(device)
+    encoder, decoder = saved.encoder.to(device), saved.decoder.to(device)
     # Data that are not in the cache yet are put there once.
     with distributed.first_process_first():
         test = config.load_images("test")
     x = to_unit(test[: images or None].to(device))
-    step = int(load_checkpoint(folder / CHECKPOINT)["step"])
     mean, log_var = encode(encoder, x)
-    return Trained(folder, config, step, encoder, decoder, x, mean, log_var)
+    return Trained(folder, config, saved.step, encoder, decoder, x, mean, log_var)
 
 
 def over_images(trained: Trained, measure: Callable[[Trained], Found]) -> Found:

@@ -6,31 +6,44 @@ import fcntl
 import os
 import weakref
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from fastsfvae.ground.atomic import replacing
-from fastsfvae.objectives import NoiseVariance
+from fastsfvae.models import ModelConfig
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.networks import build_networks
+from fastsfvae.training.objective import learned_modules
+from fastsfvae.training.state_file import pack, unpack
 
 CONFIG = "config.json"
-CHECKPOINT = "checkpoint.pt"
-_FORMAT = "fastsfvae checkpoint 1"
+CHECKPOINT = "checkpoint.safetensors"
+# What an exported model has in its place: the same without the optimiser's part.
+EXPORTED = "model.safetensors"
+# What versions up to 0.1.0 wrote, by torch.save. It is read and never written.
+EARLIER_CHECKPOINT = "checkpoint.pt"
+_FORMAT = "fastsfvae checkpoint 2"
+_EARLIER_FORMAT = "fastsfvae checkpoint 1"
+
+# Builds (encoder, decoder), as `fastsfvae.models.build` asks of a model of one's own.
+Build: TypeAlias = Callable[[ModelConfig], tuple[nn.Module, nn.Module]]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings and containers of them atomically.
+    """Write what `state_file.pack` takes, atomically.
 
     Raises:
         OSError: where it cannot be written, e.g. on a full disk; the earlier file is intact.
+        ImportError, TypeError, ValueError: as `state_file.pack`.
     """
+    parts = pack(state, _FORMAT)
     with replacing(path) as file:
-        torch.save({"format": _FORMAT, **state}, file)
+        file.writelines(parts)
 
 
 class FolderLock:
@@ -57,28 +70,62 @@ class FolderLock:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, on the CPU; never unpickles code.
+    """Read what `save_checkpoint` wrote, or a .pt file of before; on the CPU, executing nothing.
 
     Raises:
+        ImportError: safetensors is not installed.
         ValueError: for a file that is missing, damaged or not this library's, in one line.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name the folder of a run that has a checkpoint")
+    read = _read_earlier if path.suffix == ".pt" else _read
     try:
-        # torch.load does not look at the checksums that torch.save writes.
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(damaged)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return read(path)
+    except ImportError:
+        raise
     # A damaged file raises errors of many classes; torch's message advises to load it unsafely.
     except Exception as error:
+        own = type(error) is ValueError
+        reason = " ".join(str(error).split()) if own else type(error).__name__
         raise ValueError(
-            f"{path} is damaged or not a checkpoint ({type(error).__name__}): restore the file, "
-            "or train again"
+            f"{path} is damaged or not a checkpoint of fastsfvae ({reason}): restore the file, or "
+            "remove it where another checkpoint lies beside it, or train again"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of fastsfvae (wanted {_FORMAT!r})")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return unpack(path.read_bytes(), _FORMAT)
+
+
+def _read_earlier(path: Path) -> dict[str, Any]:
+    # torch.load does not look at the checksums that torch.save writes.
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(damaged)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.pop("format") != _EARLIER_FORMAT:
+        raise ValueError(f"its format is not {_EARLIER_FORMAT!r}")
     return state
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read a run's last state.
+
+    A run that an earlier version began has a checkpoint.pt, which stays as it was; that version may
+    have gone on with it. A run's state follows from its step, so that of two files the one that has
+    done more steps is the later one; of the same steps they hold the same.
+
+    Returns:
+        The file that was read, and what it holds.
+
+    Raises:
+        ImportError, ValueError: as `load_checkpoint`.
+    """
+    path, earlier = folder / CHECKPOINT, folder / EARLIER_CHECKPOINT
+    if not earlier.is_file():
+        return path, load_checkpoint(path)
+    found = [(file, load_checkpoint(file)) for file in (path, earlier) if file.is_file()]
+    return max(found, key=lambda pair: pair[1].get("step", 0))
 
 
 def load_config(run: Path) -> TrainConfig:
@@ -89,7 +136,7 @@ def load_config(run: Path) -> TrainConfig:
     """
     path = run / CONFIG
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: name the folder of a run")
+        raise ValueError(f"{path} does not exist: name the folder of a run or an export")
     try:
         return TrainConfig.from_json(path.read_text())
     # JSON of a thousand brackets ends in a RecursionError.
@@ -113,14 +160,67 @@ def load_modules(path: Path, state: dict[str, Any], **modules: nn.Module) -> Non
             ) from error
 
 
-def load(run: str | os.PathLike[str]) -> tuple[nn.Module, nn.Module, TrainConfig]:
-    """Load a trained model from the folder of a run.
+class Saved(NamedTuple):
+    """What a folder's files hold of a trained model.
 
-    Nothing in its files is executed, but a model of your own is imported by the name that its
-    config.json gives.
+    Attributes:
+        encoder: x -> (mean, log_var).
+        decoder: z -> x.
+        learned: what was trained beside them, such as the observation noise's variance.
+        config: of the run, with the noise_var that was learned, where it was.
+        step: optimiser steps done.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    learned: nn.ModuleDict
+    config: TrainConfig
+    step: int
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What was trained, by its name in a file."""
+        return {"encoder": self.encoder, "decoder": self.decoder, **self.learned}
+
+
+def load_saved(folder: Path, build: Build | None = None) -> Saved:
+    """Read a run's last state, or an exported model; arguments and errors are those of `load`."""
+    config = load_config(folder)
+    path = folder / EXPORTED
+    if not path.is_file():
+        path, state = newest_checkpoint(folder)
+    elif ":" in config.model and build is None:
+        # It may be somebody else's: a file that is loaded must not say what is imported.
+        raise ValueError(
+            f"{folder} was trained with model={config.model!r}, which is not imported for an "
+            "exported model: give the function itself, build=..."
+        )
+    else:
+        state = load_checkpoint(path)
+    # The initial weights are overwritten: they must not advance the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        networks = build_networks(config, build)
+        saved = Saved(*networks, learned_modules(config), config, int(state["step"]))
+    load_modules(path, state, **saved.modules)
+    for module in saved.modules.values():
+        module.eval()
+    if config.learned_noise_var:
+        config = replace(config, noise_var=saved.learned["noise_var"]().item())
+    return saved._replace(config=config)
+
+
+def load(
+    run: str | os.PathLike[str], *, build: Build | None = None
+) -> tuple[nn.Module, nn.Module, TrainConfig]:
+    """Load a trained model from the folder of a run, or of an export (`fastsfvae export`).
+
+    Nothing in its files is executed. A model of your own is imported by the name that a run's
+    config.json gives; that of an export never is.
 
     Args:
         run: the folder, e.g. ``runs/sampling-free-mlp-1``.
+        build: the function that builds a model of your own, in place of its import; an export of
+            such a model is loaded with it alone.
 
     Returns:
         (encoder, decoder, config), on the CPU in evaluation mode: ``encoder(x)`` gives
@@ -129,18 +229,9 @@ def load(run: str | os.PathLike[str]) -> tuple[nn.Module, nn.Module, TrainConfig
         the one that was learned, where it was.
 
     Raises:
-        ValueError: for a folder that holds no run, or a damaged or foreign file.
+        ImportError: safetensors is not installed.
+        ValueError: for a folder that holds neither, a damaged or foreign file, or an export of a
+            model of your own without `build`.
     """
-    folder = Path(run)
-    config = load_config(folder)
-    path = folder / CHECKPOINT
-    state = load_checkpoint(path)
-    # The initial weights are overwritten: they must not advance the caller's random numbers.
-    with torch.random.fork_rng(devices=[]):
-        encoder, decoder = build_networks(config)
-    load_modules(path, state, encoder=encoder, decoder=decoder)
-    if config.learned_noise_var:
-        learned = NoiseVariance()
-        load_modules(path, state, noise_var=learned)
-        config = replace(config, noise_var=learned().item())
-    return encoder.eval(), decoder.eval(), config
+    saved = load_saved(Path(run), build)
+    return saved.encoder, saved.decoder, saved.config

@@ -23,7 +23,7 @@ from fastsfvae.training.metrics_csv import METRICS, MetricsFile, Row
 from fastsfvae.training.run import Run, save
 from fastsfvae.training.seeds import LAYERS, NOISE, iterate_orders, mix_seed
 
-FAILED = "failed.pt"
+FAILED = "failed.safetensors"
 LOG_EVERY = 25
 CHECKPOINT_EVERY = 500
 
@@ -45,7 +45,7 @@ def train(run: Run, *monitors: Monitor) -> None:
 
     Raises:
         NonFiniteLoss: at a NaN or infinite loss, with its step, images and terms. The state is
-            then in failed.pt and the last good one still in checkpoint.pt.
+            then in failed.safetensors, the last good one still in checkpoint.safetensors.
         OSError: where a file cannot be written; the last checkpoint is intact.
     """
     run.model.train()

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
-from fastsfvae.models import build
+from fastsfvae.models import ModelConfig, build
 from fastsfvae.objectives.delta_vae import MinimumRate
 from fastsfvae.objectives.householder import Householder
 from fastsfvae.objectives.rae import spectrally_normalized
 from fastsfvae.training.config import TrainConfig
 
 
-def build_networks(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
+def build_networks(
+    config: TrainConfig, own: Callable[[ModelConfig], object] | None = None
+) -> tuple[nn.Module, nn.Module]:
     """Build (encoder, decoder) on the CPU, drawing from torch's global generator.
+
+    Args:
+        config: of the run.
+        own: as in `fastsfvae.models.build`.
 
     Raises:
         ValueError: as `fastsfvae.models.build`, or for a decoder that the method cannot take.
     """
-    encoder, decoder = build(config.model_config)
+    encoder, decoder = build(config.model_config, own)
     if not changes_networks(config):
         return encoder, decoder
     if config.method == "householder":

@@ -28,9 +28,9 @@ from fastsfvae.training.checkpoint import (
     CHECKPOINT,
     CONFIG,
     FolderLock,
-    load_checkpoint,
     load_config,
     load_modules,
+    newest_checkpoint,
     save_checkpoint,
 )
 from fastsfvae.training.config import CHANGEABLE, TrainConfig
@@ -178,8 +178,8 @@ def start(config: TrainConfig, out: str | os.PathLike[str] | None = None) -> Run
             _write_left_out(run.folder, data)
             # The last of all: a folder that has it can be resumed.
             write_text(run.folder / CONFIG, config.to_json())
-        except OSError:
-            # A disk that was full must not use up the name.
+        except Exception:
+            # A disk that was full, or a state that no file can hold, must not use up the name.
             for name in (METRICS, CHECKPOINT, LEFT_OUT):
                 (run.folder / name).unlink(missing_ok=True)
             run.folder.rmdir()
@@ -209,10 +209,10 @@ def resume(folder: str | os.PathLike[str], config: TrainConfig | None = None) ->
                 f"{name}={getattr(config, name)!r} but {folder} was trained with {value!r}: "
                 f"only {', '.join(CHANGEABLE)} can change on --resume"
             )
-    state = load_checkpoint(folder / CHECKPOINT)
+    path, state = newest_checkpoint(folder)
     run, _ = _prepare(config)
     run.folder, run.lock = folder, lock
-    _restore(run, state)
+    _restore(run, path, state)
     if run.step > config.steps:
         raise ValueError(
             f"steps={config.steps} but {folder} is already at step {run.step}: give more steps"
@@ -241,8 +241,7 @@ def save(run: Run, name: str = CHECKPOINT) -> None:
     )
 
 
-def _restore(run: Run, state: dict) -> None:
-    path = run.folder / CHECKPOINT
+def _restore(run: Run, path: Path, state: dict) -> None:
     load_modules(path, state, **run.modules)
     try:
         run.optimizer.load_state_dict(state["optimizer"])

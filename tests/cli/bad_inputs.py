@@ -58,11 +58,11 @@ def build(folder: Path) -> None:
         assert cli.main([*command, "--out", str(folder / name)]) == 0
     for name in ("cut", "foreign", "no-config", "no-checkpoint", "bytes", "deep", "model", "swap"):
         shutil.copytree(folder / "run", folder / name)
-    whole = (folder / "run/checkpoint.pt").read_bytes()
-    (folder / "cut/checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    whole = (folder / "run/checkpoint.safetensors").read_bytes()
+    (folder / "cut/checkpoint.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "foreign/config.json").write_text('{"lr": 1}')
     (folder / "no-config/config.json").unlink()
-    (folder / "no-checkpoint/checkpoint.pt").unlink()
+    (folder / "no-checkpoint/checkpoint.safetensors").unlink()
     (folder / "bytes/config.json").write_bytes(b"\xff\xfe")
     (folder / "deep/config.json").write_text("[" * 100_000)
     config = (folder / "run/config.json").read_text()

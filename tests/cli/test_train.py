@@ -27,7 +27,7 @@ def test_train_and_resume(tmp_path, capsys):
     assert cli.main([*options, "--steps", "30"]) == 0
     folder = tmp_path / "runs" / "sampling-tanh-1"
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoint.pt",
+        "checkpoint.safetensors",
         "config.json",
         "curves.png",
         "manifold.png",
@@ -143,8 +143,8 @@ def test_non_finite_loss(tmp_path, capsys):
     # Adam's first step is as long as the learning rate: the second loss overflows.
     assert cli.main([*FAST, "--lr", "1e30", "--steps", "30", "--out", "a"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite at step 2 (loss=" in error and "a/failed.pt" in error
-    assert (tmp_path / "a" / "failed.pt").exists()
+    assert "not finite at step 2 (loss=" in error and "a/failed.safetensors" in error
+    assert (tmp_path / "a" / "failed.safetensors").exists()
 
 
 def test_missing_extras(tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = """
     __main__
     cli
-    reproduce
+    reproduce | hub
     results
     fastsfvae
     training | evaluate | step_comparison

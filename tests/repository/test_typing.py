@@ -15,6 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import fastsfvae as sf
+from fastsfvae.hub import TrainedVAE
+
+
+class Mine(TrainedVAE):
+    pass
 
 
 def train(encoder: nn.Module, decoder: nn.Module, x: Tensor) -> Tensor:
@@ -66,6 +71,11 @@ def measure(decoder: nn.Module, x: Tensor, mean: Tensor, log_var: Tensor) -> flo
         decoder, x, mean, log_var, noise_var=0.5, samples=9, proposal="defensive"
     )
     encoder, other, config = sf.load("runs/one")
+    exported: TrainedVAE = TrainedVAE.from_run("runs/one")
+    mine: Mine = Mine.from_pretrained("user/one", revision="main")
+    exported.save_pretrained("one", license="mit")
+    address: str = mine.push_to_hub("user/one", private=True)
+    density = density + exported.forward(x) + float(len(address)) + mine.config.noise_var
     total = elbo.elbo + pulled.gram.sum() + density + gaussian.mean.sum() + log_ml.estimate
     return float(total.sum()) + float(report.ok) + config.noise_var
 """
@@ -98,6 +108,7 @@ WRONG = {
     "sf.SamplingFreeLoss(decoder)(x, x, x).elbo": "elbo",
     "sf.SamplingFreeLoss(decoder)(x, x, x, return_terms=True).backward()": "backward",
     "sf.SamplingFreeLos(decoder)": "SamplingFreeLos",
+    'sf.load("runs/one", build=nn.Linear)': "build",
     "sf.evaluate.sampled_elb(decoder)": "sampled_elb",
 }
 

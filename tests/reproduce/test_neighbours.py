@@ -71,7 +71,7 @@ def test_a_method_is_judged_by_what_it_has(settings, tmp_path):
     assert missing == expected | ({MISMATCH} if config.method in WITHOUT_PRIOR else set())
     assert all(math.isfinite(value) for value in found.values())
     # The same once more, from the extractor that the first call has left.
-    assert (tmp_path / "classifier-digits-5.pt").is_file()
+    assert (tmp_path / "classifier-digits-5.safetensors").is_file()
     assert JUDGES(run) == found
 
 

@@ -20,7 +20,13 @@ from fastsfvae import training
 from fastsfvae.cli import main as cli
 from fastsfvae.data import cache
 from fastsfvae.data.load import load_images
-from fastsfvae.training.checkpoint import load_checkpoint, load_config, save_checkpoint
+from fastsfvae.training.checkpoint import (
+    CHECKPOINT,
+    EARLIER_CHECKPOINT,
+    load_checkpoint,
+    load_config,
+    save_checkpoint,
+)
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.metrics_csv import METRICS, MetricsFile, rewind_metrics
 
@@ -76,18 +82,20 @@ def test_a_full_disk_while_training(tmp_path, capsys):
     training.train(training.start(CONFIG, whole))
     training.train(training.start(replace(CONFIG, steps=25, schedule_steps=50), folder))
     before = _contents(folder)
-    size = (folder / "checkpoint.pt").stat().st_size
+    size = (folder / CHECKPOINT).stat().st_size
     resume = ["train", "--resume", "--out", str(folder), "--steps", "50"]
     with _largest_file(size // 2):
         assert cli.main(resume) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{folder}/checkpoint.pt could not be written (" in error and "is intact" in error
+    assert (
+        f"{folder}/checkpoint.safetensors could not be written (" in error and "is intact" in error
+    )
     after = _contents(folder)
-    assert after[folder / "checkpoint.pt"] == before[folder / "checkpoint.pt"]
+    assert after[folder / CHECKPOINT] == before[folder / CHECKPOINT]
     assert after.keys() == before.keys()
     # A disk that is full indeed.
-    (folder / "checkpoint.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="checkpoint.pt could not be written .*is intact"):
+    (folder / f"{CHECKPOINT}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="checkpoint.safetensors could not be written .*is intact"):
         training.train(training.resume(folder, replace(CONFIG, schedule_steps=50)))
     # With room again the run goes on as if nothing had been.
     training.train(training.resume(folder))
@@ -220,16 +228,23 @@ def _same_state(state):
     )
 
 
-def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(tmp_path, assert_named):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, STATE)
+def _save_earlier(path, state):
+    """As versions up to 0.1.0 did."""
+    torch.save({"format": "fastsfvae checkpoint 1", **state}, path)
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, _save_earlier])
+def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(tmp_path, assert_named, save):
+    earlier = save is _save_earlier
+    path = tmp_path / (EARLIER_CHECKPOINT if earlier else CHECKPOINT)
+    save(path, STATE)
     content = path.read_bytes()
     assert _same_state(load_checkpoint(path))
     refused = assert_named(
         "checkpoints", path, lambda: load_checkpoint(path), _same_state, _flips(content, 300)
     )
-    # What is left are times and padding.
-    assert refused > 200
+    # Of a .pt file what is left are times and padding.
+    assert refused > 200 if earlier else refused == 300
     cuts = list(_cuts(content, 40))
     assert assert_named(
         "checkpoints", path, lambda: load_checkpoint(path), _same_state, cuts
@@ -246,9 +261,10 @@ class _Poison:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.parametrize("name", [CHECKPOINT, EARLIER_CHECKPOINT])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "named"])
-def test_a_checkpoint_runs_no_code(tmp_path, kind):
-    path, mark = tmp_path / "checkpoint.pt", str(tmp_path / "mark")
+def test_a_checkpoint_runs_no_code(tmp_path, kind, name):
+    path, mark = tmp_path / name, str(tmp_path / "mark")
     state = {"format": "fastsfvae checkpoint 1", "encoder": _Poison(mark)}
     if kind == "pickle":
         path.write_bytes(pickle.dumps(state))
@@ -256,13 +272,13 @@ def test_a_checkpoint_runs_no_code(tmp_path, kind):
         torch.save({**state, "encoder": os.system}, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(ValueError, match="checkpoint.pt is damaged or not a checkpoint") as caught:
+    with pytest.raises(ValueError, match=f"{name} is damaged or not a checkpoint") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
     assert not Path(mark).exists()
     # The poison is one: loaded without care it acts.
     if kind in ("zip", "legacy"):
-        torch.load(path, weights_only=False)
+        torch.load(path.rename(tmp_path / "poison"), weights_only=False)
         assert Path(mark).exists()
 
 

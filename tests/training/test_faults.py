@@ -116,7 +116,7 @@ def _same(first, second):
 
 def _assert_same_run(folder, whole):
     assert _rows(folder) == _rows(whole)
-    states = (load_checkpoint(run / "checkpoint.pt") for run in (folder, whole))
+    states = (load_checkpoint(run / "checkpoint.safetensors") for run in (folder, whole))
     first, second = ({**state, "seconds": 0} for state in states)
     assert _same(first, second)
 
@@ -179,7 +179,7 @@ def _save_for_ever(path, first):
 
 
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, kills, survives):
-    path, killer, last = tmp_path / "checkpoint.pt", Killer(0.5, random.Random(3)), 0
+    path, killer, last = tmp_path / "checkpoint.safetensors", Killer(0.5, random.Random(3)), 0
     save_checkpoint(path, {"a": torch.zeros(50_000), "number": 0})
     with survives("saving", killer):
         while killer.died < kills:

@@ -127,7 +127,7 @@ def _rows(folder):
 
 def _gradients(folder):
     """Of the first step, flat: after one, Adam's first moment is a tenth of them."""
-    moments = load_checkpoint(folder / "checkpoint.pt")["optimizer"]["state"]
+    moments = load_checkpoint(folder / "checkpoint.safetensors")["optimizer"]["state"]
     found = [moments[i]["exp_avg"].flatten() * 10 for i in sorted(moments)]
     return torch.cat(found)
 
@@ -178,7 +178,7 @@ def _assert_resumed(data, method, mode, tmp_path):
 def _assert_same(run, whole):
     assert [row["step"] for row in _rows(run)] == ["1", "2", "3"]
     assert _rows(run) == _rows(whole)
-    ours, theirs = (load_checkpoint(folder / "checkpoint.pt") for folder in (run, whole))
+    ours, theirs = (load_checkpoint(folder / "checkpoint.safetensors") for folder in (run, whole))
     for part in ("encoder", "decoder"):
         assert all(torch.equal(ours[part][k], v) for k, v in theirs[part].items())
 

@@ -253,7 +253,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
 
     try:
-        with pytest.raises(OSError, match="checkpoint.pt could not be written .* is intact"):
+        with pytest.raises(OSError, match=f"{CHECKPOINT} could not be written .* is intact"):
             training.train(cut, fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

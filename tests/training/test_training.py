@@ -18,6 +18,7 @@ from fastsfvae.training.checkpoint import load_checkpoint, save_checkpoint
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.metrics_csv import METRICS
 from fastsfvae.training.seeds import iterate_orders
+from fastsfvae.training.state_file import pack
 
 SMALL = TrainConfig(model="tanh", latent_dim=3, batch_size=8, steps=60, seed=5)
 
@@ -235,7 +236,7 @@ def test_training_learns(tmp_path):
 def test_non_finite_loss_names_its_step_and_spares_the_checkpoint(tmp_path, interrupted):
     run = training.start(replace(SMALL, method="sampling", steps=25), tmp_path / "run")
     training.train(run)
-    good = (run.folder / "checkpoint.pt").read_bytes()
+    good = (run.folder / "checkpoint.safetensors").read_bytes()
     run = training.resume(run.folder, replace(run.config, steps=50))
     objective = run.objective
 
@@ -249,8 +250,8 @@ def test_non_finite_loss_names_its_step_and_spares_the_checkpoint(tmp_path, inte
     with pytest.raises(training.NonFiniteLoss, match="at step 32 \\(loss=nan, .* kl=\\d") as caught:
         training.train(run, *([_interrupt_at(40)] if interrupted else []))
     assert "\n" not in str(caught.value)
-    assert (run.folder / "checkpoint.pt").read_bytes() == good
-    assert load_checkpoint(run.folder / "failed.pt")["step"] == (40 if interrupted else 50)
+    assert (run.folder / "checkpoint.safetensors").read_bytes() == good
+    assert load_checkpoint(run.folder / "failed.safetensors")["step"] == (40 if interrupted else 50)
 
 
 def test_existing_folder_is_left_alone(tmp_path):
@@ -300,14 +301,14 @@ class _Foreign:
 def test_damaged_and_foreign_files(tmp_path, damage):
     run = training.start(replace(SMALL, method="sampling", steps=1), tmp_path / "run")
     training.train(run)
-    path = run.folder / "checkpoint.pt"
+    path = run.folder / "checkpoint.safetensors"
     state = load_checkpoint(path)
     message = {
-        "missing": "checkpoint.pt does not exist",
+        "missing": "checkpoint.safetensors does not exist",
         "cut": "damaged or not a checkpoint",
         "text": "damaged or not a checkpoint",
         "code": "damaged or not a checkpoint",
-        "format": "not a checkpoint of fastsfvae",
+        "format": "not a checkpoint of fastsfvae .its format is 'another', not ",
         "shape": "does not hold this decoder's weights",
         "config": "config.json is not a run's configuration",
     }[damage]
@@ -320,7 +321,7 @@ def test_damaged_and_foreign_files(tmp_path, damage):
     elif damage == "code":
         torch.save({"format": "fastsfvae checkpoint 1", "decoder": _Foreign()}, path)
     elif damage == "format":
-        torch.save({"decoder": {}}, path)
+        path.write_bytes(b"".join(pack({"decoder": {}}, "another")))
     elif damage == "shape":
         save_checkpoint(path, {**state, "decoder": {"0.weight": torch.zeros(1)}})
     else:
