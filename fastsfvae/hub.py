@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae.ground.atomic import new_folder
-from fastsfvae.results.card import PICTURES, Card, command, huggingface_hub
+from fastsfvae.results.card import LIBRARY, PICTURES, Card, command, hub
 from fastsfvae.results.report import RESULTS, Report, load_report
 from fastsfvae.training.checkpoint import (
     CONFIG,
@@ -44,9 +44,11 @@ CARD = "README.md"
 _OF_THE_MACHINE = {name: getattr(TrainConfig, name) for name in CHANGEABLE if name != "steps"}
 
 
-class TrainedVAE(nn.Module):
+class TrainedVAE(nn.Module, hub.PyTorchModelHubMixin, library_name=LIBRARY):
     """A trained encoder and decoder with the configuration of their run.
 
+    A `PyTorchModelHubMixin`, whose three methods are stricter here: what they write appears whole
+    or not at all, takes the place of nothing but an export, and is read only if its checksum holds.
     It is made by `from_run` or `from_pretrained`, on the CPU and in evaluation mode.
 
     Attributes:
@@ -118,7 +120,7 @@ class TrainedVAE(nn.Module):
         return cls(saved, files, card)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
@@ -143,7 +145,6 @@ class TrainedVAE(nn.Module):
             local_files_only: whether to take what is there and ask nobody.
 
         Raises:
-            ImportError: huggingface_hub is not installed, for a repository.
             OSError: neither the folder nor the repository can be read.
             ValueError: for a folder that holds no export, damaged files, or a model of your own
                 without `build`.
@@ -166,13 +167,15 @@ class TrainedVAE(nn.Module):
         files = _read(folder, (CARD, RESULTS, *PICTURES))
         return cls(saved, files)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         *,
         repo_id: str = "",
         license: str | None = None,
-    ) -> None:
+        push_to_hub: bool = False,
+        **push_settings: Any,
+    ) -> str | None:
         """Write weights, configuration, model card, results and pictures, all or nothing.
 
         A model that was loaded by `from_pretrained` keeps its card. Where the weights are no longer
@@ -183,10 +186,15 @@ class TrainedVAE(nn.Module):
                 it was written, which gives way.
             repo_id: name of the repository that the card tells to load; "" takes the folder's.
             license: of the model, as the hub names it, e.g. "apache-2.0"; None says nothing.
+            push_to_hub: whether to upload it as well, to `repo_id` or else the folder's name.
+            **push_settings: those of `push_to_hub`.
+
+        Returns:
+            The address of the commit, if it was uploaded.
 
         Raises:
             FileExistsError: for a folder that holds anything else.
-            ImportError: huggingface_hub or safetensors is not installed.
+            ImportError: safetensors is not installed.
             OSError: it cannot be written; nothing of it is left.
         """
         folder = Path(os.path.abspath(save_directory))
@@ -199,8 +207,11 @@ class TrainedVAE(nn.Module):
                 (inside / name).write_bytes(content)
             files_written = {name: _sha256(content) for name, content in files.items()}
             save_checkpoint(inside / EXPORTED, {**state, "step": self.step, "files": files_written})
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, license=license, **push_settings)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -226,10 +237,9 @@ class TrainedVAE(nn.Module):
             The address of the commit.
 
         Raises:
-            ImportError: huggingface_hub or safetensors is not installed.
+            ImportError: safetensors is not installed.
             OSError: it could not be uploaded.
         """
-        hub = huggingface_hub()
         try:
             api = hub.HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -250,6 +260,10 @@ class TrainedVAE(nn.Module):
             ) from error
         return str(commit.commit_url)
 
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> hub.ModelCard:
+        """The card that `save_pretrained` writes."""
+        return hub.ModelCard(self._contents("", None)[CARD].decode())
+
     def _contents(self, name: str, license: str | None) -> dict[str, bytes]:
         """All files beside the weights."""
         files, card = self._files, self._card
@@ -258,8 +272,8 @@ class TrainedVAE(nn.Module):
         if CARD in files:
             text = files[CARD].decode()
             if license is not None:
-                kept = huggingface_hub().ModelCard(text)
-                kept.data.license = license
+                kept = hub.ModelCard(text)
+                kept.data["license"] = license
                 text = str(kept)
         else:
             card = card or self._bare("they were lost with the card of an earlier export")
@@ -298,7 +312,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _download(repo_id: str, settings: dict[str, Any]) -> Path:
     """Fetch the files of an export into the hub's cache, and no others."""
-    hub, names = huggingface_hub(), [CONFIG, EXPORTED, CARD, RESULTS, *PICTURES]
+    names = [CONFIG, EXPORTED, CARD, RESULTS, *PICTURES]
     try:
         return Path(hub.snapshot_download(repo_id, allow_patterns=names, **settings))
     except Exception as error:

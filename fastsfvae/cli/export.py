@@ -9,7 +9,6 @@ from typing import Annotated
 from tyro.conf import arg
 
 from fastsfvae.ground.options import UsageError, fail, parse, require_extras
-from fastsfvae.hub import TrainedVAE
 
 _PROG = "fastsfvae export"
 
@@ -38,6 +37,8 @@ def export_command(options: list[str]) -> int:
         if not arguments.out and not arguments.push:
             raise UsageError("nothing to do: give --out FOLDER, --push USER/NAME, or both")
         require_extras(("huggingface_hub",), "hub")
+        from fastsfvae.hub import TrainedVAE
+
         vae, license_ = TrainedVAE.from_run(arguments.run), arguments.license or None
         if arguments.out:
             vae.save_pretrained(arguments.out, repo_id=arguments.push, license=license_)

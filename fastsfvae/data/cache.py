@@ -8,7 +8,6 @@ All parts of a set are written by one conversion; one without images has no ``.n
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsfvae.ground.locks import file_locks
 from fastsfvae.ground.progress import counter
 
 Shape = tuple[int, ...]
@@ -180,6 +180,7 @@ def _writing(path: Path) -> Iterator[None]:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Wait for other processes; the system ends the claim of one that dies."""
+    fcntl = file_locks()
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

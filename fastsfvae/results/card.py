@@ -7,12 +7,18 @@ import math
 import shlex
 from typing import Any, NamedTuple
 
+try:
+    import huggingface_hub as hub
+except ImportError as error:
+    raise ImportError("exports need huggingface_hub: pip install 'fastsfvae[hub]'") from error
+
 from fastsfvae.ground.provenance import VERSION
 from fastsfvae.results import report
 from fastsfvae.results.page import CAPTIONS
 from fastsfvae.results.samples import without_density
 from fastsfvae.training.config import CHANGEABLE, TrainConfig
 
+LIBRARY = "fastsfvae"
 PICTURES = tuple(f"{name}.png" for name in ("reconstructions", "samples", "manifold", "curves"))
 
 # Data sets under the names that the hub has for them; others are not known to be there.
@@ -74,7 +80,6 @@ class Card(NamedTuple):
 
     def text(self) -> str:
         """The card, YAML and Markdown."""
-        hub = huggingface_hub()
         config, data = self.config, _DATA.get(self.config.data)
         title = self.name.rpartition("/")[2]
         found: dict[str, Any] = {}
@@ -98,7 +103,7 @@ class Card(NamedTuple):
             found = {"metrics": list(test), "eval_results": results or None}
         header = hub.ModelCardData(
             model_name=title,
-            library_name="fastsfvae",
+            library_name=LIBRARY,
             pipeline_tag=_TASK,
             tags=["vae", "variational-autoencoder", config.method],
             datasets=[data] if data else None,
@@ -181,15 +186,6 @@ class Card(NamedTuple):
                 versions
             )
         return "\n\n".join([*parts, versions[0].upper() + versions[1:] + "."])
-
-
-def huggingface_hub() -> Any:
-    """The package, or an ImportError of one line."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError("exports need huggingface_hub: pip install 'fastsfvae[hub]'") from error
-    return huggingface_hub
 
 
 def command(config: TrainConfig) -> str:

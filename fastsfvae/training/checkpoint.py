@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import weakref
 import zipfile
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from fastsfvae.ground.atomic import replacing
+from fastsfvae.ground.locks import file_locks
 from fastsfvae.models import ModelConfig
 from fastsfvae.training.config import TrainConfig
 from fastsfvae.training.networks import build_networks
@@ -53,10 +53,12 @@ class FolderLock:
         folder: an existing folder.
 
     Raises:
+        RuntimeError: on a system without such locks.
         ValueError: where another process holds it.
     """
 
     def __init__(self, folder: Path) -> None:
+        fcntl = file_locks()
         descriptor = os.open(folder, os.O_RDONLY)
         # The lock lasts as long as the descriptor is open.
         self.release = weakref.finalize(self, os.close, descriptor)

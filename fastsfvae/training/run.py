@@ -14,6 +14,7 @@ from fastsfvae.data.batches import ImageSet
 from fastsfvae.data.load import Loaded
 from fastsfvae.data.pixels import to_unit
 from fastsfvae.ground.atomic import write_text
+from fastsfvae.ground.locks import file_locks
 from fastsfvae.objectives import (
     ExactMarginal,
     Objective,
@@ -269,6 +270,8 @@ def _write_left_out(folder: Path, data: Loaded) -> None:
 
 
 def _prepare(config: TrainConfig) -> tuple[Run, Loaded]:
+    # What cannot run should say so before anything is read or written.
+    file_locks()
     device = config.training_device()
     if config.batch_size % distributed.size():
         raise ValueError(

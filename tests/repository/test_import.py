@@ -4,11 +4,13 @@ import statistics
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 import fastsfvae as sf
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("triton", "matplotlib", "tyro", "rich", "sympy", "torch.fx.experimental.proxy_tensor")
 
 
@@ -46,3 +48,43 @@ def test_import_adds_less_than_three_tenths_of_a_second(largest_error):
     )
     largest_error("import", "seconds added", added)
     assert added < 0.3
+
+
+def test_a_system_without_posix_locks_loads_models_and_refuses_to_train(tmp_path):
+    """As Windows: the library and `sf.load` do without, `train` says it in one line."""
+    code = """
+import sys
+sys.modules["fcntl"] = None
+import torch, fastsfvae as sf
+from fastsfvae.cli.main import main
+sf.SamplingFreeLoss(torch.nn.Linear(2, 3))(torch.rand(4, 3), *torch.randn(2, 4, 2))
+try:
+    sf.load("nowhere")
+except ValueError as error:
+    print(error)
+sys.exit(main(["train", "--steps", "1", "--out", "run"]))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "nowhere/config.json does not exist" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "lock files as POSIX" in line
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_wheels_triton_is_for_linux_alone():
+    """So that macOS and Windows install it; the kernels are asked for where a GPU is."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (triton,) = [r for r in map(Requirement, project["dependencies"]) if r.name == "triton"]
+    assert triton.marker.evaluate({"platform_system": "Linux"})
+    assert not any(triton.marker.evaluate({"platform_system": s}) for s in ("Darwin", "Windows"))
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fastsfvae as sf\n"
+        "loss = sf.SamplingFreeLoss(torch.nn.Linear(2, 3))\n"
+        "loss(torch.rand(4, 3), *torch.randn(2, 4, 2)).backward()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -375,6 +375,26 @@ def test_what_is_uploaded(finished, monkeypatch, tmp_path):
     assert _same(TrainedVAE.from_pretrained("user/vae", revision="next"), vae)
 
 
+def test_the_mixins_other_ways_lead_to_the_same(finished, monkeypatch, tmp_path):
+    """`push_to_hub` of `save_pretrained`, and the card by itself."""
+    uploads = []
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, repo_id, **settings: _Uploaded())
+
+    def upload_folder(self, *, folder_path, **settings):
+        uploads.append(_contents(Path(folder_path)))
+        return _Uploaded()
+
+    monkeypatch.setattr(hub.HfApi, "upload_folder", upload_folder)
+    vae = TrainedVAE.from_run(finished)
+    assert isinstance(vae, hub.PyTorchModelHubMixin)
+    assert vae.save_pretrained(tmp_path / "vae") is None and uploads == []
+    url = vae.save_pretrained(tmp_path / "both", repo_id="vae", push_to_hub=True, private=True)
+    (files,) = uploads
+    assert url == _Uploaded.commit_url and files.keys() == WHOLE
+    assert str(vae.generate_model_card()).split("\n## ")[1:] != []
+    assert "no ELBO" in str(vae.generate_model_card())
+
+
 def test_an_upload_that_fails_is_one_line(finished):
     with pytest.raises(OSError, match="user/vae could not be uploaded .*Offline") as caught:
         TrainedVAE.from_run(finished).push_to_hub("user/vae")
