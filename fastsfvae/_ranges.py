@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -60,8 +61,15 @@ def recording() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _range(name: str) -> Iterator[None]:
-    # Late: whoever measures nothing needs neither.
+    with torch.profiler.record_function(name), _annotate(name):
+        yield
+
+
+def _annotate(name: str) -> contextlib.AbstractContextManager:
+    # macOS has no CUDA to profile, and there is no nvtx for it.
+    if sys.platform == "darwin":
+        return _nothing
+    # Late: whoever measures nothing does not need it.
     import nvtx
 
-    with torch.profiler.record_function(name), nvtx.annotate(name, domain="fastsfvae"):
-        yield
+    return nvtx.annotate(name, domain="fastsfvae")

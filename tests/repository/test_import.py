@@ -74,19 +74,26 @@ sys.exit(main(["train", "--steps", "1", "--out", "run"]))
     assert [*tmp_path.iterdir()] == []
 
 
-def test_the_wheels_triton_is_for_linux_alone():
-    """So that macOS and Windows install it; the kernels are asked for where a GPU is."""
+def test_a_wheel_needs_what_a_system_has():
+    """Triton on Linux alone, nvtx wherever CUDA may be; the loss does without both."""
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (triton,) = [r for r in map(Requirement, project["dependencies"]) if r.name == "triton"]
-    assert triton.marker.evaluate({"platform_system": "Linux"})
-    assert not any(triton.marker.evaluate({"platform_system": s}) for s in ("Darwin", "Windows"))
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch, fastsfvae as sf\n"
-        "loss = sf.SamplingFreeLoss(torch.nn.Linear(2, 3))\n"
-        "loss(torch.rand(4, 3), *torch.randn(2, 4, 2)).backward()"
-    )
+    marked = {r.name: r.marker for r in map(Requirement, project["dependencies"]) if r.marker}
+    needs = {
+        system: {name for name, m in marked.items() if m.evaluate({"platform_system": system})}
+        for system in ("Linux", "Windows", "Darwin")
+    }
+    assert needs == {"Linux": {"triton", "nvtx"}, "Windows": {"nvtx"}, "Darwin": set()}
+    code = """
+import sys
+sys.modules["triton"] = sys.modules["nvtx"] = None
+import torch, fastsfvae as sf
+from fastsfvae import _ranges
+sys.platform = "darwin"
+z = torch.randn(2, 4, 2, requires_grad=True)
+with _ranges.recording():
+    sf.SamplingFreeLoss(torch.nn.Linear(2, 3))(torch.rand(4, 3), *z).backward()
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
