@@ -3,13 +3,15 @@
 import ast
 import inspect
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
 import fastsfvae as sf
-from fastsfvae import objectives
+from fastsfvae import objectives, training
+from fastsfvae.training.config import TrainConfig
 from tests.repository.pages import PAGES, ROOT, python
 
 BY_NAME = {page.stem: page.read_text() for page in PAGES}
@@ -21,9 +23,18 @@ OBJECTIVES = {
 }
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the run that `make train` leaves, after few steps."""
+    folder = tmp_path_factory.mktemp("clone")
+    training.train(training.start(TrainConfig(steps=5), folder / "runs/sampling-free-mlp-1"))
+    return folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_pages_examples_run_and_its_links_exist(page, tmp_path, monkeypatch):
+def test_a_pages_examples_run_and_its_links_exist(page, tmp_path, monkeypatch, trained):
     monkeypatch.setenv("FASTSFVAE_CACHE", str(tmp_path))
+    monkeypatch.chdir(trained)
     text = page.read_text()
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -31,6 +42,22 @@ def test_a_pages_examples_run_and_its_links_exist(page, tmp_path, monkeypatch):
     names: dict = {"torch": torch, "nn": nn, "sf": sf}
     for block in python(text):
         exec(block, names)
+
+
+def test_the_commands_that_pages_name_exist():
+    """Targets of make, modules that Python runs, scripts, and files that pytest is given."""
+    texts = [
+        *BY_NAME.values(),
+        *((ROOT / f"{n}.md").read_text() for n in ("README", "CONTRIBUTING")),
+    ]
+    said = "\n".join(texts)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", said, re.MULTILINE))
+    assert len(named) > 8 and named <= targets
+    modules = set(re.findall(r"python -m ((?:fastsfvae|bench|tests)[\w.]*)", said))
+    assert len(modules) > 8 and [m for m in modules if find_spec(m) is None] == []
+    paths = set(re.findall(r"(?:python|pytest|=\d) ((?:examples|bench|tests)/[\w/.]+)", said))
+    assert len(paths) > 5 and [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize(
