@@ -65,7 +65,8 @@ def main() -> None:
         spread = f"{volume.mean():.2f} +- {volume.std():.2f} nats, {int(lost.sum())} lost"
         print(f"  log-volume                  {spread}")
         means = sorted((float(volume[labels == digit].mean()), digit) for digit in range(10))
-        print("  by digit, rising           ", *(f"{digit}: {mean:.2f}," for mean, digit in means))
+        by_digit = ", ".join(f"{digit}: {mean:.2f}" for mean, digit in means)
+        print(f"  by digit, rising            {by_digit}")
         rows += torch.stack([torch.full_like(volume, weight), labels, *z.T, volume], 1).tolist()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
