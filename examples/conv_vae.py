@@ -2,10 +2,9 @@
 
     python examples/conv_vae.py --steps 300 --out pictures
 
-The encoder is convolutional, the decoder transposed-convolutional, to images [B, 1, 28, 28]. Prints
-what `check_decoder` finds, the falling loss, and the sampled ELBO and log marginal likelihood of
-held-out digits before and after training. --out writes digits, their reconstructions and samples
-as a picture, and needs matplotlib: pip install 'fastsfvae[train]'.
+The decoder's transposed convolutions end in images [B, 1, 28, 28]. Prints what `check_decoder`
+finds, the falling loss, and sampled ELBO and log ML of held-out digits before and after. --out
+writes a picture as well, and needs matplotlib: pip install 'fastsfvae[train]'.
 """
 
 import argparse
@@ -50,11 +49,10 @@ def main() -> None:
     images, test = (digits(split).images / 255 for split in ("train", "test"))
     # No BatchNorm: the decoder must treat its samples one by one.
     first = nn.Linear(M, 32 * 7 * 7), nn.Unflatten(1, (32, 7, 7)), nn.SiLU()
-    second = nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.SiLU()
-    encoder, decoder = Encoder(), nn.Sequential(*first, *second, nn.ConvTranspose2d(16, 1, 4, 2, 1))
+    last = nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(16, 1, 4, 2, 1)
+    encoder, decoder = Encoder(), nn.Sequential(*first, *last)
     print(sf.check_decoder(decoder, encoder(images[:4])[0]))
     judge(encoder, decoder, test[:100])
-
     loss_fn = sf.SamplingFreeLoss(decoder, likelihood="expected", noise_var=NOISE_VAR)
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=2e-3)
     for step in range(options.steps):
@@ -67,12 +65,14 @@ def main() -> None:
             print(f"step {step:4d}: loss {loss:.1f}")
     judge(encoder, decoder, test[:100])
     if options.out:
-        from matplotlib.image import imsave
+        from matplotlib import image
 
         shown = torch.cat([test[:10], decoder(encoder(test[:10])[0]), decoder(torch.randn(10, M))])
-        picture = shown.detach().view(3, 10, 28, 28).transpose(1, 2).reshape(3 * 28, 10 * 28).clamp(0, 1)
+        picture = (
+            shown.detach().view(3, 10, 28, 28).transpose(1, 2).reshape(3 * 28, 10 * 28).clamp(0, 1)
+        )
         options.out.mkdir(parents=True, exist_ok=True)
-        imsave(options.out / "conv_vae.png", picture.numpy(), cmap="gray_r")
+        image.imsave(options.out / "conv_vae.png", picture.numpy(), cmap="gray_r")
         print(f"wrote {options.out / 'conv_vae.png'}: digits, reconstructions, samples")
 
 

@@ -29,14 +29,13 @@ class SamplingFreeVae(lightning.LightningModule):
         self.encoder = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 2 * M))
         self.decoder = nn.Sequential(nn.Linear(M, 256), nn.ReLU(), nn.Linear(256, 784))
         # It refers to the decoder, whose weights stay those of this module.
-        self.loss = sf.SamplingFreeLoss(
-            self.decoder, likelihood="expected", noise_var=NOISE_VAR
-        )
+        self.loss_fn = sf.SamplingFreeLoss(self.decoder, likelihood="expected", noise_var=NOISE_VAR)
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         """The loss of x [B, 784]."""
         (x,) = batch
-        loss, terms = self.loss(x, *self.encoder(x).chunk(2, dim=1), return_terms=True)
+        mean, log_var = self.encoder(x).chunk(2, dim=1)
+        loss, terms = self.loss_fn(x, mean, log_var, return_terms=True)
         shown = {"loss": loss, "squared error": terms.squared_error.mean(), "KL": terms.kl.mean()}
         self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(x))
         return loss
@@ -59,20 +58,22 @@ class SamplingFreeVae(lightning.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
-def loader(split: str, shuffle: bool) -> "DataLoader[tuple[Tensor, ...]]":
-    images = TensorDataset(digits(split).images.flatten(1) / 255)
-    return DataLoader(images, batch_size=100, shuffle=shuffle)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="A LightningModule with the sampling-free loss.")
     parser.add_argument("--epochs", type=int, default=2)
     epochs = parser.parse_args().epochs
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     lightning.seed_everything(0, verbose=False)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = lightning.Trainer(max_epochs=epochs, enable_model_summary=False, **quiet)
-    trainer.fit(SamplingFreeVae(), loader("train", True), loader("test", False))
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    images, test = (TensorDataset(digits(s).images.flatten(1) / 255) for s in ("train", "test"))
+    training = DataLoader(images, batch_size=100, shuffle=True)
+    trainer.fit(SamplingFreeVae(), training, DataLoader(test, batch_size=100))
 
 
 if __name__ == "__main__":
