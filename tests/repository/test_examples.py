@@ -23,8 +23,8 @@ QUICK = ["conv_vae", "fit_latents", "learned_noise_var"]
 # What a line of their output says, from the last such line, and what it must lie between.
 FOUND = {
     "conv_vae": ("held-out digits: sampled ELBO ", -520, -480),
-    "learned_noise_var": ("learned c ", 0.05, 0.06),
-    "sindy": ("   uv ", -1.1, -0.9),
+    "learned_noise_var": ("learned c ", 0.05, 0.065),
+    "sindy": ("   uv ", -1.05, -0.95),
     "diffusers_decoder": ("step  9: loss ", -100, 50),
     "distributed": ("weights after 50 steps differ by at most ", 0, 2e-3),
 }
@@ -71,7 +71,7 @@ def _run(name, folder):
     assert [path.name for path in folder.iterdir()] == ["written"] * writes
     if writes:
         (written,) = (folder / "written").iterdir()
-        assert written.stat().st_size > (3_000 if written.suffix == ".png" else 500)
+        assert written.stat().st_size > (10_000 if written.suffix == ".png" else 500)
 
 
 @pytest.mark.parametrize("name", QUICK)
