@@ -29,36 +29,28 @@ class Flow(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map z ``[B, m]`` to T(z) ``[B, m]``."""
-        return self.flow().transform.inv(z)
-
-
-class Encoder(nn.Sequential):
-    """The posterior's mean and log-variance."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x ``[B, n]`` to two ``[B, m]``."""
-        mean, log_var = super().forward(x).chunk(2, dim=1)
-        return mean, log_var
+        bent: Tensor = self.flow().transform.inv(z)
+        return bent
 
 
 def train(first: type[nn.Module], images: Tensor, test: Tensor, steps: int) -> None:
     torch.manual_seed(0)
-    encoder = Encoder(nn.Linear(PIXELS, 256), nn.ReLU(), nn.Linear(256, 2 * M))
+    encoder = nn.Sequential(nn.Linear(PIXELS, 256), nn.ReLU(), nn.Linear(256, 2 * M))
     decoder = nn.Sequential(first(), nn.Linear(M, 256), nn.ReLU(), nn.Linear(256, PIXELS))
     loss_fn = sf.SamplingFreeLoss(decoder, likelihood="expected")
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
     for _ in range(steps):
         x = images[torch.randint(len(images), (64,))]
-        loss = loss_fn(x, *encoder(x))
+        loss = loss_fn(x, *encoder(x).chunk(2, dim=1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        posterior = encoder(test)
-    settings = {"noise_var": 0.5, "generator": torch.Generator().manual_seed(0)}
-    elbo = sf.evaluate.sampled_elbo(decoder, test, *posterior, samples=10, **settings)
-    log_ml = sf.evaluate.log_marginal_likelihood(decoder, test, *posterior, samples=200, **settings)
+        mean, log_var = encoder(test).chunk(2, dim=1)
+    model = decoder, test, mean, log_var
+    elbo = sf.evaluate.sampled_elbo(*model, noise_var=0.5, samples=10)
+    log_ml = sf.evaluate.log_marginal_likelihood(*model, noise_var=0.5, samples=200)
     name = "an MLP behind a flow" if first is Flow else "the MLP alone"
     print(
         f"{name}: {sum(p.numel() for p in decoder.parameters()):,} weights, sampled ELBO "
@@ -67,7 +59,7 @@ def train(first: type[nn.Module], images: Tensor, test: Tensor, steps: int) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A decoder that begins with a flow.")
     parser.add_argument("--steps", type=int, default=100)
     steps = parser.parse_args().steps
     images, test = (digits(split).images.flatten(1) / 255 for split in ("train", "test"))

@@ -4,6 +4,10 @@ Trains a small decoder of the digits (a few seconds), lets latents wander from o
 others, and shows their images under strong noise. The filter knows the noise and how far the
 latents wander at a step; beside it, each frame by itself, from the prior. Prints the errors of
 both, and whether the truth lies as far from the mean as the covariance says.
+
+    python examples/kalman_filter.py
+
+needs the library alone.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ def train() -> nn.Module:
 def track(decoder: nn.Module, frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Means and covariances after each of the frames [T, B, 784]."""
     mean, cov = torch.zeros(TRACKS, M), torch.eye(M).repeat(TRACKS, 1, 1)
-    means, covs = [], []
+    means: list[Tensor] = []
+    covs: list[Tensor] = []
     for x in frames:
         mean, cov, _ = sf.kalman_update(decoder, x, mean, cov, NOISE_VAR)
         means.append(mean)

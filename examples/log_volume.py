@@ -8,7 +8,7 @@ draw many pictures.
 
     python examples/log_volume.py --out runs/log_volume
 
-also writes z and the log-volume of each test digit to log_volume.csv.
+also writes z and the log-volume of each test digit to log_volume.csv. It needs the library alone.
 """
 
 from __future__ import annotations
@@ -28,60 +28,46 @@ STEPS, BATCH, LATENTS = 300, 128, 2
 WEIGHT = 4.0
 
 
-def pictures(split: str) -> tuple[Tensor, Tensor]:
-    """Pixels in [0, 1], [N, 784], and labels, [N]."""
-    found = digits(split)
-    return found.images.flatten(1) / 255, found.labels
-
-
-def autoencoder() -> tuple[nn.Module, nn.Module]:
-    """An encoder and a smooth decoder."""
+def train(images: Tensor, weight: float) -> tuple[nn.Module, nn.Module]:
+    """An autoencoder whose smooth decoder is held to an isometry by that weight."""
+    torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(784, 128), nn.SiLU(), nn.Linear(128, LATENTS))
     decoder = nn.Sequential(nn.Linear(LATENTS, 64), nn.SiLU(), nn.Linear(64, 128), nn.SiLU())
-    return encoder, decoder.append(nn.Linear(128, 784))
-
-
-def train(images: Tensor, weight: float) -> tuple[nn.Module, nn.Module]:
-    """An autoencoder whose decoder is held to an isometry by that weight."""
-    torch.manual_seed(0)
-    encoder, decoder = autoencoder()
+    decoder.append(nn.Linear(128, 784))
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
     for _ in range(STEPS):
         x = images[torch.randint(len(images), (BATCH,))]
         z = encoder(x)
-        loss = (decoder(z) - x).square().sum(1).mean()
-        if weight:
-            loss = loss + weight * sf.isometry_loss(decoder, z)
+        error = (decoder(z) - x).square().sum(1).mean()
+        loss = error + weight * sf.isometry_loss(decoder, z)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return encoder, decoder
+    return encoder.requires_grad_(False), decoder.requires_grad_(False)
 
 
 def main() -> None:
-    """Train both, and print what they have done to the plane of latents."""
     parser = argparse.ArgumentParser(description="Where a decoder stretches its latents.")
     parser.add_argument("--out", type=Path, help="folder for log_volume.csv")
     out = parser.parse_args().out
-    (images, _), (x, labels) = pictures("train"), pictures("test")
-    rows: list[list[object]] = []
+    images, x = (digits(split).images.flatten(1) / 255 for split in ("train", "test"))
+    labels = digits("test").labels
+    rows: list[list[float]] = []
     for weight in (0.0, WEIGHT):
         encoder, decoder = train(images, weight)
-        with torch.no_grad():
-            z = encoder(x)
-            error = (decoder(z) - x).square().sum(1).mean()
-            measure = sf.isometry_loss(decoder, z)
-            volume, lost = sf.log_volume(decoder, z, return_lost=True)
+        z = encoder(x)
+        error = (decoder(z) - x).square().sum(1).mean()
+        volume, lost = sf.log_volume(decoder, z, return_lost=True)
         print(f"\nisometry_loss times {weight:g}")
         print(f"  squared error of a picture  {error:.1f}")
+        measure = sf.isometry_loss(decoder, z)
         print(f"  isometry measure            {measure:.3f}, at least {1 / LATENTS:g}")
         spread = f"{volume.mean():.2f} +- {volume.std():.2f} nats, {int(lost.sum())} lost"
         print(f"  log-volume                  {spread}")
-        means = [(float(volume[labels == digit].mean()), digit) for digit in range(10)]
-        print("  by digit, rising            ", end="")
-        print(", ".join(f"{digit}: {mean:.2f}" for mean, digit in sorted(means)))
-        names = [weight] * len(x), labels.tolist(), *z.T.tolist(), volume.tolist()
-        rows += map(list, zip(*names, strict=True))
+        means = sorted((float(volume[labels == digit].mean()), digit) for digit in range(10))
+        by_digit = ", ".join(f"{digit}: {mean:.2f}" for mean, digit in means)
+        print(f"  by digit, rising            {by_digit}")
+        rows += torch.stack([torch.full_like(volume, weight), labels, *z.T, volume], 1).tolist()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         with (out / "log_volume.csv").open("w", newline="") as file:

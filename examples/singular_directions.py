@@ -2,7 +2,12 @@
 
 Trains a small decoder of the digits (a few seconds), finds the largest and smallest singular
 directions of its Jacobian at some digits' latents, and prints how far a step along each moves the
-image. With --out DIR it draws the images along the first, the middle and the last direction.
+image.
+
+    python examples/singular_directions.py --out pictures
+
+also draws the images along the first, the middle and the last direction, and needs matplotlib:
+pip install 'fastsfvae[train]'.
 """
 
 from __future__ import annotations
@@ -19,10 +24,27 @@ from fastsfvae.data import digits
 M, STEPS = 8, 400
 
 
-def train() -> tuple[nn.Module, nn.Module, Tensor]:
-    """An encoder, a decoder and test images."""
+def draw(decoder: nn.Module, z: Tensor, right: Tensor, path: Path) -> None:
+    """Images along three directions, both ways from z [m], as one picture."""
+    from matplotlib.figure import Figure
+
+    steps, rows = torch.linspace(-3, 3, 7), (0, M // 2 - 1, M - 1)
+    figure = Figure(figsize=(7, 3.3), layout="constrained")
+    axes = figure.subplots(len(rows), 1)
+    for row, axis in zip(rows, axes, strict=True):
+        images = decoder(z + steps[:, None] * right[row]).view(-1, 28, 28)
+        axis.imshow(images.permute(1, 0, 2).flatten(1), cmap="gray", vmin=0, vmax=1)
+        axis.set(yticks=[], ylabel=f"direction {row + 1}", xticks=[])
+    axes[-1].set(xticks=range(14, 7 * 28, 28), xticklabels=[f"{step:+.0f}" for step in steps])
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a decoder's latents do to its images.")
+    parser.add_argument("--out", type=Path, help="folder for a picture")
+    out = parser.parse_args().out
     torch.manual_seed(0)
-    images, test = (digits(split).images.flatten(1) / 255 for split in ("train", "test"))
+    images = digits("train").images.flatten(1) / 255
     encoder = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 2 * M))
     decoder = nn.Sequential(nn.Linear(M, 128), nn.SiLU(), nn.Linear(128, 784))
     loss_fn = sf.SamplingFreeLoss(decoder)
@@ -33,55 +55,25 @@ def train() -> tuple[nn.Module, nn.Module, Tensor]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return encoder, decoder, test
+    nn.ModuleList([encoder, decoder]).requires_grad_(False)
 
-
-def draw(decoder: nn.Module, z: Tensor, right: Tensor, path: Path) -> None:
-    """Images along three directions, both ways from z [1, m]; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps, rows = torch.linspace(-3, 3, 7), (0, M // 2 - 1, M - 1)
-    figure, axes = pyplot.subplots(len(rows), len(steps), figsize=(7, 3.3))
-    for row, line in zip(rows, axes, strict=True):
-        with torch.no_grad():
-            shown = decoder(z + steps[:, None] * right[0, row]).view(-1, 28, 28)
-        for step, image, axis in zip(steps, shown, line, strict=True):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([]), axis.set_yticks([])
-            if row == rows[0]:
-                axis.set_title(f"{float(step):+.0f}", fontsize=9)
-        line[0].set_ylabel(f"direction {row + 1}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    print(f"images along the directions: {path}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for a picture")
-    out = parser.parse_args().out
-    encoder, decoder, test = train()
-    with torch.no_grad():
-        z = encoder(test[:200]).chunk(2, dim=1)[0]
+    z = encoder(digits("test").images[:200].flatten(1) / 255)[:, :M]
     found = sf.singular_directions(decoder, z, M)
     print("singular values of J, mean over 200 digits:")
     print("  " + " ".join(f"{float(value):.2f}" for value in found.values.mean(0)))
 
     # J along each right vector is its value times the left one.
-    with torch.no_grad():
-        _, pushed = sf.jvp(decoder, z, found.right.transpose(0, 1))
-        moved = pushed.norm(dim=2).T
-        print(f"|J v| is that value, to {float((moved / found.values - 1).abs().max()):.0e}")
-        # A step of 1 along v: what the linearisation leaves out.
-        step = decoder(z + found.right[:, 0]) - decoder(z)
-    left_out = (step - pushed[0]).norm(dim=1) / step.norm(dim=1)
-    print(f"a step of 1 along the first direction: {float(left_out.mean()):.0%} is not linear")
+    _, pushed = sf.jvp(decoder, z, found.right.transpose(0, 1))
+    moved = pushed.square().sum(2).sqrt().T
+    print(f"|J v| is that value, to {float((moved / found.values - 1).abs().max()):.0e}")
+    # A step of 1 along v: what the linearisation leaves out.
+    step = decoder(z + found.right[:, 0]) - decoder(z)
+    left_out = ((step - pushed[0]).square().sum(1) / step.square().sum(1)).sqrt().mean()
+    print(f"a step of 1 along the first direction: {float(left_out):.0%} is not linear")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        draw(decoder, z[:1], found.right[:1], out / "singular_directions.png")
+        draw(decoder, z[0], found.right[0], out / "singular_directions.png")
+        print(f"images along the directions: {out / 'singular_directions.png'}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a type checker tells a user: a right script passes, each misspelled word does not."""
 
+import os
 import re
 import subprocess
 import sys
@@ -147,3 +148,37 @@ def test_a_right_script_passes(told):
 def test_a_wrong_word_is_told(told, number, line):
     lines, head = told
     assert WRONG[line] in lines.get(("wrong.py", head + number + 1), "nothing")
+
+
+def _checked(command, folder):
+    """What a checker says of the examples."""
+    examples = sorted(map(str, (ROOT / "examples").glob("*.py")))
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *examples],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_examples_pass_mypy_strict(tmp_path):
+    for module in ("mypy", "diffusers", "lightning", "zuko"):
+        pytest.importorskip(module)
+    # Without types are Tensor.backward, an optimizer's step, zuko and diffusers.
+    excused = ["--untyped-calls-exclude=torch", "--ignore-missing-imports"]
+    said = _checked(
+        ["mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), *excused], tmp_path
+    )
+    assert "no issues found" in said
+
+
+def test_the_examples_pass_pyright_strict(tmp_path):
+    for module in ("pyright", "diffusers", "lightning", "zuko"):
+        pytest.importorskip(module)
+    # Started beside pyproject.toml, which says which rules third-party packages cannot meet.
+    assert 'typeCheckingMode = "strict"' in (ROOT / "pyproject.toml").read_text()
+    said = _checked(["pyright", "--pythonpath", sys.executable], ROOT)
+    assert "0 errors" in said
