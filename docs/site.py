@@ -5,6 +5,7 @@ others' are relative, as GitHub follows them. Each is led to the site's page of 
 where the site has none to the repository.
 """
 
+import html
 import posixpath
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "examples/digits.ipynb"
@@ -51,7 +53,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def _add_notebook(path: Path, files: Files, config: MkDocsConfig) -> None:
     """As a page, with the outputs that are stored in it."""
-    text, resources = nbconvert.MarkdownExporter().from_filename(str(path))
+    exporter = nbconvert.MarkdownExporter()
+    # What was printed line by line is one output.
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
+    text, resources = exporter.from_filename(str(path))
     files.append(File.generated(config, ELSEWHERE[NOTEBOOK], content=text))
     for name, data in resources["outputs"].items():
         files.append(File.generated(config, name, content=data))
@@ -97,12 +102,12 @@ def raw(config: MkDocsConfig) -> str:
     return config.repo_url.replace("github.com", "raw.githubusercontent.com").rstrip("/")
 
 
-def on_page_content(html: str, **_) -> str:
+def on_page_content(content: str, **_) -> str:
     """Formulas as MathML, which browsers show without a script."""
 
     def show(match: re.Match) -> str:
         display = "block" if match[2] == "[" else "inline"
-        return to_mathml(match[3], display=display)
+        return to_mathml(html.unescape(match[3]), display=display)
 
     pattern = r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>'
-    return re.sub(pattern, show, html, flags=re.DOTALL)
+    return re.sub(pattern, show, content, flags=re.DOTALL)
