@@ -89,6 +89,7 @@ lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastsfvae
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 audit: $(INSTALLED) ## Compile every kernel configuration for sm_75 to sm_120; hold the machine code to its bounds
 	$(BIN)/python -m fastsfvae.kernels.audit
