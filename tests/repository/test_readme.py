@@ -29,6 +29,22 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 150
 
 
+def test_its_first_table_says_what_the_pages_measured():
+    """Its numbers have their source elsewhere; a new measurement changes both."""
+    benchmarks, method = ((ROOT / f"docs/{n}.md").read_text() for n in ("benchmarks", "method"))
+    ours, plain = re.search(r"on two CPU cores: ([\d.]+) sampling steps; by .*? ([\d.]+)", README)[
+        1:3
+    ]
+    assert f"torch backend | 426 | {ours}x" in benchmarks
+    assert f"vmap(jacfwd) | 1211 | {plain}x" in benchmarks
+    gain, length = re.search(r"gain ([\d.]+) nats .*nothing after ([\d,]+)", README)[1:3]
+    assert f"the start is {gain} nats of log ML ahead of one draw" in method
+    assert f"After {length} steps (" in method and "nothing is left" in method
+    step = re.search(r"a step takes ([\d.]+) sampling steps", README)[1]
+    (row,) = [line for line in README.splitlines() if line.startswith("| `precision`, the paper")]
+    assert row.split("|")[5].strip() == step
+
+
 def test_the_example_trains_a_convolutional_decoder(capsys):
     """As a newcomer pastes it."""
     (example,) = python(README)
