@@ -37,7 +37,7 @@ def test_its_first_table_says_what_the_pages_measured():
     ]
     assert f"torch backend | 426 | {ours}x" in benchmarks
     assert f"vmap(jacfwd) | 1211 | {plain}x" in benchmarks
-    gain, length = re.search(r"gain ([\d.]+) nats .*nothing after ([\d,]+)", README)[1:3]
+    gain, length = re.search(r"gain ([\d.]+) nats .*nothing after ([\d,]+)", README).groups()
     assert f"the start is {gain} nats of log ML ahead of one draw" in method
     assert f"After {length} steps (" in method and "nothing is left" in method
     step = re.search(r"a step takes ([\d.]+) sampling steps", README)[1]
