@@ -22,16 +22,18 @@ help: ## Show this list
 
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-# What `make train` needs comes first, so that a newcomer waits for nothing else.
-$(TRAINABLE): pyproject.toml $(CONSTRAINTS)
+$(VENV)/bin/activate:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else "Python " + v + " is too old: fastsfvae needs 3.10 or newer (make PYTHON=python3.12 ...)")'
 	$(PYTHON) -m venv $(VENV)
+
+# What `make train` needs by itself, so that a newcomer waits for nothing else.
+$(TRAINABLE): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/activate
 	$(PIP_INSTALL) '.[train]'
 	@touch $@
 
-$(INSTALLED): $(TRAINABLE)
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/activate
 	$(PIP_INSTALL) '.[dev]'
-	@touch $@
+	@touch $(TRAINABLE) $@
 
 install: $(INSTALLED) ## Create .venv with everything that the other targets need
 
