@@ -85,13 +85,14 @@ def weight_normalized():
     return nn.Sequential(norm(nn.Linear(M, 9)), nn.LeakyReLU(0.2), norm(nn.Linear(9, 7)))
 
 
+# Every fifth is quick: the ones with the most layers are not among them.
 DECODERS = {
+    "pixel_shuffle": Shuffled,
     "higgins": higgins,
     "residual": Residual,
     "upsampled": upsampled,
-    "layer_norm": normalized,
     "tanh": tanh,
-    "pixel_shuffle": Shuffled,
+    "layer_norm": normalized,
     "shared": Shared,
     "frozen": frozen,
     "weight_norm": weight_normalized,

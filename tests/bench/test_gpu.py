@@ -206,6 +206,7 @@ def test_parts_without_time_left_are_named(tmp_path):
     assert {row["note"] for row in rows} == {"not run: out of time"}
 
 
+@pytest.mark.slow
 def test_a_call_goes_on_from_another_folder(tmp_path, capsys):
     before, now = tmp_path / "before", tmp_path / "now"
     for folder, options in ((before, []), (now, ["--after", str(before)])):

@@ -10,6 +10,7 @@ import fastsfvae as sf
 from fastsfvae.cli import main as cli
 from fastsfvae.results import pictures
 
+pytestmark = pytest.mark.slow
 LEFT_OUT = ("log ML", "sampled ELBO", "KL", "squared error, sampled")
 RUNS = {
     "sampling": [],

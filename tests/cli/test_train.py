@@ -187,6 +187,7 @@ def test_help_speaks_of_values_as_a_user_writes_them(command, columns, capsys, m
             assert listed[: len(choices)] == [*choices]
 
 
+@pytest.mark.slow
 def test_interrupted_command_is_resumed(tmp_path):
     # A real signal to a real process, as Ctrl-C sends it.
     script = (

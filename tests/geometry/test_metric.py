@@ -57,6 +57,7 @@ def test_against_reverse_mode(name, monkeypatch):
     close(metric(z[:1], derivative=True), [t[:1] for t in want])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["higgins", "pixel_shuffle", "weight_norm"])
 def test_a_decoder_that_is_linear_around_a_point(name):
     decoder, z = build(name), points(1)

@@ -72,6 +72,7 @@ def test_the_same_loss_and_gradients(name, chunk_size, rounds, few, monkeypatch)
         )
 
 
+@pytest.mark.slow
 def test_autocast_casts_the_weights_of_both_halves_at_once(few, monkeypatch):
     cast, copy = [], torch._foreach_copy_
 

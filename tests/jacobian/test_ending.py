@@ -154,6 +154,7 @@ def test_the_pullback(launches, name, chunk_size, given):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["weight", "bias", "weight and bias"])
 def test_only_the_last_layers_gradient(trained, launches):
     module = decoder().to(DEVICE).requires_grad_(False)
@@ -199,6 +200,7 @@ def test_where_the_jacobian_is_written(name, setting, launches):
     assert launches == ["gram_project_partials", "gram_project_bwd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", "sigmoid", "flat"])
 @pytest.mark.parametrize("with_gram, alone", [("fused", "library"), ("library", "fused")])
 def test_what_was_measured_with_the_gram_decides(name, with_gram, alone, launches, monkeypatch):
@@ -237,6 +239,7 @@ def test_the_jacobian_itself_is_there_for_those_who_ask(launches):
     assert launches == []
 
 
+@pytest.mark.slow
 def test_autocast(launches):
     module = decoder("sigmoid").to(DEVICE)
     with sf.fused_layers("always"), torch.autocast(DEVICE, torch.bfloat16):

@@ -181,6 +181,7 @@ def assert_as_good(ours, plain, exact, dtype=torch.float32):
         assert (mine - truth).abs().max() <= 2 * (peer - truth).abs().max() + slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_every_layer_runs_fused_and_right(name, launches):
     module = build(name)
@@ -260,6 +261,7 @@ def test_no_gradients_for_what_is_frozen(monkeypatch):
     assert wanted == [(True, True, True), (True, False, False)]
 
 
+@pytest.mark.slow
 def test_a_weight_is_laid_out_once_for_all_chunks(monkeypatch):
     given = []
 
@@ -410,6 +412,7 @@ def test_the_choice_for_a_layer_of_the_latents(latents, setting, choice):
     assert plan.steps[0].choice[:2] == choice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, product", [(paper, "tf32"), (Lifted, "ieee")])
 def test_a_layer_of_the_latents_knows_how_its_reader_multiplies(make, product, monkeypatch):
     given, original = [], latent_layer.latent_layer_fwd

@@ -132,6 +132,7 @@ def test_gradients_of_the_loss():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_follows_a_number():
     module, z = decoder(lambda own, h, t, k: (h / t).tanh()), latents()
     x, log_var = torch.rand(B, 8, dtype=torch.float64), torch.zeros(B, M, dtype=torch.float64)

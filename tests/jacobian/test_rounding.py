@@ -88,6 +88,7 @@ def test_what_is_said_to_be_rounded_is(make, expected, told):
     assert told == expected
 
 
+@pytest.mark.slow
 def test_layers_that_multiply_otherwise(told, monkeypatch):
     # As PyTorch's own settings are: convolutions alone in TF32.
     monkeypatch.setattr(_precision, "allows_tf32", lambda operation: operation != "linear")

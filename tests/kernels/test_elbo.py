@@ -149,6 +149,7 @@ def gram_float64(J, r):
     return redo
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "m, likelihood",
     [

@@ -153,6 +153,7 @@ class TestKernel:
         with pretend(DeviceLimits(sm_count=1)):
             check(*problem(2, 16, 32, 3, 8, 8, dtype=dtype), behind=True)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("m", [16, 33])
     def test_tf32(self, m):
         tail, *given = problem(1, m, 32, 3, 4, 6, "silu", "sigmoid")
@@ -182,6 +183,7 @@ class TestKernel:
         want, plain = (oracle(tail, x, cotangents, t)[0] for t in (torch.float64, torch.float32))
         assert_as_good(G, want, plain, want.abs().max())
 
+    @pytest.mark.slow
     def test_any_strides(self):
         tail, x, cotangents = problem(2, 3, 8, 3, 4, 4, "tanh", "sigmoid")
         last = torch.channels_last
@@ -193,6 +195,7 @@ class TestKernel:
             pairs = zip(run(tail, x, cotangents), run(other, x, cotangents), strict=True)
             assert all(torch.equal(first, again) for first, again in pairs)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("behind", ["none", "sigmoid"])
     @pytest.mark.parametrize("channels", [1, 3])
     def test_a_weights_gradient_lies_as_the_weight_does(self, channels, behind, poisoned_empty):
@@ -211,6 +214,7 @@ class TestKernel:
         assert all(torch.equal(found[0][name], found[1][name]) for name in NAMES)
 
     # Channels of the data last, first and neither; a layer whose activation is not applied yet.
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", DTYPES[:2])
     @pytest.mark.parametrize("channels, kind", [(1, "none"), (3, "none"), (4, "relu")])
     def test_the_residual_of_what_is_not_written(self, channels, kind, dtype, monkeypatch):
@@ -249,6 +253,7 @@ class TestKernel:
         pairs = zip(*(p.others for p in pulled), strict=True)
         assert all(torch.equal(first[1], again[1]) for first, again in pairs)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", DTYPES[:2])
     def test_the_weight_is_read_where_it_is_dense(self, dtype):
         tail, x, cotangents = problem(2, 2, 4, 3, 2, 2, dtype=dtype)

@@ -57,6 +57,7 @@ def far_apart(t):
     return hollow(t.shape, t.dtype, (2**30, *t.stride()[1:])).copy_(t)
 
 
+@pytest.mark.slow
 def test_a_tail_whose_tangents_lie_far_apart():
     tail, x, cotangents = problem(2, 3, 4, 3, 2, 3, "silu", "sigmoid")
     stack = tail.stack.flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -87,6 +88,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_whose_slots_lie_far_apart(name):
     module, shape, front, options = LAYERS[name]

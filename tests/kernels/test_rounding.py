@@ -82,6 +82,7 @@ def test_operands_that_nobody_has_rounded(name, kind):
     assert all(abs(bias) < LEFT for bias in found.values()), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 120])
 def test_operands_on_other_cards(capability):
     with pretend(DeviceLimits(4, capability)):
@@ -89,6 +90,7 @@ def test_operands_on_other_cards(capability):
     assert all(abs(bias) < LEFT for bias in found.values()), found
 
 
+@pytest.mark.slow
 def test_what_is_known_to_be_rounded_is_not_rounded_again():
     # These are not, so it shows.
     found = biases("conv", "none", rounded=True, grad_rounded=True)

@@ -74,6 +74,7 @@ CASES = {
 class TestKernel:
     pytestmark = requires_triton
 
+    @pytest.mark.slow
     def test_a_layer(self, name, given, poisoned_empty):
         geometry, kind, behind, applied, sample, shape, dtype = CASES[name]
         (phi, params), slots, samples = ACTIVATIONS[kind], 4, 3

@@ -24,6 +24,7 @@ class TestKernel:
         g = geometry(stride=stride, padding=padding)
         assert_layer(g, kind, *image_problem(g, *SHAPES[0], kernel))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("product", ["ieee", "tf32x3", "tf32"])
     def test_float32_products(self, product):
         g = geometry(stride=2)

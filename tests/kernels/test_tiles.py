@@ -149,6 +149,7 @@ def test_other_fields_change_what_is_launched_and_what_follows_from_them(family)
 class TestResults:
     pytestmark = requires_triton
 
+    @pytest.mark.slow
     def test_other_fields_give_the_same_result(self, family, poisoned_empty):
         run, other, _ = FAMILIES[family]
         want = run()

@@ -168,6 +168,7 @@ class TestKernel:
         got, of_bias = weight_gradient(*pair, window(*SAME), Front(), on_window=on_window)
         assert of_bias is None and torch.equal(got, check(*pair, SAME, on_window=on_window))
 
+    @pytest.mark.slow
     def test_two_runs_give_the_same_bits_on_any_number_of_multiprocessors(self):
         pair = problem(3, 2, (8, 8), 32, 32, DOUBLING, torch.bfloat16)
         for count in (1, 8, 132):

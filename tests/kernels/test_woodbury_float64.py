@@ -53,6 +53,7 @@ def assert_rescued(got, J, r, h, c):
             assert (g.double() - w).abs().max() <= rounding * w.abs().max().clamp(min=1), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m, n", [(2, 3), (5, 40), (16, 1100), (33, 20), (64, 70)])
 def test_extreme_spectra(m, n, poisoned_empty):
     J, r, h, c = problem(m, n)

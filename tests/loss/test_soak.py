@@ -37,6 +37,7 @@ def test_the_slope_sees_a_leak_and_no_noise():
     assert _slope([0] * 5 + [100] * 35) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("young_heap")
 def test_a_long_run_neither_grows_nor_traces_again(request, monkeypatch, tally):
     steps = request.config.getoption("--soak-steps")

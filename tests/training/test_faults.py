@@ -217,6 +217,7 @@ def _compete(folder, log, steps):
         os._exit(2)
 
 
+@pytest.mark.slow
 def test_one_of_several_runs_has_the_folder(tmp_path):
     folder, alone, log = tmp_path / "run", tmp_path / "alone", tmp_path / "log"
     assert _race(_compete, folder, log, CONFIG.steps) == [0, 2, 2]
