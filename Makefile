@@ -20,7 +20,7 @@ export GOMP_SPINCOUNT ?= 1000
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
 $(VENV)/bin/activate:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else "Python " + v + " is too old: fastsfvae needs 3.10 or newer (make PYTHON=python3.12 ...)")'
@@ -47,7 +47,7 @@ reproduce: $(INSTALLED) ## Make quick versions of Table 4, Figure 2 and the neig
 
 # In two processes at once, as neither keeps two cores busy: the second takes the interpreter's tests, and
 # of the others as many folders as make both take about as long. Its output comes behind the first's.
-BESIDE := tests/bench tests/training
+BESIDE := tests/bench tests/cli tests/training
 PYTEST = $(BIN)/python -m pytest $(if $(TURN),--turn $(TURN))
 define RUN_TESTS
 @log=$$(mktemp); beside() { \
@@ -107,7 +107,7 @@ bench-full: $(INSTALLED) ## The same for every workload, with the peak memory of
 $(ZOO)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(ZOO)
 	$(BIN)/python $(PURELIB) > "$$($(ZOO)/bin/python $(PURELIB))/outer.pth"
-	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[zoo]'
+	$(ZOO)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[zoo]'
 	@touch $@
 
 zoo: $(ZOO)/.installed ## Run decoders of public packages against reverse mode; write bench/results/zoo.md
