@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsfvae.ground.atomic import new_folder
+from fastsfvae.ground.options import one_line
 from fastsfvae.results.card import LIBRARY, PICTURES, Card, command, hub
 from fastsfvae.results.report import RESULTS, Report, load_report
 from fastsfvae.training.checkpoint import (
@@ -322,7 +323,7 @@ def _download(repo_id: str, settings: dict[str, Any]) -> Path:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _sha256(content: bytes) -> str:

@@ -109,8 +109,7 @@ def load_report(folder: Path) -> Report | None:
             }
             for split, quantities in found["splits"].items()
         }
-        numbers = (*_OF_WEIGHTS, "seconds", "steps_per_second")
-        report = Report(**found | {name: number(found[name]) for name in numbers})
+        report = Report(**found | {name: number(found[name]) for name in _OF_RUN})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged or another version's: write it anew with fastsfvae train --resume "
